@@ -1,0 +1,1 @@
+"""Sources, tokenizers, packing, grain pipelines and synthetic tasks."""

@@ -1,0 +1,29 @@
+"""The errors a user can cause; every command prints their message alone, without a traceback, and exits with `code`."""
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot work. The message says what was wrong, where, and what would be right."""
+
+    code = 2
+
+
+class RecipeError(UserError):
+    """A recipe, an override or a combination of settings is invalid."""
+
+
+class DataError(UserError):
+    """A data source or a tokenizer is missing, malformed, or does not fit the recipe."""
+
+
+class CheckpointError(UserError):
+    """A workdir or checkpoint cannot be used as asked."""
+
+
+class MeshError(UserError):
+    """The requested mesh does not fit the devices, or an array does not divide over it."""
+
+
+class NonFiniteError(RuntimeError):
+    """Too many consecutive steps had a non-finite loss or gradient."""
+
+    code = 3

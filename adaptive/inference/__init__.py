@@ -1,0 +1,1 @@
+"""Caches, the decode loop and samplers."""

@@ -1,0 +1,1 @@
+"""Layers: each an nnx.Module, none knows a model."""

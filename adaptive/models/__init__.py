@@ -1,0 +1,1 @@
+"""Models: assemble layers; none knows training."""

@@ -1,0 +1,1 @@
+"""optax chains, schedules and parameter groups."""

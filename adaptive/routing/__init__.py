@@ -1,0 +1,1 @@
+"""Routing, the heart: scores -> Selection -> gather and combine; losses, capacities, thresholds, statistics."""

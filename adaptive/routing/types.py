@@ -1,0 +1,92 @@
+"""The few types that routing speaks: Selection, AuxLosses, Trace."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Selection(NamedTuple):
+    """Which positions of each sequence go through a module, with static shapes.
+
+    indices  i32[batch, capacity]   positions in the row, ascending; slots that hold nothing point at the last position
+    weights  f32[batch, capacity]   gate of each selected position; 0 where nothing is held
+    valid    bool[batch, capacity]  whether the slot holds a position
+
+    Ascending indices keep causal order: attention among selected tokens is ordinary causal attention on the compacted
+    sequence, with the original positions in the rotary embedding.
+    """
+
+    indices: jax.Array
+    weights: jax.Array
+    valid: jax.Array
+
+
+class Aux(NamedTuple):
+    """One auxiliary loss: value f32[], its coefficient, and whether it is trained apart from the language-model loss.
+
+    `separate` losses reach only parameters that the language-model loss does not reach (an auxiliary router behind a
+    stop_gradient); they are no part of the total loss.
+    """
+
+    value: jax.Array
+    coefficient: float
+    separate: bool = False
+
+
+@jax.tree_util.register_pytree_node_class
+class AuxLosses(dict[str, Aux]):
+    """Named auxiliary losses; `total()` is what is added to the language-model loss."""
+
+    def total(self) -> jax.Array:
+        """Weighted sum f32[] of the losses trained together with the language-model loss."""
+        return self._sum(separate=False)
+
+    def separate_total(self) -> jax.Array:
+        """Weighted sum f32[] of the losses trained apart from it."""
+        return self._sum(separate=True)
+
+    def _sum(self, *, separate: bool) -> jax.Array:
+        terms = (a.coefficient * a.value for a in self.values() if a.separate == separate)
+        return sum(terms, start=jnp.zeros((), jnp.float32))
+
+    def scalars(self) -> dict[str, jax.Array]:
+        """Values before their coefficients, under the names they are logged by."""
+        return {f"aux/{name}": aux.value for name, aux in self.items()}
+
+    def tree_flatten(self):
+        names = tuple(sorted(self))
+        static = tuple((name, self[name].coefficient, self[name].separate) for name in names)
+        return tuple(self[name].value for name in names), static
+
+    @classmethod
+    def tree_unflatten(cls, static, values):
+        return cls({name: Aux(v, c, sep) for (name, c, sep), v in zip(static, values, strict=True)})
+
+
+class Trace(NamedTuple):
+    """What was computed for each token. Metrics, the compute account, reports and analyses read it and nothing else.
+
+    depth       i32[batch, seq]         passes through the shared block, 1 for models without recursion
+    selections  one Selection per recursion, () where every token takes every step
+    scalars     named f32[] statistics of this batch's routing, means over the batch
+    scores      one f32[batch, seq] per recursion: the decision score in [0, 1] of every position, NaN where the
+                position was no candidate; () without a router
+    load        f32[recursions]         share of tokens per depth under token choice, None otherwise
+    """
+
+    depth: jax.Array
+    selections: tuple[Selection, ...] = ()
+    scalars: dict[str, jax.Array] = {}
+    scores: tuple[jax.Array, ...] = ()
+    load: jax.Array | None = None
+
+
+class Output(NamedTuple):
+    """What every model returns: hidden [batch, seq, width] after the final norm, logits f32[batch, seq, vocab] or None
+    when not asked for, the auxiliary losses and the trace."""
+
+    hidden: jax.Array
+    logits: jax.Array | None
+    aux: AuxLosses
+    trace: Trace

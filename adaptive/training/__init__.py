@@ -1,0 +1,1 @@
+"""Train state and step, and the parts of the loop around it."""
