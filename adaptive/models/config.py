@@ -1,6 +1,7 @@
 """Shapes and routing of a model: plain data, importable without jax."""
 
 import dataclasses
+import itertools
 from typing import Literal
 
 from adaptive.errors import RecipeError
@@ -110,9 +111,10 @@ class TransformerConfig:
             if getattr(self, name) < 1:
                 raise RecipeError(f"model.{name}={getattr(self, name)}: must be at least 1")
         if self.num_heads % self.num_kv_heads:
+            fits = ", ".join(str(k) for k in range(1, self.num_heads + 1) if self.num_heads % k == 0)
             raise RecipeError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
-                f"num_kv_heads can be {', '.join(str(k) for k in range(1, self.num_heads + 1) if not self.num_heads % k)}"
+                f"num_kv_heads can be {fits}"
             )
         if self.head_dim % 2:
             raise RecipeError(f"model.head_dim={self.head_dim}: rotary embeddings need an even head_dim")
@@ -123,14 +125,14 @@ class TransformerConfig:
                            (inner // self.recursions + 1) * self.recursions + ends})  # fmt: skip
             shape = "first + block * recursions + last" if ends else "block * recursions"
             raise RecipeError(
-                f"model.recursions={self.recursions} does not divide the depth: model.num_layers={self.num_layers} with "
-                f"sharing={self.sharing} must be {shape}; nearest num_layers: {', '.join(map(str, near))}"
+                f"model.recursions={self.recursions} does not divide the depth: model.num_layers={self.num_layers} "
+                f"with sharing={self.sharing} must be {shape}; nearest num_layers: {', '.join(map(str, near))}"
             )
         if r.kind == "none":
             if self.kv == "hybrid":
                 raise RecipeError("model.kv=hybrid needs an expert-choice router; use kv=shared or per_recursion")
             if self.kv == "shared" and self.sharing == "middle_sequence":
-                raise RecipeError("model.kv=shared supports sharing=cycle, sequence and middle_cycle, not middle_sequence")
+                raise RecipeError("model.kv=shared is undefined for sharing=middle_sequence; use middle_cycle")
             return
         if self.recursions < 2:
             raise RecipeError(f"model.router.kind={r.kind} needs model.recursions of at least 2")
@@ -138,7 +140,8 @@ class TransformerConfig:
             raise RecipeError("a routed model shares its block: model.share_parameters must be true")
         if self.sharing not in ("cycle", "middle_cycle"):
             raise RecipeError(
-                f"model.sharing={self.sharing}: routing needs one contiguous block per recursion; use cycle or middle_cycle"
+                f"model.sharing={self.sharing}: routing needs one contiguous block per recursion; "
+                "use cycle or middle_cycle"
             )
         if self.kv == "hybrid" and (r.kind != "expert_choice" or self.sharing != "middle_cycle"):
             raise RecipeError("model.kv=hybrid is defined for expert_choice with sharing=middle_cycle only")
@@ -149,7 +152,7 @@ class TransformerConfig:
         c = self.capacity_fractions
         if len(c) != self.recursions:
             raise RecipeError(f"model.router.capacities has {len(c)} fractions for model.recursions={self.recursions}")
-        if any(not 0 < x <= 1 for x in c) or any(b > a for a, b in zip(c, c[1:], strict=False)):
+        if any(not 0 < x <= 1 for x in c) or any(b > a for a, b in itertools.pairwise(c)):
             raise RecipeError(
                 f"model.router.capacities={','.join(f'{x:g}' for x in c)}: fractions must be in (0, 1] and must not "
                 f"increase, because a token that left cannot come back; for example "

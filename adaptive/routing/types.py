@@ -69,7 +69,7 @@ class Trace(NamedTuple):
 
     depth       i32[batch, seq]         passes through the shared block, 1 for models without recursion
     selections  one Selection per recursion, () where every token takes every step
-    scalars     named f32[] statistics of this batch's routing, means over the batch
+    scalars     named f32[] statistics of this batch's routing, means over the batch; None without a router
     scores      one f32[batch, seq] per recursion: the decision score in [0, 1] of every position, NaN where the
                 position was no candidate; () without a router
     load        f32[recursions]         share of tokens per depth under token choice, None otherwise
@@ -77,7 +77,7 @@ class Trace(NamedTuple):
 
     depth: jax.Array
     selections: tuple[Selection, ...] = ()
-    scalars: dict[str, jax.Array] = {}
+    scalars: dict[str, jax.Array] | None = None
     scores: tuple[jax.Array, ...] = ()
     load: jax.Array | None = None
 

@@ -34,7 +34,7 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between rows of metrics.jsonl
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when a key is present, else disabled
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is present
     project: str = "adaptive"
     profile_start: int = 0  # first step of a jax.profiler trace
     profile_steps: int = 0  # how many steps to trace; 0: none
