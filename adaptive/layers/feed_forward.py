@@ -1,0 +1,22 @@
+"""SwiGLU feed-forward."""
+
+import jax
+from flax import nnx
+
+from adaptive.layers.linear import normal_param, use
+from adaptive.parallel.rules import constrain
+
+
+class FeedForward(nnx.Module):
+    """down(silu(gate(x)) * up(x)), no biases."""
+
+    def __init__(self, width: int, hidden: int, std: float, key: jax.Array, stack: tuple[int, ...] = ()):
+        gate, up, down = jax.random.split(key, 3)
+        self.gate = normal_param(gate, (width, hidden), ("width", "ff"), std, stack)
+        self.up = normal_param(up, (width, hidden), ("width", "ff"), std, stack)
+        self.down = normal_param(down, (hidden, width), ("ff", "width"), std, stack)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, width] -> [batch, seq, width]."""
+        hidden = jax.nn.silu(x @ use(self.gate, x.dtype)) * (x @ use(self.up, x.dtype))
+        return constrain(hidden, "batch", "seq", "ff") @ use(self.down, x.dtype)

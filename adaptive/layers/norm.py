@@ -1,0 +1,24 @@
+"""RMSNorm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned scale, initialised to one."""
+
+    def __init__(self, width: int, eps: float, stack: tuple[int, ...] = ()):
+        self.weight = nnx.Param(jnp.ones((*stack, width)), axes=(None,) * (len(stack) + 1))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] -> the same shape and dtype."""
+        return rms_norm(x, self.weight[...], self.eps)

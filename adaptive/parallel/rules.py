@@ -1,0 +1,81 @@
+"""Sharding is one table: from the logical axis names that layers speak to the axes of the mesh."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Mesh axes over which each logical axis is split; () is replicated."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")  # activations [batch, seq, ...]
+    seq: tuple[str, ...] = ()  # the same; routing selects along it, so it must stay whole
+    width: tuple[str, ...] = ("fsdp",)  # parameters only: gathered before use
+    heads: tuple[str, ...] = ("tensor",)  # [width, heads, head_dim] and activations [batch, seq, heads, head_dim]
+    ff: tuple[str, ...] = ("tensor",)  # [width, ff] and activations [batch, seq, ff]
+    vocab: tuple[str, ...] = ("tensor",)  # [vocab, width]
+
+    def spec(self, *names: str | None) -> P:
+        """The PartitionSpec of an array whose dimensions have these logical names (None: replicated).
+
+        Raises ValueError for an unknown name and for a mesh axis that would split two dimensions.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        unknown = sorted({n for n in names if n} - known)
+        if unknown:
+            raise ValueError(f"logical axes {unknown} are not in the table; it has {sorted(known)}")
+        parts = [getattr(self, n) if n else () for n in names]
+        used = [axis for part in parts for axis in part]
+        twice = sorted({a for a in used if used.count(a) > 1})
+        if twice:
+            raise ValueError(f"{names}: mesh axis {twice} would split two dimensions; change one rule")
+        return P(*(None if not part else part[0] if len(part) == 1 else part for part in parts))
+
+
+_placement: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar("placement", default=None)
+
+
+@contextlib.contextmanager
+def placement(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
+    """Within it, logical names mean axes of `mesh`; outside, every annotation is void. Trace (call) jitted code inside."""
+    token = _placement.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _placement.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with its dimensions placed by their logical names; unchanged where no placement is active."""
+    current = _placement.get()
+    if current is None:
+        return x
+    mesh, rules = current
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(*names)))
+
+
+def batch_shards() -> int:
+    """Into how many parts the active placement splits the batch (1 without one)."""
+    current = _placement.get()
+    if current is None:
+        return 1
+    mesh, rules = current
+    shards = 1
+    for axis in rules.batch:
+        shards *= mesh.shape[axis]
+    return shards
+
+
+def gathered(value: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A parameter ready for use: cast to `dtype` first, so that the gather over "width" moves the small type.
+
+    axes  logical names of the parameter's dimensions; leading ones that a scan has consumed are ignored.
+    """
+    names = axes[len(axes) - value.ndim :]
+    return constrain(value.astype(dtype), *(None if n == "width" else n for n in names))

@@ -1,0 +1,45 @@
+"""From scores to a Selection with static shapes."""
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.routing.types import Selection
+
+
+def select_top(
+    scores: jax.Array, gates: jax.Array, capacity: int, limit: jax.Array | int | None = None
+) -> Selection:  # fmt: skip
+    """The `capacity` best-scored positions of each sequence, in ascending order.
+
+    scores   f32[batch, seq]  larger is better; -inf where a position must not be taken
+    gates    f32[batch, seq]  what the selected positions are weighted by; keeps its gradient
+    limit    i32[] at most this many of the capacity are valid; None: all
+    returns  Selection of [batch, capacity]
+
+    Ties go to the earlier position. A slot that holds nothing (its score is -inf, or it lies past `limit`) has weight 0,
+    valid False and the index of a position that is not selected, so indices are always unique. The gradient of the
+    selection itself is zero (MoR paper, section 2.2: it flows through the gate). `seq` must not be sharded.
+    """
+    if capacity == scores.shape[-1] and limit is None:
+        indices = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), scores.shape)
+        return _gated(indices, gates, jnp.isfinite(scores))
+    best, where = jax.lax.top_k(jax.lax.stop_gradient(scores), capacity)
+    valid = jnp.isfinite(best)
+    if limit is not None:
+        valid = valid & (jnp.arange(capacity) < limit)
+    where, valid = jax.lax.sort((where.astype(jnp.int32), valid), num_keys=1)
+    return _gated(where, jnp.take_along_axis(gates, where, axis=-1, mode="promise_in_bounds"), valid)
+
+
+def select_first(allowed: jax.Array, gates: jax.Array, capacity: int) -> Selection:
+    """The first `capacity` allowed positions of each sequence: a causal choice, whatever follows.
+
+    allowed bool[batch, seq], gates f32[batch, seq] -> Selection of [batch, capacity].
+    """
+    seq = allowed.shape[-1]
+    earlier_is_better = jnp.where(allowed, -jnp.arange(seq, dtype=jnp.float32), -jnp.inf)
+    return select_top(earlier_is_better, gates, capacity)
+
+
+def _gated(indices: jax.Array, weights: jax.Array, valid: jax.Array) -> Selection:
+    return Selection(indices, jnp.where(valid, weights, 0.0), valid)
