@@ -1,0 +1,56 @@
+"""From what a recipe names to token stores: prepared ones, and text tokenised into the cache at first use."""
+
+from pathlib import Path
+from typing import Literal
+
+from adaptive.data.corpus import CORPORA, embedded_corpus
+from adaptive.data.files import cache_dir, digest
+from adaptive.data.sources import find_files, read_documents
+from adaptive.data.store import FORMAT, TokenStore, file_identity, open_store, write_store
+from adaptive.data.tokenizers import Tokenizer
+from adaptive.errors import DataError
+
+
+def prepare(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    text_key: str = "text",
+) -> None:
+    """Tokenises the documents of `files` into a new token store. Raises DataError if `directory` is not empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise DataError(f"{directory} exists and is not empty; choose a new folder, or remove it first")
+    _write(files, tokenizer, directory, text_key)
+
+
+def cached_store(files: list[Path], tokenizer: Tokenizer, *, text_key: str = "text", cache: str = "") -> TokenStore:
+    """The store of `files` in the cache folder, written if it is not there.
+
+    Its name is a hash of the files (path, size, time of change), the tokenizer and the options, so that a change of any
+    of them never meets an old store.
+    """
+    key = digest([FORMAT, [file_identity(file) for file in files], tokenizer.fingerprint, text_key])
+    directory = cache_dir(cache) / "tokens" / f"{files[0].stem}-{key[:16]}"
+    if not (directory / "index.json").exists():
+        _write(files, tokenizer, directory, text_key)
+    return open_store(directory, tokenizer)
+
+
+def _write(files: list[Path], tokenizer: Tokenizer, directory: Path, text_key: str) -> None:
+    write_store(
+        directory,
+        read_documents(files, text_key),
+        tokenizer,
+        sources=[file_identity(file) for file in files],
+        options={"text_key": text_key},
+    )
+
+
+def source_files(source: Literal["embedded", "files"], path: str, cache: str = "") -> list[Path]:
+    """The files behind one entry of `data.paths`. Raises DataError if there are none."""
+    if source == "embedded":
+        return [embedded_corpus(path, cache)]
+    if path in CORPORA and not Path(path).exists():
+        raise DataError(f"data.paths: no file {path}; for the embedded corpus of that name set data.source=embedded")
+    return find_files(path)

@@ -1,0 +1,250 @@
+"""The token store: documents as tokens on disk, written once, read at random.
+
+    DIR/tokens-00000.bin ...  little-endian uint8, uint16 or uint32
+    DIR/docs-00000.npy ...    i64[documents + 1], where each document of the shard begins
+    DIR/index.json            format, dtype, tokenizer, sizes and sha256 of the shards, sources and options
+
+A store is written in a folder under a temporary name, synced and renamed, so a folder of that name is complete.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import adaptive
+from adaptive.data.files import beside, explained, sync
+from adaptive.data.sources import Document
+from adaptive.data.tokenizers import Tokenizer
+from adaptive.errors import DataError
+
+FORMAT = 1
+_SHARD_TOKENS = 1 << 28
+_GROUP_CHARACTERS = 1 << 22  # text encoded at once
+_REPORT_EVERY_S = 10.0
+
+log = logging.getLogger("adaptive.data")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """Tokens of documents, end to end, with where each document starts.
+
+    shards       one array of unsigned integers each, usually mapped from a file
+    documents    i64[documents + 1]: document d is tokens documents[d] to documents[d + 1], its end token included
+    max_id       largest id in the store
+    fingerprint  sha256 (hex) of the tokens and the document bounds
+    """
+
+    name: str
+    shards: tuple[np.ndarray, ...]
+    documents: np.ndarray
+    max_id: int
+    fingerprint: str
+
+    def __post_init__(self):
+        bounds = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])]).astype(np.int64)
+        object.__setattr__(self, "_bounds", bounds)
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """i32[stop - start] tokens from `start` on."""
+        first, last = np.searchsorted(self._bounds, [start, stop - 1], side="right") - 1
+        parts = [
+            self.shards[i][max(start - self._bounds[i], 0) : stop - self._bounds[i]] for i in range(first, last + 1)
+        ]
+        return np.concatenate(parts).astype(np.int32)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest little-endian unsigned type that holds every id."""
+    return np.dtype("u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def write_store(
+    directory: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    sources: list[dict],
+    options: dict,
+    shard_tokens: int = _SHARD_TOKENS,
+) -> None:
+    """Tokenises `documents` into a store at `directory`, which must not exist or be an empty folder.
+
+    sources, options  recorded in index.json as they are
+    shard_tokens      a shard is closed by the document that reaches this many tokens
+
+    Raises DataError when there is no document, when a document of tokens does not fit the tokenizer, or when the disk
+    refuses. Nothing is left behind then.
+    """
+    remedy = "Free some space or choose another folder (data.cache_dir, or --out of the prepare command)."
+    with explained(f"writing the token store {directory}", remedy), _new_folder(directory) as folder:
+        shards = list(_write_shards(folder, _encoded(documents, tokenizer), tokenizer, shard_tokens))
+        if not shards:
+            raise DataError(f"no text found in {', '.join(source['path'] for source in sources)}")
+        index = {
+            "format": FORMAT,
+            "dtype": token_dtype(tokenizer.vocab_size).name,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "sha256": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "bos_id": tokenizer.bos_id,
+                "eos_id": tokenizer.eos_id,
+            },
+            "shards": shards,
+            "sources": sources,
+            "options": options,
+            "program": f"adaptive {adaptive.__version__}",
+        }
+        (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+        sync(folder / "index.json")
+
+
+def open_store(directory: Path, tokenizer: Tokenizer) -> TokenStore:
+    """The store at `directory`. Raises DataError if it is incomplete, damaged, newer, or of another tokenizer."""
+    try:
+        index = json.loads((directory / "index.json").read_text())
+    except FileNotFoundError:
+        raise DataError(f"{directory} is not a token store: it has no index.json") from None
+    except ValueError as error:
+        raise DataError(f"{directory}/index.json is damaged: {error}") from None
+    if index["format"] > FORMAT:
+        raise DataError(f"{directory} has format {index['format']}; this program reads up to {FORMAT}: update it")
+    made_by = index["tokenizer"]
+    if made_by["sha256"] != tokenizer.fingerprint:
+        raise DataError(
+            f"{directory} was made with the tokenizer {made_by['name']} (sha256 {made_by['sha256'][:12]}), the recipe "
+            f"has {tokenizer.name} (sha256 {tokenizer.fingerprint[:12]}): set data.tokenizer, or prepare it again"
+        )
+    shards, documents, start = [], [np.zeros(1, np.int64)], 0
+    for i, entry in enumerate(index["shards"]):
+        shard, bounds = _open_shard(directory, i, entry, np.dtype(index["dtype"]).newbyteorder("<"))
+        shards.append(shard)
+        documents.append(bounds[1:] + start)
+        start += len(shard)
+    return TokenStore(
+        name=str(directory),
+        shards=tuple(shards),
+        documents=np.concatenate(documents),
+        max_id=max(entry["max_id"] for entry in index["shards"]),
+        fingerprint=hashlib.sha256("".join(entry["sha256"] for entry in index["shards"]).encode()).hexdigest(),
+    )
+
+
+def _open_shard(directory: Path, i: int, entry: dict, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    path = directory / f"tokens-{i:05d}.bin"
+    expected = entry["tokens"] * dtype.itemsize
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size:,} bytes"
+        raise DataError(f"{path} {found}, its index says {expected:,}: the store is damaged; prepare it again")
+    try:
+        bounds = np.load(directory / f"docs-{i:05d}.npy")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory}/docs-{i:05d}.npy cannot be read ({error}): prepare the store again") from None
+    return np.memmap(path, dtype, "r"), bounds
+
+
+@contextlib.contextmanager
+def _new_folder(directory: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `directory` when the block succeeds and vanishes when it does not."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    folder = beside(directory)
+    folder.mkdir()
+    try:
+        yield folder
+        sync(folder)
+        # Of several processes that prepare the same store, the first to finish wins and the others use its files.
+        if not (directory / "index.json").exists():
+            _rename(folder, directory)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(folder: Path, directory: Path) -> None:
+    try:
+        folder.rename(directory)
+    except OSError:
+        if not (directory / "index.json").exists():
+            raise
+    sync(directory.parent)
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Tokens of each document with its end token, encoded in groups so that a tokenizer can use several threads."""
+    group: list[str] = []
+    characters = 0
+    for document in documents:
+        if isinstance(document, str):
+            group.append(document)
+            characters += len(document)
+        if not isinstance(document, str) or characters >= _GROUP_CHARACTERS:
+            yield from tokenizer.encode_documents(group)
+            group, characters = [], 0
+        if not isinstance(document, str):
+            yield _checked(document, tokenizer)
+    yield from tokenizer.encode_documents(group)
+
+
+def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Ready-made tokens with an end token, if they can be of this tokenizer."""
+    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+        raise DataError(
+            f"the data hold token ids from {ids.min()} to {ids.max()}, but the tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size}: set data.tokenizer to the one they were made with"
+        )
+    return ids if ids[-1] == tokenizer.eos_id else np.append(ids, np.int32(tokenizer.eos_id))
+
+
+def _write_shards(folder: Path, documents: Iterator[np.ndarray], tokenizer: Tokenizer, limit: int) -> Iterator[dict]:
+    """Writes shard after shard; yields the index entry of each."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    lengths_of_tokens = tokenizer.token_byte_lengths()
+    number, total, reported = 0, 0, time.monotonic()
+    document = next(documents, None)
+    while document is not None:
+        path = folder / f"tokens-{number:05d}.bin"
+        bounds, text_bytes, max_id, content = [0], 0, 0, hashlib.sha256()
+        with path.open("wb") as file:
+            while document is not None and bounds[-1] < limit:
+                raw = document.astype(dtype).tobytes()
+                file.write(raw)
+                content.update(raw)
+                bounds.append(bounds[-1] + len(document))
+                text_bytes += int(lengths_of_tokens[document].sum())
+                max_id = max(max_id, int(document.max()))
+                if time.monotonic() - reported > _REPORT_EVERY_S:
+                    reported = time.monotonic()
+                    log.info("tokenising: %s tokens so far", f"{total + bounds[-1]:,}")
+                document = next(documents, None)
+        total += bounds[-1]
+        np.save(folder / f"docs-{number:05d}.npy", np.array(bounds, np.int64))
+        content.update(np.array(bounds, "<i8").tobytes())
+        sync(path)
+        sync(folder / f"docs-{number:05d}.npy")
+        yield {
+            "tokens": bounds[-1],
+            "documents": len(bounds) - 1,
+            "bytes": text_bytes,
+            "max_id": max_id,
+            "sha256": content.hexdigest(),
+        }
+        number += 1
+
+
+def file_identity(path: Path) -> dict:
+    """What a cached store remembers of a source file: a change of any of it makes another store."""
+    stat = os.stat(path)
+    return {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -1,0 +1,147 @@
+"""Held-out documents and windows of tokens, both as functions of an index: no packing state exists.
+
+stream    the documents of one split, end to end
+window w  tokens [w S, w S + S + 1) of the stream: S inputs and, one further, S targets
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from adaptive.data.store import TokenStore
+
+
+class Batch(NamedTuple):
+    """Rows of tokens; on a process, its own rows of the global batch.
+
+    tokens       i32[batch, seq]   inputs
+    targets      i32[batch, seq]   the token after each input
+    positions    i32[batch, seq]   counted from the start of the document, or of the row where that cut the document
+    segment_ids  i32[batch, seq]   which document of the row, from 1; 0 is padding
+    mask         f32[batch, seq]   1 where the target counts: not padding and of the document of its input
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    mask: np.ndarray
+
+
+class Split:
+    """The training or the held-out part of a store as one stream of tokens.
+
+    Document i is held out when i % every == every - 1. A store of fewer than `every` documents has no such document:
+    then the last 1/every of its tokens is held out, whatever document they are in. every = 0 holds nothing out.
+    """
+
+    def __init__(self, store: TokenStore, which: Literal["train", "validation"], every: int):
+        bounds = store.documents
+        held_out = which == "validation"
+        self.store = store
+        if every and len(bounds) <= every:
+            self.rule = f"the last 1/{every} of the tokens, as there are fewer than {every} documents"
+            bounds, keep = _cut_tail(bounds, len(store) - len(store) // every, held_out)
+        else:
+            self.rule = f"every {every}th document" if every else "nothing"
+            chosen = np.arange(len(bounds) - 1) % max(every, 1) == every - 1
+            keep = chosen if held_out else ~chosen
+        lengths = np.diff(bounds)[keep]
+        self.documents = np.concatenate([[0], np.cumsum(lengths)])  # i64[documents + 1], in tokens of the stream
+        # Runs of neighbouring documents are contiguous in the store and read at once.
+        run_starts = np.flatnonzero(keep & ~np.concatenate([[False], keep[:-1]]))
+        self._physical = bounds[:-1][run_starts]
+        self._logical = np.concatenate([[0], np.cumsum(np.diff(bounds) * keep)])[run_starts]
+
+    def __len__(self) -> int:
+        return int(self.documents[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """i32[stop - start] tokens of the stream."""
+        first, last = np.searchsorted(self._logical, [start, stop - 1], side="right") - 1
+        parts = []
+        for run in range(first, last + 1):
+            begin = max(start, self._logical[run])
+            end = stop if run == last else self._logical[run + 1]
+            shift = self._physical[run] - self._logical[run]
+            parts.append(self.store.read(begin + shift, end + shift))
+        return np.concatenate(parts)
+
+
+class Windows:
+    """Windows of a split, as a random-access source of Batch rows without the batch axis.
+
+    seq_len         S, the inputs of a window
+    partial         keep the last, shorter window, padded with segment 0; otherwise its tokens are dropped
+    cross_document  ignore document boundaries: one segment, positions 0 to S - 1, every target counts
+    filler          the token that padding holds
+    """
+
+    def __init__(self, split: Split, seq_len: int, *, partial: bool, cross_document: bool, filler: int):
+        predictions = max(len(split) - 1, 0)
+        self._split = split
+        self._seq_len = seq_len
+        self._cross_document = cross_document
+        self._filler = filler
+        self._count = -(-predictions // seq_len) if partial else predictions // seq_len
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __repr__(self) -> str:
+        return f"Windows({self._split.store.name}, {self._count} of {self._seq_len})"
+
+    def __getitem__(self, index: int) -> Batch:
+        start = int(index) * self._seq_len
+        stop = min(start + self._seq_len + 1, len(self._split))
+        tokens = self._split.read(start, stop)
+        bounds = self._split.documents
+        if self._cross_document:
+            opening = np.array([start])
+        else:
+            first = np.searchsorted(bounds, start, side="right")
+            opening = np.concatenate([[start], bounds[first : np.searchsorted(bounds, stop, side="left")]])
+        return make_row(tokens, opening - start, self._seq_len, self._filler)
+
+
+def make_row(tokens: np.ndarray, openings: np.ndarray, seq_len: int, filler: int) -> Batch:
+    """A row (fields without the batch axis) of up to seq_len + 1 tokens.
+
+    openings  i64[segments] ascending, the first 0: where in `tokens` each segment begins
+    """
+    used = len(tokens)
+    segments = np.zeros(seq_len + 1, np.int32)
+    segments[openings] = 1
+    segments = np.cumsum(segments, dtype=np.int32)
+    positions = np.arange(seq_len + 1) - openings[segments - 1]
+    segments[used:] = 0
+    padded = np.full(seq_len + 1, filler, np.int32)
+    padded[:used] = tokens
+    mask = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+    inputs = segments[:-1].copy()
+    inputs[used - 1 :] = 0  # the last token of a short window has no target
+    return Batch(
+        tokens=padded[:-1],
+        targets=padded[1:],
+        positions=np.where(inputs > 0, positions[:-1], 0).astype(np.int32),
+        segment_ids=inputs,
+        mask=mask.astype(np.float32),
+    )
+
+
+def stack(rows: list[Batch]) -> Batch:
+    """Rows to a batch: a new leading axis."""
+    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+
+
+def padding_row(seq_len: int, filler: int) -> Batch:
+    """A row that counts for nothing."""
+    zeros = np.zeros(seq_len, np.int32)
+    tokens = np.full(seq_len, filler, np.int32)
+    return Batch(tokens, tokens, zeros, zeros, zeros.astype(np.float32))
+
+
+def _cut_tail(bounds: np.ndarray, cut: int, tail: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Document bounds with one more at `cut`, and which of the pieces are wanted."""
+    bounds = np.unique(np.append(bounds, cut))
+    return bounds, (bounds[:-1] >= cut) == tail
