@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.layers.linear import normal_param, use
 from adaptive.layers.rope import Rope, rotate
 from adaptive.parallel.rules import constrain
-from adaptive.routing.rows import set_rows
+from adaptive.routing.rows import set_rows, take_rows
+from adaptive.routing.types import Selection
 from kernels_pallas.attention import causal_attention
 
 
@@ -37,13 +39,13 @@ class KeyValues(NamedTuple):
 class Memory(NamedTuple):
     """Keys and values computed earlier, at positions `rows`, that a layer attends to instead of its own.
 
-    update  i32[batch, n]: places in `rows` where this layer's own keys and values replace the old; None: none,
-            and no keys or values are computed
+    update  where in `rows` this layer's own keys and values replace the old: one slot per query, those that are not
+            valid keep the old; None: nowhere, and no keys or values are computed
     """
 
     kv: KeyValues
     rows: Rows
-    update: jax.Array | None = None
+    update: Selection | None = None
 
 
 class Attention(nnx.Module):
@@ -75,8 +77,7 @@ class Attention(nnx.Module):
         else:
             kv, keys = memory.kv, memory.rows
             if memory.update is not None:
-                own = self._keys_values(x, rows)
-                kv = KeyValues(set_rows(kv.k, memory.update, own.k), set_rows(kv.v, memory.update, own.v))
+                kv = replaced(kv, self._keys_values(x, rows), memory.update)
             q_index, k_index = rows.index, keys.index
         out = causal_attention(
             q,
@@ -93,6 +94,16 @@ class Attention(nnx.Module):
 
     def _keys_values(self, x: jax.Array, rows: Rows) -> KeyValues:
         return KeyValues(rotate(_project(x, self.k), rows.rope), _project(x, self.v))
+
+
+def replaced(old: KeyValues, own: KeyValues, where: Selection) -> KeyValues:
+    """`old` with the keys and values at the valid slots of `where` taken from `own`."""
+
+    def one(old: jax.Array, own: jax.Array) -> jax.Array:
+        kept = take_rows(old, where.indices)
+        return set_rows(old, where.indices, jnp.where(where.valid[:, :, None, None], own.astype(old.dtype), kept))
+
+    return KeyValues(one(old.k, own.k), one(old.v, own.v))
 
 
 def _project(x: jax.Array, weight: nnx.Param) -> jax.Array:

@@ -6,7 +6,6 @@ from flax import nnx
 from adaptive.layers.attention import Attention, KeyValues, Memory, Rows
 from adaptive.layers.feed_forward import FeedForward
 from adaptive.layers.norm import RMSNorm
-from adaptive.models.config import TransformerConfig
 from adaptive.parallel.rules import constrain
 
 
@@ -14,18 +13,27 @@ class DecoderLayer(nnx.Module):
     """h = x + attention(norm(x)); h + feed_forward(norm(h)).
 
     `stack` gives every parameter leading layer axes: such a module holds the parameters of many layers and is applied
-    through `scan_layers`, one slice at a time.
+    one slice at a time.
     """
 
-    def __init__(self, config: TransformerConfig, key: jax.Array, stack: tuple[int, ...] = ()):
-        c = config
-        attention, feed_forward = jax.random.split(key)
-        self.attention_norm = RMSNorm(c.hidden_size, c.norm_eps, stack)
-        self.attention = Attention(
-            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.init_std, attention, stack
-        )  # fmt: skip
-        self.feed_forward_norm = RMSNorm(c.hidden_size, c.norm_eps, stack)
-        self.feed_forward = FeedForward(c.hidden_size, c.intermediate_size, c.init_std, feed_forward, stack)
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        feed_forward: int,
+        norm_eps: float,
+        std: float,
+        key: jax.Array,
+        stack: tuple[int, ...] = (),
+    ):
+        attention_key, feed_forward_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(width, norm_eps, stack)
+        self.attention = Attention(width, heads, kv_heads, head_dim, std, attention_key, stack)
+        self.feed_forward_norm = RMSNorm(width, norm_eps, stack)
+        self.feed_forward = FeedForward(width, feed_forward, std, feed_forward_key, stack)
 
     def __call__(self, x: jax.Array, rows: Rows, memory: Memory | None = None) -> tuple[jax.Array, KeyValues]:
         """x [batch, n, width] -> (output of the same shape, residual paths included; keys and values attended to)."""

@@ -43,7 +43,7 @@ _placement: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.
 
 @contextlib.contextmanager
 def placement(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
-    """Within it, logical names mean axes of `mesh`; outside, every annotation is void. Trace (call) jitted code inside."""
+    """Within it, logical names mean axes of `mesh`; outside, annotations are void. Jitted code is traced inside."""
     token = _placement.set((mesh, rules))
     try:
         yield

@@ -16,8 +16,8 @@ def select_top(
     limit    i32[] at most this many of the capacity are valid; None: all
     returns  Selection of [batch, capacity]
 
-    Ties go to the earlier position. A slot that holds nothing (its score is -inf, or it lies past `limit`) has weight 0,
-    valid False and the index of a position that is not selected, so indices are always unique. The gradient of the
+    Ties go to the earlier position. A slot that holds nothing (its score is -inf, or it lies past `limit`) has weight
+    0, valid False and the index of a position that is not selected, so indices are always unique. The gradient of the
     selection itself is zero (MoR paper, section 2.2: it flows through the gate). `seq` must not be sharded.
     """
     if capacity == scores.shape[-1] and limit is None:

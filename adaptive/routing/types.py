@@ -9,7 +9,8 @@ import jax.numpy as jnp
 class Selection(NamedTuple):
     """Which positions of each sequence go through a module, with static shapes.
 
-    indices  i32[batch, capacity]   positions in the row, ascending; slots that hold nothing point at the last position
+    indices  i32[batch, capacity]   positions in the row, ascending and unique; a slot that holds nothing points at a
+                                    position that is not selected
     weights  f32[batch, capacity]   gate of each selected position; 0 where nothing is held
     valid    bool[batch, capacity]  whether the slot holds a position
 

@@ -1,0 +1,80 @@
+"""Expert choice over depth: each recursion picks the positions it computes (MoR paper, section 2.2)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.routing.losses import mean_over, router_z_loss, sampling_loss
+from adaptive.routing.rows import membership
+from adaptive.routing.scores import passes
+from adaptive.routing.select import select_top
+from adaptive.routing.types import Selection
+
+
+class Choice(NamedTuple):
+    """One recursion's decision among its candidates.
+
+    selection  among the candidates: indices count candidates, not positions of the row
+    losses     "aux_loss", "z_loss": f32[] before their coefficients
+    scalars    "accuracy" (share of candidates whose causal decision agrees with top-k), "gate" (mean weight)
+    """
+
+    selection: Selection
+    losses: dict[str, jax.Array]
+    scalars: dict[str, jax.Array]
+
+
+def capacity_limit(fraction: float, seq_len: int, step: jax.Array, warmup_steps: int) -> jax.Array:
+    """Positions i32[] a recursion may take at training step `step` (from 0) during a capacity warm-up.
+
+    c(t) = c + (1 - c) * (1 + cos(pi * min(1, t / warmup))) / 2 at t = step + 1, then max(1, int(c(t) * seq_len))
+    (released code, expert_choice_router.py; it counts forward passes, here a step counts once).
+    """
+    progress = jnp.minimum(1.0, (step + 1) / warmup_steps)
+    warm = fraction + (1 - fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return jnp.where(
+        progress < 1.0, jnp.maximum(1, jnp.floor(warm * seq_len)), max(1, int(fraction * seq_len))
+    ).astype(jnp.int32)  # fmt: skip
+
+
+def choose(
+    logits: jax.Array,
+    gates: jax.Array,
+    capacity: int,
+    *,
+    ranking: jax.Array | None = None,
+    decision: jax.Array | None = None,
+    candidates: jax.Array | None = None,
+    limit: jax.Array | None = None,
+) -> Choice:
+    """Top-k among the candidates of one recursion.
+
+    logits      f32[batch, n]   main router
+    gates       f32[batch, n]   weights, as activated
+    ranking     f32[batch, n]   what top-k ranks; None: the logits, which saturate later than the activated scores
+    decision    f32[batch, n]   logits that learn the decision by binary cross entropy; None: the main router's
+    candidates  bool[batch, n]  None: all
+    """
+    ranking = logits if ranking is None else ranking
+    decision = logits if decision is None else decision
+    if candidates is not None:
+        ranking = jnp.where(candidates, ranking, -jnp.inf)
+    selection = select_top(ranking, gates, capacity, limit)
+    chosen = chosen_of(selection, logits.shape[-1])
+    losses = {
+        "aux_loss": sampling_loss(decision, chosen, candidates),
+        "z_loss": router_z_loss(logits[..., None], candidates),
+    }
+    scalars = {
+        "accuracy": mean_over((passes(decision) == chosen).astype(jnp.float32), candidates),
+        "gate": mean_over(selection.weights, selection.valid),
+    }
+    return Choice(selection, losses, scalars)
+
+
+def chosen_of(selection: Selection, n: int) -> jax.Array:
+    """bool[batch, n]: which of n candidates the selection holds."""
+    if selection.indices.shape[-1] == n:
+        return selection.valid  # ascending and unique: slot i is candidate i
+    return membership(selection, n)
