@@ -4,8 +4,10 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,3 +81,13 @@ def gathered(value: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.D
     """
     names = axes[len(axes) - value.ndim :]
     return constrain(value.astype(dtype), *(None if n == "width" else n for n in names))
+
+
+def constrain_state(state: Any) -> Any:
+    """A state of parameters (or its gradient) with every variable placed as its logical axes say."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata().get("axes")
+        return variable if axes is None else variable.replace(constrain(variable.get_value(), *axes))
+
+    return jax.tree.map(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

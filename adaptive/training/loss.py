@@ -1,0 +1,85 @@
+"""Next-token cross entropy from hidden states, without ever holding all logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.parallel.rules import batch_shards, constrain
+
+LOGITS_BUDGET = 2**24  # logits that exist at once, per batch shard, unless a recipe says otherwise
+
+
+def chunk_length(seq: int, rows: int, vocab: int) -> int:
+    """The longest divisor of `seq` for which rows * length * vocab logits stay within the budget (at least 1)."""
+    fits = max(1, LOGITS_BUDGET // max(1, rows * vocab))
+    return max(n for n in range(1, seq + 1) if seq % n == 0 and (n <= fits or n == 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy_sum(
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """(sum over unmasked positions of the negative log-likelihood f32[], each position's f32[batch, seq]).
+
+    hidden   [batch, seq, width]
+    weight   [vocab, width] output matrix
+    targets  i32[batch, seq]
+    mask     f32[batch, seq] weight of each position in the sum
+    chunk    positions of each sequence whose logits exist at once; divides seq
+
+    The gradient is computed with the loss, chunk by chunk, so logits are neither kept nor computed twice: three matmuls
+    of batch * seq * width * vocab in all. Only the sum is differentiable.
+    """
+    nll = jax.lax.map(lambda args: _nll(*args, weight)[0], _chunks(hidden, targets, mask, chunk=chunk))
+    nll = _join(nll)
+    return (nll * mask).sum(), nll
+
+
+def _nll(hidden, targets, mask, weight):
+    logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "batch", "seq", "vocab")
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_z - picked, logits, log_z
+
+
+def _forward(hidden, weight, targets, mask, chunk):
+    """Loss and gradients together. Each batch shard sums its own share of the weight's gradient over the chunks, so
+    that the sum over devices happens once, after the loop."""
+    shards, width = batch_shards(), hidden.shape[-1]
+
+    def body(d_weight, args):
+        h, t, m = args
+        nll, logits, log_z = _nll(h, t, m, weight)
+        p = jnp.exp(logits - log_z[..., None])
+        p = p - (t[..., None] == jax.lax.broadcasted_iota(jnp.int32, p.shape, 2))
+        d_logits = (p * m[..., None]).astype(h.dtype)
+        d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, weight)
+        per_shard = (d_logits.reshape(shards, -1, p.shape[-1]), h.reshape(shards, -1, width))
+        step = jnp.einsum("nsv,nsd->nvd", *per_shard, preferred_element_type=jnp.float32)
+        return constrain(d_weight + step, "batch", "vocab", None), (nll, d_hidden)
+
+    zero = constrain(jnp.zeros((shards, *weight.shape), jnp.float32), "batch", "vocab", None)
+    d_weight, (nll, d_hidden) = jax.lax.scan(body, zero, _chunks(hidden, targets, mask, chunk=chunk))
+    nll = _join(nll)
+    return ((nll * mask).sum(), nll), (_join(d_hidden), d_weight.sum(0).astype(weight.dtype))
+
+
+def _backward(chunk, residuals, cotangents):
+    d_hidden, d_weight = residuals
+    g, _ = cotangents
+    return (d_hidden * g.astype(d_hidden.dtype), d_weight * g.astype(d_weight.dtype), None, None)
+
+
+cross_entropy_sum.defvjp(_forward, _backward)
+
+
+def _chunks(*arrays: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
+    """Each [batch, seq, ...] as [seq / chunk, batch, chunk, ...]: the batch stays where it is sharded."""
+    return tuple(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in arrays)
+
+
+def _join(a: jax.Array) -> jax.Array:
+    a = a.swapaxes(0, 1)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])

@@ -1,0 +1,64 @@
+"""The state of a run: born sharded, plain when saved."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from adaptive.parallel.mesh import place
+from adaptive.parallel.rules import AxisRules, placement
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes.
+
+    step     i32[]  steps taken, skipped ones included: the position in the data
+    skipped  i32[]  steps whose loss or gradient was not finite, which changed nothing else
+    params   nnx.State of nnx.Param
+    buffers  nnx.State of variables that no gradient trains
+    opt      optax state
+    key      u32[2] key data of the run's PRNG key
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Any
+    buffers: Any
+    opt: optax.OptState
+    key: jax.Array
+
+
+Build = Callable[[jax.Array], nnx.Module]
+
+
+def abstract_model(build: Build) -> tuple[nnx.GraphDef, Any]:
+    """(graphdef, state of ShapeDtypeStructs) of the model that `build(key)` makes; no array is created."""
+    return nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+
+
+def initial_state(build: Build, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state at step 0; traceable. `build(key) -> nnx.Module` draws every parameter from the key."""
+    _, params, buffers = nnx.split(build(key), nnx.Param, ...)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, params, buffers, tx.init(params), jax.random.key_data(key))
+
+
+def state_shardings(build: Build, tx: optax.GradientTransformation, mesh: Mesh, rules: AxisRules) -> TrainState:
+    """Where each array of the state lives. Optimizer moments follow the parameter they belong to.
+
+    Raises MeshError where a dimension does not divide over the mesh.
+    """
+    return place(jax.eval_shape(lambda key: initial_state(build, tx, key), jax.random.key(0)), mesh, rules)
+
+
+def fresh_state(
+    build: Build, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, rules: AxisRules
+) -> TrainState:
+    """The state at step 0, every array created on the devices that keep it."""
+    shardings = state_shardings(build, tx, mesh, rules)
+    with placement(mesh, rules):
+        return jax.jit(lambda key: initial_state(build, tx, key), out_shardings=shardings)(key)
