@@ -9,8 +9,11 @@ import numpy as np
 
 from adaptive.data.config import DataConfig
 from adaptive.data.files import digest
+from adaptive.data.foreign import open_tokens
 from adaptive.data.prepare import cached_store, source_files
-from adaptive.data.store import TokenStore
+from adaptive.data.shards import Shard, check_fingerprint
+from adaptive.data.streaming import StreamedData
+from adaptive.data.synthetic import SyntheticRows
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.data.windows import Batch, Split, Windows, padding_row, stack
 from adaptive.errors import DataError
@@ -60,34 +63,31 @@ class Data(Protocol):
         """Lines that tell the user what will be read."""
 
 
+class RowSource(Protocol):
+    """Rows (a Batch without the batch axis) by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """One entry of `data.paths` with its two splits."""
+class Source:
+    """One entry of `data.paths`: the rows to train on and those held out.
+
+    identity  changes whenever a row would
+    about     lines for the user
+    """
 
     name: str
-    store: TokenStore
-    train: Windows
-    validation: Windows
-    train_split: Split
-    validation_split: Split
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Which rows a process takes: those whose global index is `index` modulo `count`."""
-
-    index: int
-    count: int
-    batch_size: int  # global
-
-    @property
-    def rows(self) -> int:
-        return self.batch_size // self.count
+    train: RowSource
+    held_out: RowSource
+    identity: str
+    about: tuple[str, ...]
 
 
 class IndexedTrainBatches:
-    """TrainBatches over a random-access data set; its state is the number of sequences consumed."""
+    """See TrainBatches; the state is the number of sequences consumed."""
 
     def __init__(self, rows: grain.MapDataset, shard: Shard, start: int, prefetch: int, fingerprint: str):
         mine = rows[start + shard.index :: shard.count].batch(shard.rows, drop_remainder=True, batch_fn=stack)
@@ -112,19 +112,22 @@ class IndexedTrainBatches:
         self._batches.close()
 
 
-class StoredData:
-    """Data from token stores: every row is a function of its index."""
+class IndexedData:
+    """Data whose every row is a function of its index; see Data.
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, corpora: list[Corpus], shard: Shard):
+    Sources are mixed by `config.weights`, or by their number of rows. Each is shuffled as a whole, anew in each epoch.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: list[Source], shard: Shard):
         self.tokenizer = tokenizer
         self._config = config
-        self._corpora = corpora
+        self._sources = sources
         self._shard = shard
-        sizes = [float(len(corpus.train)) for corpus in corpora]
-        self._weights = list(config.weights) or [size / sum(sizes) for size in sizes]
+        weights = config.weights or [float(len(source.train)) for source in sources]
+        self._weights = [weight / sum(weights) for weight in weights]
         self.fingerprint = digest(
             {
-                "tokens": [corpus.store.fingerprint for corpus in corpora],
+                "sources": [source.identity for source in sources],
                 "weights": self._weights,
                 "seq_len": config.seq_len,
                 "shuffle_seed": config.shuffle_seed if config.shuffle else None,
@@ -133,66 +136,48 @@ class StoredData:
         )
 
     def train(self, state: dict | None = None) -> IndexedTrainBatches:
-        start = resume_index(state, self.fingerprint)
+        check_fingerprint(state, self.fingerprint)
+        start = state["next_index"] if state else 0
         return IndexedTrainBatches(self._rows(), self._shard, start, self._config.prefetch, self.fingerprint)
 
     def _rows(self) -> grain.MapDataset:
         parts = []
-        for corpus in self._corpora:
-            rows = grain.MapDataset.source(corpus.train).seed(corpus.seed)
+        for i, source in enumerate(self._sources):
+            rows = grain.MapDataset.source(source.train).seed(self._config.shuffle_seed + i)
             parts.append((rows.shuffle() if self._config.shuffle else rows).repeat())
         return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=self._weights)
 
     def validation(self, batches: int = 0) -> Iterator[Batch]:
-        held_out = [corpus.validation for corpus in self._corpora]
-        total = sum(len(windows) for windows in held_out)
+        ends = np.cumsum([len(source.held_out) for source in self._sources])
+        total = int(ends[-1])
         count = min(batches * self._shard.batch_size, total) if batches else total
-        ends = np.cumsum([len(windows) for windows in held_out])
 
         def row(i: int) -> Batch:
             if i >= count:
                 return padding_row(self._config.seq_len, self.tokenizer.eos_id)
-            # Evenly spaced over all corpora, so that a few batches speak for the whole.
+            # Evenly spaced over all sources, so that a few batches speak for the whole.
             at = i * total // count
-            corpus = int(np.searchsorted(ends, at, side="right"))
-            return held_out[corpus][at - (int(ends[corpus - 1]) if corpus else 0)]
+            source = int(np.searchsorted(ends, at, side="right"))
+            held_out = self._sources[source].held_out
+            return held_out[at - int(ends[source]) + len(held_out)]
 
         for first in range(0, count, self._shard.batch_size):
             mine = range(first + self._shard.index, first + self._shard.batch_size, self._shard.count)
             yield stack([row(i) for i in mine])
 
     def validation_passage(self, length: int) -> np.ndarray:
-        for corpus in self._corpora:
-            if len(corpus.validation_split):
-                return corpus.validation_split.read(0, min(length, len(corpus.validation_split)))
-        return np.zeros(0, np.int32)
+        held_out = next((source.held_out for source in self._sources if len(source.held_out)), ())
+        count = min(len(held_out), -(-length // self._config.seq_len))
+        rows = [held_out[i] for i in range(count)]
+        tokens = [row.tokens[row.segment_ids > 0] for row in rows]
+        return np.concatenate([np.zeros(0, np.int32), *tokens])[:length]
 
     def describe(self) -> list[str]:
-        lines = []
-        lengths = self.tokenizer.token_byte_lengths()
-        for corpus, weight in zip(self._corpora, self._weights, strict=True):
-            split, held = corpus.train_split, corpus.validation_split
-            opening = split.read(0, min(_SHOWN_TOKENS, len(split)))
-            lines.append(
-                f"{corpus.name}: {len(split.documents) - 1:,} documents, {len(split):,} tokens, "
-                f"{len(corpus.train):,} rows of {self._config.seq_len} to train on; "
-                f"{len(held):,} tokens held out ({held.rule}); {weight / sum(self._weights):.0%} of the rows"
-            )
-            lines.append(f"{corpus.name} begins: {self.tokenizer.decode(opening)!r} ({lengths[opening].sum()} bytes)")
-        return lines
-
-
-def resume_index(state: dict | None, fingerprint: str) -> int:
-    """Where to continue. Raises DataError when `state` is of data with another fingerprint."""
-    if state is None:
-        return 0
-    if state["fingerprint"] != fingerprint:
-        raise DataError(
-            "the saved position is in other data: its fingerprint is "
-            f"{state['fingerprint'][:12]}, the recipe's is {fingerprint[:12]}. A corpus, the tokenizer, data.seq_len, "
-            "data.weights, data.shuffle_seed or data.validation_every changed; restore them or start a new workdir"
-        )
-    return int(state["next_index"])
+        lines = [line for source in self._sources for line in source.about]
+        if len(self._sources) == 1:
+            return lines
+        shares = ", ".join(f"{s.name} {w:.0%}" for s, w in zip(self._sources, self._weights, strict=True))
+        return [*lines, f"rows are drawn from {shares}"]
 
 
 def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tuple[int, int] = (0, 1)) -> Data:
@@ -202,26 +187,33 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
     vocab_size  of the model; the tokenizer's and every token must fit
     shard       (index, count) of this process among those that read different rows
 
-    Raises DataError for anything missing, malformed, too small or ill-fitting.
+    Raises DataError for anything missing, malformed, too small or ill-fitting; HubError, a DataError, where the
+    Hugging Face hub is needed and cannot be reached.
     """
-    index, count = shard
-    if batch_size % count:
-        raise DataError(f"a global batch of {batch_size} does not divide over {count} processes")
+    rows = Shard(*shard, batch_size)
+    _check(config)
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}: "
-            f"set model.vocab_size={tokenizer.vocab_size} or more, or choose another data.tokenizer"
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}: set "
+            f"model.vocab_size={tokenizer.vocab_size} or more, or choose another data.tokenizer"
         )
-    _check(config)
-    corpora = [_corpus(config, i, tokenizer, vocab_size) for i in range(len(config.paths))]
-    rows = sum(len(corpus.train) for corpus in corpora)
-    if rows < batch_size:
+    if config.source == "huggingface":
+        from adaptive.data.huggingface import HubDocuments
+
+        streams = [HubDocuments(path, config.text_key) for path in config.paths]
+        return StreamedData(config, tokenizer, streams, rows)
+    if config.source == "synthetic":
+        sources = [_synthetic_source(config, path, vocab_size) for path in config.paths]
+    else:
+        sources = [_stored_source(config, path, tokenizer) for path in config.paths]
+    total = sum(len(source.train) for source in sources)
+    if total < batch_size:
         raise DataError(
-            f"{', '.join(config.paths)} gives {rows} rows of data.seq_len={config.seq_len} tokens, fewer than one "
+            f"{', '.join(config.paths)} gives {total} rows of data.seq_len={config.seq_len} tokens, fewer than one "
             f"batch of {batch_size}: use more text, a smaller train.batch_size or a smaller data.seq_len"
         )
-    return StoredData(config, tokenizer, corpora, Shard(index, count, batch_size))
+    return IndexedData(config, tokenizer, sources, rows)
 
 
 def _check(config: DataConfig) -> None:
@@ -229,35 +221,44 @@ def _check(config: DataConfig) -> None:
         raise DataError("data.paths is empty: name at least one source")
     if config.weights and len(config.weights) != len(config.paths):
         raise DataError(f"data.weights has {len(config.weights)} numbers for {len(config.paths)} data.paths")
-    if any(weight <= 0 for weight in config.weights):
+    if not all(weight > 0 for weight in config.weights):
         raise DataError(f"data.weights={config.weights}: every weight must be above 0")
-    if config.seq_len < 1 or config.validation_every < 0 or config.validation_every == 1:
-        raise DataError(
-            f"data.seq_len={config.seq_len} must be 1 or more; data.validation_every={config.validation_every} must be "
-            "0 (hold nothing out) or 2 or more"
-        )
+    if config.seq_len < 1:
+        raise DataError(f"data.seq_len={config.seq_len} must be 1 or more")
+    if config.validation_every < 0 or config.validation_every == 1:
+        raise DataError(f"data.validation_every={config.validation_every} must be 0 (hold nothing out) or 2 or more")
 
 
-def _corpus(config: DataConfig, i: int, tokenizer: Tokenizer, vocab_size: int) -> Corpus:
-    path = config.paths[i]
-    files = source_files(config.source, path, config.cache_dir)
-    store = cached_store(files, tokenizer, text_key=config.text_key, cache=config.cache_dir)
-    if store.max_id >= vocab_size:
-        raise DataError(f"{path} holds token id {store.max_id}, the model's vocabulary ends at {vocab_size - 1}")
+def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Source:
+    if config.source == "tokens":
+        store = open_tokens(path, tokenizer, config.token_dtype, config.cache_dir)
+    else:
+        files = source_files(config.source, path, config.cache_dir)
+        store = cached_store(files, tokenizer, text_key=config.text_key, cache=config.cache_dir)
     train, held_out = (Split(store, which, config.validation_every) for which in ("train", "validation"))
     shape = {"cross_document": config.cross_document, "filler": tokenizer.eos_id}
-    windows = Windows(train, config.seq_len, partial=False, **shape)
-    if not len(windows):
+    rows = Windows(train, config.seq_len, partial=False, **shape)
+    if not len(rows):
         raise DataError(
             f"{path} has {len(train):,} tokens to train on, one row of data.seq_len={config.seq_len} needs "
             f"{config.seq_len + 1}: use more text or a smaller data.seq_len"
         )
-    return Corpus(
+    opening = tokenizer.decode(train.read(0, min(_SHOWN_TOKENS, len(train))))
+    return Source(
         name=path,
-        store=store,
-        train=windows,
-        validation=Windows(held_out, config.seq_len, partial=True, **shape),
-        train_split=train,
-        validation_split=held_out,
-        seed=config.shuffle_seed + i,
+        train=rows,
+        held_out=Windows(held_out, config.seq_len, partial=True, **shape),
+        identity=store.fingerprint,
+        about=(
+            f"{path}: {len(train.documents) - 1:,} documents, {len(train):,} tokens, {len(rows):,} rows of "
+            f"{config.seq_len} to train on; {len(held_out):,} tokens held out ({train.rule})",
+            f"{path} begins {opening!r}",
+        ),
     )
+
+
+def _synthetic_source(config: DataConfig, name: str, vocab_size: int) -> Source:
+    shape = {"seq_len": config.seq_len, "vocab_size": vocab_size, "seed": config.shuffle_seed}
+    train, held_out = (SyntheticRows(name, held_out=which, **shape) for which in (False, True))
+    about = f"{name}: made from the row's index, {len(held_out)} rows held out"
+    return Source(name, train, held_out, f"{name} of {vocab_size}, seed {config.shuffle_seed}", (about,))

@@ -1,0 +1,117 @@
+"""The Hugging Face hub: data sets as streams of documents, and tokenizers. Reached only for names that ask for it."""
+
+import itertools
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from adaptive.data.streaming import Group
+from adaptive.errors import DataError
+
+_REACH_WITHIN_S = 4.0
+_GROUP = 1024  # documents fetched, shuffled and tokenised at once
+
+
+class HubError(DataError):
+    """The hub cannot be reached, or does not have what was named. The same recipe can run on local data."""
+
+
+def require_hub(purpose: str) -> None:
+    """Returns if the hub answers within four seconds, else raises HubError saying what it was needed for."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        raise HubError(f"{purpose} needs the Hugging Face hub, but HF_HUB_OFFLINE is set")
+    outcome: list[str] = []
+
+    def probe() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_REACH_WITHIN_S).close()
+            outcome.append("")
+        except urllib.error.HTTPError as answer:  # any answer below 500 shows that it is there
+            outcome.append("" if answer.code < 500 else f"it answers {answer.code}")
+        except Exception as error:
+            outcome.append(str(getattr(error, "reason", error)))
+
+    # Looking up a name has no time limit of its own, hence the thread.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(_REACH_WITHIN_S)
+    problem = outcome[0] if outcome else f"no answer within {_REACH_WITHIN_S:.0f} s"
+    if problem:
+        raise HubError(f"{purpose} needs the Hugging Face hub, but {endpoint} cannot be reached ({problem})")
+
+
+def hub_tokenizer(name: str) -> Path:
+    """Path of the `tokenizer.json` of a hub repository, downloaded if it is not in the hub's own cache."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        require_hub(f"the tokenizer {name}")
+        raise HubError(f"the tokenizer {name} is on the Hugging Face hub: pip install 'adaptive[hf]'") from None
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", local_files_only=True))
+    except Exception:  # not in the cache: several kinds of error, by version
+        require_hub(f"the tokenizer {name} (no such file here)")
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=_REACH_WITHIN_S))
+    except Exception as error:
+        raise HubError(f"the tokenizer {name} cannot be had from the Hugging Face hub: {error}") from None
+
+
+class HubDocuments:
+    """Documents of a hub data set, streamed in groups; see `streaming.DocumentStream`.
+
+    repo      "owner/name" or "owner/name:config"; its split `train` is read
+    text_key  the field with the text
+    """
+
+    def __init__(self, repo: str, text_key: str):
+        self.name = repo
+        self._text_key = text_key
+        require_hub(f"the data set {repo}")
+        self._dataset = _load(repo)
+
+    def groups(self, position: dict | None) -> Iterator[Group]:
+        position = position or {"documents": 0, "dataset": None}
+        seen = position["documents"]
+        dataset = self._dataset if position["dataset"] is None else _copy_at(self._dataset, position["dataset"])
+        rows = iter(dataset)
+        while True:
+            here = {"documents": seen, "dataset": dataset.state_dict() if seen else None}
+            texts = [self._text(row) for row in itertools.islice(rows, _GROUP)]
+            if not texts:
+                return
+            yield Group(here, seen, texts)
+            seen += len(texts)
+
+    def _text(self, row: dict) -> str:
+        value = row.get(self._text_key)
+        if not isinstance(value, str):
+            raise DataError(
+                f"the data set {self.name} has no text in '{self._text_key}'; its fields are {', '.join(row)} "
+                "(set data.text_key)"
+            )
+        return value
+
+
+def _copy_at(dataset, state: dict):
+    import copy
+
+    dataset = copy.deepcopy(dataset)
+    dataset.load_state_dict(state)
+    return dataset
+
+
+def _load(repo: str):
+    try:
+        import datasets
+    except ImportError:
+        raise HubError(f"the data set {repo} is on the Hugging Face hub: pip install 'adaptive[hf]'") from None
+    name, _, config = repo.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split="train", streaming=True)
+    except Exception as error:
+        raise HubError(f"the data set {repo} cannot be had from the Hugging Face hub: {error}") from None
