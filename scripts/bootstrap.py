@@ -92,7 +92,8 @@ def nvidia_driver() -> str | None:
 def digest(lock: str, version: str) -> str:
     """Changes with the pins, the package's own metadata, Python's version and the place of the repository."""
     parts = [(ROOT / "requirements" / f"{lock}.txt").read_bytes(), (ROOT / "pyproject.toml").read_bytes()]
-    parts += [version.encode(), os.fsencode(ROOT)]
+    packages = sorted({path.parent.name for path in ROOT.glob("*/*.py")})  # an editable install lists them by name
+    parts += [version.encode(), os.fsencode(ROOT), " ".join(packages).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -174,7 +175,7 @@ def make_venv() -> None:
         import venv
     except ImportError:
         raise SetupError(
-            f"{sys.executable} cannot make virtual environments (no ensurepip, which Debian and Ubuntu package apart).\n"
+            f"{sys.executable} cannot make virtual environments (no ensurepip: Debian and Ubuntu package it apart).\n"
             f"Install it: apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-venv\n"
             "or name another interpreter: ADAPTIVE_PYTHON=/path/to/python3 and the same command."
         ) from None
