@@ -1,0 +1,313 @@
+"""What a run measures: rows of metrics.jsonl, means over a logging interval, honest ratios, alarms.
+
+A row is one flat JSON object. Rows of training steps hold
+
+    step, tokens, flops, seconds     how far: steps taken, their tokens and analytic FLOPs, wall time since the start
+    loss, ce, bits_per_byte          total loss and cross entropy (nats per token), the latter in bits per byte of text
+    grad_norm, learning_rate, skipped (steps of the interval that changed nothing: not finite)
+    tokens_per_s, step_ms, data_wait_ms, flops_per_s
+    mfu_active, mfu_dense_equivalent where the device's peak is known
+    aux/NAME, routing/NAME           auxiliary losses before their coefficients; router statistics
+
+and rows of evaluations hold step, tokens, flops, seconds and eval/loss, eval/bits_per_byte, eval/dead_token_ratio,
+eval/routing/NAME; a second way of selecting is named in between, as in eval/threshold/loss. Values are means over the
+steps since the row before, because a single step may be a transient. What is not finite is null.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from adaptive.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """The rows of a run, kept in WORKDIR/metrics.jsonl: the truth that reports and plots read.
+
+    Every row is handed to the system when `write` returns, so it outlives a killed process. `MetricsLog(None)`, for
+    processes other than 0, accepts rows and keeps none.
+    """
+
+    def __init__(self, path: Path | None, last: Row | None = None):
+        self.last = last  # the newest row that was kept at opening: where a resumed run goes on counting
+        self._file = None if path is None else path.open("a", encoding="utf-8")
+
+    @classmethod
+    def open(cls, workdir: str | Path, resume_step: int) -> "MetricsLog":
+        """Opens the log for a run that goes on after `resume_step` (0: a fresh one).
+
+        Rows past that step are dropped, because those steps will be taken again, and so is a line that a killed process
+        left unfinished. Raises UserError where the folder cannot be written.
+        """
+        path = Path(workdir) / METRICS_FILE
+        try:
+            kept = [row for row in _rows(path) if row.get("step", 0) <= resume_step]
+            write_atomically(path, "".join(map(_line, kept)))
+            return cls(path, kept[-1] if kept else None)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --workdir") from None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row; numbers may be of numpy or of 0-d arrays."""
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_rows(workdir: str | Path) -> list[Row]:
+    """The rows of WORKDIR/metrics.jsonl in order, whole lines alone; none where there is no file."""
+    return list(_rows(Path(workdir) / METRICS_FILE))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file so that a reader, or a kill, sees the old or the new text and nothing between."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class OneStepLate:
+    """Hands metrics to the host a step late, so that the device never waits for a print.
+
+    Call `swap` right after dispatching a step: it returns what the step before measured, which has been computed by
+    then or soon will be, while the new step runs.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[int, Any] | None = None
+
+    def swap(self, step: int, metrics: Any) -> tuple[int, Any] | None:
+        """(step, metrics as numpy) of the previous call, None at first; holds these instead."""
+        for leaf in jax.tree.leaves(metrics):
+            leaf.copy_to_host_async()
+        due, self._held = self._held, (step, metrics)
+        return _fetched(due)
+
+    def flush(self) -> tuple[int, Any] | None:
+        """(step, metrics as numpy) of what is still held, if anything; waits for it."""
+        due, self._held = self._held, None
+        return _fetched(due)
+
+
+def _fetched(held: tuple[int, Any] | None) -> tuple[int, Any] | None:
+    return None if held is None else (held[0], jax.device_get(held[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What one optimizer step costs, over all devices, by the analytic account.
+
+    tokens          int    positions computed, padding included
+    flops           float  FLOPs of forward and backward with the capacities that are really computed
+    dense_flops     float  FLOPs if every token took every layer of the unrolled model
+    bytes_per_token float  UTF-8 bytes a token stands for, on average: makes bits per byte of nats per token
+    peak            float  FLOP/s of all devices together; None where it is not known
+    """
+
+    tokens: int
+    flops: float
+    dense_flops: float
+    bytes_per_token: float
+    peak: float | None = None
+
+
+class Meter:
+    """Collects step metrics over a logging interval and makes a row of them.
+
+    `seconds` continues from an earlier attempt of the run; `clock` returns seconds.
+    """
+
+    def __init__(self, cost: StepCost, seconds: float = 0.0, clock: Callable[[], float] = time.perf_counter):
+        self._cost, self._clock = cost, clock
+        self._origin = clock() - seconds
+        self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        self._steps, self._wait, self._idle = 0, 0.0, 0.0
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._since = self._clock()
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """The metrics of one step, each a scalar."""
+        self._steps += 1
+        for name, value in metrics.items():
+            number = float(value)
+            self._counts.setdefault(name, 0)
+            if math.isfinite(number):
+                self._sums[name] = self._sums.get(name, 0.0) + number
+                self._counts[name] += 1
+
+    def waited(self, seconds: float) -> None:
+        """Time the loop stood still for want of data."""
+        self._wait += seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training step (evaluation, a checkpoint): it counts as wall time, not as step time."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._idle += self._clock() - begin
+
+    def position(self, step: int) -> Row:
+        """How far the run is after `step` steps: the columns that rows of every kind begin with."""
+        cost = self._cost
+        seconds = self._clock() - self._origin
+        return {"step": step, "tokens": step * cost.tokens, "flops": step * cost.flops, "seconds": round(seconds, 3)}
+
+    def row(self, step: int, **more: Any) -> Row:
+        """The row of the steps added since the last one, `step` being the newest; begins a new interval.
+
+        A mean leaves out steps where the quantity was not finite; if it never was, it is NaN.
+        """
+        means = {name: self._sums[name] / n if n else math.nan for name, n in self._counts.items()}
+        if "skipped" in means:
+            means["skipped"] = int(self._sums.get("skipped", 0))
+        if "ce" in means:
+            means["bits_per_byte"] = bits_per_byte(means["ce"], self._cost.bytes_per_token)
+        row = {**self.position(step), **means, **more, **self._rates()}
+        self._begin_interval()
+        return row
+
+    def _rates(self) -> Row:
+        busy = self._clock() - self._since - self._idle
+        if not self._steps or busy <= 0:
+            return {}
+        cost, per_step = self._cost, busy / self._steps
+        rates = {
+            "tokens_per_s": cost.tokens / per_step,
+            "step_ms": 1e3 * per_step,
+            "data_wait_ms": 1e3 * self._wait / self._steps,
+            "flops_per_s": cost.flops / per_step,
+        }
+        if cost.peak:
+            rates["mfu_active"] = cost.flops / per_step / cost.peak
+            rates["mfu_dense_equivalent"] = cost.dense_flops / per_step / cost.peak
+        return rates
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Bits per byte of text; NaN where tokens stand for no text."""
+    return nats_per_token / (math.log(2) * bytes_per_token) if bytes_per_token > 0 else math.nan
+
+
+# Dense (not sparse) bfloat16 matmul peak in FLOP/s per jax device, by its exact `device_kind`, from the makers' data
+# sheets. TPU7x shows two devices per chip; the others one. A name that is not here has no peak: a guess would make
+# every utilisation wrong.
+PEAK_BFLOAT16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str, compute_dtype: str) -> tuple[float | None, str]:
+    """(peak FLOP/s of one device or None, one line that says why).
+
+    device_kind    `jax.devices()[0].device_kind`
+    compute_dtype  "bfloat16" has known peaks; for others the peak depends on the matmul precision in force
+    """
+    if compute_dtype != "bfloat16":
+        return None, f"no MFU: only bfloat16 peaks are known, this run computes in {compute_dtype}"
+    peak = PEAK_BFLOAT16.get(device_kind)
+    if peak is None:
+        return None, f"no MFU: the peak of device kind '{device_kind}' is not known"
+    return peak, f"MFU against {peak / 1e12:g} TFLOP/s, the dense bfloat16 peak of one {device_kind}"
+
+
+LATE = 0.5  # share of a run after which routers are expected to have settled
+
+
+def health_warnings(row: Mapping[str, Any], progress: float = 1.0) -> list[str]:
+    """What a row of either kind gives reason to worry about, a sentence each; empty if nothing.
+
+    progress  share of the run's steps taken at the row. Limits: MoR paper, section on router design (its good runs have
+    sampling accuracy above 99%, dead tokens below 0.4%, MaxVio 0.27); data wait above 3% of the step.
+    """
+    found = []
+    for prefix in ("", "eval/"):
+        accuracy = _number(row, f"{prefix}routing/accuracy")
+        if progress >= LATE and accuracy is not None and accuracy < 0.95:
+            found.append(
+                f"sampling accuracy {accuracy:.1%} (good: above 99%): the causal decision often differs from top-k, "
+                "so generated text takes other depths than training did; raise model.router.aux_coefficient"
+            )
+        max_vio = _number(row, f"{prefix}routing/max_vio")
+        if max_vio is not None and max_vio > 1:
+            found.append(
+                f"MaxVio {max_vio:.2f} (good: below 0.5): one depth takes more than twice its share of tokens; "
+                "raise model.router.balance_coefficient"
+            )
+    dead = _number(row, "eval/dead_token_ratio")
+    if dead is not None and dead > 0.05 + (_number(row, "eval/dead_token_ratio_by_chance") or 0.0):
+        found.append(
+            f"{dead:.1%} of positions never reach the last recursion (good: below 0.4%): the router chooses by position"
+        )
+    wait, step = _number(row, "data_wait_ms"), _number(row, "step_ms")
+    if wait is not None and step and wait > 0.03 * step:
+        found.append(
+            f"the step waits {wait:.1f} ms of {step:.1f} ms for data ({wait / step:.0%}): raise data.prefetch or "
+            "prepare a token store with `python -m adaptive.data prepare`"
+        )
+    if _number(row, "skipped"):
+        found.append(f"{row['skipped']} step(s) skipped: the loss or a gradient was not finite")
+    return list(dict.fromkeys(found))
+
+
+def _number(row: Mapping[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,124 @@
+"""From what an evaluation step returns to the record of routing that a report shows. Numpy alone, on the host."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from adaptive.data.tokenizers import Tokenizer
+from adaptive.training.report.schema import (
+    END_MARK,
+    SCORE_BINS,
+    RecursionRecord,
+    RoutingRecord,
+    SampleRecord,
+    TokenRecord,
+)
+
+
+class RoutingCounter:
+    """Counts what routing did over held-out batches.
+
+    router      "none", "expert_choice" or "token_choice"
+    recursions  passes through the shared block at most
+    """
+
+    def __init__(self, router: str, recursions: int):
+        self._router, self._n = router, recursions
+        self._histograms = np.zeros((recursions, 2, SCORE_BINS), np.int64)
+        self._agree = np.zeros(recursions, np.int64)
+        self._candidates = np.zeros(recursions, np.int64)
+        self._depths = np.zeros(recursions + 1, np.int64)
+        self._rows = 0
+        self._reached: np.ndarray | float = 0.0
+        self._present: np.ndarray | float = 0.0
+
+    def add(self, depth: np.ndarray, scores: Sequence[np.ndarray], present: np.ndarray) -> None:
+        """One batch.
+
+        depth    i32[batch, seq]   passes each position took
+        scores   f32[batch, seq] per recursion (Trace.scores); empty without a router
+        present  bool[batch, seq]  positions that hold a token
+        """
+        depth, present = np.asarray(depth), np.asarray(present, bool)
+        self._depths += np.bincount(depth[present], minlength=self._n + 1)[: self._n + 1]
+        self._rows += depth.shape[0]
+        self._reached = self._reached + ((depth == self._n) & present).sum(0)
+        self._present = self._present + present.sum(0)
+        for r, score in enumerate(scores):
+            # Under expert choice a token is at recursion r + 1 if it took as many passes (who left cannot come back);
+            # under token choice score r is the probability of stopping there.
+            chosen = depth == r + 1 if self._router == "token_choice" else depth > r
+            candidate = present & np.isfinite(score)
+            value = np.clip(np.asarray(score)[candidate], 0.0, 1.0)
+            taken = chosen[candidate]
+            bins = np.minimum((value * SCORE_BINS).astype(int), SCORE_BINS - 1)
+            for kind, members in enumerate((taken, ~taken)):
+                self._histograms[r, kind] += np.bincount(bins[members], minlength=SCORE_BINS)
+            self._agree[r] += ((value >= 0.5) == taken).sum()
+            self._candidates[r] += value.size
+
+    def scalars(self) -> dict[str, float]:
+        """Columns of an evaluation's row: the dead token ratio and its value by chance; none without a router."""
+        if self._router == "none" or not self._rows:
+            return {}
+        dead, chance = self._dead()
+        return {"eval/dead_token_ratio": dead, "eval/dead_token_ratio_by_chance": chance}
+
+    def record(
+        self,
+        step: int,
+        selection: str,
+        passage: Sequence[TokenRecord] = (),
+        sample: SampleRecord | None = None,
+    ) -> RoutingRecord:
+        """All that was counted."""
+        routed = self._router != "none" and self._rows > 0
+        dead, chance = self._dead() if routed else (None, None)
+        return RoutingRecord(
+            step=step,
+            selection=selection,
+            router=self._router,
+            recursions=tuple(self._recursion(r) for r in range(self._n)) if routed else (),
+            depth_counts=tuple(self._depths.tolist()),
+            last_recursion_rate=tuple(np.round(self._rate(), 4).tolist()) if routed else (),
+            rows=self._rows,
+            dead_token_ratio=dead,
+            dead_token_ratio_by_chance=chance,
+            passage=tuple(passage),
+            sample=sample,
+        )
+
+    def _recursion(self, r: int) -> RecursionRecord:
+        selected, unselected = (tuple(h.tolist()) for h in self._histograms[r])
+        judged = self._router == "expert_choice" and self._candidates[r] > 0
+        return RecursionRecord(
+            r + 1, selected, unselected, float(self._agree[r] / self._candidates[r]) if judged else None
+        )
+
+    def _rate(self) -> np.ndarray:
+        return np.asarray(self._reached) / np.maximum(self._present, 1)
+
+    def _dead(self) -> tuple[float, float]:
+        """Share of positions never selected at the last recursion in any row (MoR paper, section on router design).
+        Few rows leave some out by chance: (1 - share selected)^rows."""
+        counted = np.asarray(self._present) > 0
+        if not counted.any():
+            return 0.0, 0.0
+        rate = self._rate()[counted]
+        chance = np.mean((1.0 - rate.mean()) ** np.asarray(self._present)[counted])
+        return float(np.mean(rate == 0)), float(chance)
+
+
+def passage_tokens(
+    tokenizer: Tokenizer, ids: Sequence[int], depth: Sequence[int], loss: Sequence[float | None]
+) -> tuple[TokenRecord, ...]:
+    """The passage `ids` with each token's text, depth and loss (nats, as a target; None for the first).
+
+    A character whose bytes are spread over several tokens is the text of the last of them.
+    """
+    stream = tokenizer.stream()
+    records = []
+    for token, passes, nats in zip(ids, depth, loss, strict=True):
+        text = stream.push(int(token)) if tokenizer.token_bytes(int(token)) else END_MARK
+        records.append(TokenRecord(text, int(passes), None if nats is None else round(float(nats), 4)))
+    return tuple(records)
