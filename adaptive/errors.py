@@ -23,6 +23,10 @@ class MeshError(UserError):
     """The requested mesh does not fit the devices, or an array does not divide over it."""
 
 
+class ClusterError(UserError):
+    """The processes of one job cannot find each other, or disagree about the job."""
+
+
 class NonFiniteError(RuntimeError):
     """Too many consecutive steps had a non-finite loss or gradient."""
 

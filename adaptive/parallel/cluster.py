@@ -1,0 +1,262 @@
+"""Joining the processes of one job: where process 0 is, how many there are, and which one this is.
+
+The environment describes the job. These variables come first, and fill in or replace what a scheduler says:
+
+    ADAPTIVE_COORDINATOR   host:port of process 0, as the other hosts reach it
+    ADAPTIVE_PROCESSES     how many processes
+    ADAPTIVE_PROCESS       which one this is, from 0
+    ADAPTIVE_HOSTS         over how many machines (default: one per process)
+    ADAPTIVE_CLUSTER=tpu   a Cloud TPU pod slice: JAX asks the machine's metadata for all of these
+
+Then a SLURM step (srun), Open MPI (mpirun), and the variables that GKE sets on TPU nodes. None of them: one process.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from adaptive.errors import ClusterError
+from adaptive.parallel import rollcall
+
+PREEMPTED = 75  # the exit code of a run that was asked to stop, and saved: every process ends with it
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """One job of several processes, as this process sees it."""
+
+    how: str  # what described the job
+    coordinator: str  # host:port of process 0; empty: known to JAX alone
+    processes: int
+    index: int
+    hosts: int
+    gpus: tuple[int, ...] | None = None  # ordinals that belong to this process; None: every visible one
+
+
+def describe(env: Mapping[str, str]) -> Cluster | None:
+    """The job that `env` describes, or None for a single process. Raises ClusterError if it does not say enough."""
+    explicit = {
+        name: env[name] for name in ("ADAPTIVE_COORDINATOR", "ADAPTIVE_PROCESSES", "ADAPTIVE_PROCESS") if env.get(name)
+    }
+    if not explicit and env.get("ADAPTIVE_CLUSTER"):
+        if env["ADAPTIVE_CLUSTER"] != "tpu":
+            raise ClusterError(f"ADAPTIVE_CLUSTER={env['ADAPTIVE_CLUSTER']}: expected tpu")
+        return Cluster("ADAPTIVE_CLUSTER", "", 0, 0, 0)
+    job = _slurm(env) or _open_mpi(env) or _gke_tpu(env)
+    if explicit:
+        job = _overlay(job, explicit, env)
+    if job is None or job.processes == 1:
+        return None
+    if not job.coordinator:
+        raise ClusterError(
+            f"{job.how} started {job.processes} processes on {job.hosts} hosts but does not say where process 0 is: "
+            "set ADAPTIVE_COORDINATOR=HOST:PORT, the same for all of them"
+        )
+    if not 0 <= job.index < job.processes:
+        raise ClusterError(f"process {job.index} of {job.processes}: the index must be 0 to {job.processes - 1}")
+    return job
+
+
+def _overlay(job: Cluster | None, explicit: Mapping[str, str], env: Mapping[str, str]) -> Cluster:
+    missing = {"ADAPTIVE_COORDINATOR", "ADAPTIVE_PROCESSES", "ADAPTIVE_PROCESS"} - set(explicit)
+    if job is None and missing:
+        raise ClusterError(
+            f"{' and '.join(explicit)} set without {' and '.join(sorted(missing))}: a job needs all three"
+        )
+    processes = _number(env, "ADAPTIVE_PROCESSES", job.processes if job else 1)
+    coordinator = explicit.get("ADAPTIVE_COORDINATOR", job.coordinator if job else "")
+    if not re.fullmatch(r"(\[[^\]]+\]|[^:]+):\d+", coordinator):
+        raise ClusterError(f"ADAPTIVE_COORDINATOR={coordinator}: expected HOST:PORT")
+    return Cluster(
+        how=" over ".join(["ADAPTIVE_COORDINATOR", *([job.how] if job else [])]),
+        coordinator=coordinator,
+        processes=processes,
+        index=_number(env, "ADAPTIVE_PROCESS", job.index if job else 0),
+        hosts=_number(env, "ADAPTIVE_HOSTS", job.hosts if job else processes),
+        gpus=job.gpus if job else None,
+    )
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    try:
+        return int(env.get(name) or default)
+    except ValueError:
+        raise ClusterError(f"{name}={env[name]}: expected a whole number") from None
+
+
+def _slurm(env: Mapping[str, str]) -> Cluster | None:
+    """The step that srun started; a script or a shell inside an allocation is not one."""
+    if not all(name in env for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        return None
+    tasks, hosts = _number(env, "SLURM_STEP_NUM_TASKS", 1), _number(env, "SLURM_STEP_NUM_NODES", 1)
+    port = 61440 + _number(env, "SLURM_JOB_ID", 0) % 4096  # jobs on one host rarely meet
+    return Cluster(
+        how="SLURM",
+        coordinator=f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}",
+        processes=tasks,
+        index=_number(env, "SLURM_PROCID", 0),
+        hosts=hosts,
+        gpus=_share_of_gpus(env, _number(env, "SLURM_LOCALID", 0), tasks // hosts),
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: "a[007-9,12]b,c" gives "a007b"."""
+    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    assert found is not None
+    return "".join(part or "" for part in found.groups())
+
+
+def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
+    if "OMPI_COMM_WORLD_SIZE" not in env:
+        return None
+    processes, here = _number(env, "OMPI_COMM_WORLD_SIZE", 1), _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", 1)
+    hosts = -(-processes // here)
+    return Cluster(
+        how="Open MPI",
+        coordinator=f"127.0.0.1:{61440 + os.getppid() % 4096}" if hosts == 1 else "",
+        processes=processes,
+        index=_number(env, "OMPI_COMM_WORLD_RANK", 0),
+        hosts=hosts,
+        gpus=_share_of_gpus(env, _number(env, "OMPI_COMM_WORLD_LOCAL_RANK", 0), here),
+    )
+
+
+def _share_of_gpus(env: Mapping[str, str], local_index: int, local_processes: int) -> tuple[int, ...] | None:
+    """Ordinals, among the visible GPUs, for one of several processes of a host.
+
+    A scheduler that binds GPUs shows each process its own only: then the ordinal is 0 whatever the process's index, and
+    picking by index would ask for a GPU that is not there.
+    """
+    if local_processes == 1:
+        return None
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return (local_index,)
+    share = len(visible.split(",")) // local_processes
+    return tuple(range(local_index * share, (local_index + 1) * share)) or None
+
+
+def _gke_tpu(env: Mapping[str, str]) -> Cluster | None:
+    workers = [name for name in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    if len(workers) * _number(env, "MEGASCALE_NUM_SLICES", 1) <= 1:
+        return None
+    return Cluster("TPU_WORKER_HOSTNAMES", "", 0, 0, 0)
+
+
+def join(
+    limit_s: float = 600.0, env: Mapping[str, str] = os.environ, say: Callable[[str], None] | None = None
+) -> Cluster | None:
+    """Joins the job that the environment describes; must come before anything that asks JAX for devices.
+
+    Returns the job, or None for a single process, where nothing happens. Collectives between CPU processes use gloo.
+    An uncaught exception then ends this process at once (see `leave`).
+
+    limit_s   for all processes to be there; a line tells the time left
+    say       prints one line; default: print
+
+    Raises ClusterError if the description is incomplete, the coordinator's name leads to this machine alone while the
+    job has several, its port is taken, or a process is missing when the time is up (it names which).
+    """
+    say = say or (lambda line: print(line, flush=True))
+    job = describe(env)
+    if job is None:
+        return None
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the training loop
+    deadline = time.monotonic() + limit_s
+    if job.coordinator:
+        address = rollcall.resolve(job.coordinator, job.hosts, deadline)
+        say(f"job: process {job.index} of {job.processes} on {job.hosts} host(s), from {job.how}")
+        say(f"job: coordinator {job.coordinator} = {address}, {_visible(job, env)}")
+        rollcall.gather(address, job.processes, job.index, deadline, say)
+        arguments = {
+            "coordinator_address": address,
+            "num_processes": job.processes,
+            "process_id": job.index,
+            "local_device_ids": job.gpus,
+            "cluster_detection_method": "deactivate",
+        }
+    else:
+        say(f"job: from {job.how}; JAX finds the coordinator")
+        arguments = {}
+    with _countdown(deadline, say):
+        jax.distributed.initialize(**arguments, initialization_timeout=max(1, int(deadline - time.monotonic())))
+    _exit_at_once_on_errors()
+    job = dataclasses.replace(job, processes=jax.process_count(), index=jax.process_index())
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
+    say(f"job: joined as process {job.index} of {job.processes}, {devices}")
+    return job
+
+
+def _visible(job: Cluster, env: Mapping[str, str]) -> str:
+    if job.gpus is not None:
+        return f"GPUs {','.join(map(str, job.gpus))} of this host's"
+    named = env.get("CUDA_VISIBLE_DEVICES")
+    return f"CUDA_VISIBLE_DEVICES={named}" if named else "all devices of this host"
+
+
+@contextlib.contextmanager
+def _countdown(deadline: float, say: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, says every 30 s how much time is left."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(30):
+            say(f"job: waiting for the other processes, {deadline - time.monotonic():.0f} s left")
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def anywhere(flag: bool) -> bool:
+    """True, in every process, if `flag` is true in one. All processes must call it, at the same step.
+
+    For decisions that all must take together, such as stopping when a signal reached one process. A single process gets
+    its own flag back at no cost; several exchange it by a collective, behind the steps that are already on their way.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def _exit_at_once_on_errors() -> None:
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        report(kind, error, trace)  # type: ignore[arg-type]
+        leave(130 if kind is KeyboardInterrupt else 1)
+
+    sys.excepthook = hook
+
+
+def leave(code: int) -> int:
+    """The exit code of a process of a job; does not return from a process that failed.
+
+    JAX's clean-up at exit waits for every process of the job, five minutes by default, and then aborts with a code of
+    its own. A process that failed must not wait for others, which are themselves waiting for it inside a collective: it
+    ends here. One that finished, or was preempted as all were, returns and ends in the usual way.
+    """
+    import jax
+
+    if code in (0, PREEMPTED) or not jax.distributed.is_initialized():
+        return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

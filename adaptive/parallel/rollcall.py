@@ -1,0 +1,143 @@
+"""A roll call before the processes of a job hand over to JAX, which aborts without naming who is missing.
+
+Process 0 listens at the coordinator's address; each of the others connects and says its index. When all are there, or
+the time is up, every process that came is told who is absent; then the port is free again for JAX.
+"""
+
+import ipaddress
+import socket
+import time
+from collections.abc import Callable
+
+from adaptive.errors import ClusterError
+
+_REMIND_S = 15.0
+
+
+def resolve(coordinator: str, hosts: int, deadline: float) -> str:
+    """`host:port` with the host's address in place of its name; tries until `deadline` (of time.monotonic).
+
+    Raises ClusterError if the name does not resolve, or leads to this machine alone while the job has several.
+    """
+    host, port = coordinator.rsplit(":", 1)
+    while True:
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            break
+        except socket.gaierror as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the coordinator's name {host} does not resolve here: {error}") from None
+            time.sleep(1)
+    address = found[0][4][0]
+    if hosts > 1 and ipaddress.ip_address(address).is_loopback:
+        raise ClusterError(
+            f"the coordinator {coordinator} is {address} here, which other machines cannot reach, and the job has "
+            f"{hosts} hosts: set ADAPTIVE_COORDINATOR=ADDRESS:PORT with an address of process 0's network "
+            "(if all processes are on this machine: ADAPTIVE_HOSTS=1)"
+        )
+    return f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
+
+
+def gather(address: str, processes: int, index: int, deadline: float, say: Callable[[str], None]) -> None:
+    """Returns in every process once all are there.
+
+    Raises ClusterError, in every process that came, if one is missing at `deadline` or two have the same index.
+    """
+    host, port = address.rsplit(":", 1)
+    if index == 0:
+        _call(int(port), processes, deadline, say)
+    else:
+        _answer(host.strip("[]"), int(port), processes, index, deadline, say)
+
+
+def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]) -> None:
+    try:
+        server = socket.create_server(("", port), backlog=processes)
+    except OSError as error:
+        raise ClusterError(f"process 0 cannot listen on port {port}: {error.strerror}; choose another one") from None
+    present: dict[int, socket.socket] = {}
+    problem = ""
+    remind = time.monotonic() + _REMIND_S
+    with server:
+        server.settimeout(0.5)
+        while len(present) < processes - 1 and not problem:
+            absent = sorted(set(range(1, processes)) - set(present))
+            now = time.monotonic()
+            if now > deadline:
+                problem = f"process {_names(absent)} of {processes} did not come to port {port} in the time allowed"
+                break
+            if now > remind:
+                say(f"job: waiting for process {_names(absent)}, {deadline - now:.0f} s left")
+                remind = now + _REMIND_S
+            try:
+                peer, _ = server.accept()
+                problem = _greet(peer, present, processes)
+            except OSError:  # nobody yet, or somebody else's connection
+                continue
+    for peer in present.values():
+        _dismiss(peer, problem or "ready")
+    if problem:
+        raise ClusterError(problem)
+
+
+def _greet(peer: socket.socket, present: dict[int, socket.socket], processes: int) -> str:
+    """Notes who `peer` is. Returns what is wrong with the job, if anything; a stranger is sent away."""
+    peer.settimeout(5)
+    words = peer.recv(64).decode("ascii", "replace").split()
+    if len(words) != 3 or words[0] != "adaptive" or not (words[1] + words[2]).isdigit():
+        peer.close()
+        return ""
+    index, believes = int(words[1]), int(words[2])
+    problem = ""
+    if believes != processes:
+        problem = f"process {index} was told of {believes} processes, process 0 of {processes}"
+    elif index in present or not 0 < index < processes:
+        problem = f"two processes have index {index}; each needs its own, 0 to {processes - 1}"
+    if problem:
+        _dismiss(peer, problem)
+    else:
+        present[index] = peer
+    return problem
+
+
+def _dismiss(peer: socket.socket, word: str) -> None:
+    """Sends the last word and lets the other side close first, so that no port stays reserved on this one."""
+    with peer:
+        try:
+            peer.settimeout(5)
+            peer.sendall(word.encode())
+            peer.shutdown(socket.SHUT_WR)
+            peer.recv(1)
+        except OSError:
+            pass
+
+
+def _answer(host: str, port: int, processes: int, index: int, deadline: float, say: Callable[[str], None]) -> None:
+    remind = time.monotonic() + _REMIND_S
+    while True:
+        now = time.monotonic()
+        if now > deadline:
+            raise ClusterError(
+                f"process 0 does not answer at {host}:{port}: it did not start there, ended, or a firewall is between"
+            )
+        if now > remind:
+            say(f"job: waiting for process 0 at {host}:{port}, {deadline - now:.0f} s left")
+            remind = now + _REMIND_S
+        try:
+            with socket.create_connection((host, port), timeout=2) as caller:
+                caller.sendall(f"adaptive {index} {processes}".encode())
+                caller.settimeout(max(1.0, deadline - time.monotonic() + 5))
+                word = b"".join(iter(lambda: caller.recv(256), b"")).decode()
+        except OSError:
+            time.sleep(0.3)
+            continue
+        if word == "ready":
+            return
+        if word:
+            raise ClusterError(word)
+        time.sleep(0.3)  # the caller went away: it may be starting again
+
+
+def _names(indices: list[int]) -> str:
+    listed = ", ".join(map(str, indices[:8]))
+    return f"{listed} and {len(indices) - 8} more" if len(indices) > 8 else listed

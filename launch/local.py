@@ -1,0 +1,152 @@
+"""Several processes of one run on this machine, over loopback.
+
+    python -m launch.local --processes 2 --devices_per_process 4 -- --recipe mor_tiny mesh.fsdp=8
+
+Each process is `python -m adaptive.train` with the arguments after `--`, and sees its own emulated CPU devices: a way
+to try a multi-process run, its data, its checkpoints and its mesh before a cluster does. (Several GPUs of one machine
+need no launcher: one process uses them all.)
+
+Every line of output carries the number of its process. When a process fails, the others are ended, the last traceback
+of the one that failed first is shown last, and its exit code is the launcher's. Ctrl-C and SIGTERM are passed on, so
+that the run can save; a second one ends everything at once.
+"""
+
+import argparse
+import collections
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+PREEMPTED = 75  # adaptive.train was asked to stop, and saved
+GRACE_S = 5.0  # for the others, after one process failed
+SAVING_GRACE_S = 300.0  # for the others, when they are saving
+
+
+class Process:
+    """One process of the run, its output shown line by line and its last lines kept."""
+
+    def __init__(self, index: int, command: Sequence[str], env: dict[str, str]):
+        self.index = index
+        self.tail: collections.deque[str] = collections.deque(maxlen=200)
+        self.popen = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a Ctrl-C at the terminal reaches the launcher alone, which passes it on
+        )
+        self._reader = threading.Thread(target=self._show, daemon=True)
+        self._reader.start()
+
+    def _show(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self.tail.append(line)
+            print(f"[{self.index}] {line.rstrip()}", flush=True)
+
+    def send(self, number: int) -> None:
+        if self.popen.poll() is None:
+            os.killpg(self.popen.pid, number)
+
+    def last_traceback(self) -> str:
+        self._reader.join(timeout=5)
+        lines = list(self.tail)
+        starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+        return "".join(lines[starts[-1] :] if starts else lines[-20:])
+
+
+def exit_code(status: int) -> int:
+    """A shell's exit code for a status of subprocess: 128 plus the number for a signal."""
+    return status if status >= 0 else 128 - status
+
+
+def wait(processes: Sequence[Process], stop: threading.Event) -> Process | None:
+    """Waits until all have ended; returns the process that failed first, if one did."""
+    first: Process | None = None
+    running = list(processes)
+    give_up = None
+    while running:
+        for process in [p for p in running if p.popen.poll() is not None]:
+            running.remove(process)
+            if process.popen.returncode and first is None:
+                first = process
+                saving = stop.is_set() or process.popen.returncode == PREEMPTED
+                give_up = time.monotonic() + (SAVING_GRACE_S if saving else GRACE_S)
+                if not saving:
+                    for other in running:
+                        other.send(signal.SIGTERM)
+        if give_up is not None and time.monotonic() > give_up:
+            for other in running:
+                other.send(signal.SIGKILL)
+        time.sleep(0.05)
+    return first
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(index: int, processes: int, devices: int, port: int) -> dict[str, str]:
+    env = dict(os.environ)
+    env["ADAPTIVE_COORDINATOR"] = f"127.0.0.1:{port}"
+    env["ADAPTIVE_PROCESSES"] = str(processes)
+    env["ADAPTIVE_PROCESS"] = str(index)
+    env["ADAPTIVE_HOSTS"] = "1"
+    env["JAX_PLATFORMS"] = "cpu"
+    env["PYTHONUNBUFFERED"] = "1"
+    flags = [f for f in env.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
+    env["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
+    return env
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m launch.local", description="Several processes of one run, here.")
+    parser.add_argument("--processes", type=int, default=2, help="how many")
+    parser.add_argument("--devices_per_process", type=int, default=1, help="emulated CPU devices of each")
+    parser.add_argument("--module", default="adaptive.train", help="what each runs, as in python -m MODULE")
+    parser.add_argument("arguments", nargs="*", help="after --: the arguments of every process")
+    options = parser.parse_args(argv)
+    if options.processes < 1 or options.devices_per_process < 1:
+        parser.error("--processes and --devices_per_process must be at least 1")
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    port = free_port()
+    command = [sys.executable, "-m", options.module, *options.arguments]
+    processes: list[Process] = []
+    stop = threading.Event()
+
+    def pass_on(number: int, _frame: object) -> None:
+        again = stop.is_set()
+        stop.set()
+        for process in processes:
+            process.send(signal.SIGKILL if again else number)
+
+    signal.signal(signal.SIGINT, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)
+    for index in range(options.processes):
+        env = environment(index, options.processes, options.devices_per_process, port)
+        processes.append(Process(index, command, env))
+    first = wait(processes, stop)
+    if first is None:
+        return 0
+    code = exit_code(first.popen.returncode)
+    print(f"\nprocess {first.index} ended first, with exit code {code}; the end of its output:", flush=True)
+    print(first.last_traceback(), end="", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
