@@ -1,0 +1,290 @@
+"""What a model costs: parameters and matmul FLOPs, by arithmetic from its configuration. Nothing here imports jax.
+
+A matmul of [m, k] by [k, n] counts 2 m k n FLOPs; nothing else counts (norms, softmax, rotary tables, gathers, the
+embedding lookup). Training does every forward matmul once and, for each, two more in the backward pass: the gradients
+of its two inputs. That holds for projections, feed-forward, the two matmuls of attention and the output head, whose
+loss is computed with its gradient (`adaptive.training.loss`), so a compiled train step contains three matmuls for each
+forward one. The exceptions are small and counted: an auxiliary router's first matmul has no input gradient, and a
+router without any gradient has its forward alone.
+
+Attention has two costs. "Executed" multiplies all queries by all keys, as the reference implementation runs it.
+"Useful" counts the (query, key) pairs that causality allows, about half: what a perfect kernel would do, and the
+numerator of utilisation. Document boundaries inside a row are not deducted.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from adaptive.errors import RecipeError
+from adaptive.models.config import RouterConfig, TransformerConfig
+
+_ROUTER_EXPANSION = {"linear": 0, "mlp": 2, "wide_mlp": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters.
+
+    layers     of one layer
+    unique     all that is stored but embedding, output head and routers: the papers' "Param" column
+    effective  the same were every unrolled layer stored by itself
+    embedding  the table, which is also the head where tied; head: 0 where tied
+    routers    auxiliary ones included
+    """
+
+    layer: int
+    unique: int
+    effective: int
+    embedding: int
+    head: int
+    routers: int
+
+    @property
+    def total(self) -> int:
+        return self.unique + self.embedding + self.head + self.routers
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Forward matmul FLOPs of one stretch of the network for one sequence.
+
+    layers, tokens    how many layers it runs, on how many tokens per sequence
+    keys              keys that each query is multiplied with
+    recursion         of the shared block, from 1; 0 outside it
+    projections       query, key, value and output projections, grouped queries counted as they are
+    attention         scores and values over all pairs (executed); `attention_useful` over the causal pairs
+    router            of this recursion (token choice: all of it at the first); router_train: with its backward pass
+    ends_inside       whether another pass of the same layers follows within one unit of layer-wise recomputation
+    """
+
+    name: str
+    layers: int
+    tokens: float
+    keys: float
+    recursion: int = 0
+    ends_inside: bool = False
+    projections: float = 0.0
+    attention: float = 0.0
+    attention_useful: float = 0.0
+    feed_forward: float = 0.0
+    router: float = 0.0
+    router_train: float = 0.0
+    head: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of a forward pass as executed."""
+        return self.projections + self.attention + self.feed_forward + self.router + self.head
+
+    @property
+    def useful(self) -> float:
+        """FLOPs of a forward pass with attention over causal pairs alone."""
+        return self.forward - self.attention + self.attention_useful
+
+    @property
+    def train(self) -> float:
+        """FLOPs of forward and backward as executed, nothing recomputed."""
+        return 3 * (self.forward - self.router) + self.router_train
+
+    @property
+    def train_useful(self) -> float:
+        return self.train - 3 * (self.attention - self.attention_useful)
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Forward matmul FLOPs per sequence of `seq_len` tokens, stage by stage."""
+
+    parameters: Parameters
+    seq_len: int
+    stages: tuple[Stage, ...]
+
+    @property
+    def forward_flops(self) -> float:
+        """Per sequence, as executed."""
+        return sum(stage.forward for stage in self.stages)
+
+    def train_flops(self, remat: Literal["none", "layer", "dots"] = "none") -> float:
+        """Per sequence, forward, backward and what `remat` recomputes, as executed: what a compiled step contains."""
+        return sum(stage.train + _recomputed(stage, remat) for stage in self.stages)
+
+    @property
+    def forward_flops_per_token(self) -> float:
+        """Useful: causal pairs alone."""
+        return sum(stage.useful for stage in self.stages) / self.seq_len
+
+    @property
+    def train_flops_per_token(self) -> float:
+        """Useful forward and backward FLOPs, nothing recomputed: the numerator of model FLOP utilisation."""
+        return sum(stage.train_useful for stage in self.stages) / self.seq_len
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table as text, header first: stages and their sum, forward MFLOP per token of the sequence."""
+        header = ("stage", "layers", "tokens", "keys", "projections", "attention", "(causal)", "feed-forward", "router",
+                  "head", "total", "share")  # fmt: skip
+        per_token = lambda value: f"{value / self.seq_len / 1e6:.3f}"  # noqa: E731
+        table: list[tuple[str, ...]] = [header]
+        for s in self.stages:
+            parts = (s.projections, s.attention, s.attention_useful, s.feed_forward, s.router, s.head, s.forward)
+            share = f"{s.forward / self.forward_flops:.1%}"
+            table.append((s.name, str(s.layers), f"{s.tokens:g}", f"{s.keys:g}", *map(per_token, parts), share))
+        sums = [sum(getattr(s, name) for s in self.stages) for name in _PARTS]
+        layers = str(sum(s.layers for s in self.stages))
+        return [*table, ("all", layers, "", "", *map(per_token, (*sums, self.forward_flops)), "100.0%")]
+
+
+_PARTS = ("projections", "attention", "attention_useful", "feed_forward", "router", "head")
+
+
+def parameters(config: TransformerConfig) -> Parameters:
+    """Numbers of parameters that a model of this configuration has."""
+    c, r = config, config.router
+    width, heads = c.hidden_size, (c.num_heads + c.num_kv_heads) * c.head_dim
+    layer = 2 * width * heads + 3 * width * c.intermediate_size + 2 * width
+    table = c.vocab_size * width
+    count, choices = {"none": (0, 0), "expert_choice": (c.recursions, 1), "token_choice": (1, c.recursions)}[r.kind]
+    if _has_auxiliary(r):
+        count *= 2
+    return Parameters(
+        layer=layer,
+        unique=c.unique_layers * layer + width,
+        effective=c.num_layers * layer + width,
+        embedding=table,
+        head=0 if c.tie_embeddings else table,
+        routers=count * sum(_router_matmuls(r, width, choices)),
+    )
+
+
+def account(config: TransformerConfig, seq_len: int, taken: Sequence[float] | None = None) -> Account:
+    """The account of one model on rows of `seq_len` tokens, under top-k selection as in training.
+
+    taken  tokens per sequence that each recursion computes, fractions allowed (averages); None: the capacities of the
+           configuration, which under masked token choice are all tokens
+    """
+    c = config
+    counts = tuple(c.capacities(seq_len) if taken is None else taken)
+    if len(counts) != c.recursions:
+        raise RecipeError(f"{len(counts)} token counts for model.recursions={c.recursions}: give one per recursion")
+    ends = 1 if c.unique_ends else 0
+    stages = [_layers(c, "first layer", ends, seq_len, seq_len)] * ends
+    for r, tokens in enumerate(counts):
+        reuses = r > 0 and c.kv != "per_recursion"
+        name = f"recursion {r + 1}" if c.recursions > 1 else "layers"
+        stage = _layers(
+            c, name, c.block_size, tokens, counts[0] if reuses else tokens, own_keys=not reuses or c.kv == "hybrid"
+        )
+        router, router_train = _router(c, r, seq_len if r == 0 else counts[r - 1])
+        inside = c.sharing in ("sequence", "middle_sequence") and r + 1 < c.recursions
+        stages.append(
+            dataclasses.replace(stage, recursion=r + 1, router=router, router_train=router_train, ends_inside=inside)
+        )
+    stages += [_layers(c, "last layer", ends, seq_len, seq_len)] * ends
+    head = 2.0 * seq_len * c.hidden_size * c.vocab_size
+    stages.append(Stage("head", 0, seq_len, 0, head=head))
+    return Account(parameters(c), seq_len, tuple(stages))
+
+
+def dense_equivalent(config: TransformerConfig, seq_len: int) -> Account:
+    """The account were every token to take every recursion; keys, values and routers as configured."""
+    return account(config, seq_len, (seq_len,) * config.recursions)
+
+
+def at_depths(config: TransformerConfig, seq_len: int, shares: Sequence[float]) -> Account:
+    """The account were `shares[i]` of all tokens to take i + 1 recursions: what adaptive depth cost in fact.
+
+    Raises RecipeError unless there is one share per recursion and they sum to 1.
+    """
+    if len(shares) != config.recursions or abs(sum(shares) - 1) > 1e-3:
+        raise RecipeError(
+            f"depth shares {', '.join(f'{s:g}' for s in shares)}: expected {config.recursions} that sum to 1"
+        )
+    return account(config, seq_len, tuple(seq_len * sum(shares[r:]) for r in range(config.recursions)))
+
+
+def paper_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
+    """FLOPs per token in the accounting behind the budgets of the MoR paper.
+
+    Forward alone, embedding and head excluded, keys and values counted as if each query head had its own, attention
+    causal: a layer is 8 d^2 + 6 d d_ff, attention 2 d S. Capacity c scales the layer by c and attention by c^2; shared
+    keys and values leave out their 4 d^2 after the first recursion and scale attention by c. Token choice counts as
+    expert choice, perfectly balanced. Reconstructed from the released step counts, all of which it gives within one
+    step. The paper has no such figure for hybrid keys and values; here they cost their projections at capacity c.
+    """
+    c, n = config, config.recursions
+    d = c.hidden_size
+    linear, attention = 8 * d * d + 6 * d * c.intermediate_size, 2 * d * seq_len
+    fractions: Sequence[float] = (1.0,) * n
+    if c.router.kind != "none":
+        fractions = c.router.capacities or [(n - r) / n for r in range(n)]
+    total = 2.0 * c.unique_ends * (linear + attention)
+    for r, fraction in enumerate(fractions):
+        first = r == 0 or c.kv == "per_recursion"
+        saved = 4 * d * d if r > 0 and c.kv == "shared" else 0
+        total += c.block_size * (fraction * (linear - saved) + fraction ** (2 if first else 1) * attention)
+    return total
+
+
+# Parts
+
+
+def _layers(
+    c: TransformerConfig, name: str, layers: int, tokens: float, keys: float, *, own_keys: bool = True
+) -> Stage:
+    """`layers` decoder layers of `tokens` queries on `keys` keys, which they project themselves if `own_keys`."""
+    heads = c.num_heads * c.head_dim
+    projected = 2 * heads + 2 * own_keys * c.num_kv_heads * c.head_dim
+    per_pair = 4.0 * heads  # two matmuls: scores, and values
+    return Stage(
+        name,
+        layers,
+        tokens,
+        keys,
+        projections=2.0 * layers * tokens * c.hidden_size * projected,
+        attention=layers * per_pair * tokens * keys,
+        # A query among ascending positions sees on average half of the keys and itself.
+        attention_useful=layers * per_pair * tokens * (keys + 1) / 2,
+        feed_forward=6.0 * layers * tokens * c.hidden_size * c.intermediate_size,
+    )
+
+
+def _router(c: TransformerConfig, r: int, candidates: float) -> tuple[float, float]:
+    """(forward, forward and backward) FLOPs of the routers that decide before recursion `r`, with auxiliary ones."""
+    cfg = c.router
+    if cfg.kind == "none" or (cfg.kind == "token_choice" and (r > 0 or cfg.random)):
+        return 0.0, 0.0
+    matmuls = _router_matmuls(cfg, c.hidden_size, 1 if cfg.kind == "expert_choice" else c.recursions)
+    forward = 2.0 * candidates * sum(matmuls)
+    train = forward * (3 if _learns(cfg) else 1)
+    if not _has_auxiliary(cfg):
+        return forward, train
+    # Its input is cut off from the gradient, which spares the first matmul's input gradient.
+    return 2 * forward, train + 3 * forward - 2.0 * candidates * matmuls[0]
+
+
+def _router_matmuls(cfg: RouterConfig, width: int, choices: int) -> tuple[int, ...]:
+    """Weights of each of a router's matmuls."""
+    inner = _ROUTER_EXPANSION[cfg.network] * width
+    return (width * inner, inner * choices) if inner else (width * choices,)
+
+
+def _has_auxiliary(cfg: RouterConfig) -> bool:
+    return cfg.kind == "expert_choice" and cfg.sampling == "aux_router"
+
+
+def _learns(cfg: RouterConfig) -> bool:
+    """Whether any loss reaches the main router: through the gate, or through a loss on its logits."""
+    by_loss = cfg.sampling == "aux_loss" if cfg.kind == "expert_choice" else cfg.balancing == "loss"
+    gate = cfg.gating == "weighted" and not cfg.random
+    return gate or cfg.z_coefficient > 0 or (by_loss and not cfg.random)
+
+
+def _recomputed(stage: Stage, remat: str) -> float:
+    """FLOPs of the second forward pass: under "layer" all matmuls of the layers but the last of each unit, whose result
+    no gradient needs (of the three in the feed-forward); under "dots" the matmuls of attention, which are not kept."""
+    match remat:
+        case "layer":
+            return stage.projections + stage.attention + stage.feed_forward * (1 if stage.ends_inside else 2 / 3)
+        case "dots":
+            return stage.attention
+    return 0.0
