@@ -1,5 +1,6 @@
 """The Hugging Face hub: data sets as streams of documents, and tokenizers. Reached only for names that ask for it."""
 
+import copy
 import itertools
 import os
 import threading
@@ -76,16 +77,14 @@ class HubDocuments:
 
     def groups(self, position: dict | None) -> Iterator[Group]:
         position = position or {"documents": 0, "dataset": None}
-        seen = position["documents"]
-        dataset = self._dataset if position["dataset"] is None else _copy_at(self._dataset, position["dataset"])
+        dataset = copy.deepcopy(self._dataset)  # its state is its own: training and held-out text are read at once
+        if position["dataset"] is not None:
+            dataset.load_state_dict(position["dataset"])
         rows = iter(dataset)
-        while True:
-            here = {"documents": seen, "dataset": dataset.state_dict() if seen else None}
-            texts = [self._text(row) for row in itertools.islice(rows, _GROUP)]
-            if not texts:
-                return
-            yield Group(here, seen, texts)
-            seen += len(texts)
+        while texts := [self._text(row) for row in itertools.islice(rows, _GROUP)]:
+            seen = position["documents"]
+            yield Group(position, seen, texts)
+            position = {"documents": seen + len(texts), "dataset": dataset.state_dict()}
 
     def _text(self, row: dict) -> str:
         value = row.get(self._text_key)
@@ -95,14 +94,6 @@ class HubDocuments:
                 "(set data.text_key)"
             )
         return value
-
-
-def _copy_at(dataset, state: dict):
-    import copy
-
-    dataset = copy.deepcopy(dataset)
-    dataset.load_state_dict(state)
-    return dataset
 
 
 def _load(repo: str):

@@ -121,7 +121,7 @@ class IndexedData:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: list[Source], shard: Shard):
         self.tokenizer = tokenizer
         self._config = config
-        self._sources = sources
+        self.sources = sources
         self._shard = shard
         weights = config.weights or [float(len(source.train)) for source in sources]
         self._weights = [weight / sum(weights) for weight in weights]
@@ -142,13 +142,13 @@ class IndexedData:
 
     def _rows(self) -> grain.MapDataset:
         parts = []
-        for i, source in enumerate(self._sources):
+        for i, source in enumerate(self.sources):
             rows = grain.MapDataset.source(source.train).seed(self._config.shuffle_seed + i)
             parts.append((rows.shuffle() if self._config.shuffle else rows).repeat())
         return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=self._weights)
 
     def validation(self, batches: int = 0) -> Iterator[Batch]:
-        ends = np.cumsum([len(source.held_out) for source in self._sources])
+        ends = np.cumsum([len(source.held_out) for source in self.sources])
         total = int(ends[-1])
         count = min(batches * self._shard.batch_size, total) if batches else total
 
@@ -158,7 +158,7 @@ class IndexedData:
             # Evenly spaced over all sources, so that a few batches speak for the whole.
             at = i * total // count
             source = int(np.searchsorted(ends, at, side="right"))
-            held_out = self._sources[source].held_out
+            held_out = self.sources[source].held_out
             return held_out[at - int(ends[source]) + len(held_out)]
 
         for first in range(0, count, self._shard.batch_size):
@@ -166,17 +166,17 @@ class IndexedData:
             yield stack([row(i) for i in mine])
 
     def validation_passage(self, length: int) -> np.ndarray:
-        held_out = next((source.held_out for source in self._sources if len(source.held_out)), ())
+        held_out = next((source.held_out for source in self.sources if len(source.held_out)), ())
         count = min(len(held_out), -(-length // self._config.seq_len))
         rows = [held_out[i] for i in range(count)]
         tokens = [row.tokens[row.segment_ids > 0] for row in rows]
         return np.concatenate([np.zeros(0, np.int32), *tokens])[:length]
 
     def describe(self) -> list[str]:
-        lines = [line for source in self._sources for line in source.about]
-        if len(self._sources) == 1:
+        lines = [line for source in self.sources for line in source.about]
+        if len(self.sources) == 1:
             return lines
-        shares = ", ".join(f"{s.name} {w:.0%}" for s, w in zip(self._sources, self._weights, strict=True))
+        shares = ", ".join(f"{s.name} {w:.0%}" for s, w in zip(self.sources, self._weights, strict=True))
         return [*lines, f"rows are drawn from {shares}"]
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -101,13 +102,49 @@ def _open(file: Path) -> BinaryIO:
         return lzma.open(file, "rb")
     if file.suffix != ".zst":
         return file.open("rb")
-    try:
-        import io
+    return io.BufferedReader(_ZstdFile(file), buffer_size=1 << 20)
 
-        import zstandard
-    except ImportError:
-        raise DataError(f"{file} needs a package: pip install 'adaptive[hf]'") from None
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True))
+
+class _ZstdFile(io.RawIOBase):
+    """The frames of a .zst file, one after the other; EOFError where the last one is cut short.
+
+    The library's own reader ends in silence there, and by default after the first frame.
+    """
+
+    def __init__(self, file: Path):
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{file} needs a package: pip install 'adaptive[hf]'") from None
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = None
+        self._file = file.open("rb")
+        self._packed = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(1 << 17)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the compressed data ends within a frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._ready = self._frame.decompress(self._packed)
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _decompression_errors() -> tuple[type[Exception], ...]:

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from adaptive.data.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTIVE_CACHE", str(tmp_path / "cache"))
+
+
+def test_prepare_then_show(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("hello\n<|endoftext|>\nworld\n<|endoftext|>\n")
+    out = str(tmp_path / "out")
+    assert main(["prepare", "--source", str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", out]) == 0
+    assert f"data.source=tokens data.paths={out} data.tokenizer=bytes" in capsys.readouterr().out
+    assert main(["show", "--source", out, "--tokens", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "documents    2" in shown and "104 101 108 108 111" in shown and "'hello'" in shown
+
+
+def test_prepare_takes_several_sources(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert main(["prepare", "--source", *sources, "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 0
+    assert "documents    2" in capsys.readouterr().out
+
+
+def test_show_text_and_foreign_tokens(tmp_path, capsys):
+    np.array([104, 105], np.uint16).tofile(tmp_path / "a.bin")
+    assert main(["show", "--source", "embedded:dna", str(tmp_path / "a.bin")]) == 0
+    shown = capsys.readouterr().out
+    assert "AGCTTTTC" in shown and "'hi'" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "--source", "missing.txt"], "missing.txt: no such file"),
+        (["show", "--source", "embedded:klingon"], "english, python, chinese, dna"),
+        (["show", "--source", "embedded:dna", "--tokenizer", "missing.json"], "bytes, hnet-bytes, bpe-4096"),
+        (["train-bpe", "--source", "embedded:dna", "--vocab_size", "10", "--out", "x"], "need 258"),
+        (["prepare", "--source", "embedded:dna", "--tokenizer", "bytes", "--out", "."], "is not empty"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_one_line(capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_usage_mistakes_end_with_code_2(capsys):
+    for arguments in ([], ["show"], ["train-bpe", "--source", "x", "--vocab_size", "-1", "--out", "y"], ["nope"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    capsys.readouterr()

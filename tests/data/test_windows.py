@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from adaptive.data.store import TokenStore
+from adaptive.data.windows import Split, Windows
+
+
+def make_store(lengths: list[int], shard_sizes: list[int] | None = None) -> TokenStore:
+    """Documents of the given lengths; the token at index i is i, so that every read can be told apart."""
+    total = sum(lengths)
+    cuts = np.cumsum(shard_sizes or [])
+    shards = tuple(part for part in np.split(np.arange(total, dtype=np.uint16), cuts) if len(part))
+    return TokenStore("test", shards, np.concatenate([[0], np.cumsum(lengths)]), total - 1, "")
+
+
+def whole(store: TokenStore, seq_len: int, **options) -> Windows:
+    return Windows(
+        Split(store, "train", 0), seq_len, **{"partial": True, "cross_document": False, "filler": 9} | options
+    )
+
+
+def expected_row(lengths: list[int], start: int, seq_len: int) -> tuple[list, list, list]:
+    """Positions, segments and mask of a window by walking over it token by token."""
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    offset = np.concatenate([np.arange(n) for n in lengths])
+    positions, segments, mask = [], [], []
+    for i in range(start, start + seq_len):
+        if i + 1 >= len(document):
+            values = (0, 0, 0)
+        else:
+            of_first = document[i] == document[start]
+            values = (
+                i - start if of_first else offset[i],
+                document[i] - document[start] + 1,
+                document[i] == document[i + 1],
+            )
+        for column, value in zip((positions, segments, mask), values, strict=True):
+            column.append(int(value))
+    return positions, segments, mask
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_exact(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 14, 30).tolist()
+    windows = whole(make_store(lengths, [17, 40, 3]), 8)
+    total = sum(lengths)
+    assert len(windows) == -(-(total - 1) // 8)
+    for w in range(len(windows)):
+        row = windows[w]
+        used = min(8, total - 1 - 8 * w)
+        np.testing.assert_array_equal(row.tokens[:used], np.arange(8 * w, 8 * w + used))
+        np.testing.assert_array_equal(row.targets[:used], np.arange(8 * w + 1, 8 * w + used + 1))
+        positions, segments, mask = expected_row(lengths, 8 * w, 8)
+        assert row.positions.tolist() == positions
+        assert row.segment_ids.tolist() == segments
+        assert row.mask.tolist() == mask
+
+
+def test_every_token_is_a_target_once():
+    windows = whole(make_store([100]), 7)
+    targets = [t for i in range(len(windows)) for t, m in zip(windows[i].targets, windows[i].mask, strict=True) if m]
+    assert targets == list(range(1, 100))
+
+
+def test_crossing_documents_on_request():
+    row = whole(make_store([3, 4, 9]), 8, cross_document=True)[0]
+    assert row.positions.tolist() == list(range(8)) and row.mask.tolist() == [1] * 8
+    assert row.segment_ids.tolist() == [1] * 8
+
+
+def test_training_drops_the_partial_window():
+    store = make_store([20])
+    assert len(whole(store, 8)) == 3 and len(whole(store, 8, partial=False)) == 2
+    assert len(whole(make_store([17]), 8, partial=False)) == 2
+    assert len(whole(make_store([16]), 8, partial=False)) == 1
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_splits_are_disjoint_complete_and_whole_documents(every):
+    rng = np.random.default_rng(every)
+    lengths = rng.integers(1, 9, 23).tolist()
+    store = make_store(lengths, [11, 30])
+    parts = {which: Split(store, which, every) for which in ("train", "validation")}
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    for which, split in parts.items():
+        held = which == "validation"
+        expected = np.flatnonzero((document % every == every - 1) == held)
+        np.testing.assert_array_equal(split.read(0, len(split)), expected)
+        for _ in range(20):
+            start, stop = np.sort(rng.choice(len(split) + 1, 2, replace=False))
+            np.testing.assert_array_equal(split.read(start, stop), expected[start:stop])
+        kept = [n for i, n in enumerate(lengths) if (i % every == every - 1) == held]
+        np.testing.assert_array_equal(np.diff(split.documents), kept)
+
+
+@pytest.mark.parametrize("lengths", [[100], [30, 70], [95, 5], [96, 4], [1] * 9])
+def test_tail_split_of_few_documents(lengths):
+    store = make_store(lengths)
+    train, held = Split(store, "train", 20), Split(store, "validation", 20)
+    cut = len(store) - len(store) // 20
+    np.testing.assert_array_equal(train.read(0, cut), np.arange(cut))
+    assert len(train) == cut and len(held) == len(store) - cut
+    if len(held):
+        np.testing.assert_array_equal(held.read(0, len(held)), np.arange(cut, len(store)))
