@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -179,7 +180,7 @@ def join(
         say(f"job: process {job.index} of {job.processes} on {job.hosts} host(s), from {job.how}")
         say(f"job: coordinator {job.coordinator} = {address}, {_visible(job, env)}")
         rollcall.gather(address, job.processes, job.index, deadline, say)
-        arguments = {
+        arguments: dict[str, Any] = {
             "coordinator_address": address,
             "num_processes": job.processes,
             "process_id": job.index,
