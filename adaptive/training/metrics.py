@@ -135,10 +135,10 @@ class StepCost:
     """What one optimizer step costs, over all devices, by the analytic account.
 
     tokens          int    positions computed, padding included
-    flops           float  FLOPs of forward and backward with the capacities that are really computed
-    dense_flops     float  FLOPs if every token took every layer of the unrolled model
+    flops           float  useful FLOPs of forward and backward with the capacities that are really computed
+    dense_flops     float  the same if every token took every layer of the unrolled model
     bytes_per_token float  UTF-8 bytes a token stands for, on average: makes bits per byte of nats per token
-    peak            float  FLOP/s of all devices together; None where it is not known
+    peak            float  FLOP/s of all devices together (`adaptive.peaks`); None where it is not known
     """
 
     tokens: int
@@ -228,45 +228,6 @@ class Meter:
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Bits per byte of text; NaN where tokens stand for no text."""
     return nats_per_token / (math.log(2) * bytes_per_token) if bytes_per_token > 0 else math.nan
-
-
-# Dense (not sparse) bfloat16 matmul peak in FLOP/s per jax device, by its exact `device_kind`, from the makers' data
-# sheets. TPU7x shows two devices per chip; the others one. A name that is not here has no peak: a guess would make
-# every utilisation wrong.
-PEAK_BFLOAT16 = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device_kind: str, compute_dtype: str) -> tuple[float | None, str]:
-    """(peak FLOP/s of one device or None, one line that says why).
-
-    device_kind    `jax.devices()[0].device_kind`
-    compute_dtype  "bfloat16" has known peaks; for others the peak depends on the matmul precision in force
-    """
-    if compute_dtype != "bfloat16":
-        return None, f"no MFU: only bfloat16 peaks are known, this run computes in {compute_dtype}"
-    peak = PEAK_BFLOAT16.get(device_kind)
-    if peak is None:
-        return None, f"no MFU: the peak of device kind '{device_kind}' is not known"
-    return peak, f"MFU against {peak / 1e12:g} TFLOP/s, the dense bfloat16 peak of one {device_kind}"
 
 
 LATE = 0.5  # share of a run after which routers are expected to have settled

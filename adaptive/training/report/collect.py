@@ -1,18 +1,53 @@
-"""From what an evaluation step returns to the record of routing that a report shows. Numpy alone, on the host."""
+"""What a run knows, put into the records that a report reads. Numpy alone, on the host."""
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
+from adaptive.account import account, dense_equivalent, paper_flops_per_token
 from adaptive.data.tokenizers import Tokenizer
+from adaptive.models.config import TransformerConfig
 from adaptive.training.report.schema import (
     END_MARK,
     SCORE_BINS,
+    AccountLine,
     RecursionRecord,
     RoutingRecord,
     SampleRecord,
     TokenRecord,
 )
+
+
+def plan_costs(
+    config: TransformerConfig, seq_len: int, batch_size: int, remat: Literal["none", "layer", "dots"] = "none"
+) -> dict[str, Any]:
+    """The fields of a PlanRecord that follow from the model and the batch: its kind, sizes, capacities and FLOPs."""
+    active, dense = account(config, seq_len), dense_equivalent(config, seq_len)
+    sizes = active.parameters
+    ends = sizes.embedding + sizes.head + sizes.routers
+    lines = (
+        AccountLine(a.name, a.train_useful * batch_size, d.train_useful * batch_size)
+        for a, d in zip(active.stages, dense.stages, strict=True)
+    )
+    return {
+        "family": config.family,
+        "router": config.router.kind,
+        "unique_parameters": sizes.total,
+        "embedding_parameters": sizes.embedding + sizes.head,
+        "effective_parameters": sizes.effective + ends,
+        "unique_layers": config.unique_layers,
+        "effective_layers": config.num_layers,
+        "recursions": config.recursions,
+        "capacities": config.capacities(seq_len) if config.router.kind != "none" else (),
+        "seq_len": seq_len,
+        "tokens_per_step": seq_len * batch_size,
+        "flops_per_step": active.train_flops_per_token * seq_len * batch_size,
+        "dense_flops_per_step": dense.train_flops_per_token * seq_len * batch_size,
+        "executed_flops_per_step": active.train_flops(remat) * batch_size,
+        "paper_flops_per_token": paper_flops_per_token(config, seq_len),
+        "account": tuple(lines),
+    }
 
 
 class RoutingCounter:

@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class AccountLine:
-    """One line of the compute account, in FLOPs of a training step: as routed, and if every token took every layer."""
+    """One line of the compute account, in useful FLOPs of a training step: as routed, and if every token took all."""
 
-    part: str  # "attention", "feed-forward", "router", "head", ...
+    part: str  # "first layer", "recursion 1", ..., "head"
     active: float
     dense: float
 
@@ -35,8 +35,9 @@ class PlanRecord:
 
     unique_parameters     of the model as stored, embeddings included; `embedding_parameters` of them are embeddings
     effective_parameters  of the unrolled model, shared layers counted at every use
-    flops_per_step        analytic, forward and backward, with the capacities that are computed
+    flops_per_step        useful (adaptive.account), forward and backward, with the capacities that are computed
     dense_flops_per_step  the same if every token took every layer
+    executed_flops_per_step  analytic, as executed: attention over all pairs, and what is recomputed
     measured_flops_per_step  matmul FLOPs of the compiled program, loops multiplied out; None: not measured
     paper_flops_per_token    forward FLOPs in the published accounting
     capacities            tokens per sequence that each recursion computes; () without a router
@@ -61,6 +62,7 @@ class PlanRecord:
     bytes_per_token: float = 0.0
     flops_per_step: float = 0.0
     dense_flops_per_step: float = 0.0
+    executed_flops_per_step: float = 0.0
     measured_flops_per_step: float | None = None
     paper_flops_per_token: float | None = None
     account: tuple[AccountLine, ...] = ()

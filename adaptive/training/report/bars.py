@@ -1,0 +1,65 @@
+"""Histograms and bars as inline SVG."""
+
+from collections.abc import Sequence
+
+from adaptive.training.report.numbers import compact
+from adaptive.training.report.svg import element, figure, label, legend, picture, rule, ticks
+
+WIDTH = 360
+_ROW = 34
+
+
+def mirrored_histogram(
+    title: str, above: Sequence[int], below: Sequence[int], *, names: tuple[str, str], note: str = ""
+) -> str:
+    """Two histograms over [0, 1] back to back, as shares of both together; "" if both are empty.
+
+    above, below  counts in bins of equal width
+    names         of the two
+    """
+    total = sum(above) + sum(below)
+    if not total:
+        return ""
+    height, left, right, top, bottom = 210, 44, 10, 10, 28
+    up, down = max(above) / total, max(below) / total
+    scale = (height - top - bottom) / (up + down)
+    middle = top + up * scale
+    out = []
+    for value in ticks(-down, up, 5):
+        at = middle - value * scale
+        out.append(rule("grid", left, WIDTH - right, at, at))
+        out.append(label(f"{abs(value):.0%}", left - 6, at, "tick", "end", middle=True))
+    bar = (WIDTH - left - right) / len(above)
+    for i, counts in enumerate(zip(above, below, strict=True)):
+        span = f"score {i / len(above):.2f} to {(i + 1) / len(above):.2f}"
+        for side, count in enumerate(counts):
+            if count:
+                size = max(0.7, count / total * scale)
+                tip = f"{span}: {compact(count)} {names[side]} ({count / total:.1%})"
+                out.append(
+                    _bar(left + i * bar + 0.7, middle if side else middle - size, bar - 1.4, size, side + 1, tip)
+                )
+    out.append(rule("axis", left, WIDTH - right, middle, middle))
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        out.append(label(f"{value:g}", left + value * (WIDTH - left - right), height - 10, "tick", "middle"))
+    keys = legend([(names[0], "k1 fill"), (names[1], "k2 fill")])
+    return figure(title, picture(title, "".join(out), WIDTH, height), legend=keys, note=note)
+
+
+def bar_chart(title: str, bars: Sequence[tuple[str, float, str]], note: str = "") -> str:
+    """Horizontal bars, each (label, size, text at its end); "" without bars."""
+    if not bars:
+        return ""
+    left, right = 76, 76
+    largest = max(size for _, size, _ in bars) or 1.0
+    out = []
+    for i, (name, size, text) in enumerate(bars):
+        y, length = 8.0 + i * _ROW, size / largest * (WIDTH - left - right)
+        out.append(label(name, left - 10, y + 12, "name", "end", middle=True))
+        out.append(_bar(left, y, max(1.0, length), 24, 1, f"{name}: {text}"))
+        out.append(label(text, left + length + 8, y + 12, "name", middle=True))
+    return figure(title, picture(title, "".join(out), WIDTH, 12 + _ROW * len(bars)), note=note)
+
+
+def _bar(x: float, y: float, width: float, height: float, colour: int, tip: str) -> str:
+    return element("rect", kind=f"bar c{colour}", x=x, y=y, width=width, height=height, rx=1.5, data_tip=tip)

@@ -1,0 +1,94 @@
+"""A passage of text with each token shaded by the depth it was given: for the page, and for a terminal."""
+
+import html
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from adaptive.training.report.schema import TokenRecord
+from adaptive.training.report.svg import element
+
+_NEWLINE = "↵"
+# Of a sequential blue scale, shallow to deep, with the text colour that reads best on each.
+_SHADES = (("#deebf7", "#10243d"), ("#9ecae1", "#10243d"), ("#4292c6", "#ffffff"), ("#08519c", "#ffffff"))
+
+
+def passage_html(passage: Sequence[TokenRecord], deepest: int, deepest_loss: float) -> str:
+    """Spans of the page. Each carries its depth and loss, and `--d` and `--l`, both in 0..1, by which the style sheet
+    shades it.
+
+    deepest       passes that shade a token fully
+    deepest_loss  nats that do
+    """
+    spans = []
+    for token in passage:
+        depth = level(token.depth, deepest)
+        loss = 0.0 if token.loss is None else min(1.0, max(0.0, token.loss / deepest_loss))
+        text = html.escape(token.text).replace("\n", f'<i class="nl">{_NEWLINE}</i>\n')
+        kind = " ".join(("t", *("deep",) * (depth > 0.6), *("high",) * (loss > 0.6), *("part",) * (not token.text)))
+        told = {"data_d": token.depth} | ({} if token.loss is None else {"data_l": f"{token.loss:.2f}"})
+        spans.append(element("span", text, kind=kind, style=f"--d:{depth:.2f};--l:{loss:.2f}", **told))
+    return "".join(spans)
+
+
+def level(depth: int, deepest: int) -> float:
+    """Where a depth lies between one pass (0) and the deepest (1)."""
+    return min(1.0, max(0.0, (depth - 1) / max(1, deepest - 1)))
+
+
+def print_passage(passage: Sequence[TokenRecord], deepest: int, stream: TextIO | None = None) -> None:
+    """Prints the passage with a legend: shaded where the stream shows colour, else with each token's depth below it.
+
+    deepest  passes through the shared block at most
+    """
+    console = Console(file=stream or sys.stdout, highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
+        console.print(passage_shaded(passage, deepest))
+        return
+    for line in passage_digits(passage, min(console.width, 100)):
+        console.print(Text(line), soft_wrap=True)
+
+
+def passage_shaded(passage: Sequence[TokenRecord], deepest: int) -> Text:
+    """The passage on backgrounds that darken with depth, below a legend."""
+    out = Text("passes through the shared block: ")
+    for depth in range(1, deepest + 1):
+        out.append(f" {depth} ", _style(depth, deepest)).append(" ")
+    out.append("\n\n")
+    for token in passage:
+        out.append(token.text.replace("\n", f"{_NEWLINE}\n"), _style(token.depth, deepest))
+    return out
+
+
+def passage_digits(passage: Sequence[TokenRecord], width: int) -> list[str]:
+    """The passage in lines of at most `width` cells, each followed by a line with the depth under every token's first
+    cell; a token of several cells continues with dots."""
+    lines, text, digits = [], "", ""
+    for token in passage:
+        for i, piece in enumerate(_pieces(token.text)):
+            mark = str(min(token.depth, 9)) if i == 0 else "·"
+            cells = cell_len(piece)
+            if cell_len(text) + cells > width:
+                lines += [text, digits]
+                text = digits = ""
+            text, digits = text + piece, digits + mark.ljust(cells)
+            if piece == _NEWLINE:
+                lines += [text, digits]
+                text = digits = ""
+    return [*lines, text, digits] if text else lines
+
+
+def _pieces(text: str) -> list[str]:
+    """Characters that take room, line ends made visible, control characters left out."""
+    shown = (_NEWLINE if char == "\n" else " " if char == "\t" else char for char in text)
+    return [char for char in shown if cell_len(char) > 0]
+
+
+def _style(depth: int, deepest: int) -> Style:
+    back, front = _SHADES[round(level(depth, deepest) * (len(_SHADES) - 1))]
+    return Style(color=front, bgcolor=back)
