@@ -11,7 +11,7 @@ A source is `embedded` (the English, Python and Chinese corpora), `embedded:NAME
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from adaptive.data.bpe import train_bpe
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{prepare,train-bpe,show}")
     names = ", ".join(BUILT_IN)
 
-    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.add_argument("--source", nargs="+", required=True, help="embedded, embedded:NAME, files, folders or globs")
         sub.add_argument("--text_key", default=_DEFAULTS.text_key, help="field of jsonl and parquet rows")

@@ -11,14 +11,15 @@ class DataConfig:
     `paths` and `weights` name what `source` reads:
       embedded     names of corpora shipped with the package: english, python, chinese, dna
       files        files, directories or globs of .txt, .jsonl[.gz|.xz|.zst] and .parquet
-      tokens       token stores written by `python -m adaptive.data prepare`, or nanoGPT-style .bin files
-      huggingface  hub datasets, streamed: "repo" or "repo:config"
-      synthetic    tasks generated from an index: uniform, copy, ...
+      tokens       token stores written by `python -m adaptive.data prepare`, or token files of nanoGPT, llm.c,
+                   Megatron-LM and OLMo (.bin, .npy)
+      huggingface  hub datasets, streamed: "repo" or "repo:config"; the first 4,096 documents are held out
+      synthetic    tasks made from an index: uniform, copy, reverse, recall, chase, addition, brackets
     """
 
     source: Literal["embedded", "files", "tokens", "huggingface", "synthetic"] = "embedded"
     paths: tuple[str, ...] = ("english",)
-    weights: tuple[float, ...] = ()  # proportion of rows drawn from each path; () mixes by size
+    weights: tuple[float, ...] = ()  # proportion of rows drawn from each path; () mixes by size (streams equally)
     tokenizer: str = "bytes"  # bytes | hnet-bytes | bpe-4096 | path or hub name of a tokenizer.json
     text_key: str = "text"  # field of jsonl and parquet rows
     token_dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of headerless .bin files
@@ -26,7 +27,7 @@ class DataConfig:
     shuffle: bool = True
     shuffle_seed: int = 0
     cross_document: bool = False  # True: attend and predict across document boundaries (as the MoR release trains)
-    validation_every: int = 20  # document i is validation when i % every == every - 1
+    validation_every: int = 20  # document i is validation when i % every == every - 1; 0: nothing is held out
     prefetch: int = 4  # batches prepared ahead, per process
     cache_dir: str = ""  # where token stores are kept; "" is the user's cache directory
 

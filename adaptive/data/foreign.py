@@ -23,7 +23,7 @@ from adaptive.data.store import TokenStore, file_identity, open_store
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
 
-_LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}  # magic -> type of the tokens
+_LLM_C: dict[int, np.dtype] = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}  # magic -> type of the tokens
 _LLM_C_EVALUATION = 20240522
 _LLM_C_HEADER = 256 * 4
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from adaptive.data.streaming import Group
 from adaptive.errors import DataError
@@ -96,7 +97,7 @@ class HubDocuments:
         return value
 
 
-def _load(repo: str):
+def _load(repo: str) -> Any:
     try:
         import datasets
     except ImportError:

@@ -1,6 +1,7 @@
 """Batches for training and evaluation: shuffled, mixed, sharded over processes, resumable from one number."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -25,7 +26,9 @@ _SHOWN_TOKENS = 20
 class TrainBatches(Protocol):
     """An endless iterator of this process's rows of each global batch."""
 
-    next_index: int  # sequences of the global batches returned so far, over all processes and runs
+    @property
+    def next_index(self) -> int:
+        """Sequences of the global batches returned so far, over all processes and runs."""
 
     def __iter__(self) -> "TrainBatches": ...
 
@@ -58,6 +61,9 @@ class Data(Protocol):
 
     def validation_passage(self, length: int) -> np.ndarray:
         """i32[up to length]: the first tokens held out."""
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often each source has been seen after `rows` rows; empty where a source has no known size."""
 
     def describe(self) -> list[str]:
         """Lines that tell the user what will be read."""
@@ -95,18 +101,22 @@ class IndexedTrainBatches:
         self._batches = iter(mine.to_iter_dataset(options))
         self._batch_size = shard.batch_size
         self._fingerprint = fingerprint
-        self.next_index = start
+        self._next_index = start
+
+    @property
+    def next_index(self) -> int:
+        return self._next_index
 
     def __iter__(self) -> "IndexedTrainBatches":
         return self
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self.next_index += self._batch_size
+        self._next_index += self._batch_size
         return batch
 
     def state(self) -> dict:
-        return {"next_index": self.next_index, "fingerprint": self._fingerprint}
+        return {"next_index": self._next_index, "fingerprint": self._fingerprint}
 
     def close(self) -> None:
         self._batches.close()
@@ -172,6 +182,10 @@ class IndexedData:
         tokens = [row.tokens[row.segment_ids > 0] for row in rows]
         return np.concatenate([np.zeros(0, np.int32), *tokens])[:length]
 
+    def epochs(self, rows: int) -> dict[str, float]:
+        shares = zip(self.sources, self._weights, strict=True)
+        return {source.name: rows * weight / len(source.train) for source, weight in shares}
+
     def describe(self) -> list[str]:
         lines = [line for source in self.sources for line in source.about]
         if len(self.sources) == 1:
@@ -236,29 +250,34 @@ def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Sourc
         files = source_files(config.source, path, config.cache_dir)
         store = cached_store(files, tokenizer, text_key=config.text_key, cache=config.cache_dir)
     train, held_out = (Split(store, which, config.validation_every) for which in ("train", "validation"))
-    shape = {"cross_document": config.cross_document, "filler": tokenizer.eos_id}
-    rows = Windows(train, config.seq_len, partial=False, **shape)
+    windows = functools.partial(
+        Windows, seq_len=config.seq_len, cross_document=config.cross_document, filler=tokenizer.eos_id
+    )
+    rows = windows(train, partial=False)
     if not len(rows):
         raise DataError(
             f"{path} has {len(train):,} tokens to train on, one row of data.seq_len={config.seq_len} needs "
             f"{config.seq_len + 1}: use more text or a smaller data.seq_len"
         )
     opening = tokenizer.decode(train.read(0, min(_SHOWN_TOKENS, len(train))))
+    size = "" if store.text_bytes is None else f"{store.text_bytes:,} bytes of text, "
     return Source(
         name=path,
         train=rows,
-        held_out=Windows(held_out, config.seq_len, partial=True, **shape),
+        held_out=windows(held_out, partial=True),
         identity=store.fingerprint,
         about=(
-            f"{path}: {len(train.documents) - 1:,} documents, {len(train):,} tokens, {len(rows):,} rows of "
-            f"{config.seq_len} to train on; {len(held_out):,} tokens held out ({train.rule})",
+            f"{path}: {len(store.documents) - 1:,} documents, {size}{len(store):,} tokens of {tokenizer.name}; "
+            f"{len(rows):,} rows of {config.seq_len} to train on, {len(held_out):,} tokens held out ({train.rule})",
             f"{path} begins {opening!r}",
         ),
     )
 
 
 def _synthetic_source(config: DataConfig, name: str, vocab_size: int) -> Source:
-    shape = {"seq_len": config.seq_len, "vocab_size": vocab_size, "seed": config.shuffle_seed}
-    train, held_out = (SyntheticRows(name, held_out=which, **shape) for which in (False, True))
+    rows = functools.partial(
+        SyntheticRows, name, seq_len=config.seq_len, vocab_size=vocab_size, seed=config.shuffle_seed
+    )
+    train, held_out = rows(held_out=False), rows(held_out=True)
     about = f"{name}: made from the row's index, {len(held_out)} rows held out"
     return Source(name, train, held_out, f"{name} of {vocab_size}, seed {config.shuffle_seed}", (about,))

@@ -1,7 +1,6 @@
 """From what a recipe names to token stores: prepared ones, and text tokenised into the cache at first use."""
 
 from pathlib import Path
-from typing import Literal
 
 from adaptive.data.corpus import CORPORA, embedded_corpus
 from adaptive.data.files import cache_dir, digest
@@ -47,8 +46,8 @@ def _write(files: list[Path], tokenizer: Tokenizer, directory: Path, text_key: s
     )
 
 
-def source_files(source: Literal["embedded", "files"], path: str, cache: str = "") -> list[Path]:
-    """The files behind one entry of `data.paths`. Raises DataError if there are none."""
+def source_files(source: str, path: str, cache: str = "") -> list[Path]:
+    """The files behind one entry of `data.paths` (source `embedded` or `files`). Raises DataError if there are none."""
     if source == "embedded":
         return [embedded_corpus(path, cache)]
     if path in CORPORA and not Path(path).exists():

@@ -8,7 +8,7 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def read_documents(files: Iterable[Path], text_key: str = "text") -> Iterator[Do
     """
     for file in files:
         if file.name.endswith(_JSONL):
-            rows = _jsonl(file, text_key)
+            rows: Iterator[Document] = _jsonl(file, text_key)
         elif file.suffix == ".parquet":
             rows = _parquet(file, text_key)
         else:
@@ -95,7 +95,7 @@ def _join(lines: list[bytes], file: Path, start: int, closed: bool) -> str:
     return text.removesuffix("\n").removesuffix("\r") if closed else text
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> io.BufferedIOBase:
     if file.suffix == ".gz":
         return gzip.open(file, "rb")
     if file.suffix == ".xz":
@@ -117,7 +117,7 @@ class _ZstdFile(io.RawIOBase):
         except ImportError:
             raise DataError(f"{file} needs a package: pip install 'adaptive[hf]'") from None
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame = None
+        self._frame: Any = None  # the frame being read
         self._file = file.open("rb")
         self._packed = b""
         self._ready = b""
@@ -125,7 +125,7 @@ class _ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._ready:
             self._packed = self._packed or self._file.read(1 << 17)
             if not self._packed:
@@ -196,7 +196,7 @@ def _parquet(file: Path, key: str) -> Iterator[Document]:
         raise DataError(f"{file} is not a readable parquet file: {error}") from None
 
 
-def _columns(table, file: Path, key: str, types) -> Iterator[Document]:
+def _columns(table: Any, file: Path, key: str, types: Any) -> Iterator[Document]:
     schema = table.schema_arrow
     if key not in schema.names:
         raise DataError(f"{file}: no column '{key}'; there are {', '.join(schema.names)} (set data.text_key)")

@@ -9,6 +9,7 @@ A store is written in a folder under a temporary name, synced and renamed, so a 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -42,6 +43,7 @@ class TokenStore:
     documents    i64[documents + 1]: document d is tokens documents[d] to documents[d + 1], its end token included
     max_id       largest id in the store
     fingerprint  sha256 (hex) of the tokens and the document bounds
+    text_bytes   UTF-8 bytes of all documents, where that is known
     """
 
     name: str
@@ -49,10 +51,11 @@ class TokenStore:
     documents: np.ndarray
     max_id: int
     fingerprint: str
+    text_bytes: int | None = None
 
-    def __post_init__(self):
-        bounds = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])]).astype(np.int64)
-        object.__setattr__(self, "_bounds", bounds)
+    @functools.cached_property
+    def _bounds(self) -> np.ndarray:
+        return np.cumsum([0, *(len(shard) for shard in self.shards)], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -140,6 +143,7 @@ def open_store(directory: Path, tokenizer: Tokenizer) -> TokenStore:
         documents=np.concatenate(documents),
         max_id=max(entry["max_id"] for entry in index["shards"]),
         fingerprint=hashlib.sha256("".join(entry["sha256"] for entry in index["shards"]).encode()).hexdigest(),
+        text_bytes=sum(entry["bytes"] for entry in index["shards"]),
     )
 
 

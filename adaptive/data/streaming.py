@@ -5,7 +5,7 @@ the saved position do not depend on the number of processes; the price is that e
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import grain
@@ -88,11 +88,11 @@ class Packer:
         if self._held - self._offset < 2:
             raise StopIteration
         parts, openings, length = [], [], 0
-        for _, piece in self._pieces:
+        for _, document in self._pieces:
             if length == self._seq_len + 1:
                 break
             openings.append(length)
-            parts.append(piece[0 if length else self._offset :][: self._seq_len + 1 - length])
+            parts.append(document[0 if length else self._offset :][: self._seq_len + 1 - length])
             length += len(parts[-1])
         self._advance()
         return np.concatenate(parts), np.array(openings)
@@ -146,7 +146,7 @@ class StreamedData:
     The first HELD_OUT_DOCUMENTS of each stream are held out, none if config.validation_every is 0.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, streams: list[DocumentStream], shard: Shard):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, streams: Sequence[DocumentStream], shard: Shard):
         self.tokenizer = tokenizer
         self._config = config
         self._streams = streams
@@ -198,6 +198,10 @@ class StreamedData:
         rows = self._first_held_out(-(-length // self._config.seq_len))
         tokens = [row.tokens[row.segment_ids > 0] for row in rows]
         return np.concatenate([np.zeros(0, np.int32), *tokens])[:length]
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """Nothing: how much a stream holds is not known."""
+        return {}
 
     def describe(self) -> list[str]:
         names = ", ".join(stream.name for stream in self._streams)

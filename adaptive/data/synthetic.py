@@ -73,13 +73,14 @@ class SyntheticRows:
             tokens = rng.integers(0, self._vocab_size, self._seq_len + 1, dtype=np.int32)
             return Sample(tokens, np.zeros(self._seq_len, np.int32))
         symbols = min(self._vocab_size - FIRST_SYMBOL, _SYMBOLS)
-        tokens, depth = [], []
-        while len(tokens) <= self._seq_len:
-            episode = TASKS[self.name](rng, symbols)
-            tokens += episode[0]
+        ids: list[int] = []
+        depth: list[int] = []
+        while len(ids) <= self._seq_len:
+            episode = _EPISODES[self.name](rng, symbols)
+            ids += episode[0]
             depth += episode[1]
         size = self._seq_len + 1
-        return Sample(np.array(tokens[:size], np.int32), np.array(depth[1:size], np.int32))
+        return Sample(np.array(ids[:size], np.int32), np.array(depth[1:size], np.int32))
 
 
 def _draw(rng: np.random.Generator, symbols: int, count: int, *, distinct: bool = False) -> list[int]:
@@ -88,13 +89,13 @@ def _draw(rng: np.random.Generator, symbols: int, count: int, *, distinct: bool 
 
 def _copy(rng: np.random.Generator, symbols: int) -> _Episode:
     """Repeat a word."""
-    word = _draw(rng, symbols, rng.integers(2, 17))
+    word = _draw(rng, symbols, int(rng.integers(2, 17)))
     return [OPEN, *word, ASK, *word], [0] * (len(word) + 2) + [1] * len(word)
 
 
 def _reverse(rng: np.random.Generator, symbols: int) -> _Episode:
     """Repeat a word backwards."""
-    word = _draw(rng, symbols, rng.integers(2, 17))
+    word = _draw(rng, symbols, int(rng.integers(2, 17)))
     return [OPEN, *word, ASK, *word[::-1]], [0] * (len(word) + 2) + [1] * len(word)
 
 
@@ -142,7 +143,8 @@ def _digits(values: list[int]) -> list[int]:
 def _brackets(rng: np.random.Generator, symbols: int) -> _Episode:
     """Nested brackets of several kinds: a closing one must match; depth is how deep the pair it closes is nested."""
     kinds = min(symbols // 2, 8)
-    tokens, depth, stack = [OPEN], [0], []
+    tokens, depth = [OPEN], [0]
+    stack: list[int] = []
     for _ in range(int(rng.integers(4, 33))):
         if stack and (len(stack) == 8 or rng.random() < 0.5):
             depth.append(len(stack))
@@ -157,8 +159,7 @@ def _brackets(rng: np.random.Generator, symbols: int) -> _Episode:
     return tokens, depth
 
 
-TASKS: dict[str, Callable[[np.random.Generator, int], _Episode] | None] = {
-    "uniform": None,
+_EPISODES: dict[str, Callable[[np.random.Generator, int], _Episode]] = {
     "copy": _copy,
     "reverse": _reverse,
     "recall": _recall,
@@ -166,3 +167,4 @@ TASKS: dict[str, Callable[[np.random.Generator, int], _Episode] | None] = {
     "addition": _addition,
     "brackets": _brackets,
 }
+TASKS = ("uniform", *_EPISODES)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -196,7 +197,7 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-def _parse(content: bytes, path: Path):
+def _parse(content: bytes, path: Path) -> Any:
     try:
         import tokenizers
     except ImportError:
