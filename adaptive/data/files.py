@@ -1,6 +1,7 @@
 """Where the data room keeps files, and how it writes them so that a reader never sees half of one."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -28,6 +29,11 @@ def digest(value: object) -> str:
 def beside(path: Path) -> Path:
     """A name next to `path` that no other process uses, for what will be renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def temporary_pattern(path: Path) -> str:
+    """A glob of the names that `beside` gives."""
+    return f".{glob.escape(path.name)}.*.tmp"
 
 
 def sync(path: Path) -> None:

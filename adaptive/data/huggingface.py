@@ -48,15 +48,16 @@ def require_hub(purpose: str) -> None:
 
 def hub_tokenizer(name: str) -> Path:
     """Path of the `tokenizer.json` of a hub repository, downloaded if it is not in the hub's own cache."""
+    purpose = f"the tokenizer {name} (no such file here; data.tokenizer also takes a path, bytes or bpe-4096)"
     try:
         import huggingface_hub
     except ImportError:
-        require_hub(f"the tokenizer {name}")
+        require_hub(purpose)
         raise HubError(f"the tokenizer {name} is on the Hugging Face hub: pip install 'adaptive[hf]'") from None
     try:
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", local_files_only=True))
     except Exception:  # not in the cache: several kinds of error, by version
-        require_hub(f"the tokenizer {name} (no such file here)")
+        require_hub(purpose)
     try:
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=_REACH_WITHIN_S))
     except Exception as error:

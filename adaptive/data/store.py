@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import adaptive
-from adaptive.data.files import beside, explained, sync
+from adaptive.data.files import beside, explained, sync, temporary_pattern
 from adaptive.data.sources import Document
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
@@ -31,6 +31,7 @@ FORMAT = 1
 _SHARD_TOKENS = 1 << 28
 _GROUP_CHARACTERS = 1 << 22  # text encoded at once
 _REPORT_EVERY_S = 10.0
+_ABANDONED_AFTER_S = 7 * 24 * 3600.0
 
 log = logging.getLogger("adaptive.data")
 
@@ -165,6 +166,7 @@ def _open_shard(directory: Path, i: int, entry: dict, dtype: np.dtype) -> tuple[
 def _new_folder(directory: Path) -> Iterator[Path]:
     """A temporary folder that becomes `directory` when the block succeeds and vanishes when it does not."""
     directory.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(directory)
     folder = beside(directory)
     folder.mkdir()
     try:
@@ -175,6 +177,14 @@ def _new_folder(directory: Path) -> Iterator[Path]:
             _rename(folder, directory)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Removes what writers of this store left behind when they were killed, once it is surely not being written."""
+    for folder in directory.parent.glob(temporary_pattern(directory)):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_S:
+                shutil.rmtree(folder)
 
 
 def _rename(folder: Path, directory: Path) -> None:

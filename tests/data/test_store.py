@@ -1,5 +1,7 @@
 import json
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -79,6 +81,15 @@ def test_disk_full_is_explained_and_leaves_nothing(tmp_path, tokenizer, monkeypa
     with pytest.raises(DataError, match=r"No space left on device.*data\.cache_dir"):
         write(tmp_path / "s", DOCUMENTS, tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_killed_writers_are_removed_when_old(tmp_path, tokenizer):
+    for name, age in ((".s.1-aa.tmp", 10 * 24 * 3600), (".s.2-bb.tmp", 60), (".other.1-aa.tmp", 10 * 24 * 3600)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens-00000.bin").write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write(tmp_path / "s", DOCUMENTS, tokenizer)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"s", ".s.2-bb.tmp", ".other.1-aa.tmp"}
 
 
 def test_several_writers_of_one_store(tmp_path, tokenizer):
