@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from adaptive.errors import RecipeError
 
@@ -27,7 +27,7 @@ def leaf_kinds(cls: type, above: str = "") -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         path, kind = f"{above}{field.name}", hints[field.name]
-        kinds |= leaf_kinds(kind, f"{path}.") if dataclasses.is_dataclass(kind) else {path: kind}
+        kinds |= leaf_kinds(kind, f"{path}.") if _is_dataclass(kind) else {path: kind}
     return kinds
 
 
@@ -63,7 +63,10 @@ def parse(kind: Any, text: str, *, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     wrong = RecipeError(f"{where}={text}: expected {expected(kind)}{_hint(kind, text)}")
     if origin in (types.UnionType, typing.Union):
-        return None if text == "none" else parse(_inner(kind), text, where=where)
+        try:
+            return None if text == "none" else parse(_inner(kind), text, where=where)
+        except RecipeError:
+            raise wrong from None
     if origin is typing.Literal:
         spelled = {str(value): value for value in args}
         if text not in spelled:
@@ -95,7 +98,7 @@ def read(kind: Any, value: Any, *, where: str) -> Any:
 
     Raises RecipeError for a wrong type and for keys that are unknown or missing.
     """
-    if dataclasses.is_dataclass(kind):
+    if _is_dataclass(kind):
         return _read_dataclass(kind, value, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -138,6 +141,10 @@ def _read_dataclass(cls: type, value: Any, where: str) -> Any:
     if missing:
         raise RecipeError(f"{where} lacks {', '.join(missing)}")
     return cls(**{name: read(kinds[name], value[name], where=f"{where}.{name}") for name in names})
+
+
+def _is_dataclass(kind: Any) -> TypeGuard[type]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _inner(kind: Any) -> Any:

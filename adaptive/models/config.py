@@ -158,3 +158,8 @@ class TransformerConfig:
                 f"increase, because a token that left cannot come back; for example "
                 f"{','.join(f'{x:g}' for x in sorted(c, reverse=True))}"
             )
+        if self.kv != "per_recursion" and c[0] < 1:
+            raise RecipeError(
+                f"model.router.capacities starts with {c[0]:g}: model.kv={self.kv} shares the first recursion's keys "
+                "and values of all tokens, so the first fraction must be 1; or use model.kv=per_recursion"
+            )

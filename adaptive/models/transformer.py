@@ -61,9 +61,8 @@ class Transformer(nnx.Module):
         c, r = config, config.router
         keys = iter(jax.random.split(key, 5 + 2 * c.recursions))
         self.embedding = normal_param(next(keys), (c.vocab_size, c.hidden_size), ("vocab", "width"), c.init_std)
-        self.head = None
-        if not c.tie_embeddings:
-            self.head = normal_param(next(keys), (c.vocab_size, c.hidden_size), ("vocab", "width"), c.init_std)
+        head = (c.vocab_size, c.hidden_size), ("vocab", "width"), c.init_std
+        self.head = None if c.tie_embeddings else normal_param(next(keys), *head)
         self.first = self._layer(next(keys)) if c.unique_ends else None
         self.block = self._layer(next(keys), self._stack())
         self.last = self._layer(next(keys)) if c.unique_ends else None

@@ -1,0 +1,56 @@
+"""Matmul FLOPs of a compiled program, from its text: XLA's own cost analysis counts the body of a loop once."""
+
+import functools
+import math
+import re
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]*)\]")
+_DOT = re.compile(r" dot\(%([\w.\-]+), .*lhs_contracting_dims=\{([\d,]*)\}")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+
+
+def matmul_flops(text: str) -> int:
+    """2 m n k of every dot in `compiled.as_text()`, times the trip counts of the loops it is in.
+
+    Fails on a loop whose trip count is not known and on matmuls that went to a library call.
+    """
+    assert "matmul" not in "".join(re.findall(r'custom_call_target="([^"]*)"', text)), "a matmul became a custom call"
+    bodies: dict[str, list[str]] = {}
+    entry = ""
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            name = start[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif _INSTRUCTION.match(line) or " = (" in line:
+            bodies[name].append(line)
+
+    @functools.cache
+    def flops(name: str) -> int:
+        shapes = {m[1]: _numbers(m[2]) for line in bodies[name] if (m := _INSTRUCTION.match(line))}
+        total = 0
+        for line in bodies[name]:
+            if dot := _DOT.search(line):
+                contracted = math.prod(shapes[dot[1]][axis] for axis in _numbers(dot[2]))
+                out = _INSTRUCTION.match(line)
+                assert out is not None
+                total += 2 * contracted * math.prod(_numbers(out[2]))
+            called = _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                called += re.findall(r"%([\w.\-]+)", branches)
+            inner = sum(map(flops, called))
+            if inner and " while(" in line:
+                trips = _TRIPS.search(line)
+                assert trips, f"a loop with matmuls has no known trip count: {line[:120]}"
+                inner *= int(trips[1])
+            total += inner
+        return total
+
+    return flops(entry)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
