@@ -130,7 +130,7 @@ def thinned(points: list[Point], most: int = _MOST_POINTS) -> list[Point]:
     for i in range(most - 2):
         stretch = inner[round(i * size) : round((i + 1) * size)]
         mean = sum(y for _, y in stretch) / len(stretch)
-        kept.append(max(stretch, key=lambda p: abs(p[1] - mean)))  # noqa: B023
+        kept.append(max(stretch, key=lambda p: abs(p[1] - mean)))
     return [points[0], *kept, points[-1]]
 
 

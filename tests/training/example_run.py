@@ -1,0 +1,152 @@
+"""Workdirs of made-up but realistic runs, for tests of the report and for looking at it."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+
+from adaptive.data.tokenizers import Bytes
+from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.recipe import Recipe
+from adaptive.training.config import TrainConfig
+from adaptive.training.metrics import Meter, MetricsLog, StepCost
+from adaptive.training.report.collect import RoutingCounter, passage_tokens, plan_costs
+from adaptive.training.report.schema import PlanRecord, SampleRecord, TokenRecord, save_record
+
+ROUTERS = {
+    "vanilla": {"recursions": 1},
+    "recursive": {"recursions": 3},
+    "mor": {"recursions": 3, "router": RouterConfig(kind="expert_choice")},
+    "mor_token": {"recursions": 3, "router": RouterConfig(kind="token_choice", activation="softmax")},
+}
+TEXT = """The harbour lay quiet under the first snow of the year. Along the quay the fishing boats were made fast, \
+their nets folded and white, and only the lamp above the pilot's door was still burning.
+
+"You came by the northern road," said the old woman, without looking up from her work. "Nobody takes it in November."
+
+He put the sealed letter on the table between them. It had travelled eleven hundred miles, through two wars and a \
+flood, and the wax bore the mark of a house that no longer existed.
+"""
+
+
+def recipe_of(kind: str, steps: int = 600) -> Recipe:
+    model = dataclasses.replace(TransformerConfig(num_layers=11, hidden_size=128), **ROUTERS[kind])
+    return Recipe(
+        name=kind, description="An example, made up.", model=model, train=TrainConfig(steps=steps, batch_size=8)
+    )
+
+
+def write_example(workdir: Path, kind: str = "mor", steps: int = 600, until: int | None = None, seed: int = 0) -> Path:
+    """A workdir as a run of `steps` steps leaves it after `until` of them."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    recipe, rng = recipe_of(kind, steps), np.random.default_rng(seed)
+    (workdir / "recipe.json").write_text(recipe.to_json())
+    plan = write_plan(workdir, recipe)
+    write_rows(workdir, recipe, plan, until or steps, rng)
+    write_routing(workdir, recipe, until or steps, rng)
+    return workdir
+
+
+def write_plan(workdir: Path, recipe: Recipe) -> PlanRecord:
+    costs = plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size)
+    plan = PlanRecord(
+        name=recipe.name,
+        steps=recipe.train.steps,
+        bytes_per_token=1.0,
+        measured_flops_per_step=costs["executed_flops_per_step"] * 1.004,
+        device_kind="TPU v5 lite",
+        devices=4,
+        mesh={"data": 2, "fsdp": 2, "tensor": 1},
+        compute_dtype="bfloat16",
+        peak_flops_per_s=4 * 197e12,
+        compile_seconds=23.4,
+        memory={"arguments": 41_000_000, "temporaries": 310_000_000, "outputs": 41_000_000, "code": 2_400_000},
+        kernels={"attention": "reference (no Pallas kernel for this platform)"},
+        versions={"jax": "0.10.2", "flax": "0.12.8"},
+        **costs,
+    )
+    save_record(plan, workdir)
+    return plan
+
+
+def write_rows(workdir: Path, recipe: Recipe, plan: PlanRecord, until: int, rng: np.random.Generator) -> None:
+    now = [0.0]
+    meter = Meter(
+        StepCost(plan.tokens_per_step, plan.flops_per_step, plan.dense_flops_per_step, 1.0, plan.peak_flops_per_s),
+        clock=lambda: now[0],
+    )
+    log = MetricsLog.open(workdir, 0)
+    for step in range(1, until + 1):
+        progress = step / recipe.train.steps
+        ce = 1.35 + 4.2 * (1 + step / 6) ** -0.75 - 0.12 * max(0, progress - 0.8) + rng.normal(0, 0.035)
+        warm = min(1.0, step / 30) * min(1.0, (1 - progress) / 0.2)
+        metrics = {
+            "loss": ce + 0.001,
+            "ce": ce,
+            "grad_norm": 0.4 + 3 / (1 + step / 8) + rng.exponential(0.06),
+            "skipped": 0,
+        }
+        settled = 1 - np.exp(-6 * progress)
+        if recipe.model.router.kind == "expert_choice":
+            for r, end in enumerate((1.0, 0.984, 0.991)):
+                metrics[f"routing/accuracy_{r + 1}"] = min(1.0, 0.55 + (end - 0.55) * settled + rng.normal(0, 0.004))
+            metrics["routing/accuracy"] = np.mean([metrics[f"routing/accuracy_{r}"] for r in (1, 2, 3)])
+            metrics["aux/aux_loss"] = 2.0 * (1 - settled) + 0.14 + rng.normal(0, 0.01)
+        if recipe.model.router.kind == "token_choice":
+            metrics |= {f"routing/load_{r}": x for r, x in ((1, 0.36), (2, 0.33), (3, 0.31))}
+            metrics |= {"routing/max_vio": 0.8 - 0.5 * settled, "aux/balancing_loss": 1.02}
+        now[0] += 0.16 * plan.flops_per_step / 4e10 * (1 + rng.exponential(0.03))
+        meter.waited(0.001)
+        meter.add(metrics)
+        if step % 5 == 0:
+            log.write(meter.row(step, learning_rate=3e-3 * warm))
+        if step % 100 == 0 or step == recipe.train.steps:
+            bits = (ce + 0.04) / np.log(2)
+            row = {"eval/loss": ce + 0.04, "eval/bits_per_byte": bits}
+            if recipe.model.router.kind != "none":
+                row |= {"eval/threshold/loss": ce + 0.05, "eval/threshold/bits_per_byte": bits + 0.012}
+                row |= {"eval/dead_token_ratio": 0.02 * (1 - settled), "eval/dead_token_ratio_by_chance": 0.0}
+            log.write({**meter.position(step), **row})
+    log.close()
+
+
+def write_routing(workdir: Path, recipe: Recipe, step: int, rng: np.random.Generator) -> None:
+    model, seq = recipe.model, recipe.data.seq_len
+    counter = RoutingCounter(model.router.kind, model.recursions)
+    depth, scores = routed(rng, 32, seq, model)
+    counter.add(depth, scores, np.ones_like(depth, bool))
+    ids = Bytes().encode("Tea ✓ ")
+    ends = passage_tokens(Bytes(), [*ids, Bytes.eos_id], [1] * (len(ids) + 1), [None, *[1.0] * len(ids)])
+    words = re.findall(r"\s*\w{1,5}|\s*[^\w\s]|\s+", TEXT)
+    passage = [_token(rng, word, model) for word in words] + list(ends)
+    sample = SampleRecord("The ", "captain was the first to speak.\n“There is <no> light on the water & no wind.”")
+    save_record(counter.record(step, "topk", passage, sample), workdir)
+
+
+def routed(
+    rng: np.random.Generator, rows: int, seq: int, model: TransformerConfig
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(depth i32[rows, seq], scores) as a trained router might leave them."""
+    n = model.recursions
+    if model.router.kind == "none":
+        return np.full((rows, seq), n, np.int32), []
+    if model.router.kind == "token_choice":
+        p = rng.dirichlet([1.2] * n, (rows, seq)).astype(np.float32)
+        return p.argmax(-1).astype(np.int32) + 1, [p[..., i] for i in range(n)]
+    depth, scores = np.zeros((rows, seq), np.int32), []
+    for r, k in enumerate(model.capacities(seq)):
+        candidate = depth == r
+        wish = rng.random((rows, seq)) < k / seq * n / (n - r + 1e-9)
+        score = np.where(wish | (r == 0), rng.beta(12, 0.7, (rows, seq)), rng.beta(0.7, 12, (rows, seq)))
+        score = np.where(candidate, score, np.nan).astype(np.float32)
+        order = np.argsort(-np.nan_to_num(score, nan=-1.0), axis=-1)[:, :k]
+        np.put_along_axis(depth, order, r + 1, axis=-1)
+        scores.append(score)
+    return depth, scores
+
+
+def _token(rng: np.random.Generator, text: str, model: TransformerConfig) -> TokenRecord:
+    hard = min(1.0, len(text.strip()) / 6) * (0.4 + 0.6 * rng.random()) + 0.3 * text.strip()[:1].isupper()
+    depth = 1 if model.recursions == 1 else 1 + int(hard > 0.33) + int(hard > 0.66)
+    return TokenRecord(text, model.recursions if model.router.kind == "none" else depth, round(4 * hard**2 + 0.1, 3))
