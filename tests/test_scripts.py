@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -113,6 +115,34 @@ def test_an_environment_of_the_users_own_is_left_alone(repository):
     assert [path.name for path in (repository / ".venv").iterdir()] == ["mine"]
 
 
+def test_a_python_that_cannot_make_environments_is_told_apart(repository, tmp_path):
+    (tmp_path / "ensurepip.py").write_text("raise ImportError")  # as on Debian without python3-venv
+    refused = train(repository, PYTHONPATH=str(tmp_path))
+    assert refused.returncode == 2
+    assert "-venv\n" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (repository / ".venv").exists()
+
+
+def test_a_set_up_that_was_killed_starts_again(repository):
+    slow = repository / "requirements" / "cpu.txt"
+    slow.write_text("adaptive @ file://" + str(repository).replace(" ", "%20") + "\n")
+    begun = repository / "begun"
+    (repository / "backend.py").write_text(f"import time\nopen({str(begun)!r}, 'w')\ntime.sleep(60)\n")
+    command = ["bash", str(repository / "scripts" / "train")]
+    first = subprocess.Popen(command, cwd=repository.parent, env=environment(), start_new_session=True)
+    while not begun.exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    slow.write_text("")
+    (repository / "backend.py").write_text(BACKEND)
+    again = train(repository)
+    assert again.returncode == 0, again.stderr
+    assert "Making" in again.stderr
+
+
 def test_a_python_that_does_not_suit_is_refused_by_name(repository, tmp_path):
     old = tmp_path / "python3"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
@@ -162,15 +192,17 @@ def pins(lock: str) -> dict[tuple[str, str], str]:
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_lists_are_pinned_and_agree(lock):
-    mine, cpu = pins(lock), pins("cpu")
+    mine, cpu, dev = pins(lock), pins("cpu"), pins("dev")
     assert {key: mine.get(key) for key in cpu} == cpu
+    assert {key: mine[key] for key in dev if key in mine} == {key: dev[key] for key in dev if key in mine}
     assert "://" not in (ROOT / "requirements" / f"{lock}.txt").read_text()
 
 
 def test_lists_hold_what_the_package_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    for lock, wanted in {"cpu": [], "gpu": optional["gpu"], "tpu": optional["tpu"], "dev": optional["dev"]}.items():
+    of_platform = {name: [*optional[name], *optional["hf"]] for name in ("gpu", "tpu")}
+    for lock, wanted in {"cpu": [], "dev": optional["dev"], **of_platform}.items():
         held = {name for name, _ in pins(lock)}
         for requirement in [*project["dependencies"], *wanted]:
             assert re.match(r"[a-z0-9-]+", requirement)[0] in held, f"./scripts/lock: {lock}.txt lacks {requirement}"
