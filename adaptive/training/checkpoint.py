@@ -1,0 +1,413 @@
+"""Checkpoints: everything the next step depends on, written beside training, read back whole or not at all.
+
+A checkpoint is a folder named by its step: the arrays of the state under plain, stable names, and one JSON object that
+says what they are (`about`). It gets its name only when complete, and older ones are removed only after that. Reading
+never changes a folder.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adaptive
+from adaptive.errors import CheckpointError
+from adaptive.parallel.cluster import anywhere
+from adaptive.training.config import CheckpointConfig
+from adaptive.training.state import TrainState
+
+FORMAT_VERSION = 1
+MAX_FAILURES = 3  # failed saves in a row after which a run stops
+SAVE_LIMIT_S = 1200  # for one save to end, on all processes
+
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # how Orbax names what it has not finished
+_WRAPPERS = ("inner_states", "inner_state")  # fields of optax that wrap the states of a chain and tell nothing
+
+Say = Callable[[str], None]
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    state       on the devices and with the shardings that were asked for
+    data_state  the position in the data that belongs to the state
+    recipe      the resolved recipe of the run that saved, as nested dicts
+    digest      of the state's arrays (see `digest`)
+    """
+
+    state: TrainState
+    step: int
+    data_state: dict[str, Any]
+    recipe: dict[str, Any]
+    digest: str
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    folder       where they are; made by the first save
+    config       which to keep; when to save is the caller's to decide
+    recipe_json  the resolved recipe, saved with each
+    say          prints a line
+
+    All processes call the same methods in the same order.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, recipe_json: Mapping[str, Any], *, say: Say = print):
+        self._folder, self._config, self._recipe, self._say = Path(folder).absolute(), config, dict(recipe_json), say
+        self._orbax: Any = None  # opened at first use: a fresh run starts without waiting for its import
+        self._pending: int | None = None  # the step of the save now under way
+        self._damaged: list[int] = []  # newer than what was restored, and unreadable
+        self._failures = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save whose outcome is known failed: then newer steps are lost when the run ends."""
+        return self._failures > 0
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending, readable or not."""
+        names = (entry.name for entry in self._folder.glob("*") if entry.is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint and returns when the state's arrays may be changed again.
+
+        Waits for the save before this one and says if it failed; a failed save leaves older checkpoints as they are.
+        Does nothing where a checkpoint of this step exists. `data_state` is JSON.
+
+        Raises CheckpointError at the third failure in a row, and where the save before does not end in time.
+        """
+        self.wait()
+        self._remove_unfinished()
+        self._put_damaged_aside()
+        if step in self.steps():
+            return
+        arrays = _named(state)
+        about = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "data_state": dict(data_state),
+            "recipe": self._recipe,
+            "program": {"adaptive": adaptive.__version__, "jax": jax.__version__},
+            "key_implementation": _key_implementation(),
+            "arrays": {name: [a.dtype.name, list(a.shape)] for name, a in arrays.items()},
+            "digest": digest(state),
+        }
+        failure = None
+        try:
+            _write(self._manager(), step, arrays, about)
+        except Exception as error:  # a full disk, lost permissions, a vanished mount: whatever it is must not end a run
+            failure = error
+        if anywhere(failure is not None):
+            self._report_failure(step, failure)
+        else:
+            self._pending = step
+
+    def wait(self) -> None:
+        """Waits until the save under way has ended, and says so if it failed. Raises as `save` does."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        failure = None
+        due = time.monotonic() + SAVE_LIMIT_S
+        while self._orbax.is_saving_in_progress():
+            if time.monotonic() > due:
+                raise CheckpointError(
+                    f"the checkpoint at step {step} is still not written after {SAVE_LIMIT_S} s; {self._last_good()}"
+                )
+            time.sleep(0.005)
+        try:
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            failure = error
+        if anywhere(failure is not None):
+            self._report_failure(step, failure)
+        else:
+            self._failures = 0
+
+    def close(self) -> None:
+        """Waits for the save under way and lets go of all threads. Raises as `save` does."""
+        try:
+            self.wait()
+        finally:
+            if self._orbax is not None:
+                self._orbax.close()
+                self._orbax = None
+
+    def restore(self, abstract: TrainState) -> Restored | None:
+        """The newest checkpoint that reads back whole; None where there is none at all.
+
+        abstract  the state to restore into, with ShapeDtypeStructs that carry shardings, or arrays, as leaves: the
+                  checkpoint is placed by these, whatever the mesh was when it was saved
+
+        One that is truncated or altered is passed over for the one before, with a line. Raises CheckpointError for a
+        checkpoint of a newer format, or that holds other arrays than `abstract`, and where none can be read.
+        """
+        steps = self.steps()
+        self._damaged = []
+        reason = ""
+        for step in reversed(steps):
+            restored, failure = None, None
+            try:
+                restored = _read(self._manager(), self._folder, step, abstract)
+            except CheckpointError:
+                raise
+            except Exception as error:  # damaged files show as errors of many kinds
+                failure = error
+            if not anywhere(failure is not None):
+                if self._damaged:
+                    newer = ", ".join(map(str, self._damaged))
+                    self._say(f"warning: checkpoint {newer} cannot be read ({reason}); going on from step {step}")
+                return restored
+            self._damaged.append(step)
+            reason = reason or _reason(failure)
+        if steps:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be read (newest, step {steps[-1]}: {reason}); "
+                "to start anew, choose another --workdir"
+            )
+        return None
+
+    # Parts
+
+    def _manager(self) -> Any:
+        if self._orbax is None:
+            self._orbax = _open_manager(self._folder, self._config)
+        return self._orbax
+
+    def _report_failure(self, step: int, failure: Exception | None) -> None:
+        self._failures += 1
+        self._remove_unfinished()
+        if self._orbax is not None:
+            self._orbax.reload()  # it has dropped the ones it was going to remove from its list
+        problem = f"checkpoint at step {step} could not be written: {_reason(failure)}; {self._last_good()}"
+        if self._failures >= MAX_FAILURES:
+            raise CheckpointError(f"{problem}; the run ends, as this was failure {self._failures} in a row")
+        self._say(f"warning: {problem}; training goes on")
+
+    def _remove_unfinished(self) -> None:
+        """What a kill or a full disk left takes room that the next save needs."""
+        if jax.process_index() == 0:
+            for path in self._folder.glob(_UNFINISHED):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _last_good(self) -> str:
+        steps = [step for step in self.steps() if step not in self._damaged]
+        return f"the last good one is step {steps[-1]}" if steps else "there is none before it"
+
+    def _put_damaged_aside(self) -> None:
+        """Renames what could not be read, so that its step can be saved again and it does not count as kept."""
+        if not self._damaged:
+            return
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                aside = self._folder / f"{step}.unreadable"
+                try:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self._folder / str(step)).rename(aside)
+                except OSError as error:
+                    self._say(f"warning: cannot rename {self._folder / str(step)}: {error.strerror or error}")
+        self._damaged = []
+        anywhere(False)  # no process looks into the folder before the renaming is done
+        self._manager().reload()
+
+
+# Names and digests
+
+
+def digest(tree: Any) -> str:
+    """16 hexadecimal digits that tell whether two trees hold the same arrays under the same names, bit for bit.
+
+    Each array is hashed where it lies, every element's bits mixed with its position, and summed modulo 2^32: the result
+    depends neither on the sharding nor on the order of the sum. For comparing runs and finding damage; it is no
+    cryptographic hash.
+    """
+    arrays = _named(tree)
+    sums = [_hashed(a, np.uint32(zlib.crc32(name.encode()))) for name, a in arrays.items()]
+    rows = [
+        f"{name} {a.dtype.name} {tuple(a.shape)} {int(s)}"
+        for (name, a), s in zip(arrays.items(), jax.device_get(sums), strict=True)
+    ]
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _hashed(a: jax.Array, seed: jax.Array) -> jax.Array:
+    """u32[]; the mixing is the finalizer of MurmurHash3, applied to bits and position together."""
+    a = jnp.asarray(a)
+    if a.dtype == jnp.bool_:
+        a = a.astype(jnp.uint8)
+    width = min(32, a.dtype.itemsize * 8)
+    bits = jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    position = jnp.full(bits.shape, seed, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(bits.ndim)):  # no reshape: it would gather a sharded array
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position += index * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    return _mixed(bits ^ _mixed(position)).sum(dtype=jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves under names such as params/block/attention/q, opt/main/1/mu/embedding, step."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {_name(path): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two arrays of the state would get the same name in a checkpoint"
+    return named
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    if parts and isinstance(path[-1], jax.tree_util.GetAttrKey) and parts[-1] == "value":
+        parts.pop()  # an nnx.Variable around the array
+    return "/".join(part for part in parts if part not in _WRAPPERS)
+
+
+def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *above, last = name.split("/")
+        node = tree
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
+def _leaf(tree: Mapping[str, Any], name: str) -> Any:
+    node: Any = tree
+    for part in name.split("/"):
+        node = node[part]
+    return node
+
+
+def _key_implementation() -> str:
+    return str(jax.config.jax_default_prng_impl)  # type: ignore[attr-defined]
+
+
+# Orbax
+
+
+def _open_manager(folder: Path, config: CheckpointConfig) -> Any:
+    _silence()
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers as keep
+
+    policies: list[Any] = [keep.LatestN(config.keep_last)]
+    if config.keep_every:
+        policies.append(keep.EveryNSteps(config.keep_every))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=keep.AnyPreservationPolicy(policies),
+        async_options=ocp.AsyncOptions(timeout_secs=SAVE_LIMIT_S),
+        save_root_metadata=False,
+        lightweight_initialize=True,
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _silence() -> None:
+    """Keeps Orbax's own log, which is long and repeats every exception it raises, out of the run's output.
+
+    When a save fails, each write still under way reports to `sys.unraisablehook` that nobody waits for it any more.
+    """
+    log = logging.getLogger("absl")
+    if _not_from_orbax in log.filters:
+        return
+    log.addFilter(_not_from_orbax)
+    previous = sys.unraisablehook
+
+    def hook(report: Any) -> None:
+        if not (report.exc_type is RuntimeError and str(report.exc_value) == "Event loop is closed"):
+            previous(report)
+
+    sys.unraisablehook = hook
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"orbax{os.sep}checkpoint" not in record.pathname
+
+
+def _write(manager: Any, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    items = ocp.args.Composite(state=ocp.args.StandardSave(_nested(arrays)), about=ocp.args.JsonSave(dict(about)))
+    manager.save(step, args=items, force=True)
+
+
+def _read(manager: Any, folder: Path, step: int, abstract: TrainState) -> Restored:
+    """Raises CheckpointError for a checkpoint that is whole but not for this run, other errors for a damaged one."""
+    import orbax.checkpoint as ocp
+
+    about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    wanted = _named(abstract)
+    _check(about, folder / str(step), wanted)
+    into = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in wanted.items()}
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(into)))
+    tree = manager.restore(step, args=items)["state"]
+    leaves = [_leaf(tree, name) for name in wanted]
+    state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    found = digest(state)
+    if found != about["digest"]:
+        raise ValueError(f"its arrays have the digest {found}, not {about['digest']}")
+    return Restored(state, step, about["data_state"], about["recipe"], found)
+
+
+def _check(about: Mapping[str, Any], where: Path, wanted: Mapping[str, Any]) -> None:
+    version = about["format_version"]
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} has checkpoint format {version}, this version of adaptive ({adaptive.__version__}) reads up to "
+            f"{FORMAT_VERSION}; it was written by adaptive {about['program']['adaptive']}: update to read it"
+        )
+    if about["key_implementation"] != _key_implementation():
+        raise CheckpointError(
+            f"{where} holds a random key of {about['key_implementation']}, this run uses {_key_implementation()}: "
+            f"set JAX_DEFAULT_PRNG_IMPL={about['key_implementation']}"
+        )
+    saved = {name: f"{dtype}{shape}" for name, (dtype, shape) in about["arrays"].items()}
+    needed = {name: f"{np.dtype(a.dtype).name}{list(a.shape)}" for name, a in wanted.items()}
+    differ = [
+        f"  {name}: {saved.get(name, 'nothing')} in the checkpoint, {needed.get(name, 'nothing')} in the model"
+        for name in dict.fromkeys([*needed, *saved])
+        if saved.get(name) != needed.get(name)
+    ]
+    if differ:
+        more = [f"  (and {len(differ) - 8} more)"] if len(differ) > 8 else []
+        raise CheckpointError("\n".join([f"{where} does not fit the model of this run:", *differ[:8], *more]))
+
+
+# Text of the operating system that says more than a library's wrapping of it; most specific first.
+_SYSTEM = tuple(
+    os.strerror(code)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+)
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return "it failed on another process"
+    texts = []
+    chain: BaseException | None = error
+    while chain is not None:
+        texts.append(str(chain).strip() or type(chain).__name__)
+        chain = chain.__cause__ or chain.__context__
+    known = next((words for words in _SYSTEM if any(words in text for text in texts)), None)
+    return known or texts[0].splitlines()[0][:200]
