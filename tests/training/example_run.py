@@ -20,6 +20,7 @@ ROUTERS = {
     "mor": {"recursions": 3, "router": RouterConfig(kind="expert_choice")},
     "mor_token": {"recursions": 3, "router": RouterConfig(kind="token_choice", activation="softmax")},
 }
+PEAK = 4e11
 TEXT = """The harbour lay quiet under the first snow of the year. Along the quay the fishing boats were made fast, \
 their nets folded and white, and only the lamp above the pilot's door was still burning.
 
@@ -32,9 +33,8 @@ flood, and the wax bore the mark of a house that no longer existed.
 
 def recipe_of(kind: str, steps: int = 600) -> Recipe:
     model = dataclasses.replace(TransformerConfig(num_layers=11, hidden_size=128), **ROUTERS[kind])
-    return Recipe(
-        name=kind, description="An example, made up.", model=model, train=TrainConfig(steps=steps, batch_size=8)
-    )
+    train = TrainConfig(steps=steps, batch_size=8)
+    return Recipe(name=kind, description="An example, made up.", model=model, train=train)
 
 
 def write_example(workdir: Path, kind: str = "mor", steps: int = 600, until: int | None = None, seed: int = 0) -> Path:
@@ -55,11 +55,11 @@ def write_plan(workdir: Path, recipe: Recipe) -> PlanRecord:
         steps=recipe.train.steps,
         bytes_per_token=1.0,
         measured_flops_per_step=costs["executed_flops_per_step"] * 1.004,
-        device_kind="TPU v5 lite",
-        devices=4,
-        mesh={"data": 2, "fsdp": 2, "tensor": 1},
+        device_kind="cpu",
+        devices=1,
+        mesh={"data": 1, "fsdp": 1, "tensor": 1},
         compute_dtype="bfloat16",
-        peak_flops_per_s=4 * 197e12,
+        peak_flops_per_s=PEAK,
         compile_seconds=23.4,
         memory={"arguments": 41_000_000, "temporaries": 310_000_000, "outputs": 41_000_000, "code": 2_400_000},
         kernels={"attention": "reference (no Pallas kernel for this platform)"},
@@ -81,22 +81,19 @@ def write_rows(workdir: Path, recipe: Recipe, plan: PlanRecord, until: int, rng:
         progress = step / recipe.train.steps
         ce = 1.35 + 4.2 * (1 + step / 6) ** -0.75 - 0.12 * max(0, progress - 0.8) + rng.normal(0, 0.035)
         warm = min(1.0, step / 30) * min(1.0, (1 - progress) / 0.2)
-        metrics = {
-            "loss": ce + 0.001,
-            "ce": ce,
-            "grad_norm": 0.4 + 3 / (1 + step / 8) + rng.exponential(0.06),
-            "skipped": 0,
-        }
+        norm = 0.4 + 3 / (1 + step / 8) + rng.exponential(0.06)
+        metrics = {"loss": ce + 0.001, "ce": ce, "grad_norm": norm, "skipped": 0}
         settled = 1 - np.exp(-6 * progress)
         if recipe.model.router.kind == "expert_choice":
             for r, end in enumerate((1.0, 0.984, 0.991)):
                 metrics[f"routing/accuracy_{r + 1}"] = min(1.0, 0.55 + (end - 0.55) * settled + rng.normal(0, 0.004))
             metrics["routing/accuracy"] = np.mean([metrics[f"routing/accuracy_{r}"] for r in (1, 2, 3)])
+            metrics |= {f"routing/gate_{r}": 0.05 + 0.03 * settled + 0.004 * r for r in (1, 2, 3)}
             metrics["aux/aux_loss"] = 2.0 * (1 - settled) + 0.14 + rng.normal(0, 0.01)
         if recipe.model.router.kind == "token_choice":
             metrics |= {f"routing/load_{r}": x for r, x in ((1, 0.36), (2, 0.33), (3, 0.31))}
             metrics |= {"routing/max_vio": 0.8 - 0.5 * settled, "aux/balancing_loss": 1.02}
-        now[0] += 0.16 * plan.flops_per_step / 4e10 * (1 + rng.exponential(0.03))
+        now[0] += plan.flops_per_step / (0.37 * PEAK) * (1 + rng.exponential(0.03))
         meter.waited(0.001)
         meter.add(metrics)
         if step % 5 == 0:
@@ -137,7 +134,7 @@ def routed(
     depth, scores = np.zeros((rows, seq), np.int32), []
     for r, k in enumerate(model.capacities(seq)):
         candidate = depth == r
-        wish = rng.random((rows, seq)) < k / seq * n / (n - r + 1e-9)
+        wish = rng.random((rows, seq)) < k / candidate.sum(-1, keepdims=True)
         score = np.where(wish | (r == 0), rng.beta(12, 0.7, (rows, seq)), rng.beta(0.7, 12, (rows, seq)))
         score = np.where(candidate, score, np.nan).astype(np.float32)
         order = np.argsort(-np.nan_to_num(score, nan=-1.0), axis=-1)[:, :k]

@@ -6,7 +6,7 @@ from adaptive.training.report.numbers import compact
 from adaptive.training.report.svg import element, figure, label, legend, picture, rule, ticks
 
 WIDTH = 360
-_ROW = 34
+_WIDE, _TALL, _ROW = 560, 240, 62  # of bar charts: as line charts, rows at most so high
 
 
 def mirrored_histogram(
@@ -50,15 +50,15 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str]], note: str = ""
     """Horizontal bars, each (label, size, text at its end); "" without bars."""
     if not bars:
         return ""
-    left, right = 76, 76
+    left, right, row = 84, 84, min(_ROW, _TALL // len(bars))
     largest = max(size for _, size, _ in bars) or 1.0
     out = []
     for i, (name, size, text) in enumerate(bars):
-        y, length = 8.0 + i * _ROW, size / largest * (WIDTH - left - right)
-        out.append(label(name, left - 10, y + 12, "name", "end", middle=True))
-        out.append(_bar(left, y, max(1.0, length), 24, 1, f"{name}: {text}"))
-        out.append(label(text, left + length + 8, y + 12, "name", middle=True))
-    return figure(title, picture(title, "".join(out), WIDTH, 12 + _ROW * len(bars)), note=note)
+        middle, length = (i + 0.5) * row, size / largest * (_WIDE - left - right)
+        out.append(label(name, left - 12, middle, "name", "end", middle=True))
+        out.append(_bar(left, middle - 0.32 * row, max(1.0, length), 0.64 * row, 1, f"{name}: {text}"))
+        out.append(label(text, left + length + 10, middle, "name", middle=True))
+    return figure(title, picture(title, "".join(out), _WIDE, row * len(bars) + 8), note=note)
 
 
 def _bar(x: float, y: float, width: float, height: float, colour: int, tip: str) -> str:

@@ -5,11 +5,23 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from adaptive.training.report.numbers import compact
-from adaptive.training.report.svg import Format, decimals_for, element, figure, label, legend, picture, rule, ticks
+from adaptive.training.report.svg import (
+    Format,
+    decimals_for,
+    element,
+    figure,
+    label,
+    legend,
+    log_ticks,
+    picture,
+    rule,
+    short,
+    ticks,
+)
 
-WIDTH, HEIGHT = 560, 270
 COLOURS = 6
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 42
+_SIZES = {"half": (560, 270), "full": (1140, 340)}
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 30, 36
 _MOST_POINTS = 300  # per series: more cannot be told apart at this width
 _LAYERS = {"faint": 0, "dashed": 1, "line": 2, "dots": 3}  # later ones are drawn over earlier ones
 
@@ -34,34 +46,40 @@ def line_chart(
     y: str,
     x_unit: str = "",
     y_range: Range = (None, None),
-    y_format: Format | None = None,
+    percent: bool = False,
+    log: bool = False,
+    size: Literal["half", "full"] = "half",
     note: str = "",
 ) -> str:
     """A figure of lines over one x axis; "" if no series has two points (one, for dots).
 
     x, y      axis titles
-    x_unit    of x values, which are written compactly ("12.3M")
+    x_unit    of x values, which are written compactly ("12.3M") and are not negative
     y_range   limits of the y axis where not None; lines are cut off there
-    y_format  of the y ticks; None: as many decimals as they need
+    percent   y values are shares, written in percent
+    log       both axes logarithmic; points at or below 0 are left out
+    size      of half or of the full page's width
     note      a line below the title
     """
-    shown = [s._replace(points=thinned(_finite(s.points))) for s in series]
+    shown = [s._replace(points=thinned(_drawable(s.points, log))) for s in series]
     shown = [s for s in shown if len(s.points) >= (1 if s.style == "dots" else 2)]
     if not shown:
         return ""
     frame = _Frame(
-        _limits([p[0] for s in shown for p in s.points], (None, None), pad=0.0),
-        _limits([p[1] for s in shown for p in s.points], y_range, pad=0.05),
+        _limits([p[0] for s in shown for p in s.points], (None if log else 0.0, None), pad=0.0),
+        _limits([p[1] for s in shown for p in s.points], y_range, pad=0.0 if log else 0.05),
+        log,
+        *_SIZES[size],
     )
-    body = [_axes(frame, x, y, x_unit, y_format or decimals_for(frame.y_ticks))]
+    body = [_axes(frame, x, y, x_unit, decimals_for(frame.y_ticks, percent))]
     body += [_drawn(s, frame) for s in sorted(shown, key=lambda s: _LAYERS[s.style])]
-    body.append(rule("cross", 0, 0, _TOP, HEIGHT - _BOTTOM))
+    body.append(rule("cross", 0, 0, _TOP, frame.bottom))
     told = [s for s in shown if s.style != "faint"]
     return figure(
         title,
-        picture(title, "".join(body), WIDTH, HEIGHT),
+        picture(title, "".join(body), frame.width, frame.height),
         legend=legend([(s.name, f"k{s.colour} {s.style}") for s in told]),
-        data={"x": x, "series": [_hover(s, frame, x_unit) for s in told]},
+        data={"x": x, "series": [_hover(s, frame, x_unit, percent) for s in told]},
         note=note,
     )
 
@@ -69,29 +87,39 @@ def line_chart(
 class _Frame:
     """From data to places in the picture."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float]):
-        self.x, self.y = x, y
-        self.x_ticks, self.y_ticks = ticks(*x, 6), ticks(*y, 5)
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], log: bool, width: int, height: int):
+        self._scale = math.log if log else float
+        self._ends = {"x": x, "y": y}
+        find = log_ticks if log else ticks
+        self.x_ticks, self.y_ticks = find(*x, width // 90), find(*y, 5)
+        self.width, self.height = width, height
+        self.right, self.bottom = width - _RIGHT, height - _BOTTOM
 
     def at_x(self, value: float) -> float:
-        return _LEFT + (value - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - _LEFT - _RIGHT)
+        return _LEFT + self._share("x", value) * (self.right - _LEFT)
 
     def at_y(self, value: float) -> float:
-        share = (min(self.y[1], max(self.y[0], value)) - self.y[0]) / (self.y[1] - self.y[0])
-        return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
+        return self.bottom - self._share("y", value) * (self.bottom - _TOP)
+
+    def _share(self, axis: str, value: float) -> float:
+        low, high = self._ends[axis]
+        low_at, at, high_at = (self._scale(v) for v in (low, min(high, max(low, value)), high))
+        return (at - low_at) / (high_at - low_at)
 
 
 def _axes(frame: _Frame, x: str, y: str, x_unit: str, y_format: Format) -> str:
-    out, bottom, right = [], HEIGHT - _BOTTOM, WIDTH - _RIGHT
+    out, bottom, right = [label(y, 0, 12, "label")], frame.bottom, frame.right
     for value in frame.y_ticks:
         at = frame.at_y(value)
         out += [rule("grid", _LEFT, right, at, at), label(y_format(value), _LEFT - 8, at, "tick", "end", middle=True)]
     out.append(rule("axis", _LEFT, right, bottom, bottom))
     for value in frame.x_ticks:
         at = frame.at_x(value)
-        out += [rule("axis", at, at, bottom, bottom + 4), label(compact(value), at, bottom + 17, "tick", "middle")]
-    title = f"{x} ({x_unit})" if x_unit else x
-    return "".join([*out, label(title, right, HEIGHT - 6, "label", "end"), label(y, _LEFT, HEIGHT - 6, "label")])
+        out += [
+            rule("axis", at, at, bottom, bottom + 4),
+            label(short(value, x_unit), at, bottom + 17, "tick", "middle"),
+        ]
+    return "".join([*out, label(f"{x} ({x_unit})" if x_unit else x, right, bottom + 33, "label", "end")])
 
 
 def _drawn(series: Series, frame: _Frame) -> str:
@@ -104,9 +132,10 @@ def _drawn(series: Series, frame: _Frame) -> str:
     return element("polyline", kind=f"thin {colour}", points=path) + "".join(dots)
 
 
-def _hover(series: Series, frame: _Frame, x_unit: str) -> dict[str, Any]:
-    """What the script needs: places and texts, so that it formats nothing."""
-    rows = ([round(frame.at_x(a), 1), round(frame.at_y(b), 1), compact(a, x_unit), exact(b)] for a, b in series.points)
+def _hover(series: Series, frame: _Frame, x_unit: str, percent: bool) -> dict[str, Any]:
+    """What the script needs: places along x and texts, so that it formats nothing."""
+    text = (lambda value: f"{value:.2%}") if percent else exact
+    rows = ([round(frame.at_x(a), 1), compact(a, x_unit), text(b)] for a, b in series.points)
     return {"name": series.name, "colour": series.colour, "points": list(rows)}
 
 
@@ -117,8 +146,9 @@ def exact(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _finite(points: Sequence[Point]) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
+    finite = ((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
+    return [(x, y) for x, y in finite if not log or (x > 0 and y > 0)]
 
 
 def thinned(points: list[Point], most: int = _MOST_POINTS) -> list[Point]:
@@ -135,10 +165,11 @@ def thinned(points: list[Point], most: int = _MOST_POINTS) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """A centred mean over up to `window` points on either side, fewer at the ends so that both stay where they are."""
+    """A centred mean over up to `window` points on either side, fewer near the ends so that both stay where they are
+    and the steep beginning of a curve is followed."""
     out = []
     for i, (x, _) in enumerate(points):
-        reach = min(window, i, len(points) - 1 - i)
+        reach = min(window, i // 4, len(points) - 1 - i)
         near = [y for _, y in points[i - reach : i + reach + 1]]
         out.append((x, sum(near) / len(near)))
     return out

@@ -15,21 +15,29 @@ def comparison(runs: Sequence[Run]) -> str:
     measure = "eval/bits_per_byte" if held_out else "bits_per_byte"
     which = "Held-out" if held_out else "Training"
 
-    def curves(x: str) -> list[Series]:
+    def curves(x: str, scale: float = 1.0) -> list[Series]:
         line: Callable[[list[Point]], list[Point]] = list if held_out else smooth
         return [
-            Series(name, line(run.points(measure, x)), 1 + i % COLOURS, "dots" if held_out else "line")
+            Series(
+                name,
+                [(at * scale, value) for at, value in line(run.points(measure, x))],
+                1 + i % COLOURS,
+                "dots" if held_out else "line",
+            )
             for i, (name, run) in enumerate(zip(names, runs, strict=True))
         ]
 
+    hours = max(run.seconds or 0.0 for run in runs) > 6 * 3600
+    scale, clock = (1 / 3600, "hours") if hours else (1 / 60, "minutes")
+    compute = {"x": "training compute", "x_unit": "FLOP"}
     y = "bits per byte of text"
     return section(
         "Comparison",
         table([("", *names), *_rows(runs)], kind="compare"),
+        line_chart(f"{which} loss over compute", curves("flops"), **compute, y=y, size="full"),
         grid(
             line_chart(f"{which} loss over tokens", curves("tokens"), x="tokens", y=y),
-            line_chart(f"{which} loss over compute", curves("flops"), x="training compute", x_unit="FLOP", y=y),
-            line_chart(f"{which} loss over time", curves("seconds"), x="wall time", x_unit="s", y=y),
+            line_chart(f"{which} loss over time", curves("seconds", scale), x=f"wall time in {clock}", y=y),
         ),
         lead="FLOPs are what the account says; step time is what the clock says. Where the second does not follow the "
         "first, gathers, padding or waiting ate the difference.",

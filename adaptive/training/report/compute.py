@@ -23,14 +23,17 @@ def compute(run: Run) -> str:
         Series("active", run.points("mfu_active", "tokens"), 1),
         Series("dense equivalent", run.points("mfu_dense_equivalent", "tokens"), 2, "dashed"),
     ]
-    charts = grid(
-        line_chart("Throughput", speed, x="tokens", y="tokens per second", y_range=(0, None)),
-        line_chart("Step time", times, x="tokens", y="ms", y_range=(0, None)),
-        line_chart(
-            "Utilisation of the devices", mfu, x="tokens", y="share of peak", y_range=(0, None), y_format=percent
+    return section(
+        "Compute",
+        _account(run),
+        grid(
+            line_chart("Throughput", speed, x="tokens", y="tokens per second", y_range=(0, None)),
+            line_chart("Step time", times, x="tokens", y="ms", y_range=(0, None)),
+            line_chart("Utilisation", mfu, x="tokens", y="share of peak", y_range=(0, None), percent=True),
+            _memory(run),
+            _facts(run),
         ),
     )
-    return section("Compute", _account(run), charts, grid(_facts(run), _memory(run)) if plan.device_kind else "")
 
 
 def _account(run: Run) -> str:
@@ -65,6 +68,8 @@ def _account(run: Run) -> str:
 
 def _facts(run: Run) -> str:
     plan = run.plan
+    if not plan.device_kind:
+        return ""
     mesh = " \u00d7 ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     peak = compact(plan.peak_flops_per_s, "FLOP/s") if plan.peak_flops_per_s else "not known, so no MFU"
     computed = ", ".join(map(str, plan.capacities))

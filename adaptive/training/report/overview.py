@@ -8,6 +8,8 @@ from adaptive.training.report.numbers import compact, duration, percent
 from adaptive.training.report.runs import Run
 from adaptive.training.report.svg import element
 
+_SELECTIONS = {"topk": "top-k", "threshold": "causal"}
+
 
 def tiles(run: Run) -> str:
     """The headline numbers."""
@@ -21,11 +23,9 @@ def tiles(run: Run) -> str:
     elif last.get("bits_per_byte") is not None:
         entries.append(("training bits per byte", f"{last['bits_per_byte']:.3f}", "no evaluation yet"))
     if plan.unique_parameters:
-        layers = f"{plan.unique_layers} layers stored"
+        detail = f"{plan.unique_layers} layers"
         if plan.effective_parameters > plan.unique_parameters:
-            detail = f"{layers}, works as {plan.effective_layers} ({compact(plan.effective_parameters)})"
-        else:
-            detail = layers
+            detail += f", used as {plan.effective_layers} ({compact(plan.effective_parameters)})"
         entries.append(("parameters", compact(plan.unique_parameters), detail))
     if last.get("tokens"):
         speed = run.typical("tokens_per_s")
@@ -57,12 +57,13 @@ def learning(run: Run) -> str:
         Series("each row", run.points("grad_norm", "tokens"), 4, "faint"),
         Series("gradient norm", smooth(run.points("grad_norm", "tokens")), 4),
     ]
+    compute = {"x": "training compute", "x_unit": "FLOP"}
     return section(
         "Learning",
+        line_chart("Bits per byte", bits, x="tokens", y="bits per byte of text", size="full"),
         grid(
-            line_chart("Bits per byte", bits, x="tokens", y="bits per byte of text"),
             line_chart("Loss over tokens", loss_tokens, x="tokens", y="nats per token"),
-            line_chart("Loss over compute", loss_flops, x="training compute", x_unit="FLOP", y="nats per token"),
+            line_chart("Loss over compute (log)", loss_flops, **compute, y="nats per token", log=True),
             line_chart("Gradient norm", norm, x="tokens", y="before clipping", y_range=(0, None)),
             line_chart("Learning rate", rate, x="tokens", y="per step", y_range=(0, None)),
         ),
@@ -85,7 +86,7 @@ def _held_out(run: Run, measure: str, x: str) -> list[Series]:
     }
     found = [Series("held-out", run.points(f"eval/{measure}", x), 2, "dots")]
     for i, (selection, name) in enumerate(others.items()):
-        found.append(Series(f"held-out, {selection}", run.points(name, x), 3 + i, "dashed"))
+        found.append(Series(f"held-out, {_SELECTIONS.get(selection, selection)}", run.points(name, x), 3 + i, "dashed"))
     return found
 
 

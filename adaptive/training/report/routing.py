@@ -28,16 +28,6 @@ def routing(run: Run) -> str:
         )
         for r in record.recursions
     ]
-    total = sum(record.depth_counts)
-    depths = [
-        (_passes(depth), count / total, percent(count / total))
-        for depth, count in enumerate(record.depth_counts)
-        if total and (depth > 0 or count)
-    ]
-    depth_chart = ""
-    if record.recursions:
-        mean = sum(d * n for d, n in enumerate(record.depth_counts)) / total if total else 0.0
-        depth_chart = bar_chart("Depth of tokens", depths, note=f"on average {mean:.2f} passes")
     heading = "Decision scores on held-out text" if histograms else ""
     lead = (
         "How likely each candidate was to be chosen: up, those that top-k selected; down, those it passed over. Two "
@@ -48,7 +38,6 @@ def routing(run: Run) -> str:
         grid(*over_time),
         element("h3", heading) + element("p", lead if expert else "", kind="lead") if heading else "",
         grid(*histograms, columns="three"),
-        grid(depth_chart, _by_position(run), columns="uneven"),
     )
 
 
@@ -64,6 +53,7 @@ def deep_tokens(run: Run) -> str:
         text = passage_html(record.passage, deepest, max(high, 1e-6))
         parts.append(_passage_controls(routed, deepest, bool(losses), high))
         parts.append(element("div", text, kind=f"passage by-{'depth' if routed else 'loss'}"))
+    parts.append(grid(_depths(run), _by_position(run)))
     if record.sample:
         prompt = element("b", html.escape(record.sample.prompt))
         parts.append(element("h3", "The model goes on writing") + element("p", "The prompt is bold.", kind="lead"))
@@ -74,6 +64,16 @@ def deep_tokens(run: Run) -> str:
     return section(title, *parts, lead=lead)
 
 
+def _depths(run: Run) -> str:
+    counts = run.routing.depth_counts
+    total = sum(counts)
+    if not run.routing.recursions or not total:
+        return ""
+    bars = [(_passes(d), n / total, percent(n / total)) for d, n in enumerate(counts) if d or n]
+    mean = sum(d * n for d, n in enumerate(counts)) / total
+    return bar_chart("Depth of tokens", bars, note=f"{mean:.2f} passes on average, over all held-out text")
+
+
 def _routing_curves(run: Run) -> list[str]:
     """Charts of what routers logged over the run."""
     names = {name for row in run.training for name in row}
@@ -82,6 +82,11 @@ def _routing_curves(run: Run) -> list[str]:
         Series(f"recursion {n}", smooth(run.points(f"routing/accuracy_{n}", "tokens")), n)
         for n in colours
         if f"routing/accuracy_{n}" in names
+    ]
+    gates = [
+        Series(f"recursion {n}", smooth(run.points(f"routing/gate_{n}", "tokens")), n)
+        for n in colours
+        if f"routing/gate_{n}" in names
     ]
     shares = [
         Series(_passes(n), smooth(run.points(f"routing/load_{n}", "tokens")), n)
@@ -98,15 +103,16 @@ def _routing_curves(run: Run) -> list[str]:
     ]
     return [
         line_chart(
-            "Selection accuracy", accuracy, x="tokens", y="share of candidates", y_range=(None, 1.0), y_format=percent,
+            "Selection accuracy", accuracy, x="tokens", y="share of candidates", y_range=(None, 1.0), percent=True,
             note="where the causal decision agrees with top-k; good above 99%",
         ),
-        line_chart("Share of tokens per depth", shares, x="tokens", y="share", y_range=(0, None), y_format=percent),
+        line_chart("Share of tokens per depth", shares, x="tokens", y="share", y_range=(0, None), percent=True),
         line_chart("Imbalance", [Series("MaxVio", smooth(run.points("routing/max_vio", "tokens")), 2)], x="tokens",
                    y="MaxVio", y_range=(0, None), note="(largest load - mean load) / mean load; good below 0.5"),
+        line_chart("Gates", gates, x="tokens", y="mean weight of what a recursion adds", y_range=(0, None)),
         line_chart("Auxiliary losses", aux, x="tokens", y="before coefficient", y_range=(0, None)),
         line_chart(
-            "Dead positions", dead, x="tokens", y="share of positions", y_range=(0, None), y_format=percent,
+            "Dead positions", dead, x="tokens", y="share of positions", y_range=(0, None), percent=True,
             note="that no held-out row takes to the last recursion; good below 0.4% above chance",
         ),
     ]  # fmt: skip
@@ -128,12 +134,12 @@ def _by_position(run: Run) -> str:
     rates = run.routing.last_recursion_rate
     if len(rates) < 2:
         return ""
-    width = max(1, math.ceil(len(rates) / 128))
+    width = max(1, math.ceil(len(rates) / 64))
     binned = [rates[i : i + width] for i in range(0, len(rates), width)]
     points = [(i * width + (len(b) - 1) / 2, sum(b) / len(b)) for i, b in enumerate(binned)]
     note = f"share of {run.routing.rows} held-out rows that take a position to the last recursion"
     return line_chart("Who reaches the last recursion", [Series("rate", points, 1)], x="position in the sequence",
-                      y="share of rows", y_range=(0, None), y_format=percent, note=note)  # fmt: skip
+                      y="share of rows", y_range=(0, None), percent=True, note=note)  # fmt: skip
 
 
 def _passage_controls(routed: bool, deepest: int, losses: bool, high: float) -> str:

@@ -28,7 +28,7 @@ for (const data of document.querySelectorAll(".chart script")) {
     cross.setAttribute("x1", at[0]);
     cross.setAttribute("x2", at[0]);
     cross.style.visibility = "visible";
-    show([`${chart.x} ${at[2]}`, ...here.map(([name, p]) => `${name}: ${p[3]}`)].join("\n"), event);
+    show([`${chart.x} ${at[1]}`, ...here.map(([name, p]) => `${name}: ${p[2]}`)].join("\n"), event);
   });
   svg.addEventListener("pointerleave", () => { cross.style.visibility = "hidden"; hide(); });
 }

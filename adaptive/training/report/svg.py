@@ -1,8 +1,10 @@
 """Pieces of SVG and of HTML that all charts are made of, and where their ticks are."""
 
 import html
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,12 +67,31 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [i * gap for i in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
 
 
-def decimals_for(values: Sequence[float]) -> Format:
+def log_ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers for a logarithmic axis: powers of ten, with 2 and 5 (or all digits) between where there is room."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8), (1, 2, 3, 5), (1, 3), (1,)):
+        found = [d * 10.0**e for e in decades for d in digits if low * 0.999 <= d * 10.0**e <= high * 1.001]
+        if len(found) <= about + 2:
+            return found
+    return found[:: math.ceil(len(found) / about)]
+
+
+def short(value: float, unit: str = "") -> str:
+    """A tick: compact, without trailing zeros, and with the prefix of its unit alone."""
+    digits, prefix = re.fullmatch(r"(.*?)([^\d.]*)", compact(value, unit).removesuffix(unit)).groups()  # type: ignore[union-attr]
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + prefix.strip()
+
+
+def decimals_for(values: Sequence[float], percent: bool = False) -> Format:
     """A format with the decimals by which neighbouring ticks differ; compact where ticks are large or tiny."""
+    if percent:
+        plain = decimals_for([100 * v for v in values])
+        return lambda v: f"{plain(100 * v)}%"
     largest = max(map(abs, values), default=0.0)
-    gap = values[1] - values[0] if len(values) > 1 else largest
+    gap = min((b - a for a, b in itertools.pairwise(values)), default=largest)
     if largest >= 10_000:
-        return compact
+        return short
     if gap and gap < 1e-3:
         return lambda v: f"{v:.1e}".replace("e-0", "e-") if v else "0"
     decimals = next((d for d in range(4) if abs(round(gap, d) - gap) < 1e-9), 3)
