@@ -222,7 +222,7 @@ def _settings() -> Any:
     """Silent (the terminal is ours), and limited in time where this version of the package knows how."""
     import wandb
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "silent": True,
         "console": "off",
         "init_timeout": _INIT_TIMEOUT_S,

@@ -1,6 +1,7 @@
 """Several runs against each other, as HTML."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from adaptive.training.report.charts import COLOURS, Point, Series, line_chart
 from adaptive.training.report.layout import grid, section, smooth, table
@@ -29,7 +30,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
     hours = max(run.seconds or 0.0 for run in runs) > 6 * 3600
     scale, clock = (1 / 3600, "hours") if hours else (1 / 60, "minutes")
-    compute = {"x": "training compute", "x_unit": "FLOP"}
+    compute: dict[str, Any] = {"x": "training compute", "x_unit": "FLOP"}
     y = "bits per byte of text"
     return section(
         "Comparison",

@@ -10,7 +10,6 @@ from adaptive.training.report.svg import element
 
 
 def compute(run: Run) -> str:
-    plan = run.plan
     speed = [
         Series("each row", run.points("tokens_per_s", "tokens"), 1, "faint"),
         Series("tokens per second", smooth(run.points("tokens_per_s", "tokens")), 1),

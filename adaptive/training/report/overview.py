@@ -1,6 +1,7 @@
 """Headline numbers, learning curves and the recipe of a run, as HTML; "" where there is nothing to show."""
 
 import html
+from typing import Any
 
 from adaptive.training.report.charts import Series, line_chart
 from adaptive.training.report.layout import grid, section, smooth, table
@@ -44,8 +45,8 @@ def tiles(run: Run) -> str:
 
 
 def _tile(name: str, value: str, detail: str) -> str:
-    parts = (("span", name, {"kind": "name"}), ("strong", value, {}), ("span", detail, {"kind": "detail"}))
-    return element("div", "".join(element(tag, html.escape(text), **more) for tag, text, more in parts), kind="tile")
+    parts = (("span", name, "name"), ("strong", value, "value"), ("span", detail, "detail"))
+    return element("div", "".join(element(tag, html.escape(text), kind=kind) for tag, text, kind in parts), kind="tile")
 
 
 def learning(run: Run) -> str:
@@ -57,7 +58,7 @@ def learning(run: Run) -> str:
         Series("each row", run.points("grad_norm", "tokens"), 4, "faint"),
         Series("gradient norm", smooth(run.points("grad_norm", "tokens")), 4),
     ]
-    compute = {"x": "training compute", "x_unit": "FLOP"}
+    compute: dict[str, Any] = {"x": "training compute", "x_unit": "FLOP"}
     return section(
         "Learning",
         line_chart("Bits per byte", bits, x="tokens", y="bits per byte of text", size="full"),
