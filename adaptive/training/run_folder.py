@@ -1,0 +1,242 @@
+"""The workdir of a run: one recipe, one process (or one job) at a time, and where each file is."""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adaptive.errors import CheckpointError, RecipeError
+from adaptive.recipe import Recipe, difference, identity_difference
+from adaptive.training.metrics import METRICS_FILE, write_atomically
+
+RECIPE_FILE = "recipe.json"
+RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
+
+BEAT_S = 5.0  # how often a running process renews its claim
+SILENCE_S = 20.0  # a claim from another host that is not renewed for so long has lost its process
+
+Say = Callable[[str], None]
+
+
+class RunFolder:
+    """The workdir of a run. `RunFolder(path)` only names its files; `RunFolder.open` claims it for this process."""
+
+    def __init__(self, path: str | Path, *, run_id: str = "", lock: "_Lock | None" = None):
+        self.path = Path(path)
+        self.run_id = run_id  # stays the same over all resumptions; "" where the folder was not opened
+        self._lock = lock
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / RECIPE_FILE
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS_FILE
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @classmethod
+    def open(cls, workdir: str | Path, recipe: Recipe, *, primary: bool = True, say: Say = print) -> "RunFolder":
+        """Makes the folder, or comes back to it, and claims it until `close`.
+
+        recipe   what is to be trained; written to recipe.json
+        primary  False on processes other than 0, which look at nothing and write nothing
+        say      prints a line: settings that changed since the last start, a claim that was taken over
+
+        Raises CheckpointError where the folder cannot be made or written, holds something else, holds a run of another
+        recipe (with the differences), or is in use.
+        """
+        path = Path(workdir).expanduser()
+        if not primary:
+            return cls(path)
+        saved = _look(path)
+        if saved is not None:
+            _refuse_another(path, saved, recipe)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _Lock(path / LOCK_FILE)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to {path}: {error.strerror or error}; choose another --workdir"
+            ) from None
+        lock.take(say)
+        try:
+            run_id = _run_id(path)
+            if saved != recipe:
+                write_atomically(path / RECIPE_FILE, recipe.to_json())
+        except OSError as error:
+            lock.release()
+            raise CheckpointError(
+                f"cannot write to {path}: {error.strerror or error}; choose another --workdir"
+            ) from None
+        changes = difference(saved, recipe) if saved is not None else []
+        if changes:
+            say(f"{path}: settings changed since the last start: {'; '.join(changes)}")
+        return cls(path, run_id=run_id, lock=lock)
+
+    def close(self) -> None:
+        """Gives the claim back. May be called twice."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot write to {path}: {error.strerror or error}; choose another --workdir")
+
+
+def _look(path: Path) -> Recipe | None:
+    """The recipe of the run in the folder; None where the folder is missing or empty."""
+    try:
+        names = (entry.name for entry in path.iterdir())
+        there = sorted(name for name in names if name != LOCK_FILE and not name.startswith("."))
+        if not there:
+            return None
+        if RECIPE_FILE not in there:
+            shown = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
+            raise CheckpointError(
+                f"{path} is not the folder of a run: it has no {RECIPE_FILE}, but {shown}. Nothing was changed; "
+                "choose an empty or a new --workdir"
+            )
+        return Recipe.from_json((path / RECIPE_FILE).read_text(encoding="utf-8"), where=str(path / RECIPE_FILE))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise CheckpointError(f"--workdir {path}: it, or a folder above it, is a file; choose another") from None
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot read {path}: {what}; choose another --workdir") from None
+    except RecipeError as error:
+        raise CheckpointError(f"{error}; to train {path}'s recipe anew, choose another --workdir") from None
+
+
+def _refuse_another(path: Path, saved: Recipe, recipe: Recipe) -> None:
+    lines = identity_difference(saved, recipe)
+    if saved.name != recipe.name and lines:
+        lines = [f"recipe: {saved.name} -> {recipe.name}", *lines]
+    if lines:
+        shown = [f"  {line}" for line in lines[:20]] + ([f"  (and {len(lines) - 20} more)"] if len(lines) > 20 else [])
+        raise CheckpointError(
+            "\n".join(
+                [
+                    f"{path} holds a run of another recipe; saved there -> asked for:",
+                    *shown,
+                    f"To train what was asked for, choose another --workdir. To continue that run: "
+                    f"--recipe {path / RECIPE_FILE} --workdir {path}",
+                ]
+            )
+        )
+
+
+def _run_id(path: Path) -> str:
+    file = path / RUN_FILE
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
+    run_id = secrets.token_hex(4)
+    write_atomically(file, json.dumps({"run_id": run_id}) + "\n")
+    return run_id
+
+
+class _Lock:
+    """A claim on a workdir: a file that names its owner and is renewed while the owner lives.
+
+    On one host the operating system knows whether the owner lives (flock), and frees the file when it is killed. Not
+    all network file systems pass that on, so a claim from another host counts as long as it is renewed.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._stop = threading.Event()
+        self._renewer = threading.Thread(target=self._renew, name="workdir", daemon=True)
+        self._beats = 0
+
+    def take(self, say: Say) -> None:
+        """Raises CheckpointError where another process has the folder."""
+        owner = self._read()
+        held = False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = True
+        except OSError:  # a file system without locks
+            pass
+        if not held and owner and owner.get("host") != socket.gethostname():
+            say(f"{self._path.parent} was last used by {_who(owner)}; watching {SILENCE_S:.0f} s whether it still is")
+            held = self._renewed(owner)
+        if held:
+            os.close(self._file)
+            raise CheckpointError(
+                f"{self._path.parent} is in use by {_who(owner)}, which trains there: stop it first (it saves when "
+                "it gets SIGTERM), or choose another --workdir"
+            )
+        if owner:
+            say(f"{self._path.parent}: {_who(owner)} ended without closing this run; taking over")
+        self._write()
+        self._renewer.start()
+
+    def release(self) -> None:
+        self._stop.set()
+        self._renewer.join(BEAT_S)
+        if not self._renewer.is_alive():  # else it hangs in a write, and the end of the process frees the file
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, 0)
+            os.close(self._file)
+
+    def _renewed(self, owner: dict[str, Any]) -> bool:
+        due = time.monotonic() + SILENCE_S
+        while time.monotonic() < due:
+            time.sleep(min(1.0, SILENCE_S / 10))
+            if self._path.exists() and _parse(self._path.read_bytes()) not in (owner, {}):
+                return True
+        return False
+
+    def _renew(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # a full disk must not end a run here
+                self._write()
+
+    def _write(self) -> None:
+        self._beats += 1
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "beats": self._beats})
+        os.pwrite(self._file, f"{text:<200}\n".encode(), 0)  # of constant length: no reader sees a shorter file
+
+    def _read(self) -> dict[str, Any]:
+        return _parse(os.pread(self._file, 1000, 0))
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(content)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"

@@ -1,0 +1,108 @@
+"""Stopping when asked: signals become a flag that the loop reads, and all processes stop at the same step."""
+
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from adaptive.parallel.cluster import PREEMPTED
+
+__all__ = ["INTERRUPTED", "PREEMPTED", "StopRequest"]
+
+INTERRUPTED = 130  # the exit code of a run that a second signal ended at once: what was not saved is lost
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While the block runs, SIGTERM and Ctrl-C ask the run to stop; a second one ends the process at once with 130.
+
+    Signals are taken by a thread, so that both work while the main thread is inside a compilation or a long step.
+    Enter it in the main thread.
+
+    say   prints a line; it is called from that thread
+    """
+
+    def __init__(self, say: Callable[[str], None] = print):
+        self._say = say
+        self._asked = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+        self._wakeup_before = -1
+        self._read = self._write = -1
+        self._flag: Any = None  # the flags of all processes, summed on the devices, as of the last call of `agreed`
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._asked.is_set()
+
+    def agreed(self) -> bool:
+        """Whether the processes stop now: the same answer in all of them, which must call it equally often.
+
+        One process is told at once. Several exchange their flags by a collective that is read at the next call, when it
+        has long finished, so that no call waits for the step under way.
+        """
+        import jax
+
+        if jax.process_count() == 1:
+            return self.requested
+        before, self._flag = self._flag, _total(self.requested)
+        return before is not None and int(before) > 0
+
+    def __enter__(self) -> "StopRequest":
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        threading.Thread(target=self._listen, args=(self._read,), name="signals", daemon=True).start()
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _left_to_the_thread) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write)  # the thread reads the end of the pipe, and ends
+
+    def _listen(self, read: int) -> None:
+        with open(read, "rb", buffering=0) as pipe:
+            while byte := pipe.read(1):
+                if byte[0] in _SIGNALS:
+                    self._on_signal(signal.Signals(byte[0]))
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.requested:
+            print(f"{number.name} again: ending now, without saving", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        self._asked.set()
+        self._say(f"{number.name}: stopping after this step and saving (again: at once, without saving)")
+
+
+def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
+    del number, frame  # the wake-up pipe has it already
+
+
+def _total(flag: bool) -> Any:
+    """i32[] on every device: in how many processes `flag` is true. Returns before it is computed."""
+    import jax
+    import numpy as np
+
+    split, total = _over_all_devices()
+    mine = np.zeros(jax.local_device_count(), np.int32)
+    mine[0] = flag
+    return total(jax.make_array_from_process_local_data(split, mine))
+
+
+@functools.cache
+def _over_all_devices() -> tuple[Any, Callable[[Any], Any]]:
+    """The sharding of one number per device, and the compiled sum of them that every device gets."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
+    total = jax.jit(lambda flags: flags.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return NamedSharding(mesh, PartitionSpec("all")), total
