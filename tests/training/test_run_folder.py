@@ -1,0 +1,169 @@
+"""A workdir is one run's alone: nothing of another is overwritten, and only one process trains in it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from adaptive.errors import CheckpointError
+from adaptive.recipe import Recipe
+from adaptive.training import run_folder
+from adaptive.training.run_folder import RunFolder
+
+RECIPE = Recipe(name="here")
+
+
+def test_a_fresh_folder_gets_a_recipe_and_an_identity(tmp_path):
+    path = tmp_path / "runs" / "one"
+    with RunFolder.open(path, RECIPE) as run:
+        assert Recipe.from_json(run.recipe.read_text()) == RECIPE
+        first = run.run_id
+        assert run.checkpoints == path / "checkpoints" and run.metrics == path / "metrics.jsonl"
+    with RunFolder.open(path, RECIPE) as run:
+        assert run.run_id == first != ""
+    with RunFolder.open(tmp_path / "two", RECIPE) as other:
+        assert other.run_id != first
+
+
+def test_another_recipe_is_refused_with_the_difference(tmp_path):
+    RunFolder.open(tmp_path, RECIPE).close()
+    kept = (tmp_path / "recipe.json").read_text()
+    with pytest.raises(CheckpointError) as error:
+        RunFolder.open(tmp_path, RECIPE.with_("train.steps=7", "train.seed=3", "log.every=3"))
+    text = str(error.value)
+    assert f"train.steps: {RECIPE.train.steps} -> 7" in text and "train.seed: 0 -> 3" in text
+    assert "log.every" not in text  # free to change
+    assert "another --workdir" in text
+    assert (tmp_path / "recipe.json").read_text() == kept
+    RunFolder.open(tmp_path, RECIPE).close()  # a refusal leaves no claim
+
+
+def test_free_settings_may_change_and_are_announced(tmp_path):
+    said = []
+    RunFolder.open(tmp_path, RECIPE, say=said.append).close()
+    changed = RECIPE.with_("mesh.fsdp=4", "log.every=3")
+    RunFolder.open(tmp_path, changed, say=said.append).close()
+    (line,) = said
+    assert "mesh.fsdp: 1 -> 4" in line and "log.every: 10 -> 3" in line
+    assert Recipe.from_json((tmp_path / "recipe.json").read_text()) == changed
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"not the folder of a run.*thesis\.tex"):
+        RunFolder.open(tmp_path, RECIPE)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path):
+    (tmp_path / "run.lock").write_text("")
+    (tmp_path / ".recipe.json.123").write_text("{")
+    RunFolder.open(tmp_path, RECIPE).close()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": 999}', "[]"])
+def test_a_recipe_that_cannot_be_read_is_an_error_and_stays(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"recipe\.json"):
+        RunFolder.open(tmp_path, RECIPE)
+    assert (tmp_path / "recipe.json").read_text() == content
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(CheckpointError, match="is a file"):
+            RunFolder.open(path, RECIPE)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_no_permission_is_said_at_once(tmp_path, exists):
+    path = tmp_path / "closed" / "run" if not exists else tmp_path / "closed"
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed").chmod(0o555)
+    user = os.geteuid()
+    if user == 0:  # permissions bind everyone else: be someone else, who may look but not write
+        for above in [tmp_path, *tmp_path.parents][:-2]:
+            above.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write to .*closed.*Permission denied.*another --workdir"):
+            RunFolder.open(path, RECIPE)
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o755)
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with (
+        RunFolder.open(tmp_path, RECIPE),
+        pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"),
+    ):
+        RunFolder.open(tmp_path, RECIPE)
+    RunFolder.open(tmp_path, RECIPE).close()
+
+
+def test_the_claim_of_a_killed_process_is_taken_over(tmp_path):
+    program = f"""
+import os, signal
+from adaptive.recipe import Recipe
+from adaptive.training.run_folder import RunFolder
+RunFolder.open({str(tmp_path)!r}, Recipe(name="here"))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.Popen([sys.executable, "-c", program])
+    killed.wait(timeout=120)
+    said = []
+    RunFolder.open(tmp_path, RECIPE, say=said.append).close()
+    assert said == [
+        f"{tmp_path}: process {killed.pid} on {socket.gethostname()} ended without closing this run; taking over"
+    ]
+
+
+def test_a_claim_from_another_host_holds_as_long_as_it_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "SILENCE_S", 0.5)
+    RunFolder.open(tmp_path, RECIPE).close()
+    lock = tmp_path / "run.lock"
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "beats": 1}))
+    done = threading.Event()
+
+    def beat():
+        beats = 1
+        while not done.is_set():
+            beats += 1
+            lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "beats": beats}))
+            time.sleep(0.02)
+
+    other = threading.Thread(target=beat)
+    other.start()
+    said = []
+    try:
+        with pytest.raises(CheckpointError, match="in use by process 1 on elsewhere"):
+            RunFolder.open(tmp_path, RECIPE, say=said.append)
+    finally:
+        done.set()
+        other.join()
+    RunFolder.open(tmp_path, RECIPE, say=said.append).close()  # silent now
+    assert said[-1].endswith("process 1 on elsewhere ended without closing this run; taking over")
+
+
+def test_a_running_process_renews_its_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "BEAT_S", 0.02)
+    with RunFolder.open(tmp_path, RECIPE):
+        first = (tmp_path / "run.lock").read_bytes()
+        due = time.monotonic() + 30
+        while (tmp_path / "run.lock").read_bytes() == first:
+            assert time.monotonic() < due
+            time.sleep(0.01)
+
+
+def test_other_processes_of_a_job_write_nothing(tmp_path):
+    run = RunFolder.open(tmp_path / "run", RECIPE, primary=False)
+    assert run.checkpoints == tmp_path / "run" / "checkpoints"
+    run.close()
+    assert not (tmp_path / "run").exists()
