@@ -29,6 +29,7 @@ Say = Callable[[str], None]
 _QUEUE = 10_000  # rows that may wait while the service starts
 _INIT_TIMEOUT_S = 60.0
 _FINISH_TIMEOUT_S = 30.0
+_GIVE_UP_S = _FINISH_TIMEOUT_S + 5.0  # should the package not keep to it
 
 
 class Tracker(Protocol):
@@ -171,9 +172,9 @@ class WandbTracker:
         if not self._thread.is_alive():
             return
         self._put(None)
-        self._thread.join(_FINISH_TIMEOUT_S + 5)
+        self._thread.join(_GIVE_UP_S)
         if self._thread.is_alive():
-            self._say(f"W&B: gave up waiting after {_FINISH_TIMEOUT_S:.0f} s; everything is in metrics.jsonl")
+            self._say(f"W&B: gave up waiting after {_GIVE_UP_S:.0f} s; everything is in metrics.jsonl")
 
     def _put(self, task: Callable[[Any], None] | None) -> None:
         if not self._thread.is_alive():

@@ -113,8 +113,9 @@ def write_routing(workdir: Path, recipe: Recipe, step: int, rng: np.random.Gener
     counter = RoutingCounter(model.router.kind, model.recursions)
     depth, scores = routed(rng, 32, seq, model)
     counter.add(depth, scores, np.ones_like(depth, bool))
+    shallow = model.recursions if model.router.kind == "none" else 1
     ids = Bytes().encode("Tea ✓ ")
-    ends = passage_tokens(Bytes(), [*ids, Bytes.eos_id], [1] * (len(ids) + 1), [None, *[1.0] * len(ids)])
+    ends = passage_tokens(Bytes(), [*ids, Bytes.eos_id], [shallow] * (len(ids) + 1), [None, *[1.0] * len(ids)])
     words = re.findall(r"\s*\w{1,5}|\s*[^\w\s]|\s+", TEXT)
     passage = [_token(rng, word, model) for word in words] + list(ends)
     sample = SampleRecord("The ", "captain was the first to speak.\n“There is <no> light on the water & no wind.”")

@@ -36,17 +36,19 @@ def compute(run: Run) -> str:
 
 
 def _account(run: Run) -> str:
-    """Where the FLOPs of a step go, as routed and were nothing routed."""
+    """Where the FLOPs of a step go, and where they would if every token took every layer."""
     plan = run.plan
     if not plan.account:
         return ""
     unit = "FLOP"
-    rows = [("per training step", "as routed", "dense equivalent", "saved")]
     lines = [(a.part, a.active, a.dense) for a in plan.account]
     lines.append(("together", sum(a.active for a in plan.account), sum(a.dense for a in plan.account)))
+    rows: list[tuple[str, ...]] = [("per training step", "as routed", "dense equivalent", "saved")]
     for part, active, dense in lines:
-        saved = percent(1 - active / dense) if dense and active < dense else "—"
+        saved = percent(1 - active / dense) if active < dense else "—"
         rows.append((part, compact(active, unit), compact(dense, unit), saved))
+    if plan.router == "none":
+        rows = [("per training step", "useful"), *(row[:2] for row in rows[1:])]
     notes = []
     if plan.executed_flops_per_step:
         text = f"As executed, attention over all pairs included: {compact(plan.executed_flops_per_step, unit)}"

@@ -26,7 +26,7 @@ def digits_of(value: float, significant: int = 3) -> str:
     """Fixed notation with so many significant digits, never fewer than those before the point."""
     if not math.isfinite(value):
         return "—"
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    magnitude = int(f"{value:.{significant - 1}e}".partition("e")[2])  # of the rounded value: 9.999 has that of 10
     return f"{value:.{max(0, significant - 1 - magnitude)}f}"
 
 

@@ -50,6 +50,7 @@ def print_passage(passage: Sequence[TokenRecord], deepest: int, stream: TextIO |
     if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         console.print(passage_shaded(passage, deepest))
         return
+    console.print("Below each token, its passes through the shared block:\n")
     for line in passage_digits(passage, min(console.width, 100)):
         console.print(Text(line), soft_wrap=True)
 

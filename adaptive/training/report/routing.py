@@ -49,7 +49,7 @@ def deep_tokens(run: Run) -> str:
         deepest = max(run.plan.recursions, len(record.depth_counts) - 1, *(t.depth for t in record.passage))
         losses = sorted(t.loss for t in record.passage if t.loss is not None)
         high = losses[int(0.95 * (len(losses) - 1))] if losses else 1.0
-        routed = len({t.depth for t in record.passage}) > 1
+        routed = record.router != "none"
         text = passage_html(record.passage, deepest, max(high, 1e-6))
         parts.append(_passage_controls(routed, deepest, bool(losses), high))
         parts.append(element("div", text, kind=f"passage by-{'depth' if routed else 'loss'}"))
@@ -58,7 +58,7 @@ def deep_tokens(run: Run) -> str:
         prompt = element("b", html.escape(record.sample.prompt))
         parts.append(element("h3", "The model goes on writing") + element("p", "The prompt is bold.", kind="lead"))
         parts.append(element("div", prompt + html.escape(record.sample.text), kind="passage sample"))
-    title = "Which tokens went deep" if run.plan.recursions > 1 else "On held-out text"
+    title = "Which tokens went deep" if record.recursions else "A held-out passage"
     how = f"; depth chosen {_SELECTIONS[record.selection]}" if record.recursions else ""
     lead = f"Held-out text at step {record.step:,}{how}."
     return section(title, *parts, lead=lead)

@@ -1,0 +1,150 @@
+"""The rows of a run: what is kept over a resume, means over an interval, ratios, alarms."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adaptive.errors import UserError
+from adaptive.training.metrics import (
+    Meter,
+    MetricsLog,
+    OneStepLate,
+    StepCost,
+    bits_per_byte,
+    health_warnings,
+    read_rows,
+    write_atomically,
+)
+
+
+def test_rows_past_the_restored_step_are_dropped_on_resume(tmp_path):
+    log = MetricsLog.open(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write({"step": step, "loss": 1.0 / step})
+    log.write({"step": 20, "eval/loss": 2.0})
+    log.close()
+    resumed = MetricsLog.open(tmp_path, 20)
+    assert resumed.last == {"step": 20, "eval/loss": 2.0}
+    resumed.write({"step": 30, "loss": 5.0})
+    assert [(r["step"], r.get("loss")) for r in read_rows(tmp_path)] == [(10, 0.1), (20, 0.05), (20, None), (30, 5.0)]
+
+
+def test_a_row_can_be_read_as_soon_as_it_is_written_and_a_torn_line_is_left_out(tmp_path):
+    log = MetricsLog.open(tmp_path, 0)
+    log.write({"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_rows(tmp_path) == [{"step": 1}]
+    again = MetricsLog.open(tmp_path, 5)
+    again.write({"step": 3})
+    assert [r["step"] for r in read_rows(tmp_path)] == [1, 3]
+
+
+def test_rows_are_strict_json_of_plain_numbers(tmp_path):
+    log = MetricsLog.open(tmp_path, 0)
+    log.write({"step": np.int32(1), "a": jnp.float32(0.5), "b": np.float32("nan"), "c": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "a": 0.5, "b": None, "c": None}
+
+
+def test_other_processes_keep_no_rows():
+    MetricsLog(None).write({"step": 1})
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="workdir"):
+        MetricsLog.open(tmp_path / "absent", 0)
+
+
+def test_a_failed_replacement_leaves_the_old_text(tmp_path):
+    path = tmp_path / "f"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_come_one_step_late():
+    late = OneStepLate()
+    with jax.transfer_guard_device_to_host("disallow"):
+        assert late.swap(1, {"loss": jnp.float32(3)}) is None
+        assert late.swap(2, {"loss": jnp.float32(2)}) == (1, {"loss": 3.0})
+        step, metrics = late.flush()
+    assert (step, float(metrics["loss"])) == (2, 2.0) and isinstance(metrics["loss"], np.ndarray)
+    assert late.flush() is None
+
+
+COST = StepCost(tokens=1000, flops=4e9, dense_flops=6e9, bytes_per_token=2.0, peak=8e9)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_row_holds_means_over_its_interval():
+    clock = Clock()
+    meter = Meter(COST, seconds=50.0, clock=clock)
+    for ce, skipped in ((1.0, 0), (math.nan, 1), (3.0, 0)):
+        clock.now += 2.0
+        meter.waited(0.5)
+        meter.add({"ce": ce, "skipped": skipped})
+    with meter.paused():
+        clock.now += 100.0
+    row = meter.row(7, learning_rate=0.1)
+    assert row["ce"] == 2.0 and row["skipped"] == 1 and row["learning_rate"] == 0.1
+    assert row["bits_per_byte"] == pytest.approx(2.0 / math.log(2) / 2)
+    assert (row["step"], row["tokens"], row["flops"]) == (7, 7000, 28e9)
+    assert row["seconds"] == 156.0, "wall time goes on from the earlier attempt and counts pauses"
+    assert row["step_ms"] == pytest.approx(2000) and row["data_wait_ms"] == pytest.approx(500)
+    assert row["tokens_per_s"] == pytest.approx(500) and row["flops_per_s"] == pytest.approx(2e9)
+    assert row["mfu_active"] == pytest.approx(0.25) and row["mfu_dense_equivalent"] == pytest.approx(0.375)
+    assert not any(name == "mfu" for name in row)
+    clock.now += 1.0
+    meter.add({"ce": math.nan})
+    later = meter.row(8)
+    assert math.isnan(later["ce"]) and later["step_ms"] == pytest.approx(1000) and later["data_wait_ms"] == 0
+
+
+def test_no_utilisation_without_a_known_peak():
+    clock = Clock()
+    meter = Meter(dataclasses.replace(COST, peak=None), clock=clock)
+    clock.now += 1
+    meter.add({"ce": 1.0})
+    assert not [name for name in meter.row(1) if name.startswith("mfu")]
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(8 * math.log(2), 1.0) == pytest.approx(8.0)
+    assert bits_per_byte(8 * math.log(2), 4.0) == pytest.approx(2.0)
+    assert math.isnan(bits_per_byte(1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("row", "progress", "expected"),
+    [
+        ({"routing/accuracy": 0.94}, 1.0, "sampling accuracy 94.0%"),
+        ({"eval/routing/accuracy": 0.5}, 0.6, "sampling accuracy"),
+        ({"routing/accuracy": 0.94}, 0.2, ""),
+        ({"routing/accuracy": 0.96}, 1.0, ""),
+        ({"routing/max_vio": 1.2}, 0.1, "MaxVio 1.20"),
+        ({"routing/max_vio": 0.9}, 1.0, ""),
+        ({"eval/dead_token_ratio": 0.3}, 1.0, "30.0% of positions"),
+        ({"eval/dead_token_ratio": 0.3, "eval/dead_token_ratio_by_chance": 0.29}, 1.0, ""),
+        ({"data_wait_ms": 10.0, "step_ms": 100.0}, 1.0, "waits 10.0 ms"),
+        ({"data_wait_ms": 2.0, "step_ms": 100.0}, 1.0, ""),
+        ({"skipped": 2}, 1.0, "2 step(s) skipped"),
+        ({"skipped": 0, "routing/accuracy": None}, 1.0, ""),
+    ],
+)
+def test_health_warnings(row, progress, expected):
+    found = health_warnings(row, progress)
+    assert len(found) == bool(expected)
+    assert expected in "".join(found)
