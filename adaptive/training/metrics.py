@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import jax
 
+from adaptive.data import files
 from adaptive.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,13 +75,8 @@ def read_rows(workdir: str | Path) -> list[Row]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that a reader, or a kill, sees the old or the new text and nothing between."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    """Replaces a text file so that a reader, or a kill, sees the old or the new text and nothing between."""
+    files.write_atomically(path, text.encode("utf-8"))
 
 
 def _rows(path: Path) -> Iterator[Row]:

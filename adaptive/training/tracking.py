@@ -7,11 +7,9 @@ not be sent is still in metrics.jsonl.
 
 import importlib.util
 import itertools
-import json
 import netrc
 import os
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,9 +18,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from adaptive.training.metrics import write_atomically
-
-TRACKING_FILE = "tracking.json"
 Mode = Literal["auto", "online", "offline", "disabled"]
 Say = Callable[[str], None]
 
@@ -64,6 +59,7 @@ def start_tracking(
     workdir: str | Path,
     project: str,
     name: str,
+    run_id: str,
     config: Mapping[str, Any],
     start_step: int = 0,
     primary: bool = True,
@@ -72,7 +68,9 @@ def start_tracking(
     """Begins to track this attempt at a run and returns at once.
 
     mode        auto: online if a key is present (WANDB_API_KEY or .netrc) or as WANDB_MODE says, otherwise disabled
-    workdir     keeps the offline files, and the id of the group that all attempts at this run belong to
+    workdir     keeps the offline files
+    name        of the recipe
+    run_id      of the workdir; all attempts at the run form one group
     config      the resolved recipe as nested dicts
     start_step  where this attempt begins; each attempt is a run of its own, because steps of a run must increase
     primary     False on processes other than 0
@@ -83,18 +81,14 @@ def start_tracking(
     chosen = _choose(mode, say) if primary else "disabled"
     if chosen == "disabled":
         return NoTracker()
-    try:
-        group, attempt = _next_attempt(Path(workdir))
-    except OSError as error:
-        say(f"W&B: not tracked, {TRACKING_FILE} cannot be written ({error.strerror or error})")
-        return NoTracker()
+    group = f"{name}-{run_id}"
     about = {
         "project": project,
-        "name": f"{name}-{group}" + (f"-{attempt}" if attempt > 1 else ""),
-        "group": f"{name}-{group}",
+        "name": f"{group}-from-{start_step}" if start_step else group,
+        "group": group,
         "job_type": "train",
         "dir": str(workdir),
-        "config": {**config, "start_step": start_step, "attempt": attempt},
+        "config": {**config, "run_id": run_id, "start_step": start_step},
     }
     return WandbTracker(chosen, about, say)
 
@@ -132,18 +126,6 @@ def _automatic() -> Literal["online", "offline", "disabled"]:
         case "online" | "offline" | "disabled" as wish:
             return wish
     return "online" if key_present() else "disabled"
-
-
-def _next_attempt(workdir: Path) -> tuple[str, int]:
-    """(id of the workdir's group, number of this attempt from 1), remembered in the workdir."""
-    path = workdir / TRACKING_FILE
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        group, attempt = str(before["group"]), int(before["attempts"]) + 1
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        group, attempt = secrets.token_hex(4), 1
-    write_atomically(path, json.dumps({"group": group, "attempts": attempt}) + "\n")
-    return group, attempt
 
 
 class WandbTracker:

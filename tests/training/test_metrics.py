@@ -57,8 +57,9 @@ def test_other_processes_keep_no_rows():
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="workdir"):
-        MetricsLog.open(tmp_path / "absent", 0)
+        MetricsLog.open(tmp_path / "file", 0)
 
 
 def test_a_failed_replacement_leaves_the_old_text(tmp_path):

@@ -22,17 +22,22 @@ def compute(run: Run) -> str:
         Series("active", run.points("mfu_active", "tokens"), 1),
         Series("dense equivalent", run.points("mfu_dense_equivalent", "tokens"), 2, "dashed"),
     ]
+    utilisation = line_chart("Utilisation", mfu, x="tokens", y="share of peak", y_range=(0, None), percent=True)
     return section(
         "Compute",
         _account(run),
         grid(
             line_chart("Throughput", speed, x="tokens", y="tokens per second", y_range=(0, None)),
             line_chart("Step time", times, x="tokens", y="ms", y_range=(0, None)),
-            line_chart("Utilisation", mfu, x="tokens", y="share of peak", y_range=(0, None), percent=True),
-            _memory(run),
+            _column(utilisation, _memory(run)),
             _facts(run),
         ),
     )
+
+
+def _column(*parts: str) -> str:
+    """Parts one above the other, in one cell of a grid."""
+    return grid(*parts, columns="one")
 
 
 def _account(run: Run) -> str:
