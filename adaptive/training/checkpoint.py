@@ -32,6 +32,7 @@ MAX_FAILURES = 3  # failed saves in a row after which a run stops
 SAVE_LIMIT_S = 1200  # for one save to end, on all processes
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # how Orbax names what it has not finished
+_ORBAX = f"orbax{os.sep}checkpoint"  # in the path of its modules
 _WRAPPERS = ("inner_states", "inner_state")  # fields of optax that wrap the states of a chain and tell nothing
 
 Say = Callable[[str], None]
@@ -235,15 +236,18 @@ def digest(tree: Any) -> str:
     cryptographic hash.
     """
     arrays = _named(tree)
-    sums = [_hashed(a, np.uint32(zlib.crc32(name.encode()))) for name, a in arrays.items()]
-    rows = [
-        f"{name} {a.dtype.name} {tuple(a.shape)} {int(s)}"
-        for (name, a), s in zip(arrays.items(), jax.device_get(sums), strict=True)
-    ]
+    seeds = np.array([zlib.crc32(name.encode()) for name in arrays], np.uint32)
+    sums = jax.device_get(_sums(list(arrays.values()), seeds)) if arrays else []
+    rows = [f"{name} {a.dtype.name} {a.shape} {total}" for (name, a), total in zip(arrays.items(), sums, strict=True)]
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
 
 
 @jax.jit
+def _sums(arrays: list[jax.Array], seeds: jax.Array) -> jax.Array:
+    """u32[len(arrays)]. One program: many small ones with collectives could starve each other of threads."""
+    return jnp.stack([_hashed(a, seed) for a, seed in zip(arrays, seeds, strict=True)])
+
+
 def _hashed(a: jax.Array, seed: jax.Array) -> jax.Array:
     """u32[]; the mixing is the finalizer of MurmurHash3, applied to bits and position together."""
     a = jnp.asarray(a)
@@ -326,7 +330,7 @@ def _open_manager(folder: Path, config: CheckpointConfig) -> Any:
 def _silence() -> None:
     """Keeps Orbax's own log, which is long and repeats every exception it raises, out of the run's output.
 
-    When a save fails, each write still under way reports to `sys.unraisablehook` that nobody waits for it any more.
+    After a failure, each read or write still under way reports to `sys.unraisablehook` that nobody waits for it.
     """
     log = logging.getLogger("absl")
     if _not_from_orbax in log.filters:
@@ -335,14 +339,17 @@ def _silence() -> None:
     previous = sys.unraisablehook
 
     def hook(report: Any) -> None:
-        if not (report.exc_type is RuntimeError and str(report.exc_value) == "Event loop is closed"):
+        coroutine = getattr(report.object, "cr_code", None)
+        unread = coroutine is not None and _ORBAX in coroutine.co_filename
+        unwritten = report.exc_type is RuntimeError and str(report.exc_value) == "Event loop is closed"
+        if not (unread or unwritten):
             previous(report)
 
     sys.unraisablehook = hook
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"orbax{os.sep}checkpoint" not in record.pathname
+    return _ORBAX not in record.pathname
 
 
 def _write(manager: Any, step: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
