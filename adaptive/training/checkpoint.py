@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-import time
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +29,8 @@ from adaptive.training.state import TrainState
 
 FORMAT_VERSION = 1
 MAX_FAILURES = 3  # failed saves in a row after which a run stops
-SAVE_LIMIT_S = 1200  # for one save to end, on all processes
+SAVE_LIMIT_S = 1200  # for one save to end on all processes; one that fails keeps the others waiting for so long
+_GRACE_S = 60  # after that, for the threads that wait to say so
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # how Orbax names what it has not finished
 _ORBAX = f"orbax{os.sep}checkpoint"  # in the path of its modules
@@ -68,6 +69,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig, recipe_json: Mapping[str, Any], *, say: Say = print):
         self._folder, self._config, self._recipe, self._say = Path(folder).absolute(), config, dict(recipe_json), say
         self._orbax: Any = None  # opened at first use: a fresh run starts without waiting for its import
+        self._opened = 0
         self._pending: int | None = None  # the step of the save now under way
         self._damaged: list[int] = []  # newer than what was restored, and unreadable
         self._failures = 0
@@ -121,18 +123,14 @@ class Checkpoints:
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        failure = None
-        due = time.monotonic() + SAVE_LIMIT_S
-        while self._orbax.is_saving_in_progress():
-            if time.monotonic() > due:
-                raise CheckpointError(
-                    f"the checkpoint at step {step} is still not written after {SAVE_LIMIT_S} s; {self._last_good()}"
-                )
-            time.sleep(0.005)
+        limit = SAVE_LIMIT_S + _GRACE_S
         try:
-            self._orbax.wait_until_finished()
-        except Exception as error:
-            failure = error
+            failure = _outcome(self._orbax.wait_until_finished, limit)
+        except TimeoutError:
+            self._orbax = None  # closing it would wait as well
+            raise CheckpointError(
+                f"the checkpoint at step {step} is still not written after {limit} s; {self._last_good()}"
+            ) from None
         if anywhere(failure is not None):
             self._report_failure(step, failure)
         else:
@@ -173,7 +171,8 @@ class Checkpoints:
                     self._say(f"warning: checkpoint {newer} cannot be read ({reason}); going on from step {step}")
                 return restored
             self._damaged.append(step)
-            reason = reason or _reason(failure)
+            shared = _shared_reason(failure)
+            reason = reason or shared
         if steps:
             raise CheckpointError(
                 f"no checkpoint in {self._folder} can be read (newest, step {steps[-1]}: {reason}); "
@@ -185,15 +184,16 @@ class Checkpoints:
 
     def _manager(self) -> Any:
         if self._orbax is None:
-            self._orbax = _open_manager(self._folder, self._config)
+            self._opened += 1
+            self._orbax = _open_manager(self._folder, self._config, barriers=str(self._opened))
         return self._orbax
 
     def _report_failure(self, step: int, failure: Exception | None) -> None:
         self._failures += 1
         self._remove_unfinished()
-        if self._orbax is not None:
-            self._orbax.reload()  # it has dropped the ones it was going to remove from its list
-        problem = f"checkpoint at step {step} could not be written: {_reason(failure)}; {self._last_good()}"
+        # This one has lost from its list what it was going to remove, and may have left barriers half-way.
+        self._orbax = None
+        problem = f"checkpoint at step {step} could not be written: {_shared_reason(failure)}; {self._last_good()}"
         if self._failures >= MAX_FAILURES:
             raise CheckpointError(f"{problem}; the run ends, as this was failure {self._failures} in a row")
         self._say(f"warning: {problem}; training goes on")
@@ -310,7 +310,7 @@ def _key_implementation() -> str:
 # Orbax
 
 
-def _open_manager(folder: Path, config: CheckpointConfig) -> Any:
+def _open_manager(folder: Path, config: CheckpointConfig, *, barriers: str) -> Any:
     _silence()
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as keep
@@ -321,10 +321,29 @@ def _open_manager(folder: Path, config: CheckpointConfig) -> Any:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(policies),
         async_options=ocp.AsyncOptions(timeout_secs=SAVE_LIMIT_S),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=barriers),
         save_root_metadata=False,
         lightweight_initialize=True,
     )
     return ocp.CheckpointManager(folder, options=options)
+
+
+def _outcome(call: Callable[[], object], limit_s: float) -> Exception | None:
+    """What `call` raised, or None. Raises TimeoutError where it does not return in time."""
+    raised: list[Exception] = []
+
+    def target() -> None:
+        try:
+            call()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=target, name="checkpoint", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        raise TimeoutError
+    return raised[0] if raised else None
 
 
 def _silence() -> None:
@@ -401,6 +420,8 @@ def _check(about: Mapping[str, Any], where: Path, wanted: Mapping[str, Any]) -> 
         raise CheckpointError("\n".join([f"{where} does not fit the model of this run:", *differ[:8], *more]))
 
 
+_ELSEWHERE = "it failed on another process"
+
 # Text of the operating system that says more than a library's wrapping of it; most specific first.
 _SYSTEM = tuple(
     os.strerror(code)
@@ -408,9 +429,21 @@ _SYSTEM = tuple(
 )
 
 
+def _shared_reason(failure: Exception | None) -> str:
+    """Why it failed, the same text in every process: what the system said to one of them, if it did."""
+    reason = _reason(failure)
+    if jax.process_count() == 1:
+        return reason
+    from jax.experimental import multihost_utils
+
+    rows = multihost_utils.process_allgather(np.frombuffer(reason.encode()[:200].ljust(200), np.uint8))
+    reasons = [bytes(row).decode(errors="replace").strip() for row in rows]
+    return min(reasons, key=lambda text: (text not in _SYSTEM, text == _ELSEWHERE))
+
+
 def _reason(error: Exception | None) -> str:
     if error is None:
-        return "it failed on another process"
+        return _ELSEWHERE
     texts = []
     chain: BaseException | None = error
     while chain is not None:
