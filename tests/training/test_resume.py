@@ -1,0 +1,136 @@
+"""The command itself, killed, stopped, resumed, damaged and asked for the impossible, as a user would see it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaptive.training.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 120
+TINY = (
+    "--recipe=mor_tiny", "model.hidden_size=16", "model.intermediate_size=16", "model.num_heads=2", "model.head_dim=8",
+    "data.seq_len=32", "train.batch_size=8", f"train.steps={STEPS}", "schedule.warmup_steps=4", "train.seed=5",
+    "eval.every=0", "eval.batches=1", "checkpoint.every=10", "checkpoint.keep_last=3", "checkpoint.keep_every=60",
+    "log.every=1", "log.wandb=disabled", "log.sample_tokens=4",
+)  # fmt: skip
+SPLIT = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
+
+
+class Run:
+    """`python -m adaptive.train` in a workdir."""
+
+    def __init__(self, workdir: Path, *arguments: str):
+        self.workdir = workdir
+        command = [sys.executable, "-m", "adaptive.train", f"--workdir={workdir}", *TINY, *arguments]
+        self._out = (workdir.parent / f"{workdir.name}.out").open("a+")
+        self._from = self._out.tell()
+        self.popen = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=self._out, stderr=subprocess.STDOUT)
+
+    def output(self) -> str:
+        self._out.seek(self._from)
+        return self._out.read()
+
+    def until(self, condition) -> None:
+        due = time.monotonic() + 180
+        while not condition():
+            assert self.popen.poll() is None, f"ended before its time:\n{self.output()}"
+            assert time.monotonic() < due, f"nothing came:\n{self.output()}"
+            time.sleep(0.01)
+
+    def end(self, expect: int) -> str:
+        try:
+            code = self.popen.wait(timeout=240)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+            pytest.fail(f"did not end:\n{self.output()}")
+        output = self.output()
+        self._out.close()
+        assert code == expect, output
+        return output
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
+
+
+def about(workdir: Path, step: int) -> dict:
+    return json.loads((workdir / "checkpoints" / str(step) / "about" / "metadata").read_text())
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    rows = [row for row in read_rows(workdir) if "loss" in row]
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {row["step"]: row["loss"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    Run(workdir, *SPLIT).end(0)
+    return workdir
+
+
+def test_a_run_that_was_killed_stopped_and_damaged_is_the_run_that_was_not(straight, tmp_path):
+    workdir = tmp_path / "run"
+    killed = Run(workdir, *SPLIT)
+    killed.until(lambda: saved_steps(workdir))
+    killed.popen.kill()
+    killed.end(-signal.SIGKILL)
+    first = saved_steps(workdir)[-1]
+    assert first < STEPS
+
+    stopped = Run(workdir, *SPLIT)
+    stopped.until(lambda: saved_steps(workdir)[-1] > first)
+    stopped.popen.send_signal(signal.SIGTERM)
+    output = stopped.end(75)
+    *_, before, last = saved_steps(workdir)
+    assert first < last < STEPS
+    assert f"step {first}" in output, output  # where it went on
+    assert "SIGTERM" in output.split(f"step {first}")[1] and f"step {last}" in output, output  # where it stopped
+
+    (workdir / "checkpoints" / str(last) / "about" / "metadata").write_text("{")
+    output = Run(workdir, *SPLIT).end(0)
+    assert re.search(rf"warning: checkpoint {last} cannot be read .*going on from step {before}\b", output), output
+    assert losses(workdir) == losses(straight)
+    assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
+    assert about(workdir, STEPS)["digest"] == about(straight, STEPS)["digest"]
+    assert about(workdir, STEPS)["data_state"] == about(straight, STEPS)["data_state"]
+
+
+def test_another_mesh_goes_on_with_the_same_losses(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    for step in saved_steps(workdir):
+        if step > 60:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    output = Run(workdir, "mesh.data=8").end(0)
+    assert "mesh.fsdp: 4 -> 1" in output
+    here, there = losses(workdir), losses(straight)
+    assert sorted(here) == sorted(there)
+    assert all(here[step] == there[step] for step in range(1, 61))  # kept
+    np.testing.assert_allclose([here[s] for s in range(61, 66)], [there[s] for s in range(61, 66)], rtol=2e-5)
+    assert about(workdir, STEPS)["digest"] != about(straight, STEPS)["digest"]  # it did run on another mesh
+
+
+def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    output = Run(workdir, *SPLIT, "model.recursions=2", "optimizer.learning_rate=0.5").end(2)
+    assert "model.recursions: 3 -> 2" in output and "optimizer.learning_rate: 0.003 -> 0.5" in output
+    assert "Traceback" not in output
+    path = workdir / "checkpoints" / str(STEPS) / "about" / "metadata"
+    path.write_text(json.dumps({**about(workdir, STEPS), "format_version": 2}))
+    output = Run(workdir, *SPLIT).end(2)
+    assert "checkpoint format 2" in output and "Traceback" not in output
+    assert saved_steps(workdir) == saved_steps(straight) and losses(workdir) == losses(straight)
