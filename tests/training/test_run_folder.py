@@ -128,17 +128,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_claim_from_another_host_holds_as_long_as_it_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "SILENCE_S", 0.5)
     RunFolder.open(tmp_path, RECIPE).close()
-    lock = tmp_path / "run.lock"
-    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "beats": 1}))
+    file = os.open(tmp_path / "run.lock", os.O_RDWR)
     done = threading.Event()
+
+    def claim(beats):
+        os.pwrite(file, f"{json.dumps({'pid': 1, 'host': 'elsewhere', 'beats': beats}):<200}".encode(), 0)
 
     def beat():
         beats = 1
-        while not done.is_set():
-            beats += 1
-            lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "beats": beats}))
-            time.sleep(0.02)
+        while not done.wait(0.02):
+            claim(beats := beats + 1)
 
+    claim(1)
     other = threading.Thread(target=beat)
     other.start()
     said = []
@@ -148,6 +149,7 @@ def test_a_claim_from_another_host_holds_as_long_as_it_is_renewed(tmp_path, monk
     finally:
         done.set()
         other.join()
+    os.close(file)
     RunFolder.open(tmp_path, RECIPE, say=said.append).close()  # silent now
     assert said[-1].endswith("process 1 on elsewhere ended without closing this run; taking over")
 
