@@ -64,6 +64,8 @@ def place(tree: Any, mesh: Mesh, rules: AxisRules) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, P())
         value, axes = leaf.get_value(), leaf.get_metadata().get("axes")
+        if not hasattr(value, "shape"):
+            return leaf  # a parameter of another optimizer group leaves an empty place in this one's moments
         if axes is None:
             return leaf.replace(NamedSharding(mesh, P()))
         for size, name in zip(value.shape, axes, strict=True):

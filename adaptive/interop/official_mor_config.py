@@ -1,0 +1,167 @@
+"""The configuration of the released Mixture-of-Recursions code, read as ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptive.errors import RecipeError
+from adaptive.models.config import RouterConfig, TransformerConfig
+
+_SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")
+_ROUTERS = ("linear", "mlp", "wide_mlp")
+# Values of optional llama keys for which the released network is the one built here.
+_PLAIN = {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "rope_scaling": (None,)}
+
+
+def config_from_official(config: Mapping[str, Any]) -> TransformerConfig:
+    """The model that an official configuration describes, as the released code builds it.
+
+    Where the depth does not divide, that code drops layers and numbers the rest anew: `num_layers` counts what is left.
+    `base_depth` it reads only when `num_recursion` is 1, which keeps that many layers of a vanilla model; otherwise it
+    follows from the depth. Its wide_mlp router is as wide as its mlp. How a shared block was initialised is of no
+    matter here. Raises RecipeError, naming the key, for what is missing or unknown or has no counterpart.
+    """
+    llama = _Section(config, "llama", required=True)
+    recursive, kv, mor = (_Section(config, name) for name in ("recursive", "kv_sharing", "mor"))
+    for key, plain in _PLAIN.items():
+        if llama.get(key, plain[0]) not in plain:
+            raise RecipeError(f"official config: llama.{key}={llama.get(key)!r} is not supported, only {plain[0]!r}")
+    layers, recursions, sharing = _structure(llama.integer("num_hidden_layers"), recursive, kv, mor)
+    heads, width = llama.integer("num_attention_heads"), llama.integer("hidden_size")
+    # The released configuration check copies the recursion's sharing over the keys' and values'.
+    policy = "per_recursion"
+    if kv.enabled and recursions > 1:
+        policy = "hybrid" if mor.enabled and kv.get("update_cache", False) else "shared"
+    ours = TransformerConfig(
+        vocab_size=llama.integer("vocab_size"),
+        hidden_size=width,
+        intermediate_size=llama.integer("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=llama.integer("num_key_value_heads", heads),
+        head_dim=llama.integer("head_dim", width // heads),
+        norm_eps=float(llama.get("rms_norm_eps", 1e-5)),
+        rope_theta=float(llama.get("rope_theta", 10_000.0)),
+        tie_embeddings=bool(llama.get("tie_word_embeddings", True)),
+        recursions=recursions,
+        sharing=sharing,  # type: ignore[arg-type]
+        share_parameters=recursive.enabled or recursions == 1,
+        kv=policy,  # type: ignore[arg-type]
+        router=_router(config, mor, recursions) if mor.enabled else RouterConfig(),
+    )
+    ours.validate()
+    return ours
+
+
+class _Section:
+    """One block of the official configuration; a missing block is switched off."""
+
+    def __init__(self, parent: Mapping[str, Any], name: str, *, required: bool = False, path: str = ""):
+        values = parent.get(name)
+        if values is None and required:
+            raise RecipeError(f"official config: the section {path}{name} is missing")
+        if values is not None and not isinstance(values, Mapping):
+            raise RecipeError(f"official config: {path}{name} must be a dict of settings, not {values!r}")
+        self._values, self._path = values or {}, f"{path}{name}"
+        self.enabled = bool(self._values.get("enable", False))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._values.get(key, default)
+
+    def section(self, name: str) -> "_Section":
+        return _Section(self._values, name, required=True, path=f"{self._path}.")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int):
+            found = "is missing" if value is None else f"is {value!r}"
+            raise RecipeError(f"official config: {self._path}.{key} {found}; it must be an integer")
+        return value
+
+    def choice(self, key: str, known: tuple[str | None, ...], default: str | None = None) -> str | None:
+        value = self._values.get(key, default)
+        if value not in known:
+            names = ", ".join("null" if k is None else k for k in known)
+            raise RecipeError(f"official config: {self._path}.{key}={value!r}; known: {names}")
+        return value
+
+
+def _structure(layers: int, recursive: _Section, kv: _Section, mor: _Section) -> tuple[int, int, str]:
+    """Unrolled layers, recursions and sharing strategy."""
+    if mor.enabled and not recursive.enabled:
+        raise RecipeError("official config: mor.enable needs recursive.enable to be true")
+    shared = recursive if recursive.enabled else kv
+    if not shared.enabled:
+        return layers, 1, "middle_cycle"
+    sharing, recursions = str(shared.choice("sharing", _SHARINGS)), shared.integer("num_recursion")
+    if not recursive.enabled:  # keys and values shared between the layers of a vanilla model, none is dropped
+        return layers, recursions, sharing
+    if recursive.get("ln_share", True) is not True:
+        raise RecipeError(
+            "official config: recursive.ln_share=false (norms of their own at every recursion) is not supported; "
+            "it must be true"
+        )
+    if recursions == 1:
+        base = recursive.integer("base_depth")
+        if base < 1 or layers % base:
+            raise RecipeError(
+                f"official config: recursive.base_depth={base} must divide llama.num_hidden_layers={layers}"
+            )
+        return base, 1, sharing
+    ends = 2 if sharing.startswith("middle") else 0
+    kept = (layers - ends) // max(recursions, 1) * recursions + ends
+    return (
+        (kept if kept > ends else layers),
+        recursions,
+        sharing,
+    )  # too few layers: validate() names the depths that fit
+
+
+def _router(config: Mapping[str, Any], mor: _Section, recursions: int) -> RouterConfig:
+    expert = mor.choice("type", ("expert", "token")) == "expert"
+    network = mor.choice("router_type", _ROUTERS, "linear")
+    common: dict[str, Any] = {
+        "network": "mlp" if network == "wide_mlp" else network,
+        "temperature": float(mor.get("temp", 1.0)),
+        "random": bool(mor.get("rand_router", False)),
+        "z_coefficient": float(mor.get("z_coeff", 0.001)) if mor.get("z_loss", False) else 0.0,
+    }
+    part = mor.section("expert" if expert else "token")
+    common["gating"] = part.choice("gating", ("weighted", "additive"), "weighted")
+    if expert:
+        warmup = part.get("cap_warmup_step")
+        return RouterConfig(
+            kind="expert_choice",
+            activation=part.choice("router_func", ("sigmoid", "tanh", None)) or "none",  # type: ignore[arg-type]
+            alpha=float(part.get("alpha", 0.1)),
+            capacities=_capacities(mor.get("capacity"), recursions),
+            sampling=part.choice("sampling", ("aux_loss", "aux_router", None)) or "none",  # type: ignore[arg-type]
+            aux_coefficient=float(part.get("coeff", 0.01)),
+            capacity_warmup_steps=int((config.get("num_warmup_steps") or 0) if warmup is None else warmup),
+            **common,
+        )
+    activation = part.choice("router_func", ("softmax", "sigmoid", None), "softmax") or "softmax"
+    return RouterConfig(
+        kind="token_choice",
+        activation=activation,  # type: ignore[arg-type]
+        alpha=float(part.get("alpha", 0.1 if activation == "sigmoid" else 1.0)),
+        balancing=part.choice("balancing", ("loss", "loss_free", None)) or "none",  # type: ignore[arg-type]
+        balance_coefficient=float(part.get("coeff", 0.01)),
+        bias_update_rate=float(part.get("u", 0.001)),
+        # The released code counts its forward passes from 1 and warms up while the count is below the setting.
+        balance_warmup_steps=max(0, int(part.get("bal_warmup_step") or 0) - 1),
+        **common,
+    )
+
+
+def _capacities(value: Any, recursions: int) -> tuple[float, ...]:
+    """The fractions of a comma-separated string or a list; null is the default schedule."""
+    if value is None:
+        return ()
+    try:
+        found = tuple(float(x) for x in (value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        raise RecipeError(
+            f"official config: mor.capacity={value!r} must be {recursions} fractions separated by commas"
+        ) from None
+    return found
