@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     """
 
     rope: Rope
-    index: jax.Array | None = None
+    index: jax.Array | None = None  # type: ignore[assignment]  # hides tuple.index
     segments: jax.Array | None = None
     valid: jax.Array | None = None
 

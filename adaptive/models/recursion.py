@@ -286,8 +286,10 @@ def rows_at(rows: Rows, indices: jax.Array, valid: jax.Array | None) -> Rows:
     """The rows at positions `indices` i32[batch, k]; `rows` itself, but for `valid`, where these are all of them."""
     if indices.shape[1] == rows.rope.cos.shape[1]:
         return rows._replace(valid=valid)
-    take = lambda a: None if a is None else take_rows(a, indices)  # noqa: E731
-    return Rows(Rope(take(rows.rope.cos), take(rows.rope.sin)), take(rows.index), take(rows.segments), valid)
+    rope = Rope(take_rows(rows.rope.cos, indices), take_rows(rows.rope.sin, indices))
+    index = None if rows.index is None else take_rows(rows.index, indices)
+    segments = None if rows.segments is None else take_rows(rows.segments, indices)
+    return Rows(rope, index, segments, valid)
 
 
 def _gated(f: jax.Array, selection: Selection, cfg: RouterConfig) -> jax.Array:
@@ -307,7 +309,14 @@ class _ExpertChoiceLog:
         self._selections: list[Selection] = []
         self._scores: list[jax.Array] = []
 
-    def add(self, r, choice, decision, positions, candidates) -> None:
+    def add(
+        self,
+        r: int,
+        choice: expert_choice.Choice,
+        decision: jax.Array,
+        positions: jax.Array | None,
+        candidates: jax.Array | None,
+    ) -> None:
         self._losses.append(choice.losses)
         self._scalars |= {f"{name}_{r + 1}": value for name, value in choice.scalars.items()}
         scores = jax.nn.sigmoid(jax.lax.stop_gradient(decision))
@@ -317,7 +326,7 @@ class _ExpertChoiceLog:
             scores = jax.vmap(lambda i, s: jnp.full(self._shape[1], jnp.nan).at[i].set(s))(positions, scores)
         self._scores.append(scores)
 
-    def scored(self, decision, active) -> None:
+    def scored(self, decision: jax.Array, active: jax.Array) -> None:
         self._scores.append(jnp.where(active, jax.nn.sigmoid(decision), jnp.nan))
 
     def took(self, selection: Selection, valid: jax.Array | None) -> None:
@@ -328,16 +337,21 @@ class _ExpertChoiceLog:
     def aux(self) -> AuxLosses:
         cfg, losses = self._cfg, AuxLosses()
         if cfg.sampling != "none" and not cfg.random:
-            value = sum(step["aux_loss"] for step in self._losses)
+            value = self._summed("aux_loss")
             apart = cfg.sampling == "aux_router"
             losses["aux_loss"] = Aux(value, 1.0 if apart else cfg.aux_coefficient, separate=apart)
         if cfg.z_coefficient:
-            losses["z_loss"] = Aux(sum(step["z_loss"] for step in self._losses), cfg.z_coefficient)
+            losses["z_loss"] = Aux(self._summed("z_loss"), cfg.z_coefficient)
         return losses
+
+    def _summed(self, name: str) -> jax.Array:
+        return sum((step[name] for step in self._losses), start=jnp.zeros((), jnp.float32))
 
     def trace(self) -> Trace:
         scalars = dict(self._scalars)
         if self._losses:
-            scalars["accuracy"] = sum(scalars[f"accuracy_{r + 1}"] for r in range(self._n)) / self._n
+            scalars["accuracy"] = (
+                sum((scalars[f"accuracy_{r + 1}"] for r in range(self._n)), start=jnp.zeros((), jnp.float32)) / self._n
+            )
         scalars["mean_depth"] = self._depth.mean(dtype=jnp.float32)
         return Trace(self._depth, tuple(self._selections), scalars, tuple(self._scores))

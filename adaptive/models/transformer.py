@@ -155,11 +155,13 @@ class Transformer(nnx.Module):
         x = self._embed(tokens)
         first = last = None
         if self.first is not None:
+            assert cache.first is not None
             x, first = self._one(self.first, x, rows, Memory(cache.first, keys, everyone))
         steps = recursion.CachedSteps(self._ready_block(), self.config, list(cache.block), cache.active, where)
         routed = self._recur(steps, x, rows, "threshold")
         x = routed.x
         if self.last is not None:
+            assert cache.last is not None
             x, last = self._one(self.last, x, rows, Memory(cache.last, keys, everyone))
         hidden = self.norm(x)
         after = Cache(cache.length + n, first, tuple(steps.caches), last, steps.active)
@@ -171,7 +173,17 @@ class Transformer(nnx.Module):
 
     # Parts
 
-    def _recur(self, steps, x, rows, selection, *, exists=None, step=None, key=None) -> recursion.Routed:
+    def _recur(
+        self,
+        steps: recursion.Step,
+        x: jax.Array,
+        rows: Rows,
+        selection: Literal["topk", "threshold"],
+        *,
+        exists: jax.Array | None = None,
+        step: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> recursion.Routed:
         c = self.config
         bias = None if self.router_bias is None else self.router_bias[...]
         routers = recursion.Routers(list(self.routers), list(self.aux_routers), bias)

@@ -35,7 +35,7 @@ def decayed(params: Any) -> Any:
 def groups(params: Any) -> Any:
     """ "auxiliary" for the parameters of auxiliary routers, "main" for all others; same tree as `params`."""
 
-    def group(path, _) -> str:
+    def group(path: Any, _: Any) -> str:
         return "auxiliary" if "aux_routers" in jax.tree_util.keystr(path) else "main"
 
     return jax.tree_util.tree_map_with_path(group, params)

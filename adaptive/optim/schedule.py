@@ -24,6 +24,7 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> Callable[[
 
     def schedule(t: jax.Array) -> jax.Array:
         t = jnp.asarray(t, jnp.float32)
+        fall: jax.Array | float
         rise = jnp.minimum(1.0, t / warmup) if warmup else 1.0
         match config.kind:
             case "constant":
@@ -34,6 +35,6 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> Callable[[
             case "trapezoid":
                 progress = jnp.clip((t - (steps - decay)) / max(1, decay), 0.0, 1.0)
                 fall = 1.0 - (1.0 - config.floor) * progress
-        return peak * rise * fall
+        return jnp.asarray(peak * rise * fall, jnp.float32)
 
     return schedule

@@ -5,12 +5,13 @@ Written as a vmap over the batch, so that a sharded batch needs no communication
 """
 
 import functools
+from typing import Any
 
 import jax
 
 from adaptive.routing.types import Selection
 
-_PROMISE = {"mode": "promise_in_bounds", "unique_indices": True, "indices_are_sorted": True}
+_PROMISE: dict[str, Any] = {"mode": "promise_in_bounds", "unique_indices": True, "indices_are_sorted": True}
 
 
 @jax.vmap

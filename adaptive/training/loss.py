@@ -31,12 +31,13 @@ def cross_entropy_sum(
     The gradient is computed with the loss, chunk by chunk, so logits are neither kept nor computed twice: three matmuls
     of batch * seq * width * vocab in all. Only the sum is differentiable.
     """
-    nll = jax.lax.map(lambda args: _nll(*args, weight)[0], _chunks(hidden, targets, mask, chunk=chunk))
+    nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight)[0], _chunks(hidden, targets, chunk=chunk))
     nll = _join(nll)
     return (nll * mask).sum(), nll
 
 
-def _nll(hidden, targets, mask, weight):
+def _nll(hidden: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(negative log-likelihood, logits, log of the normaliser) of each position, float32."""
     logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
     logits = constrain(logits, "batch", "seq", "vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -51,7 +52,7 @@ def _forward(hidden, weight, targets, mask, chunk):
 
     def body(d_weight, args):
         h, t, m = args
-        nll, logits, log_z = _nll(h, t, m, weight)
+        nll, logits, log_z = _nll(h, t, weight)
         p = jnp.exp(logits - log_z[..., None])
         p = p - (t[..., None] == jax.lax.broadcasted_iota(jnp.int32, p.shape, 2))
         d_logits = (p * m[..., None]).astype(h.dtype)

@@ -42,7 +42,8 @@ def abstract_model(build: Build) -> tuple[nnx.GraphDef, Any]:
 
 def initial_state(build: Build, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state at step 0; traceable. `build(key) -> nnx.Module` draws every parameter from the key."""
-    _, params, buffers = nnx.split(build(key), nnx.Param, ...)
+    model = build(key)
+    params, buffers = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, params, buffers, tx.init(params), jax.random.key_data(key))
 

@@ -37,7 +37,7 @@ def make_train_step(
     it. A step whose loss or gradient is not finite leaves parameters, buffers and optimizer bit-identical.
     """
 
-    def objective(params, buffers, batch: Batch, step, key, count):
+    def objective(params: Any, buffers: Any, batch: Batch, step: jax.Array, key: jax.Array, count: jax.Array) -> Any:
         model = nnx.merge(graphdef, params, buffers)
         out: Output = model(
             batch.tokens,
@@ -64,7 +64,7 @@ def make_train_step(
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.random.split(step_key, accumulation)
 
-        def grads_of(micro: Batch, key):
+        def grads_of(micro: Batch, key: jax.Array) -> Any:
             (_, extra), grads = jax.value_and_grad(objective, has_aux=True)(
                 state.params, state.buffers, micro, state.step, key, count
             )
@@ -128,7 +128,7 @@ def make_eval_step(
     selection     how routed models choose; see Transformer
     """
 
-    def eval_step(params, buffers, batch: Batch) -> Evaluation:
+    def eval_step(params: Any, buffers: Any, batch: Batch) -> Evaluation:
         model = nnx.merge(graphdef, params, buffers)
         out: Output = model(
             batch.tokens,
