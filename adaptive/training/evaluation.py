@@ -1,0 +1,88 @@
+"""Held-out loss under every way of selecting, and what routing did."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from adaptive.data.pipeline import Batch, Data
+from adaptive.training.program import Program
+from adaptive.training.report.collect import RoutingCounter, passage_tokens
+from adaptive.training.report.schema import TokenRecord
+from adaptive.training.state import TrainState
+
+Row = dict[str, Any]
+
+
+class Evaluator:
+    """Evaluates a state on the recipe's held-out batches.
+
+    Expert choice is evaluated as it trains ("topk", which sees the whole sequence) and as it generates ("threshold",
+    which is causal); other models select alike in both and are evaluated once.
+    """
+
+    def __init__(self, program: Program, data: Data):
+        recipe = program.recipe
+        self._recipe, self._data = recipe, data
+        modes = recipe.eval.selection if recipe.model.router.kind == "expert_choice" else ("topk",)
+        lengths = data.tokenizer.token_byte_lengths()
+        self._steps = {mode: program.eval_step(lengths, mode) for mode in modes}  # type: ignore[arg-type]
+
+    def __call__(self, state: TrainState) -> tuple[Row, RoutingCounter]:
+        """(columns "eval/..." of a metrics row, what routing did under the first way of selecting)."""
+        model, row, first = self._recipe.model, {}, None
+        for mode, step in self._steps.items():
+            counter = RoutingCounter(model.router.kind, model.recursions if model.share_parameters else 1)
+            nll = tokens = text = 0.0
+            scalars: list[dict[str, float]] = []
+            for batch in self._data.validation(self._recipe.eval.batches):
+                out = jax.device_get(step(state, batch))
+                nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
+                present = _everywhere(batch.segment_ids) > 0
+                counter.add(out.depth, out.scores, present)
+                scalars.append(out.scalars)
+            if not tokens:
+                continue
+            prefix = "eval/" if mode == next(iter(self._steps)) else f"eval/{mode}/"
+            row[f"{prefix}loss"] = nll / tokens
+            if text:
+                row[f"{prefix}bits_per_byte"] = nll / math.log(2) / text
+            for name in scalars[0]:
+                row[f"{prefix}{name}"] = float(np.mean([s[name] for s in scalars]))
+            if first is None:
+                first = counter
+                row |= counter.scalars()
+        return row, first or RoutingCounter("none", 1)
+
+    def passage(self, state: TrainState) -> tuple[TokenRecord, ...]:
+        """The beginning of the held-out text with each token's depth and loss, selected as in training."""
+        ids = np.asarray(self._data.validation_passage(self._recipe.data.seq_len + 1))
+        seq = self._recipe.data.seq_len
+        if len(ids) < seq + 1 or not self._steps:
+            return ()
+        rows = self._rows()
+        same = lambda a, kind: np.broadcast_to(a.astype(kind), (rows, seq))  # noqa: E731
+        ones = np.ones(seq)
+        batch = Batch(
+            same(ids[:-1], np.int32),
+            same(ids[1:], np.int32),
+            same(np.arange(seq), np.int32),
+            same(ones, np.int32),
+            same(ones, np.float32),
+        )
+        out = jax.device_get(next(iter(self._steps.values()))(state, batch))
+        losses: list[float | None] = [None, *map(float, out.token_nll[0, :-1])]
+        return passage_tokens(self._data.tokenizer, ids[:-1].tolist(), out.depth[0].tolist(), losses)
+
+    def _rows(self) -> int:
+        return self._recipe.train.batch_size // (jax.process_count() if jax.process_count() > 1 else 1)
+
+
+def _everywhere(local: np.ndarray) -> np.ndarray:
+    """Rows of all processes, as `Evaluation` holds them."""
+    if jax.process_count() == 1:
+        return local
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(local)).reshape(-1, *local.shape[1:])

@@ -1,0 +1,228 @@
+"""The training loop: step, late metrics, now and then an evaluation or a checkpoint, until done or asked to stop."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adaptive.data.pipeline import Data
+from adaptive.errors import NonFiniteError
+from adaptive.inference.sampling import sample
+from adaptive.optim.schedule import make_schedule
+from adaptive.training.checkpoint import Checkpoints, digest
+from adaptive.training.evaluation import Evaluator
+from adaptive.training.metrics import Meter, MetricsLog, OneStepLate, health_warnings, read_rows
+from adaptive.training.plan import cost_of
+from adaptive.training.program import Program, Steps, profiled
+from adaptive.training.progress import Progress
+from adaptive.training.report.page import write_report
+from adaptive.training.report.passage import print_passage
+from adaptive.training.report.schema import PlanRecord, SampleRecord, save_record
+from adaptive.training.run_folder import RunFolder
+from adaptive.training.state import TrainState
+from adaptive.training.stopping import PREEMPTED, StopRequest
+from adaptive.training.tracking import start_tracking
+from adaptive.training.watchdog import Watchdog
+
+Say = Callable[[str], None]
+FAILED = 1
+SHUTDOWN_S = 1500.0
+
+
+class Loop:
+    """One attempt at a run, from the newest checkpoint of its folder or from the beginning, to the end or a stop."""
+
+    def __init__(
+        self,
+        program: Program,
+        steps: Steps,
+        data: Data,
+        plan: PlanRecord,
+        folder: RunFolder,
+        watchdog: Watchdog,
+        stop: StopRequest,
+        say: Say,
+    ):
+        self.program, self.recipe, self.steps, self.data = program, program.recipe, steps, data
+        self.plan, self.folder, self.watchdog, self.stop = plan, folder, watchdog, stop
+        self.primary = jax.process_index() == 0
+        self.say = say
+        self.evaluator = Evaluator(program, data)
+        self.late, self.bad_in_row = OneStepLate(), 0
+        self.first_row = True  # the first step of an attempt is logged, so that there is something to see at once
+        self.schedule = make_schedule(
+            self.recipe.schedule, self.recipe.optimizer.learning_rate, self.recipe.train.steps
+        )
+
+    def run(self) -> int:
+        """Trains; the exit code: 0 done, 75 stopped when asked, 1 if the last checkpoint could not be written."""
+        recipe = self.recipe
+        resolved = json.loads(recipe.to_json())
+        self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.checkpoint, resolved, say=self.say)
+        state, begin, data_state = self.restore_or_start()
+        if begin >= recipe.train.steps:
+            self.say(f"this run is complete at step {begin}; a new --workdir starts another")
+            return 0
+        self.log = MetricsLog.open(self.folder.path, begin) if self.primary else MetricsLog(None)
+        if self.primary:
+            save_record(self.plan, self.folder.path)
+        self.meter = Meter(cost_of(self.plan), seconds=(self.log.last or {}).get("seconds", 0.0))
+        batches = self.data.train(data_state)
+        with contextlib.ExitStack() as at_exit:
+            at_exit.callback(batches.close)
+            self.progress = at_exit.enter_context(Progress(recipe.train.steps, begin, enabled=self.primary))
+            self.say = self.progress.say
+            self.tracker = start_tracking(
+                recipe.log.wandb,
+                workdir=self.folder.path,
+                project=recipe.log.project,
+                name=recipe.name,
+                run_id=self.folder.run_id,
+                config=resolved,
+                start_step=begin,
+                primary=self.primary,
+                say=self.say,
+            )
+            at_exit.callback(self.tracker.finish)
+            stopped, state, step = self.train(state, begin, batches)
+            with self.watchdog.limit("saving the last checkpoint", SHUTDOWN_S):
+                self.checkpoints.close()
+        if stopped:
+            kept = f"saved at step {step}" if not self.checkpoints.failed else f"step {step} could not be saved"
+            self.say = lambda text: print(text, flush=True)
+            self.say(f"stopped as asked: {kept}; the same command with --workdir {self.folder.path} goes on from there")
+            return PREEMPTED
+        self.finish(state, step)
+        return FAILED if self.checkpoints.failed else 0
+
+    def restore_or_start(self) -> tuple[TrainState, int, dict[str, Any] | None]:
+        """(state, step, position in the data): of the newest whole checkpoint of this folder, or of the beginning."""
+        with self.watchdog.limit("restoring", SHUTDOWN_S):
+            restored = self.checkpoints.restore(self.program.abstract_state())
+        if restored is not None:
+            rows = self.log_steps()
+            lost = f" ({rows - restored.step} later steps are repeated)" if rows > restored.step else ""
+            self.say(f"resuming  {self.folder.path} from step {restored.step}{lost}")
+            return restored.state, restored.step, restored.data_state
+        state = self.program.fresh_state()
+        self.say(f"starting  {self.folder.path}, state digest {digest(state)}")
+        return state, 0, None
+
+    def log_steps(self) -> int:
+        """The last step that an earlier attempt logged."""
+        return max((int(row.get("step", 0)) for row in read_rows(self.folder.path)), default=0)
+
+    def train(self, state: TrainState, begin: int, batches: Any) -> tuple[bool, TrainState, int]:
+        """(whether it was asked to stop, state, step)."""
+        recipe, total = self.recipe, self.recipe.train.steps
+        for step in range(begin, total):
+            with self.watchdog.limit(f"step {step + 1}", recipe.train.step_timeout_s), self.profile(step):
+                begin_wait = time.perf_counter()
+                batch = next(batches)
+                self.meter.waited(time.perf_counter() - begin_wait)
+                state, metrics = self.steps(step, state, self.program.to_devices(batch))
+                self.absorb(self.late.swap(step + 1, metrics))
+            done = step + 1
+            self.progress.step(done)
+            stopping = self.stop.agreed()
+            last = done == total
+            evaluate = last or (recipe.eval.every and done % recipe.eval.every == 0)
+            save = last or stopping or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
+            if evaluate or save:
+                self.absorb(self.late.flush())  # rows on disk reach as far as any checkpoint
+                with self.meter.paused():
+                    if save:
+                        self.checkpoints.save(done, state, batches.state())
+                    if evaluate and not stopping:
+                        self.evaluate(state, done)
+            if stopping and not last:
+                return True, state, done
+        return False, state, total
+
+    def profile(self, step: int):
+        return profiled(step, self.recipe, self.folder.profile)
+
+    def absorb(self, due: tuple[int, Mapping[str, Any]] | None) -> None:
+        """Counts a finished step's metrics and logs a row when one is due."""
+        if due is None:
+            return
+        step, metrics = due
+        self.meter.add(metrics)
+        self.bad_in_row = self.bad_in_row + 1 if metrics["skipped"] else 0
+        if metrics["skipped"]:
+            self.say(f"step {step} skipped: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}")
+        first, self.first_row = self.first_row, False
+        if first or step % self.recipe.log.every == 0 or step == self.recipe.train.steps:
+            row = self.meter.row(step, learning_rate=float(self.schedule(jnp.asarray(step - 1))))
+            self.record(row)
+        if self.bad_in_row >= self.recipe.train.max_bad_steps:
+            raise NonFiniteError(self.not_finite(step, metrics))
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        self.log.write(row)
+        self.progress.row(row)
+        self.tracker.log(row)
+
+    def not_finite(self, step: int, metrics: Mapping[str, Any]) -> str:
+        shown = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items() if not np.isfinite(value))
+        return (
+            f"{self.bad_in_row} steps in a row were not finite, the last at step {step} ({shown}). Parameters are "
+            f"those of step {step - self.bad_in_row}; checkpoints of {self.folder.path} are whole. Lower "
+            "optimizer.learning_rate, or look at the rows of metrics.jsonl before it"
+        )
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Held-out loss, what routing did, and a passage for the report."""
+        self.progress.doing("evaluating")
+        with self.watchdog.limit("evaluating", self.recipe.train.step_timeout_s):
+            columns, counter = self.evaluator(state)
+            self.passage = self.evaluator.passage(state)
+        row = {**self.meter.position(step), **columns}
+        self.record(row)
+        for warning in health_warnings(row, step / self.recipe.train.steps):
+            self.say(f"warning: {warning}")
+        self.counter = counter
+        if self.primary:
+            save_record(counter.record(step, "topk", self.passage), self.folder.path)
+
+    def finish(self, state: TrainState, step: int) -> None:
+        """A sample, the report, and where everything is."""
+        continuation = self.sample(state)
+        if not self.primary:
+            return
+        save_record(self.counter.record(step, "topk", self.passage, continuation), self.folder.path)
+        report = write_report(self.folder.path)
+        if self.recipe.model.recursions > 1 and self.passage:
+            print("\nheld-out text, shaded by how many times each token went through the shared block:\n")
+            print_passage(self.passage, self.recipe.model.recursions, sys.stdout)
+        if continuation is not None:
+            print(f"\na continuation of {continuation.prompt!r}:\n\n{continuation.prompt}{continuation.text}")
+        print(f"\nworkdir      {self.folder.path}")
+        print(f"report       {report}")
+        print(f"metrics      {self.folder.metrics}")
+        print(f"checkpoints  {self.folder.checkpoints} (steps {', '.join(map(str, self.checkpoints.steps()))})")
+
+    def sample(self, state: TrainState) -> SampleRecord | None:
+        """A continuation of the recipe's prompt, or None where the model has no cached generation."""
+        log, model = self.recipe.log, self.recipe.model
+        if not log.sample_tokens or jax.process_count() > 1 or "sequence" in model.sharing:
+            return None
+        tokenizer = self.data.tokenizer
+        prompt = np.asarray(tokenizer.encode(log.sample_prompt))
+        params, buffers = jax.device_put((state.params, state.buffers), jax.local_devices()[0])
+        ids = sample(
+            self.program.graphdef,
+            nnx.merge_state(params, buffers),
+            prompt,
+            log.sample_tokens,
+            jax.random.key(self.recipe.train.seed),
+            vocab=tokenizer.vocab_size,
+        )
+        return SampleRecord(log.sample_prompt, tokenizer.decode(ids))

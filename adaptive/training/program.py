@@ -1,0 +1,205 @@
+"""Everything compiled of a run: the model's abstract shape, where its state lives, and its steps."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from adaptive.data.windows import Batch
+from adaptive.errors import MeshError, RecipeError
+from adaptive.models.config import TransformerConfig
+from adaptive.models.transformer import build_model
+from adaptive.optim.build import make_optimizer
+from adaptive.parallel.mesh import batch_sharding, divisors
+from adaptive.parallel.rules import AxisRules, placement
+from adaptive.recipe import Recipe
+from adaptive.training.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
+from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
+
+
+def keep_compilations() -> Path:
+    """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine; its path.
+
+    JAX_COMPILATION_CACHE_DIR moves it.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "adaptive" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_raise_persistent_cache_errors", False)
+    return folder
+
+
+def compute_dtype(recipe: Recipe) -> jnp.dtype:
+    """What layers compute in: as the recipe says, or bfloat16 on accelerators and float32 on CPU."""
+    if recipe.train.compute_dtype != "auto":
+        return jnp.dtype(recipe.train.compute_dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def accumulation_of(recipe: Recipe, shards: int) -> int:
+    """Micro-batches per step for a batch that is split over `shards` devices; MeshError where it does not divide."""
+    rows, limit = recipe.train.batch_size, recipe.train.device_batch_size
+    if rows % shards:
+        near = sorted({max(1, rows // shards) * shards, (rows // shards + 1) * shards})
+        raise MeshError(
+            f"train.batch_size={rows} does not divide over {shards} devices (mesh.data * mesh.fsdp); "
+            f"nearest that do: {', '.join(map(str, near))}"
+        )
+    per_device = rows // shards
+    if limit == 0 or per_device <= limit:
+        return 1
+    if per_device % limit:
+        fits = [d for d in divisors(per_device) if d <= limit]
+        raise RecipeError(
+            f"train.device_batch_size={limit} does not divide the {per_device} sequences of each device "
+            f"(train.batch_size={rows} over {shards}); the largest below it that does is {fits[-1]}"
+        )
+    return per_device // limit
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which share of the batch's rows this process feeds. Processes whose devices hold the same rows,
+    because a tensor axis runs across them, feed the same."""
+    grid = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    mine = [i for i, row in enumerate(grid) if any(d.process_index == jax.process_index() for d in row)]
+    return mine[0] // len(mine), len(grid) // len(mine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled train step and what is known of it."""
+
+    call: Any
+    seconds: float
+
+    def memory(self) -> dict[str, int]:
+        """Bytes per device by kind; empty where the backend does not tell."""
+        analysis = self.call.memory_analysis()
+        if analysis is None:
+            return {}
+        return {
+            "arguments": analysis.argument_size_in_bytes - analysis.alias_size_in_bytes,
+            "state, updated in place": analysis.alias_size_in_bytes,
+            "temporaries": analysis.temp_size_in_bytes,
+            "code": analysis.generated_code_size_in_bytes,
+        }
+
+
+class Program:
+    """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit."""
+
+    def __init__(self, recipe: Recipe, mesh: Mesh, rules: AxisRules | None = None):
+        self.recipe, self.mesh, self.rules = recipe, mesh, rules or AxisRules()
+        self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.accumulation = accumulation_of(recipe, self.shards)
+        self.dtype = compute_dtype(recipe)
+        self.tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
+        self.graphdef, _ = abstract_model(self.build)
+        self.shardings = state_shardings(self.build, self.tx, mesh, self.rules)
+        self._segmented = not recipe.data.cross_document
+
+    def build(self, key: jax.Array) -> Any:
+        return build_model(self.recipe.model, key=key, dtype=self.dtype, remat=self.recipe.train.remat)
+
+    def fresh_state(self) -> TrainState:
+        return fresh_state(self.build, self.tx, jax.random.key(self.recipe.train.seed), self.mesh, self.rules)
+
+    def abstract_state(self) -> TrainState:
+        """The state's shapes, each with its sharding."""
+        shapes = jax.eval_shape(lambda key: initial_state(self.build, self.tx, key), jax.random.key(0))
+        shaped = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+        return jax.tree.map(shaped, shapes, self.shardings)
+
+    def abstract_batch(self) -> Batch:
+        shape = (self.recipe.train.batch_size, self.recipe.data.seq_len)
+        sharding = batch_sharding(self.mesh, self.rules)
+        kinds = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+        return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in kinds))
+
+    def to_devices(self, batch: Batch) -> Batch:
+        """This process's rows as arrays over the mesh."""
+        sharding = batch_sharding(self.mesh, self.rules)
+        return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(a)) for a in batch))
+
+    def compile_train_step(self, *, warmup: bool = False) -> Compiled:
+        """The train step (state, batch) -> (state, metrics), its state argument donated."""
+        step = make_train_step(
+            self.graphdef,
+            self.tx,
+            accumulation=self.accumulation,
+            loss_chunk=self.recipe.train.loss_chunk,
+            warmup=warmup,
+            segmented=self._segmented,
+        )
+        begin = time.perf_counter()
+        with placement(self.mesh, self.rules):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+            call = jitted.lower(self.abstract_state(), self.abstract_batch()).compile()
+        return Compiled(call, time.perf_counter() - begin)
+
+    def eval_step(
+        self, byte_lengths: np.ndarray, selection: Literal["topk", "threshold"]
+    ) -> Callable[[TrainState, Batch], Evaluation]:
+        """(state, batch) -> Evaluation, every array of it on every process; compiled at the first call."""
+        step = make_eval_step(
+            self.graphdef,
+            jnp.asarray(_padded(byte_lengths, self.recipe.model.vocab_size)),
+            selection=selection,
+            loss_chunk=self.recipe.train.loss_chunk,
+            segmented=self._segmented,
+        )
+        jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
+
+        @functools.wraps(step)
+        def call(state: TrainState, batch: Batch) -> Evaluation:
+            with placement(self.mesh, self.rules):
+                return jitted(state.params, state.buffers, self.to_devices(batch))
+
+        return call
+
+
+class Steps:
+    """The train step of each phase of a run: routers may warm up first, in a program of their own."""
+
+    def __init__(self, program: Program):
+        self._until = warmup_steps(program.recipe.model)
+        self.main = program.compile_train_step()
+        self._warming = program.compile_train_step(warmup=True) if self._until else None
+
+    def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        compiled = self._warming if self._warming is not None and step < self._until else self.main
+        return compiled.call(state, batch)
+
+
+def warmup_steps(config: TransformerConfig) -> int:
+    """Steps during which a router warms up: capacities under expert choice, the balance under token choice."""
+    router = config.router
+    by_kind = {"expert_choice": router.capacity_warmup_steps, "token_choice": router.balance_warmup_steps}
+    return by_kind.get(router.kind, 0)
+
+
+def _padded(byte_lengths: np.ndarray, vocab: int) -> np.ndarray:
+    """i32[vocab]: ids that the tokenizer does not use stand for no text."""
+    return np.pad(byte_lengths, (0, vocab - len(byte_lengths))).astype(np.int32)
+
+
+@contextlib.contextmanager
+def profiled(step: int, recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Starts or stops jax.profiler's trace into `folder` at the steps that the recipe names."""
+    log = recipe.log
+    if log.profile_steps and step == log.profile_start:
+        jax.profiler.start_trace(str(folder))
+    yield
+    if log.profile_steps and step == log.profile_start + log.profile_steps - 1:
+        jax.profiler.stop_trace()
