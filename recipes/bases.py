@@ -37,6 +37,25 @@ def tiny() -> Recipe:
     )
 
 
+def bench() -> Recipe:
+    """11 layers of width 256 on random tokens, for measuring a step; our own choice of every number.
+
+    First + 3 * 3 + last layer: the depth that three recursions of a block of three share with a plain stack.
+    """
+    return tiny().with_(
+        "model.hidden_size=256",
+        "model.intermediate_size=688",
+        "model.num_layers=11",
+        "model.num_kv_heads=4",
+        "model.head_dim=64",
+        "data=synthetic",
+        "data.seq_len=512",
+        "data.cross_document=true",
+        "train.steps=50",
+        "train.batch_size=4",
+    )
+
+
 def llama_135m() -> Recipe:
     """30 layers of width 576 (MoR paper, table of model architectures; SmolLM-135M)."""
     return _llama(layers=30, width=576, heads=9, kv_heads=3, feed_forward=1536)

@@ -11,7 +11,7 @@ from adaptive.account import account, paper_flops_per_token, parameters
 from adaptive.recipe import Recipe, difference, list_recipes, load
 
 FOLDER = Path(recipes.__path__[0])
-PUBLISHED = [name for name in list_recipes() if not name.endswith("_tiny")]
+PUBLISHED = [name for name in list_recipes() if not name.endswith(("_tiny", "_bench"))]
 
 # Non-embedding unique parameters, effective layers, layers of the shared block (MoR paper, tables of architectures)
 SHAPES = {

@@ -1,0 +1,326 @@
+"""python -m adaptive.bench train --recipe NAME [--against NAME] [group.name=value ...]: what a training step costs.
+
+Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
+a plain matmul reaches in the same process, measured between the repeats.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from adaptive.account import account
+from adaptive.data.windows import Batch
+from adaptive.errors import RecipeError, UserError
+from adaptive.models.transformer import build_model
+from adaptive.optim.build import make_optimizer
+from adaptive.parallel.mesh import batch_sharding, make_mesh
+from adaptive.parallel.rules import AxisRules, batch_shards, placement
+from adaptive.peaks import peak_of
+from adaptive.recipe import Recipe, load
+from adaptive.training.state import TrainState, abstract_model, fresh_state, state_shardings
+from adaptive.training.step import make_train_step
+
+MATMUL_SIDE = {"cpu": 2048}  # of the square matmul that stands for the machine's peak, by platform
+ACCELERATOR_SIDE = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median, least, and the 10th and 90th percentile of a set of measurements."""
+
+    median: float
+    least: float
+    p10: float
+    p90: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        p10, p90 = np.percentile(values, [10, 90])
+        return Spread(statistics.median(values), min(values), float(p10), float(p90))
+
+    def show(self, scale: float = 1.0, digits: int = 1) -> str:
+        return f"{self.median * scale:.{digits}f} ({self.p10 * scale:.{digits}f} to {self.p90 * scale:.{digits}f})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One recipe's step, over all devices.
+
+    step_s               seconds per step, over the repeats
+    compile_s            seconds to trace and compile it
+    tokens               per step
+    flops                matmul FLOPs per step as executed; `useful_flops`: attention over causal pairs, no recomputation
+    flops_per_s          executed, at the median step; None-free: the account knows every recipe
+    share_of_matmul      of the matmul measured in the same run
+    utilisation          useful FLOP/s over the data sheet's peak; None where no peak is on record
+    device_bytes         arguments and temporaries of the compiled step, per device
+    """
+
+    recipe: str
+    step_s: Spread
+    compile_s: float
+    tokens: int
+    flops: float
+    useful_flops: float
+    tokens_per_s: float
+    flops_per_s: float
+    share_of_matmul: float
+    utilisation: float | None
+    device_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The recipe against another: time of a step, executed FLOPs, and `overhead`, the first over the second.
+
+    time  ratio within each pair of neighbouring repeats: what slows the machine slows both
+    """
+
+    time: Spread
+    flops: float
+    overhead: float
+
+
+class CompiledStep:
+    """A recipe's training step, compiled, with a state and a batch of random tokens to run it on."""
+
+    def __init__(self, recipe: Recipe, devices: Sequence[jax.Device]):
+        """Raises UserError for a recipe that is invalid or does not fit the devices."""
+        recipe.validate()
+        self.recipe = recipe
+        self.dtype = compute_dtype(recipe, devices[0].platform)
+        mesh, rules = make_mesh(recipe.mesh, devices), AxisRules()
+
+        def build(key: jax.Array):
+            return build_model(recipe.model, key=key, dtype=self.dtype, remat=recipe.train.remat)
+
+        tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
+        graphdef, _ = abstract_model(build)
+        with placement(mesh, rules):
+            step = make_train_step(
+                graphdef,
+                tx,
+                accumulation=accumulation(recipe, batch_shards()),
+                loss_chunk=recipe.train.loss_chunk,
+                segmented=not recipe.data.cross_document,
+            )
+            self._state: TrainState = fresh_state(build, tx, jax.random.key(recipe.train.seed), mesh, rules)
+            self._batch = jax.device_put(random_batch(recipe), batch_sharding(mesh, rules))
+            start = time.perf_counter()
+            shardings = state_shardings(build, tx, mesh, rules)
+            self._run = (
+                jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+                .lower(self._state, self._batch)
+                .compile()
+            )
+            self.compile_s = time.perf_counter() - start
+        memory = self._run.memory_analysis()
+        self.device_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.seconds(1)  # the first run touches memory for the first time
+
+    def seconds(self, steps: int) -> float:
+        """Seconds per step over `steps` steps, dispatched one after another and awaited at the end."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._state, metrics = self._run(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return (time.perf_counter() - start) / steps
+
+
+def measure(
+    recipes: Sequence[Recipe],
+    *,
+    repeats: int,
+    steps_per_repeat: int,
+    devices: Sequence[jax.Device],
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Result], list[Comparison], Spread]:
+    """Results of each recipe, the first recipe compared with each other one, and the matmul's FLOP/s on all devices.
+
+    In each repeat every recipe runs in turn, and the matmul. Raises UserError as `CompiledStep` does.
+    """
+    steps = []
+    for recipe in recipes:
+        progress(f"compiling {recipe.name}")
+        steps.append(CompiledStep(recipe, devices))
+    matmul = matmul_timer(devices[0], steps[0].dtype)
+    times: list[list[float]] = [[] for _ in steps]
+    rates: list[float] = []
+    for repeat in range(repeats):
+        progress(f"repeat {repeat + 1} of {repeats}")
+        for each, step in zip(times, steps, strict=True):
+            each.append(step.seconds(steps_per_repeat))
+        rates.append(matmul() * len(devices))
+    peak = Spread.of(rates)
+    results = [_result(step, each, max(rates), devices) for step, each in zip(steps, times, strict=True)]
+    pairs = zip(results[1:], times[1:], strict=True)
+    return results, [_comparison(results[0], times[0], *other) for other in pairs], peak
+
+
+def _result(step: CompiledStep, times: Sequence[float], matmul: float, devices: Sequence[jax.Device]) -> Result:
+    recipe, spread = step.recipe, Spread.of(times)
+    rows, seq = recipe.train.batch_size, recipe.data.seq_len
+    cost = account(recipe.model, seq)
+    flops, useful = rows * cost.train_flops(recipe.train.remat), rows * seq * cost.train_flops_per_token
+    peak = peak_of(devices[0].device_kind, step.dtype).flops
+    return Result(
+        recipe=recipe.name,
+        step_s=spread,
+        compile_s=step.compile_s,
+        tokens=rows * seq,
+        flops=flops,
+        useful_flops=useful,
+        tokens_per_s=rows * seq / spread.median,
+        flops_per_s=flops / spread.median,
+        share_of_matmul=flops / spread.median / matmul,
+        utilisation=useful / spread.median / (peak * len(devices)) if peak else None,
+        device_bytes=step.device_bytes,
+    )
+
+
+def _comparison(a: Result, times: Sequence[float], b: Result, other_times: Sequence[float]) -> Comparison:
+    ratio = Spread.of([mine / other for mine, other in zip(times, other_times, strict=True)])
+    flops = a.flops / b.flops
+    return Comparison(time=ratio, flops=flops, overhead=ratio.median / flops)
+
+
+def matmul_timer(device: jax.Device, dtype: str) -> Callable[[], float]:
+    """A function that multiplies two square matrices of `dtype` on one device and returns the FLOP/s it reached."""
+    side = MATMUL_SIDE.get(device.platform, ACCELERATOR_SIDE)
+    a = jax.device_put(jnp.full((side, side), 1 / side, dtype), device)
+    run = jax.jit(lambda a: a @ a)
+    run(a).block_until_ready()
+
+    def once() -> float:
+        start = time.perf_counter()
+        run(a).block_until_ready()
+        return 2 * side**3 / (time.perf_counter() - start)
+
+    return once
+
+
+def compute_dtype(recipe: Recipe, platform: str) -> str:
+    """What the layers compute in on this platform."""
+    if recipe.train.compute_dtype != "auto":
+        return recipe.train.compute_dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def accumulation(recipe: Recipe, shards: int) -> int:
+    """Micro-batches of a step whose batch is split over `shards`. Raises RecipeError where the batch does not divide."""
+    batch, most = recipe.train.batch_size, recipe.train.device_batch_size
+    if batch % shards:
+        near = f"{max(1, batch // shards) * shards} or {(batch // shards + 1) * shards}"
+        raise RecipeError(f"train.batch_size={batch} does not divide over {shards} shards of the batch; try {near}")
+    rows = batch // shards
+    return next(n for n in range(math.ceil(rows / most) if most else 1, rows + 1) if rows % n == 0)
+
+
+def random_batch(recipe: Recipe) -> Batch:
+    """Rows of uniformly random tokens, one document each, every target counted."""
+    rows, seq = recipe.train.batch_size, recipe.data.seq_len
+    tokens = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (rows, seq + 1), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(seq, dtype=np.int32), (rows, seq))
+    return Batch(
+        tokens[:, :-1], tokens[:, 1:], positions, np.ones((rows, seq), np.int32), np.ones((rows, seq), np.float32)
+    )
+
+
+# Command
+
+
+def table(results: Sequence[Result], comparisons: Sequence[Comparison], matmul: Spread) -> Table:
+    """What was measured, a column per recipe; medians, in brackets the 10th and 90th percentile."""
+    out = Table("", *(r.recipe for r in results))
+    rows: list[tuple[str, Callable[[Result], str]]] = [
+        ("tokens/s", lambda r: f"{r.tokens_per_s:,.0f}"),
+        ("step, ms", lambda r: r.step_s.show(1e3)),
+        ("fastest step, ms", lambda r: f"{r.step_s.least * 1e3:.1f}"),
+        ("compilation, s", lambda r: f"{r.compile_s:.1f}"),
+        ("executed GFLOP per step", lambda r: f"{r.flops / 1e9:.2f}"),
+        ("executed GFLOP/s", lambda r: f"{r.flops_per_s / 1e9:.1f}"),
+        ("share of the best matmul", lambda r: f"{r.share_of_matmul:.1%}"),
+        ("MFU (data sheet)", lambda r: "no peak on record" if r.utilisation is None else f"{r.utilisation:.1%}"),
+        ("memory of the step, MiB", lambda r: f"{r.device_bytes / 2**20:,.0f}"),
+    ]
+    for name, cell in rows:
+        out.add_row(name, *map(cell, results))
+    for name, value in (
+        ("time over it", lambda c: c.time.show(digits=3)),
+        ("executed FLOPs over it", lambda c: f"{c.flops:.3f}"),
+        ("overhead: time over FLOPs", lambda c: f"{c.overhead:.3f}"),
+    ):
+        if comparisons:
+            out.add_row(f"{results[0].recipe}'s {name}", "", *map(value, comparisons))
+    out.add_row("matmul alone, GFLOP/s", matmul.show(1e-9))
+    return out
+
+
+def as_json(results: Sequence[Result], comparisons: Sequence[Comparison], matmul: Spread) -> str:
+    """The same on one line, with the machine and versions."""
+    device = jax.devices()[0]
+    record: dict[str, Any] = {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "results": [dataclasses.asdict(r) for r in results],
+        "comparisons": [dataclasses.asdict(c) for c in comparisons],
+        "matmul_flops_per_s": dataclasses.asdict(matmul),
+    }
+    return json.dumps(record)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    console = Console(stderr=args.json)
+    try:
+        for name in ("repeats", "steps_per_repeat"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name} is {getattr(args, name)}: must be at least 1")
+        names = [args.recipe, *([args.against] if args.against else [])]
+        recipes = [load(name).with_(*args.overrides) for name in names]
+        with console.status("") as status:
+            measured = measure(
+                recipes,
+                repeats=args.repeats,
+                steps_per_repeat=args.steps_per_repeat,
+                devices=jax.devices(),
+                progress=status.update,
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    if args.json:
+        print(as_json(*measured))
+    else:
+        console.print(table(*measured))
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m adaptive.bench", description="Measure what a recipe costs.")
+    parser.add_argument("what", choices=["train"], help="train: one training step")
+    parser.add_argument("overrides", nargs="*", metavar="group.name=value", help="settings, for both recipes")
+    parser.add_argument("--recipe", required=True, help="name, or a saved recipe.json")
+    parser.add_argument("--against", help="a second recipe, run in turns with the first")
+    parser.add_argument("--repeats", type=int, default=10, help="how often each is measured (default 10)")
+    parser.add_argument("--steps_per_repeat", type=int, default=3, help="steps timed together (default 3)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
