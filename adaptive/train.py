@@ -95,7 +95,6 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
     primary = jax.process_index() == 0
     say = print_now if primary else lambda text: None
     with contextlib.ExitStack() as at_exit:
-        folder = None if dry else at_exit.enter_context(RunFolder.open(workdir, recipe, primary=primary, say=say))
         compilations = keep_compilations()
         mesh = make_mesh(recipe.mesh)
         program = Program(recipe, mesh)
@@ -109,6 +108,8 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
             )
         except HubError as error:
             raise UserError(f"{error}\n{elsewhere(recipe)}") from None
+        # Claimed only now, so that a run that cannot work leaves no folder behind.
+        folder = None if dry else at_exit.enter_context(RunFolder.open(workdir, recipe, primary=primary, say=say))
         plan = plans.make_plan(program, data.tokenizer.token_byte_lengths(), data.validation_passage(4096))
         for line in [
             f"recipe    {recipe.name}",
