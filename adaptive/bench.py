@@ -7,7 +7,6 @@ a plain matmul reaches in the same process, measured between the repeats.
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import sys
 import time
@@ -22,15 +21,11 @@ from rich.table import Table
 
 from adaptive.account import account
 from adaptive.data.windows import Batch
-from adaptive.errors import RecipeError, UserError
-from adaptive.models.transformer import build_model
-from adaptive.optim.build import make_optimizer
-from adaptive.parallel.mesh import batch_sharding, make_mesh
-from adaptive.parallel.rules import AxisRules, batch_shards, placement
+from adaptive.errors import UserError
+from adaptive.parallel.mesh import make_mesh
 from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe, load
-from adaptive.training.state import TrainState, abstract_model, fresh_state, state_shardings
-from adaptive.training.step import make_train_step
+from adaptive.training.program import Program
 
 MATMUL_SIDE = {"cpu": 2048}  # of the square matmul that stands for the machine's peak, by platform
 ACCELERATOR_SIDE = 8192
@@ -61,11 +56,12 @@ class Result:
     step_s               seconds per step, over the repeats
     compile_s            seconds to trace and compile it
     tokens               per step
-    flops                matmul FLOPs per step as executed; `useful_flops`: attention over causal pairs, no recomputation
-    flops_per_s          executed, at the median step; None-free: the account knows every recipe
-    share_of_matmul      of the matmul measured in the same run
+    flops                matmul FLOPs per step as executed
+    useful_flops         the same with attention over causal pairs alone and nothing recomputed
+    flops_per_s          executed, at the median step
+    share_of_matmul      of the best matmul measured in the same run
     utilisation          useful FLOP/s over the data sheet's peak; None where no peak is on record
-    device_bytes         arguments and temporaries of the compiled step, per device
+    device_bytes         what the compiled step needs on each device: state, arguments, temporaries
     """
 
     recipe: str
@@ -93,48 +89,24 @@ class Comparison:
     overhead: float
 
 
-class CompiledStep:
+class TimedStep:
     """A recipe's training step, compiled, with a state and a batch of random tokens to run it on."""
 
     def __init__(self, recipe: Recipe, devices: Sequence[jax.Device]):
         """Raises UserError for a recipe that is invalid or does not fit the devices."""
         recipe.validate()
         self.recipe = recipe
-        self.dtype = compute_dtype(recipe, devices[0].platform)
-        mesh, rules = make_mesh(recipe.mesh, devices), AxisRules()
-
-        def build(key: jax.Array):
-            return build_model(recipe.model, key=key, dtype=self.dtype, remat=recipe.train.remat)
-
-        tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
-        graphdef, _ = abstract_model(build)
-        with placement(mesh, rules):
-            step = make_train_step(
-                graphdef,
-                tx,
-                accumulation=accumulation(recipe, batch_shards()),
-                loss_chunk=recipe.train.loss_chunk,
-                segmented=not recipe.data.cross_document,
-            )
-            self._state: TrainState = fresh_state(build, tx, jax.random.key(recipe.train.seed), mesh, rules)
-            self._batch = jax.device_put(random_batch(recipe), batch_sharding(mesh, rules))
-            start = time.perf_counter()
-            shardings = state_shardings(build, tx, mesh, rules)
-            self._run = (
-                jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-                .lower(self._state, self._batch)
-                .compile()
-            )
-            self.compile_s = time.perf_counter() - start
-        memory = self._run.memory_analysis()
-        self.device_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.program = Program(recipe, make_mesh(recipe.mesh, devices))
+        self.compiled = self.program.compile_train_step()
+        self._state = self.program.fresh_state()
+        self._batch = self.program.to_devices(random_batch(recipe))
         self.seconds(1)  # the first run touches memory for the first time
 
     def seconds(self, steps: int) -> float:
         """Seconds per step over `steps` steps, dispatched one after another and awaited at the end."""
         start = time.perf_counter()
         for _ in range(steps):
-            self._state, metrics = self._run(self._state, self._batch)
+            self._state, metrics = self.compiled.call(self._state, self._batch)
         jax.block_until_ready((self._state, metrics))
         return (time.perf_counter() - start) / steps
 
@@ -149,13 +121,13 @@ def measure(
 ) -> tuple[list[Result], list[Comparison], Spread]:
     """Results of each recipe, the first recipe compared with each other one, and the matmul's FLOP/s on all devices.
 
-    In each repeat every recipe runs in turn, and the matmul. Raises UserError as `CompiledStep` does.
+    In each repeat every recipe runs in turn, and the matmul. Raises UserError as `TimedStep` does.
     """
     steps = []
     for recipe in recipes:
         progress(f"compiling {recipe.name}")
-        steps.append(CompiledStep(recipe, devices))
-    matmul = matmul_timer(devices[0], steps[0].dtype)
+        steps.append(TimedStep(recipe, devices))
+    matmul = matmul_timer(devices[0], steps[0].program.dtype)
     times: list[list[float]] = [[] for _ in steps]
     rates: list[float] = []
     for repeat in range(repeats):
@@ -169,16 +141,16 @@ def measure(
     return results, [_comparison(results[0], times[0], *other) for other in pairs], peak
 
 
-def _result(step: CompiledStep, times: Sequence[float], matmul: float, devices: Sequence[jax.Device]) -> Result:
+def _result(step: TimedStep, times: Sequence[float], matmul: float, devices: Sequence[jax.Device]) -> Result:
     recipe, spread = step.recipe, Spread.of(times)
     rows, seq = recipe.train.batch_size, recipe.data.seq_len
     cost = account(recipe.model, seq)
     flops, useful = rows * cost.train_flops(recipe.train.remat), rows * seq * cost.train_flops_per_token
-    peak = peak_of(devices[0].device_kind, step.dtype).flops
+    peak = peak_of(devices[0].device_kind, str(step.program.dtype)).flops
     return Result(
         recipe=recipe.name,
         step_s=spread,
-        compile_s=step.compile_s,
+        compile_s=step.compiled.seconds,
         tokens=rows * seq,
         flops=flops,
         useful_flops=useful,
@@ -186,7 +158,7 @@ def _result(step: CompiledStep, times: Sequence[float], matmul: float, devices: 
         flops_per_s=flops / spread.median,
         share_of_matmul=flops / spread.median / matmul,
         utilisation=useful / spread.median / (peak * len(devices)) if peak else None,
-        device_bytes=step.device_bytes,
+        device_bytes=sum(step.compiled.memory().values()),
     )
 
 
@@ -196,7 +168,7 @@ def _comparison(a: Result, times: Sequence[float], b: Result, other_times: Seque
     return Comparison(time=ratio, flops=flops, overhead=ratio.median / flops)
 
 
-def matmul_timer(device: jax.Device, dtype: str) -> Callable[[], float]:
+def matmul_timer(device: jax.Device, dtype: jnp.dtype) -> Callable[[], float]:
     """A function that multiplies two square matrices of `dtype` on one device and returns the FLOP/s it reached."""
     side = MATMUL_SIDE.get(device.platform, ACCELERATOR_SIDE)
     a = jax.device_put(jnp.full((side, side), 1 / side, dtype), device)
@@ -209,23 +181,6 @@ def matmul_timer(device: jax.Device, dtype: str) -> Callable[[], float]:
         return 2 * side**3 / (time.perf_counter() - start)
 
     return once
-
-
-def compute_dtype(recipe: Recipe, platform: str) -> str:
-    """What the layers compute in on this platform."""
-    if recipe.train.compute_dtype != "auto":
-        return recipe.train.compute_dtype
-    return "float32" if platform == "cpu" else "bfloat16"
-
-
-def accumulation(recipe: Recipe, shards: int) -> int:
-    """Micro-batches of a step whose batch is split over `shards`. Raises RecipeError where the batch does not divide."""
-    batch, most = recipe.train.batch_size, recipe.train.device_batch_size
-    if batch % shards:
-        near = f"{max(1, batch // shards) * shards} or {(batch // shards + 1) * shards}"
-        raise RecipeError(f"train.batch_size={batch} does not divide over {shards} shards of the batch; try {near}")
-    rows = batch // shards
-    return next(n for n in range(math.ceil(rows / most) if most else 1, rows + 1) if rows % n == 0)
 
 
 def random_batch(recipe: Recipe) -> Batch:
