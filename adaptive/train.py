@@ -15,7 +15,7 @@ import contextlib
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -155,7 +155,7 @@ def elsewhere(recipe: Recipe) -> str:
     )
 
 
-def show_data_progress(say) -> None:
+def show_data_progress(say: Callable[[str], None]) -> None:
     """Lines of adaptive.data on what takes long (tokenising a corpus for the first time)."""
     handler = logging.Handler()
     handler.emit = lambda record: say(f"data      {record.getMessage()}")  # type: ignore[method-assign]

@@ -1,5 +1,6 @@
 """Expert choice over depth: each recursion picks the positions it computes (MoR paper, section 2.2)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,11 +32,13 @@ def capacity_limit(fraction: float, seq_len: int, step: jax.Array, warmup_steps:
     c(t) = c + (1 - c) * (1 + cos(pi * min(1, t / warmup))) / 2 at t = step + 1, then max(1, int(c(t) * seq_len))
     (released code, expert_choice_router.py; it counts forward passes, here a step counts once).
     """
-    progress = jnp.minimum(1.0, (step + 1) / warmup_steps)
-    warm = fraction + (1 - fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return jnp.where(
-        progress < 1.0, jnp.maximum(1, jnp.floor(warm * seq_len)), max(1, int(fraction * seq_len))
-    ).astype(jnp.int32)  # fmt: skip
+    limits = [max(1, int(_warm(fraction, t / warmup_steps) * seq_len)) for t in range(1, warmup_steps + 1)]
+    return jnp.asarray(limits, jnp.int32)[jnp.minimum(step, warmup_steps - 1)]
+
+
+def _warm(fraction: float, progress: float) -> float:
+    # In double precision ahead of the step: float32 would round some limits down to the next integer.
+    return fraction + (1 - fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def choose(

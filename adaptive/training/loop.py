@@ -146,7 +146,7 @@ class Loop:
                 return True, state, done
         return False, state, total
 
-    def profile(self, step: int):
+    def profile(self, step: int) -> contextlib.AbstractContextManager[None]:
         return profiled(step, self.recipe, self.folder.profile)
 
     def absorb(self, due: tuple[int, Mapping[str, Any]] | None) -> None:

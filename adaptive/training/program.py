@@ -124,8 +124,8 @@ class Program:
     def abstract_batch(self) -> Batch:
         shape = (self.recipe.train.batch_size, self.recipe.data.seq_len)
         sharding = batch_sharding(self.mesh, self.rules)
-        kinds = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
-        return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in kinds))
+        kinds: Any = Batch(*["int32"] * 4, "float32")  # type: ignore[arg-type]
+        return jax.tree.map(lambda kind: jax.ShapeDtypeStruct(shape, kind, sharding=sharding), kinds)
 
     def to_devices(self, batch: Batch) -> Batch:
         """This process's rows as arrays over the mesh."""

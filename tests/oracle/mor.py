@@ -405,8 +405,8 @@ def official(layers: int, *, recursive=None, kv=None, mor=None, expert=None, tok
 def _plain_configs() -> dict[str, dict]:
     vanilla, off, share = {"enable": False}, {"enable": False}, {"enable": True}
     found = {
-        "vanilla": official(6, recursive=vanilla, mor=off),
-        "vanilla-untied": official(6, recursive=vanilla, mor=off, tie_word_embeddings=False),
+        "vanilla": official(4, recursive=vanilla, mor=off),
+        "vanilla-untied": official(4, recursive=vanilla, mor=off, tie_word_embeddings=False),
         "recursive-one": official(6, recursive={"num_recursion": 1, "sharing": "cycle", "base_depth": 3}, mor=off),
         "recursive-drops": official(9, recursive={"num_recursion": 3}, mor=off),
     }
@@ -419,54 +419,53 @@ def _plain_configs() -> dict[str, dict]:
     return found
 
 
+_CYCLE, _TWO, _HALVES = {"sharing": "cycle"}, {"num_recursion": 2}, {"capacity": "1.0,0.5"}
+_Z = {"z_loss": True, "z_coeff": 0.01}
+
+
 def _expert_configs() -> dict[str, dict]:
     share, update = {"enable": True}, {"enable": True, "update_cache": True}
-    cycle, two = {"sharing": "cycle"}, {"num_recursion": 2}
-    z = {"z_loss": True, "z_coeff": 0.01}
+
+    def two(expert=None, **mor):
+        return official(6, recursive=_TWO, mor=_HALVES | mor, expert=expert)
+
     return {
         "expert": official(8),
-        "expert-untied": official(8, tie_word_embeddings=False),
-        "expert-two": official(8, recursive=two, mor={"capacity": "1.0,0.5"}),
-        "expert-drops": official(9, mor=z),
-        "expert-cycle": official(6, recursive=cycle),
-        "expert-cycle-kv": official(6, recursive=cycle, kv=share, expert={"alpha": 0.7}),
+        "expert-drops": official(9, mor=_Z, tie_word_embeddings=False),
+        "expert-cycle": official(6, recursive=_CYCLE),
+        "expert-cycle-kv": official(6, recursive=_CYCLE, kv=share, expert={"alpha": 0.7}),
         "expert-kv": official(8, kv=share),
         "expert-kv-small-first": official(8, kv=share, mor={"capacity": "0.75,0.5,0.25"}, expert={"alpha": 1.0}),
-        "expert-small-first": official(8, mor={"capacity": "0.75,0.5,0.25"}),
         "expert-hybrid": official(8, kv=update, expert={"alpha": 1.0}),
-        "expert-mlp": official(8, mor={"router_type": "mlp"}),
-        "expert-wide": official(8, mor={"router_type": "wide_mlp"} | z),
-        "expert-tanh": official(8, expert={"router_func": "tanh", "coeff": 0.01}),
-        "expert-none": official(8, expert={"router_func": None, "alpha": 0.3}),
-        "expert-alpha-temp": official(8, mor={"temp": 1.7} | z, expert={"alpha": 1.0}),
-        "expert-additive": official(8, expert={"gating": "additive"}),
-        "expert-aux-router": official(8, mor={"temp": 1.3}, expert={"sampling": "aux_router"}),
-        "expert-aux-router-mlp": official(8, mor={"router_type": "mlp"}, expert={"sampling": "aux_router"}),
-        "expert-unsampled": official(8, expert={"sampling": None}, mor=z),
+        "expert-small-first": official(8, mor={"capacity": "0.75,0.5,0.25"}, expert={"gating": "additive"}),
+        "expert-mlp-tanh": two({"router_func": "tanh", "coeff": 0.01, "alpha": 0.5}, router_type="mlp"),
+        "expert-wide": two(router_type="wide_mlp", **_Z),
+        "expert-none": two({"router_func": None, "alpha": 0.3}),
+        "expert-temp": two({"alpha": 1.0}, temp=1.7, **_Z),
+        "expert-aux-router": two({"sampling": "aux_router"}, temp=1.3),
+        "expert-aux-router-mlp": two({"sampling": "aux_router"}, router_type="mlp"),
+        "expert-unsampled": two({"sampling": None}, **_Z),
         "expert-warmup": official(8, expert={"cap_warmup_step": 10}),
     }
 
 
 def _token_configs() -> dict[str, dict]:
-    chosen, share = {"type": "token"}, {"enable": True}
-    z = {"z_loss": True, "z_coeff": 0.01}
+    share, chosen, z = {"enable": True}, {"type": "token"}, {"type": "token"} | _Z
+
+    def two(token=None, kv=None, **mor):
+        return official(6, recursive=_TWO, kv=kv, mor=_HALVES | chosen | mor, token=token)
+
     return {
         "token": official(8, mor=chosen),
-        "token-cycle": official(6, recursive={"sharing": "cycle"}, mor=chosen | z),
-        "token-kv": official(8, kv=share, mor=chosen | z),
-        "token-cycle-kv": official(6, recursive={"sharing": "cycle"}, kv=share, mor=chosen),
-        "token-two": official(8, recursive={"num_recursion": 2}, mor=chosen | {"capacity": "1.0,0.5"}),
-        "token-mlp": official(8, mor=chosen | {"router_type": "mlp"}),
-        "token-wide": official(8, mor=chosen | {"router_type": "wide_mlp"}),
-        "token-sigmoid": official(8, mor=chosen | z, token={"router_func": "sigmoid", "alpha": 0.1}),
-        "token-alpha-temp": official(8, mor=chosen | {"temp": 1.7}, token={"alpha": 0.5}),
-        "token-additive": official(8, mor=chosen, token={"gating": "additive"}),
+        "token-cycle": official(6, recursive=_CYCLE, mor=z),
+        "token-kv": official(8, kv=share, mor=z),
+        "token-cycle-kv": official(6, recursive=_CYCLE, kv=share, mor=chosen),
+        "token-mlp-temp": two({"alpha": 0.5}, router_type="mlp", temp=1.7),
+        "token-wide-sigmoid": two({"router_func": "sigmoid", "alpha": 0.1}, router_type="wide_mlp", **_Z),
+        "token-additive": two({"gating": "additive", "balancing": None}),
         "token-free": official(8, mor=chosen, token={"balancing": "loss_free"}),
-        "token-free-sigmoid": official(
-            8, mor=chosen | z, token={"balancing": "loss_free", "router_func": "sigmoid", "alpha": 0.3}
-        ),
-        "token-unbalanced": official(8, mor=chosen, token={"balancing": None}),
-        "token-warmup": official(8, mor=chosen, token={"bal_warmup_step": 5}),
+        "token-free-sigmoid": two({"balancing": "loss_free", "router_func": "sigmoid", "alpha": 0.3}, share, **_Z),
+        "token-warmup": two({"bal_warmup_step": 5}),
     }
 
 

@@ -44,8 +44,7 @@ def test_causal(name):
     tensors = mor.random_tensors(config, 0)
     changed = row.copy()
     changed[:, 9] = (changed[:, 9] + 1) % 64
-    forward = jax.jit(lambda t: mor.forward(tensors, config, t)["logits"])
-    a, b = forward(row), forward(changed)
+    a, b = (mor.forward(tensors, config, t)["logits"] for t in (row, changed))
     np.testing.assert_array_equal(a[:, :9], b[:, :9])
     assert np.abs(a[:, 9:] - b[:, 9:]).max() > 0.01
 
@@ -92,4 +91,4 @@ def test_gradients_reach_every_trained_tensor():
     tensors = mor.random_tensors(config, 4)
     grads = jax.grad(lambda t: mor.total_loss(mor.forward(t, config, row), row))(tensors)
     dead = sorted(name for name, g in grads.items() if not np.abs(g).max() > 0)
-    assert dead == [f"model.layers.{p}.mlp_router.router.weight" for p in (1, 2, 3)]
+    assert dead == [f"model.layers.{p}.mlp_router.router.weight" for p in (1, 2)]
