@@ -12,7 +12,7 @@ Here the layers of the block are stacked, and attention weights have an axis for
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from adaptive.layers.router import EXPANSION
 from adaptive.models.config import TransformerConfig
 from adaptive.models.transformer import Transformer
 
-Path = tuple[str | int, ...]
+Path = tuple[Hashable, ...]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -50,7 +50,7 @@ def from_official(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Tran
 
     Released recursive models have an output head of their own although their configuration says it is tied; a
     `lm_head.weight` that differs from the embedding is read as that. A wide_mlp router whose tensors are four times the
-    width, as the paper has it, is read as that too.
+    width, as the paper has it, is read as that too. A loss-free bias that is left out is zero.
     """
     ours = _as_stored(config_from_official(config), tensors)
     layout = official_layout(ours)
@@ -79,7 +79,7 @@ def official_layout(config: TransformerConfig) -> dict[Path, Leaf]:
     """Where each parameter of `Transformer(config)` lies among the official tensors, by its path in the nnx state."""
     c, r = config, config.router
     width, vocab = c.hidden_size, (c.vocab_size, c.hidden_size)
-    layout = {
+    layout: dict[Path, Leaf] = {
         ("embedding",): Leaf((), (Part(_EMBEDDING, vocab, False),)),
         ("norm", "weight"): Leaf((), (Part("model.norm.weight", (width,), False),)),
     }
@@ -181,7 +181,7 @@ def _as_stored(c: TransformerConfig, tensors: Mapping[str, Any]) -> TransformerC
 
 def _canonical(tensors: Mapping[str, Any], c: TransformerConfig, parts: Mapping[str, Part]) -> dict[str, jax.Array]:
     """The tensors that `parts` names, checked and in float32; raises CheckpointError for whatever does not fit."""
-    tensors = _with_place(tensors, c)
+    tensors = _optional(c, parts) | dict(_with_place(tensors, c))
     aliases, named = _aliases(c), {}
     unknown = [name for name in tensors if name not in parts and name not in aliases]
     missing = [name for name in parts if name not in tensors]
@@ -216,6 +216,16 @@ def _with_place(tensors: Mapping[str, Any], c: TransformerConfig) -> Mapping[str
     return {
         name.replace("model.layers.", "model.layers.0.", 1) if name.startswith(bare) else name: value
         for name, value in tensors.items()
+    }
+
+
+def _optional(c: TransformerConfig, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """What a checkpoint may leave out: a bias that has not moved yet, and the routers that random choice ignores."""
+    random, bias = c.router.random, ".router_bias"
+    return {
+        name: np.zeros(part.shape, np.float32)
+        for name, part in parts.items()
+        if name.endswith(bias) or (random and ".mor_router." in name)
     }
 
 
