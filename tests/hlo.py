@@ -1,5 +1,9 @@
-"""Matmul FLOPs of a compiled program, from its text: XLA's own cost analysis counts the body of a loop once."""
+"""Matmul FLOPs and collectives of a compiled program, from its text.
 
+XLA's own cost analysis counts the body of a loop once.
+"""
+
+import collections
 import functools
 import math
 import re
@@ -9,6 +13,9 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]*)\]")
 _DOT = re.compile(r" dot\(%([\w.\-]+), .*lhs_contracting_dims=\{([\d,]*)\}")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
+)
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
@@ -50,6 +57,11 @@ def matmul_flops(text: str) -> int:
         return total
 
     return flops(entry)
+
+
+def collectives(text: str) -> dict[str, int]:
+    """How many collectives of each kind `compiled.as_text()` holds; one in a loop counts once."""
+    return dict(sorted(collections.Counter(_COLLECTIVE.findall(text)).items()))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -23,11 +23,13 @@ def select_top(
     if capacity == scores.shape[-1] and limit is None:
         indices = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), scores.shape)
         return _gated(indices, gates, jnp.isfinite(scores))
-    best, where = jax.lax.top_k(jax.lax.stop_gradient(scores), capacity)
-    valid = jnp.isfinite(best)
+    # A stable sort, and not lax.top_k, which XLA does not partition: it would gather the scores of a sharded batch.
+    order = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
+    negated, where = jax.lax.sort((-jax.lax.stop_gradient(scores), order), num_keys=1, is_stable=True)
+    where, valid = where[..., :capacity], jnp.isfinite(negated[..., :capacity])
     if limit is not None:
         valid = valid & (jnp.arange(capacity) < limit)
-    where, valid = jax.lax.sort((where.astype(jnp.int32), valid), num_keys=1)
+    where, valid = jax.lax.sort((where, valid), num_keys=1)
     return _gated(where, jnp.take_along_axis(gates, where, axis=-1, mode="promise_in_bounds"), valid)
 
 
