@@ -9,8 +9,8 @@ from adaptive.training.metrics import read_rows
 
 SMALL = (
     "model.hidden_size=16", "model.intermediate_size=16", "model.num_heads=2", "model.num_kv_heads=2",
-    "model.head_dim=8", "data.seq_len=32", "train.batch_size=8", "train.steps=3", "schedule.warmup_steps=1", "log.wandb=disabled",
-    "eval.batches=1", "log.every=1", "log.sample_tokens=5",
+    "model.head_dim=8", "data.seq_len=32", "train.batch_size=8", "train.steps=3", "schedule.warmup_steps=1",
+    "log.wandb=disabled", "eval.batches=1", "log.every=1", "log.sample_tokens=5",
 )  # fmt: skip
 
 
