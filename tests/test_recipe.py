@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -29,6 +31,9 @@ def message(call, *args, **kwargs) -> str:
     with pytest.raises(RecipeError) as raised:
         call(*args, **kwargs)
     return str(raised.value)
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_importing_recipes_does_not_import_jax():
@@ -300,3 +305,14 @@ def test_list_is_sorted_and_leaves_out_shared_modules():
     names = list_recipes()
     assert names == sorted(names)
     assert "bases" not in names
+
+
+def test_every_setting_is_read_by_the_code():
+    """An option that parses and does nothing is worse than a missing one: each is an attribute that some module reads."""
+    declared = ("config.py", "recipe.py", "overrides.py")
+    sources = [p for p in (ROOT / "adaptive").rglob("*.py") if p.name not in declared]
+    configs = "\n".join(p.read_text().split("def ", 1)[-1] for p in (ROOT / "adaptive").rglob("config.py"))
+    code = "\n".join(p.read_text() for p in sources) + configs
+    unread = [path for path in setting_kinds() if not re.search(rf"\.{path.rpartition('.')[2]}\b", code)]
+    unread = [path for path in unread if not path.startswith("mesh.")]  # read by the names of the mesh's axes
+    assert not unread
