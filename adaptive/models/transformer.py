@@ -70,9 +70,10 @@ class Transformer(nnx.Module):
         routers, choices = {"none": (0, 0), "expert_choice": (c.recursions, 1), "token_choice": (1, c.recursions)}[
             r.kind
         ]
-        self.routers = nnx.List([self._router(choices, next(keys)) for _ in range(routers)])
+        self.routers = nnx.List([self._router(choices, r.temperature, next(keys)) for _ in range(routers)])
         auxiliary = routers if r.kind == "expert_choice" and r.sampling == "aux_router" else 0
-        self.aux_routers = nnx.List([self._router(choices, next(keys)) for _ in range(auxiliary)])
+        # The temperature is the main router's alone (released code, expert_choice_router.py).
+        self.aux_routers = nnx.List([self._router(choices, 1.0, next(keys)) for _ in range(auxiliary)])
         loss_free = r.kind == "token_choice" and r.balancing == "loss_free"
         self.router_bias = Buffer(jnp.zeros(c.recursions)) if loss_free else None
 
@@ -227,13 +228,13 @@ class Transformer(nnx.Module):
             stack=stack,
         )
 
-    def _router(self, choices: int, key: jax.Array) -> Router:
+    def _router(self, choices: int, temperature: float, key: jax.Array) -> Router:
         c, r = self.config, self.config.router
         return Router(
             c.hidden_size,
             choices,
             expansion=EXPANSION[r.network],
-            temperature=r.temperature,
+            temperature=temperature,
             std=c.init_std,
             key=key,
         )

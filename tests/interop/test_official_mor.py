@@ -19,6 +19,14 @@ CONFIGS = oracle.configs()
 # The first recursion's keys and values are those of all tokens: our model asks for a first capacity of 1 then.
 REFUSED = {"expert-kv-small-first"}
 WARMUPS = {"expert-warmup", "token-warmup"}
+# Gradients of one of every structure, router, loss and policy on keys and values; of the rest, values alone.
+GRADIENTS = {
+    "vanilla-untied", "vanilla-kv-cycle", "recursive-sequence", "recursive-middle_sequence",
+    "recursive-kv-middle_cycle", "expert", "expert-cycle-kv", "expert-hybrid", "expert-wide", "expert-aux-router-mlp",
+    "token-kv", "token-free-sigmoid",
+}  # fmt: skip
+# Where seed 0 leaves a routing decision to rounding.
+SEEDS = {"token-wide-sigmoid": 3}
 BATCH, SEQ = 2, 22
 
 
@@ -43,13 +51,20 @@ def theirs(tensors, config, call=None):
     return oracle.total_loss(out, row()) + sum(value for value, _ in out["apart"].values()), out
 
 
+def measured(name, loss_and_output):
+    """(tensors, ...) -> ((loss, output), gradients of the loss, or {} where only values are compared)."""
+    if name in GRADIENTS:
+        return jax.value_and_grad(loss_and_output, has_aux=True)
+    return lambda *args, **kwargs: (loss_and_output(*args, **kwargs), {})
+
+
 @functools.cache
 def compiled(name):
     """Loss, output and gradients of our model; optimised little, because compiling is most of the time here."""
     config = CONFIGS[name]
 
     def run(tensors, step):
-        return jax.value_and_grad(ours, has_aux=True)(tensors, config, deterministic=step is None, step=step)
+        return measured(name, ours)(tensors, config, deterministic=step is None, step=step)
 
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -57,10 +72,10 @@ def compiled(name):
 def compare(name, call=None):
     """`call` counts training passes from 1, as the oracle does; our model's steps count from 0."""
     config = CONFIGS[name]
-    tensors = oracle.random_tensors(config, 0)
+    tensors = oracle.random_tensors(config, SEEDS.get(name, 0))
     (got_loss, got), got_grads = compiled(name)(tensors, None if call is None else jnp.asarray(call - 1))
-    (want_loss, want), want_grads = jax.value_and_grad(theirs, has_aux=True)(tensors, config, call)
-    assert want["margin"] > 1e-4, "choose another seed: routing is decided by rounding"
+    (want_loss, want), want_grads = measured(name, theirs)(tensors, config, call)
+    assert want["margin"] > 1e-5, "choose another seed: routing is decided by rounding"
     assert got.logits.dtype == jnp.float32 and got.trace.depth.dtype == jnp.int32
     np.testing.assert_array_equal(got.trace.depth, want["depth"])
     if config["mor"]["enable"] and config["mor"]["type"] == "expert":
@@ -71,8 +86,8 @@ def compare(name, call=None):
                 valid = np.asarray(mine.valid[b])
                 np.testing.assert_array_equal(np.asarray(mine.indices[b])[valid], places)
                 np.testing.assert_allclose(mine.weights[b][valid], gates[b][places], rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(got.logits, want["logits"], atol=2e-5, rtol=2e-6)
-    np.testing.assert_allclose(got.hidden, want["hidden"], atol=2e-5)
+    np.testing.assert_allclose(got.logits, want["logits"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(got.hidden, want["hidden"], atol=2e-5, rtol=0)
     expected = want["losses"] | want["apart"]
     assert set(got.aux) == set(expected)
     for loss, (value, coefficient) in expected.items():
