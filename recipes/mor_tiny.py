@@ -1,4 +1,4 @@
-"""MoR on bytes: 8 effective layers, a shared block of 2 applied up to 3 times, expert-choice routing.
+"""MoR on bytes: 5 effective layers, a shared block of 1 applied up to 3 times, expert-choice routing.
 
 python -m adaptive.train --recipe mor_tiny
 Numbers:  our own, for a CPU in minutes; routing as in mor_360m

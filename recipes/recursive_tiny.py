@@ -1,4 +1,4 @@
-"""Recursive transformer on bytes: 8 effective layers, a shared block of 2 applied 3 times to every token.
+"""Recursive transformer on bytes: 5 effective layers, a shared block of 1 applied 3 times to every token.
 
 python -m adaptive.train --recipe recursive_tiny
 Numbers:  our own; mor_tiny without its router

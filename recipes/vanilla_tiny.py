@@ -1,4 +1,4 @@
-"""Vanilla transformer on bytes: 8 layers, each with its own parameters.
+"""Vanilla transformer on bytes: 5 layers, each with its own parameters.
 
 python -m adaptive.train --recipe vanilla_tiny
 Numbers:  our own; the base of mor_tiny

@@ -308,7 +308,7 @@ def test_list_is_sorted_and_leaves_out_shared_modules():
 
 
 def test_every_setting_is_read_by_the_code():
-    """An option that parses and does nothing is worse than a missing one: each is an attribute that some module reads."""
+    """An option that parses and does nothing is worse than a missing one: some module reads each as an attribute."""
     declared = ("config.py", "recipe.py", "overrides.py")
     sources = [p for p in (ROOT / "adaptive").rglob("*.py") if p.name not in declared]
     configs = "\n".join(p.read_text().split("def ", 1)[-1] for p in (ROOT / "adaptive").rglob("config.py"))
