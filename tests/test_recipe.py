@@ -284,7 +284,7 @@ def test_describe_a_recipe_that_has_no_file():
         (["train.loss_chunk=100"], ["does not divide data.seq_len=256", "128"]),
         (["eval.selection=top"], ["topk, threshold"]),
         (["eval.selection="], ["topk, threshold"]),
-        (["model.recursions=4"], ["does not divide the depth", "10"]),
+        (["model.recursions=4"], ["does not divide the depth", "6"]),
         (["model.router.capacities=0.5,0.75,1"], ["must not increase", "1,0.75,0.5"]),
         (["model.kv=shared", "model.router.capacities=0.5,0.5,0.5"], ["model.kv=shared", "must be 1"]),
         (["model.num_kv_heads=3"], ["num_kv_heads can be 1, 2, 4"]),
