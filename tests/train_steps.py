@@ -14,7 +14,7 @@ from adaptive.models.transformer import build_model
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, placement
-from adaptive.training.state import TrainState, abstract_model, fresh_state, state_shardings
+from adaptive.training.state import Build, TrainState, abstract_model, initial_state, state_shardings
 from adaptive.training.step import Metrics, make_train_step
 
 RULES = AxisRules()
@@ -37,13 +37,14 @@ def packed_batch(rows: int, seq: int, vocab: int, seed: int = 0) -> Batch:
 class Program:
     """A compiled step: `state()` makes a fresh state each time, `run` consumes one."""
 
-    build: functools.partial
+    build: Build
     tx: optax.GradientTransformation
     mesh: jax.sharding.Mesh
+    shardings: TrainState
     compiled: jax.stages.Compiled
 
     def state(self) -> TrainState:
-        return fresh_state(self.build, self.tx, jax.random.key(0), self.mesh, RULES)
+        return jax.device_put(_initial(self.build, self.tx), self.shardings)
 
     def run(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self.compiled(state, jax.device_put(batch, batch_sharding(self.mesh, RULES)))
@@ -56,16 +57,23 @@ def compiled_step(
 ) -> Program:  # fmt: skip
     """The train step of a model on a mesh of the first devices, for batches [rows, seq]."""
     devices = make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
-    build = functools.partial(_build, config)
+    build = _build(config)
     graphdef, _ = abstract_model(build)
     step = make_train_step(graphdef, tx, accumulation=accumulation)
     shardings = state_shardings(build, tx, devices, RULES)
-    program = Program(build, tx, devices, None)
+    program = Program(build, tx, devices, shardings, None)
     with placement(devices, RULES):
         batch = jax.device_put(packed_batch(rows, seq, config.vocab_size), batch_sharding(devices, RULES))
         lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(program.state(), batch)
         return dataclasses.replace(program, compiled=lowered.compile(QUICK))
 
 
-def _build(config: TransformerConfig, key: jax.Array):
-    return build_model(config, key=key)
+@functools.cache
+def _build(config: TransformerConfig) -> Build:
+    return lambda key: build_model(config, key=key)
+
+
+@functools.cache
+def _initial(build: Build, tx: optax.GradientTransformation) -> TrainState:
+    """Made once, on the host: compiling the initialisation for every mesh would cost more than the tests."""
+    return jax.tree.map(np.asarray, jax.jit(lambda key: initial_state(build, tx, key))(jax.random.key(0)))

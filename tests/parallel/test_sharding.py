@@ -32,8 +32,8 @@ VANILLA = TransformerConfig(
 )  # fmt: skip
 MODELS = {
     "vanilla": VANILLA,
-    "recursive": dataclasses.replace(VANILLA, num_layers=6, recursions=2),
-    "mor": dataclasses.replace(VANILLA, num_layers=5, recursions=3, router=RouterConfig(kind="expert_choice")),
+    "recursive": dataclasses.replace(VANILLA, recursions=2),
+    "mor": dataclasses.replace(VANILLA, recursions=2, router=RouterConfig(kind="expert_choice")),
     "mor_token": dataclasses.replace(
         VANILLA, recursions=2, sharing="cycle",
         router=RouterConfig(kind="token_choice", activation="softmax", alpha=1.0, balancing="loss_free"),
