@@ -124,7 +124,7 @@ class Program:
     def abstract_batch(self) -> Batch:
         shape = (self.recipe.train.batch_size, self.recipe.data.seq_len)
         sharding = batch_sharding(self.mesh, self.rules)
-        kinds: Any = Batch(*["int32"] * 4, "float32")  # type: ignore[arg-type]
+        kinds: Any = Batch("int32", "int32", "int32", "int32", "float32")  # type: ignore[arg-type]
         return jax.tree.map(lambda kind: jax.ShapeDtypeStruct(shape, kind, sharding=sharding), kinds)
 
     def to_devices(self, batch: Batch) -> Batch:
