@@ -1,5 +1,7 @@
 """SwiGLU feed-forward."""
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -7,8 +9,14 @@ from adaptive.layers.linear import normal_param, use
 from adaptive.parallel.rules import constrain
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up. The backward pass keeps the two alone and computes the rest again: cheaper than to store it."""
+    return jax.nn.silu(gate) * up
+
+
 class FeedForward(nnx.Module):
-    """down(silu(gate(x)) * up(x)), no biases."""
+    """down(swiglu(gate(x), up(x))), no biases."""
 
     def __init__(self, width: int, hidden: int, std: float, key: jax.Array, stack: tuple[int, ...] = ()):
         gate, up, down = jax.random.split(key, 3)
@@ -18,5 +26,5 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, width] -> [batch, seq, width]."""
-        hidden = jax.nn.silu(x @ use(self.gate, x.dtype)) * (x @ use(self.up, x.dtype))
+        hidden = swiglu(x @ use(self.gate, x.dtype), x @ use(self.up, x.dtype))
         return constrain(hidden, "batch", "seq", "ff") @ use(self.down, x.dtype)

@@ -1,12 +1,18 @@
 """RMSNorm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in float32, returned in x's dtype."""
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in float32, returned in x's dtype.
+
+    The backward pass keeps x alone and computes the rest again, which is cheaper than to write and read it.
+    """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
