@@ -1,0 +1,61 @@
+"""Cross entropy in chunks against optax on whole logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adaptive.training.loss import LOGITS_BUDGET, chunk_length, cross_entropy_sum
+
+
+@pytest.fixture(scope="module")
+def example():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (3, 12, 8))
+    weight = jax.random.normal(keys[1], (20, 8))
+    targets = jax.random.randint(keys[2], (3, 12), 0, 20)
+    mask = jax.random.bernoulli(keys[3], 0.7, (3, 12)).astype(jnp.float32)
+    return hidden, weight, targets, mask
+
+
+def expected(hidden, weight, targets, mask):
+    nll = optax.softmax_cross_entropy_with_integer_labels(hidden @ weight.T, targets)
+    return (nll * mask).sum(), nll
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+def test_value_and_gradient(example, chunk):
+    hidden, weight, targets, mask = example
+
+    @jax.jit
+    def fused(hidden, weight):
+        return jax.value_and_grad(
+            lambda h, w: (lambda s, nll: (0.5 * s, nll))(*cross_entropy_sum(h, w, targets, mask, chunk)),
+            argnums=(0, 1), has_aux=True,
+        )(hidden, weight)  # fmt: skip
+
+    (total, nll), grads = fused(hidden, weight)
+    (want, want_nll), want_grads = jax.value_and_grad(
+        lambda h, w: expected(h, w, targets, mask), argnums=(0, 1), has_aux=True
+    )(hidden, weight)
+    np.testing.assert_allclose(total, 0.5 * want, rtol=1e-5)
+    np.testing.assert_allclose(nll, want_nll, atol=1e-5)
+    for got, grad in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, 0.5 * grad, atol=1e-5)
+    alone, alone_nll = cross_entropy_sum(hidden, weight, targets, mask, chunk)  # without a gradient: other code
+    np.testing.assert_allclose(alone, want, rtol=1e-5)
+    np.testing.assert_allclose(alone_nll, want_nll, atol=1e-5)
+
+
+def test_masked_positions_get_no_gradient(example):
+    hidden, weight, targets, mask = example
+    grad = jax.grad(lambda h: cross_entropy_sum(h, weight, targets, mask, 4)[0])(hidden)
+    assert np.array_equal(np.any(grad, axis=-1), np.asarray(mask) > 0)
+
+
+def test_chunks_divide_the_sequence_and_fit_the_budget():
+    assert chunk_length(2048, 1, 320) == 2048
+    length = chunk_length(2048, 16, 49152)
+    assert 2048 % length == 0 and 16 * 49152 * length <= LOGITS_BUDGET < 16 * 49152 * 2 * length
+    assert chunk_length(7, 1000, 10**6) == 1
