@@ -61,6 +61,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     recipe.validate()
     print(doctor.check_versions())
+    cluster.make_room_for_emulated_devices()
     cluster.join()
     return train(recipe, Path(FLAGS.workdir) if FLAGS.workdir else new_workdir(recipe.name), dry=FLAGS.dry_run)
 

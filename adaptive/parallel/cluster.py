@@ -222,6 +222,17 @@ def _countdown(deadline: float, say: Callable[[str], None]) -> Iterator[None]:
         done.set()
 
 
+def make_room_for_emulated_devices() -> None:
+    """Gives XLA's CPU client more threads where XLA_FLAGS makes several devices of one; call before importing jax.
+
+    It has one thread per device otherwise. Two independent collectives of one device can then hold two of them, and the
+    device that finds none never arrives.
+    """
+    emulated = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if emulated:
+        os.environ.setdefault("NPROC", str(4 * int(emulated.group(1))))
+
+
 def anywhere(flag: bool) -> bool:
     """True, in every process, if `flag` is true in one. All processes must call it, at the same step.
 
