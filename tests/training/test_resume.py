@@ -126,8 +126,8 @@ def test_another_mesh_goes_on_with_the_same_losses(straight, tmp_path):
 def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(straight, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
-    output = Run(workdir, *SPLIT, "model.recursions=2", "optimizer.learning_rate=0.5").end(2)
-    assert "model.recursions: 3 -> 2" in output and "optimizer.learning_rate: 0.003 -> 0.5" in output
+    output = Run(workdir, *SPLIT, "model.router.alpha=0.2", "optimizer.learning_rate=0.5").end(2)
+    assert "model.router.alpha: 0.1 -> 0.2" in output and "optimizer.learning_rate: 0.0025 -> 0.5" in output
     assert "Traceback" not in output
     path = workdir / "checkpoints" / str(STEPS) / "about" / "metadata"
     path.write_text(json.dumps({**about(workdir, STEPS), "format_version": 2}))
