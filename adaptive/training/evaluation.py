@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from adaptive.data.pipeline import Batch, Data
-from adaptive.training.program import Program
+from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
 from adaptive.training.report.schema import TokenRecord
 from adaptive.training.state import TrainState
@@ -25,8 +25,10 @@ class Evaluator:
     def __init__(self, program: Program, data: Data):
         recipe = program.recipe
         self._recipe, self._data = recipe, data
+        _, self._processes = data_shard(program.mesh)
         modes = recipe.eval.selection if recipe.model.router.kind == "expert_choice" else ("topk",)
         lengths = data.tokenizer.token_byte_lengths()
+        self.selection = modes[0]  # how the passage and the counted routing are selected
         self._steps = {mode: program.eval_step(lengths, mode) for mode in modes}  # type: ignore[arg-type]
 
     def __call__(self, state: TrainState) -> tuple[Row, RoutingCounter]:
@@ -44,7 +46,7 @@ class Evaluator:
                 scalars.append(out.scalars)
             if not tokens:
                 continue
-            prefix = "eval/" if mode == next(iter(self._steps)) else f"eval/{mode}/"
+            prefix = "eval/" if mode == self.selection else f"eval/{mode}/"
             row[f"{prefix}loss"] = nll / tokens
             if text:
                 row[f"{prefix}bits_per_byte"] = nll / math.log(2) / text
@@ -56,12 +58,12 @@ class Evaluator:
         return row, first or RoutingCounter("none", 1)
 
     def passage(self, state: TrainState) -> tuple[TokenRecord, ...]:
-        """The beginning of the held-out text with each token's depth and loss, selected as in training."""
+        """The beginning of the held-out text with each token's depth and loss, under the first way of selecting."""
         ids = np.asarray(self._data.validation_passage(self._recipe.data.seq_len + 1))
         seq = self._recipe.data.seq_len
-        if len(ids) < seq + 1 or not self._steps:
+        if len(ids) < seq + 1:
             return ()
-        rows = self._rows()
+        rows = self._recipe.train.batch_size // self._processes
         same = lambda a, kind: np.broadcast_to(a.astype(kind), (rows, seq))  # noqa: E731
         ones = np.ones(seq)
         batch = Batch(
@@ -71,12 +73,9 @@ class Evaluator:
             same(ones, np.int32),
             same(ones, np.float32),
         )
-        out = jax.device_get(next(iter(self._steps.values()))(state, batch))
+        out = jax.device_get(self._steps[self.selection](state, batch))
         losses: list[float | None] = [None, *map(float, out.token_nll[0, :-1])]
         return passage_tokens(self._data.tokenizer, ids[:-1].tolist(), out.depth[0].tolist(), losses)
-
-    def _rows(self) -> int:
-        return self._recipe.train.batch_size // (jax.process_count() if jax.process_count() > 1 else 1)
 
 
 def _everywhere(local: np.ndarray) -> np.ndarray:

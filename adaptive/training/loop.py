@@ -190,14 +190,14 @@ class Loop:
             self.say(f"warning: {warning}")
         self.counter = counter
         if self.primary:
-            save_record(counter.record(step, "topk", self.passage), self.folder.path)
+            save_record(counter.record(step, self.evaluator.selection, self.passage), self.folder.path)
 
     def finish(self, state: TrainState, step: int) -> None:
         """A sample, the report, and where everything is."""
         continuation = self.sample(state)
         if not self.primary:
             return
-        save_record(self.counter.record(step, "topk", self.passage, continuation), self.folder.path)
+        save_record(self.counter.record(step, self.evaluator.selection, self.passage, continuation), self.folder.path)
         report = write_report(self.folder.path)
         if self.recipe.model.recursions > 1 and self.passage:
             print("\nheld-out text, shaded by how many times each token went through the shared block:\n")
