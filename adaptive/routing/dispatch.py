@@ -1,0 +1,186 @@
+"""Dispatch: which experts compute which tokens. The width axis's counterpart of a Selection."""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_ARRAYS = ("index", "weights", "valid", "zero_weights")
+_STATIC = ("by", "experts", "seq", "most_per_sequence", "most_per_batch")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """A router's decision for tokens [batch, seq], as pairs of a token and an expert with static shapes.
+
+    by="token"    index i32[batch, seq, k]             experts of each token
+    by="expert"   index i32[batch, experts, capacity]  positions in its sequence that each expert takes
+    weights       f32, the shape of index: what the expert's output is multiplied by; 0 where not valid
+    valid         bool, the shape of index: pairs that are computed. An index is in bounds even where it is not valid
+    zero_weights  f32[batch, seq, zero_experts]: weights of experts that need no dispatch (null, copy, constant)
+
+    A token never has the same expert twice. `most_per_sequence` and `most_per_batch` bound the tokens of one expert in
+    one sequence and in all, which is what static buffers are sized by.
+    """
+
+    index: jax.Array
+    weights: jax.Array
+    valid: jax.Array
+    zero_weights: jax.Array
+    by: Literal["token", "expert"]
+    experts: int
+    seq: int
+    most_per_sequence: int
+    most_per_batch: int
+
+    @property
+    def batch(self) -> int:
+        return self.index.shape[0]
+
+    def mask(self) -> jax.Array:
+        """bool[batch, seq, experts]: the pairs that are computed."""
+        return self._dense(self.valid.astype(jnp.float32)) > 0
+
+    def combine_matrix(self) -> jax.Array:
+        """f32[batch * seq, experts + zero_experts]: the weight of every expert in every token's output."""
+        dense = self._dense(jnp.where(self.valid, self.weights, 0.0))
+        return jnp.concatenate([dense, self.zero_weights], axis=-1).reshape(self.batch * self.seq, -1)
+
+    def load(self) -> jax.Array:
+        """f32[experts]: tokens that each expert computes."""
+        if self.by == "expert":
+            return self.valid.sum((0, 2)).astype(jnp.float32)
+        ids = jnp.where(self.valid, self.index, self.experts)
+        return count(ids, self.experts)
+
+    def per_token(self) -> jax.Array:
+        """i32[batch, seq]: experts that compute each token."""
+        if self.by == "token":
+            return self.valid.sum(-1).astype(jnp.int32)
+        add = lambda i, v: jnp.zeros(self.seq, jnp.int32).at[i.reshape(-1)].add(v.reshape(-1))  # noqa: E731
+        return jax.vmap(add)(self.index, self.valid.astype(jnp.int32))
+
+    def capacity(self, batch: int) -> int:
+        """The most tokens that one expert can have in `batch` of the sequences."""
+        return min(batch * self.most_per_sequence, self.most_per_batch)
+
+    def _dense(self, values: jax.Array) -> jax.Array:
+        if self.by == "expert":
+            put = lambda i, v: jax.vmap(lambda i, v: jnp.zeros(self.seq).at[i].add(v))(i, v).T  # noqa: E731
+            return jax.vmap(put)(self.index, values)
+        put = lambda i, v: jnp.zeros(self.experts).at[i].add(v)  # noqa: E731
+        return jax.vmap(jax.vmap(put))(self.index, values)
+
+
+def by_token(
+    index: jax.Array,
+    weights: jax.Array,
+    valid: jax.Array,
+    experts: int,
+    *,
+    zero_weights: jax.Array | None = None,
+    most_per_sequence: int | None = None,
+    most_per_batch: int | None = None,
+) -> Dispatch:
+    """A token-major Dispatch of index i32, weights f32, valid bool, all [batch, seq, k]; no bound: every token."""
+    batch, seq, _ = index.shape
+    each = seq if most_per_sequence is None else min(seq, most_per_sequence)
+    return Dispatch(
+        index=jnp.clip(index, 0, experts - 1).astype(jnp.int32),
+        weights=jnp.where(valid, weights, 0.0),
+        valid=valid,
+        zero_weights=jnp.zeros((batch, seq, 0)) if zero_weights is None else zero_weights,
+        by="token",
+        experts=experts,
+        seq=seq,
+        most_per_sequence=each,
+        most_per_batch=batch * each if most_per_batch is None else most_per_batch,
+    )
+
+
+def by_mask(mask: jax.Array, weights: jax.Array, **bounds: Any) -> Dispatch:
+    """A token-major Dispatch of dense mask bool and weights f32 [batch, seq, experts]: k is the number of experts."""
+    experts = mask.shape[-1]
+    everyone = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32), mask.shape)
+    return by_token(everyone, weights, mask, experts, **bounds)
+
+
+def by_expert(index: jax.Array, weights: jax.Array, valid: jax.Array, seq: int) -> Dispatch:
+    """An expert-major Dispatch of index i32, weights f32, valid bool, all [batch, experts, capacity]."""
+    batch, experts, capacity = index.shape
+    return Dispatch(
+        index=index,
+        weights=jnp.where(valid, weights, 0.0),
+        valid=valid,
+        zero_weights=jnp.zeros((batch, seq, 0)),
+        by="expert",
+        experts=experts,
+        seq=seq,
+        most_per_sequence=capacity,
+        most_per_batch=batch * capacity,
+    )
+
+
+class Slots(NamedTuple):
+    """Capacity-padded pairs of flat tokens: tokens i32[experts, capacity], weights f32 and valid bool alike. A slot
+    that holds nothing has an index in bounds and weight 0."""
+
+    tokens: jax.Array
+    weights: jax.Array
+    valid: jax.Array
+
+
+class RaggedRows(NamedTuple):
+    """Pairs of flat tokens sorted by expert: tokens i32[rows], weights f32[rows], group_sizes i32[experts]. Rows past
+    the sum of the sizes hold nothing and have weight 0. `place` i32[tokens, k] is each token-major pair's row."""
+
+    tokens: jax.Array
+    weights: jax.Array
+    group_sizes: jax.Array
+    place: jax.Array | None = None
+
+
+def to_slots(dispatch: Dispatch) -> Slots:
+    """The pairs by expert, tokens counted through the batch (`sequence * seq + position`), ascending."""
+    d, batch = dispatch, dispatch.batch
+    if d.by == "expert":
+        starts = (jnp.arange(batch, dtype=jnp.int32) * d.seq)[:, None, None]
+        flat = lambda a: a.swapaxes(0, 1).reshape(d.experts, -1)  # noqa: E731
+        return Slots(flat(d.index + starts), flat(d.weights), flat(d.valid))
+    rows = to_rows(d)
+    capacity = d.capacity(batch)
+    starts = jnp.cumsum(rows.group_sizes) - rows.group_sizes
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    valid = slot < rows.group_sizes[:, None]
+    row = jnp.where(valid, starts[:, None] + slot, 0)
+    return Slots(rows.tokens[row], jnp.where(valid, rows.weights[row], 0.0), valid)
+
+
+def to_rows(dispatch: Dispatch) -> RaggedRows:
+    """The pairs sorted by expert, then by token. Expert-major dispatch keeps its empty slots as rows of weight 0."""
+    d = dispatch
+    if d.by == "expert":
+        tokens, weights, _ = to_slots(d)
+        sizes = jnp.full(d.experts, tokens.shape[1], jnp.int32)
+        return RaggedRows(tokens.reshape(-1), weights.reshape(-1), sizes)
+    k = d.index.shape[-1]
+    ids = jnp.where(d.valid, d.index, d.experts).reshape(-1)
+    number = jnp.arange(ids.size, dtype=jnp.int32)
+    _, order = jax.lax.sort((ids, number), num_keys=1, is_stable=True)
+    kept = min(ids.size, d.experts * d.capacity(d.batch))
+    place = jnp.zeros_like(order).at[order].set(number, unique_indices=True).reshape(-1, k)
+    order = order[:kept]
+    sizes = count(ids, d.experts).astype(jnp.int32)
+    weights = jnp.where(d.valid, d.weights, 0.0).reshape(-1)[order]
+    return RaggedRows(order // k, weights, sizes, place)
+
+
+def count(ids: jax.Array, length: int) -> jax.Array:
+    """f32[length]: how often each of 0..length-1 occurs in `ids` i32; others are not counted."""
+    # A sum per sequence before the sum over the batch: nothing but the small result moves between devices.
+    rows = ids.reshape(ids.shape[0], -1) if ids.ndim > 1 else ids[None]
+    once = jax.vmap(lambda row: jnp.zeros(length + 1).at[jnp.minimum(row, length)].add(1.0))
+    return once(rows).sum(0)[:length]
