@@ -142,6 +142,9 @@ def parameters(config: TransformerConfig) -> Parameters:
     c, r = config, config.router
     width, heads = c.hidden_size, (c.num_heads + c.num_kv_heads) * c.head_dim
     layer = 2 * width * heads + 3 * width * c.intermediate_size + 2 * width
+    layer += {"none": 0, "head": 2 * c.head_dim, "full": heads}[c.qk_norm]
+    if c.attention_bias:
+        layer += heads + c.num_kv_heads * c.head_dim + width
     table = c.vocab_size * width
     count, choices = {"none": (0, 0), "expert_choice": (c.recursions, 1), "token_choice": (1, c.recursions)}[r.kind]
     if _has_auxiliary(r):

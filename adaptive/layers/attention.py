@@ -1,12 +1,13 @@
 """Grouped-query attention among a set of positions, with keys that may come from elsewhere."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.layers.linear import normal_param, use
+from adaptive.layers.norm import RMSNorm
 from adaptive.layers.rope import Rope, rotate
 from adaptive.parallel.rules import constrain
 from adaptive.routing.rows import set_rows, take_rows
@@ -48,8 +49,27 @@ class Memory(NamedTuple):
     update: Selection | None = None
 
 
+class AttentionOptions(NamedTuple):
+    """What relatives of Llama add to its attention.
+
+    bias      all four projections have one (Qwen)
+    qk_norm   RMSNorm of queries and keys ahead of the rotation: "head" over each head, with weights that the heads
+              share (Qwen3), "full" over the whole projection (OLMoE)
+    clip_qkv  bound on the absolute value of queries, keys and values, after the norm (OLMoE); 0: none
+    window    how many positions of the row a query sees, its own the last of them (Mistral); 0: all
+    """
+
+    bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    clip_qkv: float = 0.0
+    window: int = 0
+
+
+LLAMA = AttentionOptions()
+
+
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions, no biases (Llama)."""
+    """Causal grouped-query attention with rotary positions; see AttentionOptions."""
 
     def __init__(
         self,
@@ -60,6 +80,9 @@ class Attention(nnx.Module):
         std: float,
         key: jax.Array,
         stack: tuple[int, ...] = (),
+        *,
+        options: AttentionOptions = LLAMA,
+        norm_eps: float = 1e-5,
     ):
         q, k, v, o = jax.random.split(key, 4)
         projection = ("width", "heads", None)
@@ -68,12 +91,25 @@ class Attention(nnx.Module):
         self.v = normal_param(v, (width, kv_heads, head_dim), projection, std, stack)
         self.o = normal_param(o, (heads, head_dim, width), ("heads", None, "width"), std, stack)
 
+        def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros((*stack, *shape)), axes=(None,) * len(stack) + axes) if options.bias else None
+
+        self.q_bias = zeros((heads, head_dim), ("heads", None))
+        self.k_bias = zeros((kv_heads, head_dim), ("heads", None))
+        self.v_bias = zeros((kv_heads, head_dim), ("heads", None))
+        self.o_bias = zeros((width,), (None,))
+        whole = heads * head_dim, kv_heads * head_dim
+        widths = {"none": (0, 0), "head": (head_dim, head_dim), "full": whole}[options.qk_norm]
+        self.q_norm, self.k_norm = (RMSNorm(w, norm_eps, stack) if w else None for w in widths)
+        self.clip_qkv, self.window = options.clip_qkv, options.window
+
     def __call__(self, x: jax.Array, rows: Rows, memory: Memory | None = None) -> tuple[jax.Array, KeyValues]:
         """x [batch, n, width] at `rows` -> (its update of the same shape, the keys and values it attended to)."""
-        q = rotate(_project(x, self.q), rows.rope)
+        q = rotate(self._project(x, self.q, self.q_bias, self.q_norm), rows.rope)
         if memory is None:
             kv, keys = self._keys_values(x, rows), rows
-            q_index = k_index = None
+            # Order alone tells what is earlier, but not how much earlier.
+            q_index = k_index = rows.index if self.window else None
         else:
             kv, keys = memory.kv, memory.rows
             if memory.update is not None:
@@ -88,12 +124,25 @@ class Attention(nnx.Module):
             q_segments=rows.segments,
             k_segments=keys.segments,
             k_valid=keys.valid,
+            window=self.window,
         )
         o = use(self.o, x.dtype)
-        return out.reshape(*out.shape[:2], -1) @ o.reshape(-1, o.shape[-1]), kv
+        out = out.reshape(*out.shape[:2], -1) @ o.reshape(-1, o.shape[-1])
+        return out if self.o_bias is None else out + use(self.o_bias, x.dtype), kv
 
     def _keys_values(self, x: jax.Array, rows: Rows) -> KeyValues:
-        return KeyValues(rotate(_project(x, self.k), rows.rope), _project(x, self.v))
+        k = self._project(x, self.k, self.k_bias, self.k_norm)
+        return KeyValues(rotate(k, rows.rope), self._project(x, self.v, self.v_bias, None))
+
+    def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, norm: RMSNorm | None) -> jax.Array:
+        """x [batch, n, width] -> queries, keys or values [batch, n, heads, head_dim], not yet rotated."""
+        out = _project(x, weight)
+        if bias is not None:
+            out = out + use(bias, x.dtype)
+        if norm is not None:
+            whole = norm.weight.shape[-1] != out.shape[-1]
+            out = norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape) if whole else norm(out)
+        return jnp.clip(out, -self.clip_qkv, self.clip_qkv) if self.clip_qkv else out
 
 
 def replaced(old: KeyValues, own: KeyValues, where: Selection) -> KeyValues:

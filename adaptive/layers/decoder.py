@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from adaptive.layers.attention import Attention, KeyValues, Memory, Rows
+from adaptive.layers.attention import LLAMA, Attention, AttentionOptions, KeyValues, Memory, Rows
 from adaptive.layers.feed_forward import FeedForward
 from adaptive.layers.norm import RMSNorm
 from adaptive.parallel.rules import constrain
@@ -28,10 +28,13 @@ class DecoderLayer(nnx.Module):
         std: float,
         key: jax.Array,
         stack: tuple[int, ...] = (),
+        attention: AttentionOptions = LLAMA,
     ):
         attention_key, feed_forward_key = jax.random.split(key)
         self.attention_norm = RMSNorm(width, norm_eps, stack)
-        self.attention = Attention(width, heads, kv_heads, head_dim, std, attention_key, stack)
+        self.attention = Attention(
+            width, heads, kv_heads, head_dim, std, attention_key, stack, options=attention, norm_eps=norm_eps
+        )
         self.feed_forward_norm = RMSNorm(width, norm_eps, stack)
         self.feed_forward = FeedForward(width, feed_forward, std, feed_forward_key, stack)
 

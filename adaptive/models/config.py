@@ -49,6 +49,11 @@ class TransformerConfig:
     head_dim: int = 32
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    attention_bias: bool = False  # of the query, key, value and output projections (Qwen)
+    qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of queries and keys, per head (Qwen3) or whole (OLMoE)
+    clip_qkv: float = 0.0  # bound on the absolute value of queries, keys and values (OLMoE); 0: none
+    attention_window: int = 0  # positions of the row that a query sees, its own the last (Mistral); 0: all
+    padding_token: int = -1  # token whose embedding the lookup does not train (PyTorch's padding_idx); -1: none
     tie_embeddings: bool = True
     init_std: float = 0.02
     recursions: int = 1
@@ -118,6 +123,13 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise RecipeError(f"model.head_dim={self.head_dim}: rotary embeddings need an even head_dim")
+        for name in ("clip_qkv", "attention_window"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"model.{name}={getattr(self, name):g}: must be at least 0, which is none")
+        if not -1 <= self.padding_token < self.vocab_size:
+            raise RecipeError(
+                f"model.padding_token={self.padding_token}: must be a token, 0 to {self.vocab_size - 1}, or -1 for none"
+            )
         inner = self.num_layers - 2 * self.unique_ends
         if inner < self.recursions or inner % self.recursions:
             ends = 2 * self.unique_ends

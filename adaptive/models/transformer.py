@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adaptive.layers.attention import KeyValues, Memory, Rows
+from adaptive.layers.attention import AttentionOptions, KeyValues, Memory, Rows
 from adaptive.layers.decoder import DecoderLayer
 from adaptive.layers.linear import normal_param, use
 from adaptive.layers.norm import RMSNorm
@@ -226,6 +226,7 @@ class Transformer(nnx.Module):
             std=c.init_std,
             key=key,
             stack=stack,
+            attention=AttentionOptions(c.attention_bias, c.qk_norm, c.clip_qkv, c.attention_window),
         )
 
     def _router(self, choices: int, temperature: float, key: jax.Array) -> Router:
@@ -241,7 +242,10 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         table = gathered(self.embedding[...], ("vocab", "width"), self.dtype)
-        return constrain(table[tokens], "batch", "seq", None)
+        x = table[tokens]
+        if (padding := self.config.padding_token) >= 0:
+            x = jnp.where((tokens == padding)[..., None], jax.lax.stop_gradient(x), x)
+        return constrain(x, "batch", "seq", None)
 
     def _rows(self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None) -> Rows:
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -28,8 +28,13 @@ def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, steps: int
 
 
 def decayed(params: Any) -> Any:
-    """True for every parameter but the scales of norms; same tree as `params`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+    """True for every parameter but the scales of norms and biases; same tree as `params`."""
+
+    def one(path: Any, _: Any) -> bool:
+        name = jax.tree_util.keystr(path)
+        return "norm" not in name and "bias" not in name
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def groups(params: Any) -> Any:

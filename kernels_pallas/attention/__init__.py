@@ -18,6 +18,7 @@ def causal_attention(
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
     k_valid: jax.Array | None = None,
+    window: int = 0,
 ) -> jax.Array:
     """Attention in which a query sees the valid keys of its segment at its own or an earlier index.
 
@@ -27,12 +28,17 @@ def causal_attention(
                             are the same ascending set of positions (a plain triangle)
     q_segments, k_segments  i32[batch, ...]: documents; None: one document per row
     k_valid                 bool[batch, keys]: keys that exist; None: all
+    window                  how many indices a query sees, its own the last of them; 0: all (Mistral 7B, section 2)
     returns                 [batch, queries, heads, head_dim]
     """
     if q_index is None or k_index is None:
         mask = jnp.tril(jnp.ones((1, q.shape[1], k.shape[1]), bool))
+        if window:
+            mask = jnp.triu(mask, 1 - window)
     else:
         mask = k_index[:, None, :] <= q_index[:, :, None]
+        if window:
+            mask = mask & (k_index[:, None, :] > q_index[:, :, None] - window)
     if q_segments is not None and k_segments is not None:
         mask = mask & (q_segments[:, :, None] == k_segments[:, None, :])
     if k_valid is not None:
