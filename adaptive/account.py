@@ -8,8 +8,8 @@ forward one. The exceptions are small and counted: an auxiliary router's first m
 router without any gradient has its forward alone.
 
 Attention has two costs. "Executed" multiplies all queries by all keys, as the reference implementation runs it.
-"Useful" counts the (query, key) pairs that causality allows, about half: what a perfect kernel would do, and the
-numerator of utilisation. Document boundaries inside a row are not deducted.
+"Useful" counts the (query, key) pairs that causality and a window allow, at most about half: what a perfect kernel would
+do, and the numerator of utilisation. Document boundaries inside a row are not deducted.
 """
 
 import dataclasses
@@ -170,19 +170,25 @@ def account(config: TransformerConfig, seq_len: int, taken: Sequence[float] | No
     if len(counts) != c.recursions:
         raise RecipeError(f"{len(counts)} token counts for model.recursions={c.recursions}: give one per recursion")
     ends = 1 if c.unique_ends else 0
-    stages = [_layers(c, "first layer", ends, seq_len, seq_len)] * ends
+    stages = [_layers(c, "first layer", ends, seq_len, seq_len, seq_len)] * ends
     for r, tokens in enumerate(counts):
         reuses = r > 0 and c.kv != "per_recursion"
         name = f"recursion {r + 1}" if c.recursions > 1 else "layers"
         stage = _layers(
-            c, name, c.block_size, tokens, counts[0] if reuses else tokens, own_keys=not reuses or c.kv == "hybrid"
+            c,
+            name,
+            c.block_size,
+            tokens,
+            counts[0] if reuses else tokens,
+            seq_len,
+            own_keys=not reuses or c.kv == "hybrid",
         )
         router, router_train = _router(c, r, seq_len if r == 0 else counts[r - 1])
         inside = c.sharing in ("sequence", "middle_sequence") and r + 1 < c.recursions
         stages.append(
             dataclasses.replace(stage, recursion=r + 1, router=router, router_train=router_train, ends_inside=inside)
         )
-    stages += [_layers(c, "last layer", ends, seq_len, seq_len)] * ends
+    stages += [_layers(c, "last layer", ends, seq_len, seq_len, seq_len)] * ends
     head = 2.0 * seq_len * c.hidden_size * c.vocab_size
     stages.append(Stage("head", 0, seq_len, 0, head=head))
     return Account(parameters(c), seq_len, tuple(stages))
@@ -232,9 +238,14 @@ def paper_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
 
 
 def _layers(
-    c: TransformerConfig, name: str, layers: int, tokens: float, keys: float, *, own_keys: bool = True
+    c: TransformerConfig, name: str, layers: int, tokens: float, keys: float, seq_len: int, *, own_keys: bool = True
 ) -> Stage:
     """`layers` decoder layers of `tokens` queries on `keys` keys, which they project themselves if `own_keys`."""
+    # A query among ascending positions sees on average half of the keys and itself.
+    visible = (keys + 1) / 2
+    if 0 < c.attention_window < seq_len:  # fewer, the keys being spread evenly over the row
+        reach = c.attention_window * keys / seq_len
+        visible = reach - reach * (reach - 1) / (2 * max(keys, 1))
     heads = c.num_heads * c.head_dim
     projected = 2 * heads + 2 * own_keys * c.num_kv_heads * c.head_dim
     per_pair = 4.0 * heads  # two matmuls: scores, and values
@@ -245,8 +256,7 @@ def _layers(
         keys,
         projections=2.0 * layers * tokens * c.hidden_size * projected,
         attention=layers * per_pair * tokens * keys,
-        # A query among ascending positions sees on average half of the keys and itself.
-        attention_useful=layers * per_pair * tokens * (keys + 1) / 2,
+        attention_useful=layers * per_pair * tokens * visible,
         feed_forward=6.0 * layers * tokens * c.hidden_size * c.intermediate_size,
     )
 

@@ -97,6 +97,13 @@ def test_useful_attention_counts_causal_pairs():
     assert account(model(), S).train_flops_per_token * S == pytest.approx(3 * useful)
 
 
+def test_useful_attention_counts_pairs_within_the_window():
+    pairs = sum(min(q + 1, 5) for q in range(S))
+    useful = 8 * (layer(S, S) - 4 * S * S * H * HD + 4 * pairs * H * HD) + HEAD
+    assert account(model(attention_window=5), S).forward_flops_per_token * S == pytest.approx(useful)
+    assert account(model(attention_window=S), S) == account(model(), S)
+
+
 def test_auxiliary_router_has_no_input_gradient():
     mlp = dataclasses.replace(EXPERT, network="mlp", sampling="aux_router")
     first, second = 2 * D * (2 * D), 2 * (2 * D)
@@ -155,6 +162,8 @@ PROGRAMS = {
     "sequence shared": model(4, sharing="sequence", kv="shared"),
     "vanilla, keys shared across layers": model(3, kv="shared", share_parameters=False),
     "untied": model(tie_embeddings=False),
+    "qwen": model(attention_bias=True, qk_norm="head"),
+    "olmo": model(3, qk_norm="full", clip_qkv=1.0, attention_window=5),
     "mor": model(3, EXPERT),
     "mor wide router": model(3, dataclasses.replace(EXPERT, network="wide_mlp")),
     "mor auxiliary router": model(3, dataclasses.replace(EXPERT, network="mlp", sampling="aux_router")),

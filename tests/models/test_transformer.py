@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from adaptive.errors import RecipeError
 from adaptive.layers.attention import Rows
 from adaptive.layers.rope import rope_at
 from adaptive.models import recursion
@@ -30,8 +31,11 @@ def model_config(router: RouterConfig | None = None, **changes) -> TransformerCo
     return dataclasses.replace(VANILLA, router=router or RouterConfig(), **changes)
 
 
+OLMO = {"qk_norm": "full", "clip_qkv": 0.8, "attention_window": 6}
 CAUSAL = {
     "vanilla": VANILLA,
+    "vanilla-olmo": model_config(**OLMO),
+    "expert-olmo": model_config(EXPERT, recursions=3, **OLMO),
     "recursive": model_config(recursions=3),
     "recursive-kv-shared": model_config(recursions=3, kv="shared"),
     "vanilla-kv-shared": model_config(recursions=2, sharing="cycle", kv="shared", share_parameters=False),
@@ -309,7 +313,7 @@ def test_sequence_sharing_has_no_cached_generation(tokens):
         model.prefill(tokens, model.init_cache(2, SEQ))
 
 
-@pytest.mark.parametrize("name", ["vanilla", "recursive", "recursive-kv-shared", "expert", "token"])
+@pytest.mark.parametrize("name", ["vanilla", "vanilla-olmo", "recursive", "recursive-kv-shared", "expert", "token"])
 def test_a_packed_document_has_the_logits_it_has_alone(name, tokens):
     lengths = [7, 11, 6]
     segments = np.repeat([1, 2, 3], lengths)[None].repeat(2, 0).astype(np.int32)
@@ -318,6 +322,43 @@ def test_a_packed_document_has_the_logits_it_has_alone(name, tokens):
     packed = run(tokens, segment_ids=segments, positions=positions).logits
     alone = run(jnp.roll(tokens, -7, axis=1)).logits  # the second document comes first; what follows is the future
     np.testing.assert_allclose(packed[:, 7:18], alone[:, :11], atol=2e-5, rtol=1e-5)
+
+
+def test_the_window_limits_what_a_token_sees(tokens):
+    """With 8 layers of window 3, position 20 sees 16 positions back and no further; in a recursion, of the row's."""
+    other = tokens.at[:, 3].add(1)
+    narrow = forward(model_config(attention_window=3), selection="threshold")
+    difference = np.abs(narrow(tokens).logits - narrow(other).logits).max((0, 2))
+    assert (difference[:3] == 0).all() and (difference[20:] == 0).all() and (difference[3:6] > 1e-3).all()
+    alone = forward(model_config(EXPERT, recursions=3, attention_window=1), selection="threshold")
+    difference = np.abs(alone(tokens).logits - alone(other).logits).max((0, 2))
+    assert difference[3] > 1e-3 and (np.delete(difference, 3) == 0).all()
+
+
+def test_the_lookup_does_not_train_the_padding_token(tokens):
+    tokens = tokens.at[:, ::5].set(2).at[tokens == 2].set(3)
+
+    def gradient(config):
+        graphdef, state = split_model(config)
+        loss = lambda state: (nnx.merge(graphdef, state)(tokens).hidden ** 3).mean()  # noqa: E731
+        return jax.grad(loss)(state)["embedding"][...]
+
+    got, want = gradient(model_config(padding_token=2)), gradient(VANILLA)
+    assert not np.asarray(got[2]).any() and np.abs(want[2]).max() > 1e-3
+    np.testing.assert_allclose(jnp.delete(got, 2, 0), jnp.delete(want, 2, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clip_qkv": -1.0}, "model.clip_qkv=-1: must be at least 0"),
+        ({"attention_window": -3}, "model.attention_window=-3: must be at least 0"),
+        ({"padding_token": VOCAB}, f"model.padding_token={VOCAB}: must be a token, 0 to {VOCAB - 1}, or -1"),
+    ],
+)
+def test_attention_settings_that_cannot_be(change, message):
+    with pytest.raises(RecipeError, match=message):
+        model_config(**change).validate()
 
 
 # Training
