@@ -93,13 +93,14 @@ def parse(kind: Any, text: str, *, where: str) -> Any:
     return value
 
 
-def read(kind: Any, value: Any, *, where: str) -> Any:
+def read(kind: Any, value: Any, *, where: str, fill: bool = False) -> Any:
     """`value` as JSON gave it, checked to be of type `kind`, lists as tuples, dataclasses from objects.
 
-    Raises RecipeError for a wrong type and for keys that are unknown or missing.
+    Raises RecipeError for a wrong type and for keys that are unknown or missing; with `fill`, missing ones have their
+    default where there is one.
     """
     if _is_dataclass(kind):
-        return _read_dataclass(kind, value, where)
+        return _read_dataclass(kind, value, where, fill)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else read(_inner(kind), value, where=where)
@@ -128,19 +129,25 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     return [path for score, path in ranked[:count] if score > 0.65]
 
 
-def _read_dataclass(cls: type, value: Any, where: str) -> Any:
+def _read_dataclass(cls: type, value: Any, where: str, fill: bool) -> Any:
     if not isinstance(value, dict):
         raise RecipeError(f"{where} is {value!r}: expected an object with the fields of {cls.__name__}")
     kinds = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    fields = dataclasses.fields(cls)
+    names = [field.name for field in fields]
     for key in value:
         if key not in names:
             near = ", ".join(nearest(key, names) or names)
             raise RecipeError(f"{where}.{key} does not exist; nearest: {near}")
-    missing = [name for name in names if name not in value]
+    missing = [field.name for field in fields if field.name not in value and not (fill and _has_default(field))]
     if missing:
         raise RecipeError(f"{where} lacks {', '.join(missing)}")
-    return cls(**{name: read(kinds[name], value[name], where=f"{where}.{name}") for name in names})
+    given = [name for name in names if name in value]
+    return cls(**{name: read(kinds[name], value[name], where=f"{where}.{name}", fill=fill) for name in given})
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _is_dataclass(kind: Any) -> TypeGuard[type]:

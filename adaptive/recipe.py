@@ -21,7 +21,7 @@ from adaptive.overrides import leaf_kinds, leaf_values, nearest, parse, read, wi
 from adaptive.parallel.config import MeshConfig
 from adaptive.training.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: before experts; the settings that it lacks had what is now their default
 SHARED_MODULES = ("bases",)  # modules of recipes/ that hold what families share
 
 
@@ -93,7 +93,8 @@ class Recipe:
     def from_json(text: str, *, where: str = "recipe.json") -> "Recipe":
         """The recipe that `to_json` wrote. `where` names it in messages.
 
-        Raises RecipeError for malformed JSON, a newer format, and fields that are unknown, missing or of another type.
+        Settings that a file of an older format lacks have their defaults. Raises RecipeError for malformed JSON, a
+        newer format, and fields that are unknown, missing or of another type.
         """
         try:
             tree = json.loads(text)
@@ -102,10 +103,10 @@ class Recipe:
         if not isinstance(tree, dict) or not isinstance(tree.get("format_version"), int):
             raise RecipeError(f"{where} is not a saved recipe: it has no format_version")
         version = tree.pop("format_version")
-        if version != FORMAT_VERSION:
-            older = "; update adaptive to read it" if version > FORMAT_VERSION else ""
-            raise RecipeError(f"{where} has recipe format {version}, this version reads {FORMAT_VERSION}{older}")
-        return read(Recipe, tree, where=where)
+        if not 1 <= version <= FORMAT_VERSION:
+            newer = "; update adaptive to read it" if version > FORMAT_VERSION else ""
+            raise RecipeError(f"{where} has recipe format {version}, this version reads 1 to {FORMAT_VERSION}{newer}")
+        return read(Recipe, tree, where=where, fill=version < FORMAT_VERSION)
 
 
 def list_recipes() -> list[str]:
@@ -247,7 +248,8 @@ _AT_LEAST = {
     "model.router.capacity_warmup_steps": 0, "model.router.balance_coefficient": 0,
     "model.router.bias_update_rate": 0, "model.router.balance_warmup_steps": 0,
     "data.seq_len": 2, "data.validation_every": 2, "data.prefetch": 1, "data.shuffle_seed": 0,
-    "optimizer.weight_decay": 0, "schedule.warmup_steps": 0, "mesh.fsdp": 1, "mesh.tensor": 1,
+    "optimizer.weight_decay": 0, "schedule.warmup_steps": 0, "mesh.fsdp": 1, "mesh.expert": 1,
+    "mesh.tensor": 1, "mesh.expert_parallel.nodes": 1, "mesh.expert_parallel.overlap": 1,
     "train.steps": 1, "train.batch_size": 1, "train.device_batch_size": 0, "train.seed": 0, "train.loss_chunk": 0,
     "train.max_bad_steps": 1, "eval.every": 0, "eval.batches": 0, "checkpoint.every": 0, "checkpoint.keep_last": 1,
     "checkpoint.keep_every": 0, "log.every": 1, "log.profile_start": 0, "log.profile_steps": 0, "log.sample_tokens": 0,

@@ -201,6 +201,14 @@ def test_saved_recipes_are_read_strictly(change, parts):
         assert part in text
 
 
+def test_what_an_older_format_lacks_has_its_default():
+    tree = json.loads(TINY.to_json())
+    older = {**tree, "format_version": 1, "mesh": {name: tree["mesh"][name] for name in ("data", "fsdp", "tensor")}}
+    assert Recipe.from_json(json.dumps(older)) == TINY
+    assert "lacks expert" in message(Recipe.from_json, json.dumps({**older, "format_version": 2}))
+    assert "lacks name" in message(Recipe.from_json, json.dumps({k: v for k, v in older.items() if k != "name"}))
+
+
 def test_malformed_json_names_file_and_line():
     assert "w/recipe.json, line 2" in message(Recipe.from_json, '{\n"a" 3}', where="w/recipe.json")
 

@@ -52,7 +52,7 @@ class Program:
 
 @functools.cache
 def compiled_step(
-    config: TransformerConfig, tx: optax.GradientTransformation, mesh: tuple[int, int, int], rows: int, seq: int,
+    config: TransformerConfig, tx: optax.GradientTransformation, mesh: tuple[int, int, int, int], rows: int, seq: int,
     accumulation: int = 1,
 ) -> Program:  # fmt: skip
     """The train step of a model on a mesh of the first devices, for batches [rows, seq]."""

@@ -1,6 +1,79 @@
-"""The device mesh: plain data."""
+"""The device mesh, and how experts use it: plain data."""
 
 import dataclasses
+from typing import Literal
+
+from adaptive.errors import MeshError
+
+Strategy = Literal["expert", "gather", "data", "tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertParallel:
+    """How experts are computed over the mesh's `expert` axis. No setting changes a model's outputs or its checkpoint.
+
+    auto    the strategy that a cost model finds cheapest, of the four
+    expert  tokens travel to the devices that hold their experts, and back
+    gather  every device sees all tokens of the axis and computes its own experts on them; sums are scattered back
+    data    every device gathers all experts' weights and computes its own tokens
+    tensor  every device holds a slice of each expert's hidden units and sees all tokens of the axis
+    """
+
+    strategy: Literal["auto", "expert", "gather", "data", "tensor"] = "auto"
+    exchange: Literal["flat", "hierarchical"] = (
+        "flat"  # all-to-all at once, or within nodes first and then between them
+    )
+    nodes: int = 1  # nodes that the expert axis spans, each with as many devices; for exchange=hierarchical
+    overlap: int = 1  # parts in which tokens travel: one is computed while the next is under way
+    buffer_factor: float = -1.0  # rows that a device receives at most, over those it sends; -1: all that can ever come
+
+    def validate(self, *, devices: int, experts: int = 0, ragged: bool | None = None) -> None:
+        """Raises MeshError for settings that do not fit the axis, the experts, or each other, with what would.
+
+        devices  on the expert axis
+        experts  of each layer; 0: the model has none
+        ragged   whether rows are sorted by expert, in groups of any size, or padded to a capacity; None: not known
+        """
+        name = "mesh.expert_parallel"
+        if not experts:
+            if devices > 1:
+                raise MeshError(f"mesh.expert={devices}: the model has no experts to split; it must be 1")
+            return
+        if experts % devices and self.strategy != "tensor":
+            fits = [d for d in range(1, experts + 1) if experts % d == 0]
+            raise MeshError(
+                f"mesh.expert={devices} does not divide the {experts} experts; it can be one of "
+                f"{', '.join(map(str, fits))}, or {name}.strategy=tensor splits each expert's hidden units instead"
+            )
+        travels = self.strategy in ("auto", "expert")
+        if self.nodes < 1 or devices % self.nodes:
+            fits = [d for d in range(1, devices + 1) if devices % d == 0]
+            raise MeshError(
+                f"{name}.nodes={self.nodes} does not divide mesh.expert={devices}; it can be one of "
+                f"{', '.join(map(str, fits))}"
+            )
+        if self.exchange == "hierarchical":
+            if self.nodes in (1, devices):
+                raise MeshError(
+                    f"{name}.exchange=hierarchical with nodes={self.nodes} of {devices} devices has one level only: "
+                    "nodes must be above 1 and below mesh.expert, or use exchange=flat"
+                )
+            if not travels or ragged:
+                why = (
+                    f"strategy={self.strategy} exchanges no tokens" if not travels else "ragged rows are sent directly"
+                )
+                raise MeshError(f"{name}.exchange=hierarchical: {why}; use exchange=flat")
+        if self.overlap < 1:
+            raise MeshError(f"{name}.overlap={self.overlap}: must be at least 1, which sends all tokens at once")
+        if self.overlap > 1 and not travels:
+            raise MeshError(
+                f"{name}.overlap={self.overlap}: strategy={self.strategy} exchanges no tokens; use overlap=1"
+            )
+        if self.buffer_factor != -1:
+            if self.buffer_factor <= 0:
+                raise MeshError(f"{name}.buffer_factor={self.buffer_factor:g}: must be above 0, or -1 for no bound")
+            if ragged is False:
+                raise MeshError(f"{name}.buffer_factor bounds ragged rows; slots of a fixed capacity need none: use -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,9 +82,12 @@ class MeshConfig:
 
     data    replicas: the batch is split, parameters are not
     fsdp    the batch is split, and so are parameters and optimizer state (gathered layer by layer)
+    expert  the batch is split, and so are the experts of every layer
     tensor  heads, feed-forward and vocabulary are split
     """
 
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
+    expert_parallel: ExpertParallel = ExpertParallel()

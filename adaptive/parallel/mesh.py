@@ -14,11 +14,11 @@ from adaptive.errors import MeshError
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.rules import AxisRules
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes ("data", "fsdp", "tensor") over all devices (or those given).
+    """A mesh with axes ("data", "fsdp", "expert", "tensor") over all devices (or those given).
 
     Raises MeshError if the sizes do not multiply to the number of devices, saying which would.
     """

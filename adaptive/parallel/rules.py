@@ -3,25 +3,30 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adaptive.parallel.config import ExpertParallel
+
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
     """Mesh axes over which each logical axis is split; () is replicated."""
 
-    batch: tuple[str, ...] = ("data", "fsdp")  # activations [batch, seq, ...]
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")  # activations [batch, seq, ...]
     seq: tuple[str, ...] = ()  # the same; routing selects along it, so it must stay whole
     width: tuple[str, ...] = ("fsdp",)  # parameters only: gathered before use
     heads: tuple[str, ...] = ("tensor",)  # [width, heads, head_dim] and activations [batch, seq, heads, head_dim]
     ff: tuple[str, ...] = ("tensor",)  # [width, ff] and activations [batch, seq, ff]
     vocab: tuple[str, ...] = ("tensor",)  # [vocab, width]
+    experts: tuple[str, ...] = ("expert",)  # parameters [experts, ...]
+    expert_ff: tuple[str, ...] = ("tensor",)  # parameters [experts, width, expert_ff]
 
     def spec(self, *names: str | None) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names (None: replicated).
@@ -40,13 +45,40 @@ class AxisRules:
         return P(*(None if not part else part[0] if len(part) == 1 else part for part in parts))
 
 
-_placement: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar("placement", default=None)
+def axis_rules(experts: ExpertParallel) -> AxisRules:
+    """The table for a way to compute experts: `tensor` splits their hidden units where the others split the experts.
+
+    Raises ValueError for the strategy "auto", which is to be settled first (`expert_cost.settled`).
+    """
+    if experts.strategy == "auto":
+        raise ValueError("where parameters live depends on the strategy; settle it first")
+    if experts.strategy == "tensor":
+        return AxisRules(experts=(), expert_ff=("expert", "tensor"))
+    return AxisRules()
+
+
+TOKENS_TRAVEL = ExpertParallel(strategy="expert")
+
+
+class Placement(NamedTuple):
+    """What logical names mean: a mesh, the table, and how experts are computed."""
+
+    mesh: Mesh
+    rules: AxisRules
+    experts: ExpertParallel
+
+
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+
+
+def active_placement() -> Placement | None:
+    return _placement.get()
 
 
 @contextlib.contextmanager
-def placement(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
+def placement(mesh: Mesh, rules: AxisRules, experts: ExpertParallel = TOKENS_TRAVEL) -> Iterator[None]:
     """Within it, logical names mean axes of `mesh`; outside, annotations are void. Jitted code is traced inside."""
-    token = _placement.set((mesh, rules))
+    token = _placement.set(Placement(mesh, rules, experts))
     try:
         yield
     finally:
@@ -58,7 +90,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     current = _placement.get()
     if current is None:
         return x
-    mesh, rules = current
+    mesh, rules, _ = current
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(*names)))
 
 
@@ -67,11 +99,12 @@ def batch_shards() -> int:
     current = _placement.get()
     if current is None:
         return 1
-    mesh, rules = current
-    shards = 1
-    for axis in rules.batch:
-        shards *= mesh.shape[axis]
-    return shards
+    return split(current.mesh, current.rules.batch)
+
+
+def split(mesh: Mesh, axes: Iterable[str]) -> int:
+    """Into how many parts these axes of the mesh split an array's dimension."""
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def gathered(value: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -21,7 +21,7 @@ from adaptive.models.config import TransformerConfig
 from adaptive.models.transformer import build_model
 from adaptive.optim.build import make_optimizer
 from adaptive.parallel.mesh import batch_sharding, divisors
-from adaptive.parallel.rules import AxisRules, placement
+from adaptive.parallel.rules import AxisRules, placement, split
 from adaptive.recipe import Recipe
 from adaptive.training.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
@@ -53,7 +53,7 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
     if rows % shards:
         near = sorted({max(1, rows // shards) * shards, (rows // shards + 1) * shards})
         raise MeshError(
-            f"train.batch_size={rows} does not divide over {shards} devices (mesh.data * mesh.fsdp); "
+            f"train.batch_size={rows} does not divide over {shards} devices (mesh.data * mesh.fsdp * mesh.expert); "
             f"nearest that do: {', '.join(map(str, near))}"
         )
     per_device = rows // shards
@@ -101,7 +101,7 @@ class Program:
 
     def __init__(self, recipe: Recipe, mesh: Mesh, rules: AxisRules | None = None):
         self.recipe, self.mesh, self.rules = recipe, mesh, rules or AxisRules()
-        self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.shards = split(mesh, self.rules.batch)
         self.accumulation = accumulation_of(recipe, self.shards)
         self.dtype = compute_dtype(recipe)
         self.tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)

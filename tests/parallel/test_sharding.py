@@ -21,7 +21,7 @@ from adaptive.parallel.rules import AxisRules, constrain, placement
 from adaptive.training.state import state_shardings
 
 ROWS, SEQ = 8, 16
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8)]  # data, fsdp, expert, tensor
 GRADIENT = optax.sgd(1.0)  # parameters move by exactly their gradient
 COLLECTIVES = Path(__file__).with_name("collectives.json")
 RECORD = "ADAPTIVE_RECORD=1 ./scripts/test tests/parallel/test_sharding.py -k collectives"
@@ -41,7 +41,7 @@ MODELS = {
 }  # fmt: skip
 
 
-def loss_and_gradients(name: str, mesh: tuple[int, int, int]):
+def loss_and_gradients(name: str, mesh: tuple[int, int, int, int]):
     """(metrics, gradient of every parameter, buffers) of one step."""
     program = compiled_step(MODELS[name], GRADIENT, mesh, ROWS, SEQ)
     state = program.state()
@@ -53,7 +53,7 @@ def loss_and_gradients(name: str, mesh: tuple[int, int, int]):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return {name: loss_and_gradients(name, (1, 1, 1)) for name in MODELS}
+    return {name: loss_and_gradients(name, (1, 1, 1, 1)) for name in MODELS}
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -73,7 +73,7 @@ def test_mesh_equals_one_device(name, mesh, on_one_device):
 
 
 def test_parameters_and_moments_are_born_split():
-    program = compiled_step(MODELS["mor"], GRADIENT, (2, 2, 2), ROWS, SEQ)
+    program = compiled_step(MODELS["mor"], GRADIENT, (2, 2, 1, 2), ROWS, SEQ)
     block = program.state().params["block"]
     attention, feed_forward = block["attention"], block["feed_forward"]
     for variable, split in ((feed_forward["up"], 4), (attention["q"], 4), (block["attention_norm"]["weight"], 1)):
@@ -83,9 +83,9 @@ def test_parameters_and_moments_are_born_split():
 
 @pytest.mark.parametrize("name", ["vanilla", "recursive", "mor"])
 def test_number_of_collectives(name):
-    """By kind, in the compiled step on (data, fsdp, tensor) = (2, 2, 2); other jax versions compile other programs."""
+    """By kind, in the compiled step on data=2 fsdp=2 tensor=2; other jax versions compile other programs."""
     version = ".".join(jax.__version__.split(".")[:2])
-    program = compiled_step(MODELS[name], GRADIENT, (2, 2, 2), ROWS, SEQ)
+    program = compiled_step(MODELS[name], GRADIENT, (2, 2, 1, 2), ROWS, SEQ)
     found = hlo.collectives(program.compiled.as_text())
     recorded = json.loads(COLLECTIVES.read_text())
     if os.environ.get("ADAPTIVE_RECORD"):
@@ -100,7 +100,7 @@ def test_number_of_collectives(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_replicas_communicate_by_sums_alone(name):
     """With the batch alone split, nothing is gathered: routing is local to a sequence."""
-    program = compiled_step(MODELS[name], GRADIENT, (8, 1, 1), ROWS, SEQ)
+    program = compiled_step(MODELS[name], GRADIENT, (8, 1, 1, 1), ROWS, SEQ)
     assert set(hlo.collectives(program.compiled.as_text())) == {"all-reduce"}
 
 
@@ -122,15 +122,15 @@ def test_sizes_that_do_not_fit_the_devices(config, parts):
 
 
 def test_sizes_that_fit():
-    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 
 
 def test_parameters_that_do_not_divide_are_named():
     config = dataclasses.replace(VANILLA, num_heads=6, num_kv_heads=2)
     build = lambda key: build_model(config, key=key)  # noqa: E731
     with pytest.raises(MeshError) as error:
-        state_shardings(build, GRADIENT, make_mesh(MeshConfig(1, 2, 4)), RULES)
+        state_shardings(build, GRADIENT, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)), RULES)
     message = str(error.value)
     assert "['attention']['q']" in message and "heads=6 does not divide by tensor=4" in message
     assert "['attention']['k']" in message and "heads=2" in message
@@ -147,5 +147,5 @@ def test_the_table_refuses_what_it_cannot_place():
 def test_annotations_are_void_without_a_mesh():
     x = np.ones((4, 4), np.float32)
     assert constrain(x, "batch", "heads") is x
-    with placement(make_mesh(MeshConfig(4, 1, 2)), RULES):
+    with placement(make_mesh(MeshConfig(data=4, tensor=2)), RULES):
         assert jax.jit(lambda x: constrain(x, "batch", "heads"))(x).sharding.shard_shape((4, 4)) == (1, 2)

@@ -57,7 +57,7 @@ def write_plan(workdir: Path, recipe: Recipe) -> PlanRecord:
         measured_flops_per_step=costs["executed_flops_per_step"] * 1.004,
         device_kind="cpu",
         devices=1,
-        mesh={"data": 1, "fsdp": 1, "tensor": 1},
+        mesh={"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
         compute_dtype="bfloat16",
         peak_flops_per_s=PEAK,
         compile_seconds=23.4,

@@ -18,7 +18,7 @@ from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.optim.schedule import make_schedule, phases
 from adaptive.training.state import abstract_model
 
-ROWS, SEQ, ONE = 4, 8, (1, 1, 1)
+ROWS, SEQ, ONE = 4, 8, (1, 1, 1, 1)
 GRADIENT = optax.sgd(1.0)
 VANILLA = TransformerConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
