@@ -29,6 +29,12 @@ class Rows(NamedTuple):
     segments: jax.Array | None = None
     valid: jax.Array | None = None
 
+    def present(self) -> jax.Array | None:
+        """bool[batch, n]: positions that hold a token; None: all."""
+        if self.valid is not None or self.segments is None:
+            return self.valid
+        return self.segments > 0
+
 
 class KeyValues(NamedTuple):
     """Rotated keys and values [batch, n, kv_heads, head_dim]."""

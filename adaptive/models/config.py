@@ -5,6 +5,7 @@ import itertools
 from typing import Literal
 
 from adaptive.errors import RecipeError
+from adaptive.layers.moe_config import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class TransformerConfig:
     share_parameters: bool = True  # False: own parameters at every recursion, to share keys and values alone
     kv: Literal["per_recursion", "shared", "hybrid"] = "per_recursion"
     router: RouterConfig = RouterConfig()
+    moe: MoEConfig = MoEConfig()
 
     @property
     def family(self) -> Literal["vanilla", "recursive", "mor"]:
@@ -140,6 +142,12 @@ class TransformerConfig:
                 f"model.recursions={self.recursions} does not divide the depth: model.num_layers={self.num_layers} "
                 f"with sharing={self.sharing} must be {shape}; nearest num_layers: {', '.join(map(str, near))}"
             )
+        self.moe.validate(self.num_layers)
+        if self.moe.router != "none" and self.recursions > 1:
+            if self.sharing not in ("cycle", "middle_cycle"):
+                raise RecipeError(f"model.sharing={self.sharing}: experts need sharing=cycle or middle_cycle")
+            if self.moe.dense_layers:
+                raise RecipeError("model.moe.dense_layers is for models without recursions; leave it empty")
         if r.kind == "none":
             if self.kv == "hybrid":
                 raise RecipeError("model.kv=hybrid needs an expert-choice router; use kv=shared or per_recursion")

@@ -1,28 +1,27 @@
 """Vanilla, recursive and Mixture-of-Recursions decoders: one module, told apart by their configuration."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.errors import RecipeError
 from adaptive.layers.attention import AttentionOptions, KeyValues, Memory, Rows
 from adaptive.layers.decoder import DecoderLayer
 from adaptive.layers.linear import normal_param, use
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.rope import rope_at
+from adaptive.layers.moe.base import Context, RoutedLayer
 from adaptive.layers.router import EXPANSION, Router
+from adaptive.layers.site import Buffer, Site
 from adaptive.models import recursion
 from adaptive.models.config import TransformerConfig
+from adaptive.models.forward import Forward, Remat, expert_losses
 from adaptive.parallel.rules import constrain, gathered
 from adaptive.routing.losses import updated_bias
-from adaptive.routing.types import Output
-
-Remat = Literal["none", "layer", "dots"]
-
-
-class Buffer(nnx.Variable):
-    """State of a model that no gradient trains (the bias of loss-free balancing)."""
+from adaptive.routing.types import AuxLosses, Output
 
 
 class Cache(NamedTuple):
@@ -59,13 +58,15 @@ class Transformer(nnx.Module):
         config.validate()
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
         c, r = config, config.router
-        keys = iter(jax.random.split(key, 5 + 2 * c.recursions))
+        keys = iter(jax.random.split(key, 6 + 2 * c.recursions))
         self.embedding = normal_param(next(keys), (c.vocab_size, c.hidden_size), ("vocab", "width"), c.init_std)
         head = (c.vocab_size, c.hidden_size), ("vocab", "width"), c.init_std
         self.head = None if c.tie_embeddings else normal_param(next(keys), *head)
-        self.first = self._layer(next(keys)) if c.unique_ends else None
-        self.block = self._layer(next(keys), self._stack())
-        self.last = self._layer(next(keys)) if c.unique_ends else None
+        self.first = self._layer(next(keys), (0,)) if c.unique_ends else None
+        dense = c.moe.dense_layers if c.moe.router != "none" else ()
+        inside = [i for i in range(c.block_size) if i not in dense]
+        self.block = self._layer(next(keys), [c.unique_ends + i for i in inside], self._stack(len(inside)))
+        self.last = self._layer(next(keys), (c.num_layers - 1,)) if c.unique_ends else None
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
         routers, choices = {"none": (0, 0), "expert_choice": (c.recursions, 1), "token_choice": (1, c.recursions)}[
             r.kind
@@ -76,6 +77,8 @@ class Transformer(nnx.Module):
         self.aux_routers = nnx.List([self._router(choices, 1.0, next(keys)) for _ in range(auxiliary)])
         loss_free = r.kind == "token_choice" and r.balancing == "loss_free"
         self.router_bias = Buffer(jnp.zeros(c.recursions)) if loss_free else None
+        # Dense layers between routed ones; a vanilla model alone has them.
+        self.dense = self._layer(next(keys), dense, (len(dense),), moe=False) if dense else None
 
     def __call__(
         self,
@@ -102,31 +105,50 @@ class Transformer(nnx.Module):
         logits         False leaves them out, for a loss that computes them in chunks from `hidden` and `head_weight`
         """
         rows = self._rows(tokens, positions, segment_ids)
+        forward = self._forward(Context(selection=selection, training=not deterministic, key=key))
         x = self._embed(tokens)
         if self.first is not None:
-            x, _ = self._one(self.first, x, rows)
+            x, _ = forward.one("first", self.first, x, rows)
         exists = None if segment_ids is None else segment_ids > 0
-        steps = recursion.Steps(self._ready_block(), self.config, rows)
-        routed = self._recur(
-            steps, x, rows, selection, exists=exists, step=None if deterministic else step, key=key
-        )  # fmt: skip
+        routed = self._recur(forward, x, rows, selection, exists=exists, step=None if deterministic else step, key=key)
         x = routed.x
         if self.last is not None:
-            x, _ = self._one(self.last, x, rows)
-        hidden = self.norm(x)
-        return Output(hidden, self._logits(hidden) if logits else None, routed.aux, routed.trace)
+            x, _ = forward.one("last", self.last, x, rows)
+        return self._output(forward, x, routed, logits)
 
     def head_weight(self) -> jax.Array:
         """The output matrix [vocab, width], in float32."""
         return (self.embedding if self.head is None else self.head)[...]
 
-    def next_buffers(self, load: jax.Array | None) -> Any:
-        """The model's buffers after a training step whose tokens went to depths with shares `load` f32[recursions]."""
-        buffers = nnx.state(self, Buffer)
-        if self.router_bias is None or load is None:
-            return buffers
-        rate = self.config.router.bias_update_rate
-        return jax.tree.map(lambda bias: updated_bias(bias, load, rate), buffers)
+    def next_buffers(self, sums: dict[str, Any]) -> Any:
+        """The model's buffers after a training step whose micro-batches' `Trace.sums` add up to `sums`."""
+        if self.router_bias is not None:
+            rate = self.config.router.bias_update_rate
+            self.router_bias[...] = updated_bias(self.router_bias[...], sums["depth"], rate)
+        for part in ("first", "block", "last"):
+            layer = getattr(self, part)
+            if layer is not None and isinstance(layer.feed_forward, RoutedLayer):
+                layer.feed_forward.update(sums[part])
+        return nnx.state(self, Buffer)
+
+    def experts(self) -> RoutedLayer | None:
+        """A routed feed-forward of the model, all of whose kind are alike; None where all are dense."""
+        return self.block.feed_forward if isinstance(self.block.feed_forward, RoutedLayer) else None
+
+    def selections(self) -> tuple[Literal["topk", "threshold"], ...]:
+        """The ways of selecting that differ and that this model can evaluate: as it trains, and as it generates."""
+        experts = self.experts()
+        if experts is not None and experts.refuse_generation():
+            return ("topk",)
+        differ = self.config.router.kind == "expert_choice" or (experts is not None and not experts.selects_alike())
+        return ("topk", "threshold") if differ else ("topk",)
+
+    def refuse_generation(self) -> str:
+        """Why `prefill` and `decode_step` cannot run; empty where they can."""
+        c, experts = self.config, self.experts()
+        if c.sharing == "middle_sequence" or (c.sharing == "sequence" and self._looped_inside):
+            return "generation with a cache needs a contiguous block: sharing=cycle or middle_cycle"
+        return "" if experts is None else experts.refuse_generation()
 
     # Generation
 
@@ -145,28 +167,29 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens: jax.Array, cache: Cache) -> tuple[Output, Cache]:
         """Appends tokens i32[batch, n] to the cache; routed models decide causally (`selection="threshold"`)."""
-        if self.config.sharing == "middle_sequence" or (self.config.sharing == "sequence" and self._looped_inside):
-            raise NotImplementedError("generation with a cache needs a contiguous block: sharing=cycle or middle_cycle")
+        if reason := self.refuse_generation():
+            raise RecipeError(reason)
         batch, n = tokens.shape
         where = jnp.broadcast_to(cache.length + jnp.arange(n, dtype=jnp.int32), (batch, n))
         rows = self._rows(tokens, where, None)._replace(index=where)
         everyone = recursion.Selection(where, jnp.ones((batch, n)), jnp.ones((batch, n), bool))
         index = jnp.broadcast_to(jnp.arange(cache.active.shape[-1], dtype=jnp.int32), cache.active.shape[1:])
         keys = Rows(rows.rope, index)
+        forward = self._forward(Context(selection="threshold"))
         x = self._embed(tokens)
         first = last = None
         if self.first is not None:
             assert cache.first is not None
-            x, first = self._one(self.first, x, rows, Memory(cache.first, keys, everyone))
-        steps = recursion.CachedSteps(self._ready_block(), self.config, list(cache.block), cache.active, where)
-        routed = self._recur(steps, x, rows, "threshold")
+            x, first = forward.one("first", self.first, x, rows, Memory(cache.first, keys, everyone))
+        block = forward.block(self.block, self.dense)
+        steps = recursion.CachedSteps(block, self.config, list(cache.block), cache.active, where)
+        routed = self._recur(forward, x, rows, "threshold", steps=steps)
         x = routed.x
         if self.last is not None:
             assert cache.last is not None
-            x, last = self._one(self.last, x, rows, Memory(cache.last, keys, everyone))
-        hidden = self.norm(x)
+            x, last = forward.one("last", self.last, x, rows, Memory(cache.last, keys, everyone))
         after = Cache(cache.length + n, first, tuple(steps.caches), last, steps.active)
-        return Output(hidden, self._logits(hidden), routed.aux, routed.trace), after
+        return self._output(forward, x, routed, True), after
 
     def decode_step(self, token: jax.Array, cache: Cache) -> tuple[Output, Cache]:
         """Appends one token i32[batch] to each sequence; logits f32[batch, 1, vocab] of the next."""
@@ -174,18 +197,35 @@ class Transformer(nnx.Module):
 
     # Parts
 
+    def _forward(self, context: Context) -> Forward:
+        return Forward(self.config, context, self.dtype, self.remat, self.unroll)
+
+    def _output(self, forward: Forward, x: jax.Array, routed: recursion.Routed, logits: bool) -> Output:
+        hidden, experts, aux = self.norm(x), forward.experts(), AuxLosses(routed.aux)
+        layer = self.experts()
+        if layer is not None:
+            aux |= expert_losses(experts, layer.coefficients())
+        trace = routed.trace._replace(experts=experts)
+        return Output(hidden, self._logits(hidden) if logits else None, aux, trace)
+
     def _recur(
         self,
-        steps: recursion.Step,
+        forward: Forward,
         x: jax.Array,
         rows: Rows,
         selection: Literal["topk", "threshold"],
         *,
+        steps: recursion.Step | None = None,
         exists: jax.Array | None = None,
         step: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> recursion.Routed:
         c = self.config
+        if c.router.kind == "none" and self._looped_inside:
+            x = forward.repeated_in_place(self.block, x, rows)
+            return recursion.all_tokens(lambda r, x, rows, selection: x, c, x, rows)
+        if steps is None:
+            steps = recursion.Steps(forward.block(self.block, self.dense), c, rows)
         bias = None if self.router_bias is None else self.router_bias[...]
         routers = recursion.Routers(list(self.routers), list(self.aux_routers), bias)
         if c.router.kind == "token_choice":
@@ -198,9 +238,6 @@ class Transformer(nnx.Module):
             return recursion.expert_choice_top(
                 steps, c, routers, x, rows, exists=exists, step=step, key=key
             )  # fmt: skip
-        if self._looped_inside:
-            x, _ = self._sequence(self._block_state(), x, rows)
-            return recursion.all_tokens(lambda r, x, rows, selection: x, c, x, rows)
         return recursion.all_tokens(steps, c, x, rows)
 
     @property
@@ -208,25 +245,28 @@ class Transformer(nnx.Module):
         """Whether each layer repeats in place (sequence sharing) rather than the block as a whole."""
         return self.config.recursions > 1 and self.config.sharing in ("sequence", "middle_sequence")
 
-    def _stack(self) -> tuple[int, ...]:
+    def _stack(self, layers: int) -> tuple[int, ...]:
         c = self.config
         if c.share_parameters or c.recursions == 1:
-            return (c.block_size,)
-        return (c.block_size, c.recursions) if self._looped_inside else (c.recursions, c.block_size)
+            return (layers,)
+        return (layers, c.recursions) if self._looped_inside else (c.recursions, layers)
 
-    def _layer(self, key: jax.Array, stack: tuple[int, ...] = ()) -> DecoderLayer:
+    def _layer(
+        self, key: jax.Array, numbers: Sequence[int], stack: tuple[int, ...] = (), *, moe: bool = True
+    ) -> DecoderLayer:
+        """numbers: of its layers in the unrolled network."""
         c = self.config
+        uses = c.recursions if stack and c.recursions > 1 and c.share_parameters else 0
         return DecoderLayer(
-            c.hidden_size,
+            Site(c.hidden_size, c.init_std, stack, uses, tuple(numbers), c.num_layers),
             heads=c.num_heads,
             kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
             feed_forward=c.intermediate_size,
             norm_eps=c.norm_eps,
-            std=c.init_std,
             key=key,
-            stack=stack,
             attention=AttentionOptions(c.attention_bias, c.qk_norm, c.clip_qkv, c.attention_window),
+            moe=c.moe if moe and c.moe.router != "none" else None,
         )
 
     def _router(self, choices: int, temperature: float, key: jax.Array) -> Router:
@@ -255,68 +295,6 @@ class Transformer(nnx.Module):
     def _logits(self, hidden: jax.Array) -> jax.Array:
         weight = use(self.embedding if self.head is None else self.head, hidden.dtype)
         return jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
-
-    def _one(
-        self, layer: DecoderLayer, x: jax.Array, rows: Rows, memory: Memory | None = None
-    ) -> tuple[jax.Array, KeyValues]:
-        graphdef, state = nnx.split(layer)
-        return self._checkpointed(lambda state, x, memory: nnx.merge(graphdef, state)(x, rows, memory))(
-            state, x, memory
-        )
-
-    def _block_state(self) -> Any:
-        """The block's parameters. A block used several times is gathered once, ahead of all its uses."""
-        state = nnx.state(self.block)
-        if self.config.recursions == 1:
-            return state
-
-        def ready(param: nnx.Variable) -> nnx.Variable:
-            axes = param.get_metadata()["axes"]
-            return param.replace(gathered(param[...], axes, self.dtype)) if "width" in axes else param
-
-        return jax.tree.map(ready, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-    def _ready_block(self) -> recursion.Block:
-        graphdef, state = nnx.graphdef(self.block), self._block_state()
-        own = not self.config.share_parameters and self.config.recursions > 1
-
-        def apply(r, x, rows, memory, *, keep):
-            layers = jax.tree.map(lambda a: a[r], state) if own else state
-            stacked = None if memory is None else memory.kv
-
-            def body(x, scanned):
-                layer, kv = scanned
-                x, out = nnx.merge(graphdef, layer)(x, rows, None if memory is None else memory._replace(kv=kv))
-                return x, out if keep else None
-
-            return jax.lax.scan(self._checkpointed(body), x, (layers, stacked), unroll=self.unroll or 1)
-
-        return apply
-
-    def _sequence(self, state: Any, x: jax.Array, rows: Rows) -> tuple[jax.Array, None]:
-        """Sequence sharing: each layer of the block runs `recursions` times before the next one does."""
-        graphdef, c = nnx.graphdef(self.block), self.config
-
-        def body(x, layer):
-            first = None
-            for r in range(c.recursions):
-                own = layer if c.share_parameters else jax.tree.map(lambda a, r=r: a[r], layer)
-                memory = None if first is None else Memory(first, rows)
-                x, kv = nnx.merge(graphdef, own)(x, rows, memory)
-                if c.kv == "shared":
-                    first = kv
-            return x, None
-
-        return jax.lax.scan(self._checkpointed(body), x, state, unroll=self.unroll or 1)
-
-    def _checkpointed(self, fn):
-        match self.remat:
-            case "none":
-                return fn
-            case "layer":
-                return jax.checkpoint(fn)
-            case "dots":
-                return jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
 
 def build_model(

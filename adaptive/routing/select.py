@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from adaptive.routing.types import Selection
 
+MOST_ARGMAXES = 8
+
 
 def select_top(
     scores: jax.Array, gates: jax.Array, capacity: int, limit: jax.Array | int | None = None
@@ -45,3 +47,17 @@ def select_first(allowed: jax.Array, gates: jax.Array, capacity: int) -> Selecti
 
 def _gated(indices: jax.Array, weights: jax.Array, valid: jax.Array) -> Selection:
     return Selection(indices, jnp.where(valid, weights, 0.0), valid)
+
+
+def top_choices(scores: jax.Array, k: int) -> jax.Array:
+    """i32[..., k]: the k largest of the last axis of `scores` f32[..., choices], best first, ties to the lower index."""
+    scores = jax.lax.stop_gradient(scores)
+    if k > MOST_ARGMAXES:
+        number = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
+        return jax.lax.sort((-scores, number), num_keys=1, is_stable=True)[1][..., :k]
+    picked = []
+    for _ in range(k):  # for a few, argmax by argmax is the fastest that XLA also partitions over a sharded batch
+        best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        picked.append(best)
+        scores = jnp.where(jnp.arange(scores.shape[-1]) == best[..., None], -jnp.inf, scores)
+    return jnp.stack(picked, axis=-1)

@@ -1,6 +1,6 @@
 """The few types that routing speaks: Selection, AuxLosses, Trace."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,21 @@ class AuxLosses(dict[str, Aux]):
         return cls({name: Aux(v, c, sep) for (name, c, sep), v in zip(static, values, strict=True)})
 
 
+class ExpertCalls(NamedTuple):
+    """What routed feed-forwards did, one entry per call of such a layer along the leading axes.
+
+    losses     f32[...] each: auxiliary losses before their coefficients
+    stats      sums over the tokens of the batch, which add up over micro-batches and steps
+    parts      arrays of losses that are formed over all layers together
+    per_token  i32[..., batch, n]: experts that computed each token
+    """
+
+    losses: dict[str, jax.Array]
+    stats: dict[str, jax.Array]
+    parts: dict[str, jax.Array]
+    per_token: jax.Array
+
+
 class Trace(NamedTuple):
     """What was computed for each token. Metrics, the compute account, reports and analyses read it and nothing else.
 
@@ -74,6 +89,8 @@ class Trace(NamedTuple):
     scores      one f32[batch, seq] per recursion: the decision score in [0, 1] of every position, NaN where the
                 position was no candidate; () without a router
     load        f32[recursions]         share of tokens per depth under token choice, None otherwise
+    experts     by part of the model ("first", "block", "last"): calls of its routed feed-forwards, with the leading
+                axes of that part's buffers; {} where all are dense
     """
 
     depth: jax.Array
@@ -81,6 +98,12 @@ class Trace(NamedTuple):
     scalars: dict[str, jax.Array] | None = None
     scores: tuple[jax.Array, ...] = ()
     load: jax.Array | None = None
+    experts: dict[str, ExpertCalls] = {}  # noqa: RUF012  # never changed in place
+
+    def sums(self) -> dict[str, Any]:
+        """What adds up over micro-batches and moves a model's buffers after a step."""
+        load = {} if self.load is None else {"depth": self.load}
+        return load | {part: calls.stats for part, calls in self.experts.items()}
 
 
 class Output(NamedTuple):

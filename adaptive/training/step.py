@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from adaptive.data.windows import Batch
+from adaptive.models.forward import ROUTED
 from adaptive.parallel.rules import batch_shards, constrain, constrain_state, gathered
 from adaptive.routing.types import Output
 from adaptive.training.loss import chunk_length, cross_entropy_sum
@@ -26,7 +27,8 @@ def make_train_step(
     warmup: bool = False,
     segmented: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function (state, batch) -> (state, metrics of f32[]); jit it with the state donated.
+    """A pure function (state, batch) -> (state, metrics); jit it with the state donated. Metrics are f32[], but for
+    "experts/NAME" f32[calls, ...], the sums of every call of a routed feed-forward (`expert_stats`).
 
     accumulation  micro-batches that the batch is computed in, one after another
     loss_chunk    positions whose logits exist at once; 0: chosen from the vocabulary
@@ -52,12 +54,8 @@ def make_train_step(
         ce = nll / count
         aux = out.aux
         scalars = {"ce": ce, **_scaled({**aux.scalars(), **_routing(out)}, 1 / accumulation)}
-        load = None if out.trace.load is None else out.trace.load / accumulation
-        return ce + (aux.total() + aux.separate_total()) / accumulation, (
-            ce + aux.total() / accumulation,
-            scalars,
-            load,
-        )
+        loss = ce + aux.total() / accumulation
+        return loss + aux.separate_total() / accumulation, (loss, scalars, out.trace.sums())
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         count = jnp.maximum(batch.mask.sum(), 1.0)
@@ -71,18 +69,18 @@ def make_train_step(
             return constrain_state(grads), *extra
 
         if accumulation == 1:
-            grads, loss, scalars, load = grads_of(batch, keys[0])
+            grads, loss, scalars, sums = grads_of(batch, keys[0])
         else:
             micro = jax.tree.map(lambda a: _micro_batches(a, accumulation), batch)
             zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grads_of, jax.tree.map(lambda a: a[0], micro), keys[0]))
             add = lambda total, args: (jax.tree.map(jnp.add, total, grads_of(*args)), None)  # noqa: E731
-            (grads, loss, scalars, load), _ = jax.lax.scan(add, zero, (micro, keys))
+            (grads, loss, scalars, sums), _ = jax.lax.scan(add, zero, (micro, keys))
 
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        buffers = nnx.merge(graphdef, state.params, state.buffers).next_buffers(load)
+        buffers = nnx.merge(graphdef, state.params, state.buffers).next_buffers(sums)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
         bad = 1 - good.astype(jnp.int32)
         after = TrainState(
@@ -93,7 +91,9 @@ def make_train_step(
             opt=keep(opt, state.opt),
             key=state.key,
         )
-        return after, {"loss": loss, "grad_norm": norm, "target_tokens": count, "skipped": bad, **scalars}
+        experts = expert_stats({part: stats for part, stats in sums.items() if part != "depth"})
+        metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count, "skipped": bad, **scalars, **experts}
+        return after, metrics
 
     return train_step
 
@@ -144,6 +144,16 @@ def make_eval_step(
         )  # fmt: skip
 
     return eval_step
+
+
+def expert_stats(parts: dict[str, Metrics]) -> Metrics:
+    """Sums of routed feed-forwards under the names they are logged by, their calls in the order they ran."""
+    ordered = [parts[part] for part in ROUTED if part in parts]
+    if not ordered:
+        return {}
+    # A part's leading axes (recursions, layers) are those of its scalar sums.
+    rows = lambda name, stats: stats[name].reshape(-1, *stats[name].shape[stats["tokens"].ndim :])  # noqa: E731
+    return {f"experts/{name}": jnp.concatenate([rows(name, s) for s in ordered]) for name in ordered[0]}
 
 
 def next_token_loss(model: Any, out: Output, batch: Batch, loss_chunk: int) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,219 @@
+"""What every expert router is and returns."""
+
+import dataclasses
+import typing
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive import overrides
+from adaptive.errors import RecipeError
+from adaptive.layers.linear import normal_param
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from adaptive.routing.dispatch import Dispatch, count
+from adaptive.routing.losses import mean_over
+from adaptive.routing.types import Aux, AuxLosses
+
+MOST_COUNTED = 16  # experts per token are counted up to here; the last bin holds all above
+
+
+class Context(NamedTuple):
+    """What a routed layer may know besides its input.
+
+    present    bool[batch, seq]  positions that hold a token; None: all
+    previous   f32[batch, seq, choices]  logits of the router of the layer below; None at the first
+    selection  "topk" as in training; "threshold" token by token, blind to the future, as in generation
+    training   whether noise and warm-ups apply
+    key        PRNG key of this layer's noise; None: none is drawn
+    limit      i32[batch] average experts per token of each sequence, where expert choice is given a schedule
+    """
+
+    present: jax.Array | None = None
+    previous: jax.Array | None = None
+    selection: Literal["topk", "threshold"] = "topk"
+    training: bool = False
+    key: jax.Array | None = None
+    limit: jax.Array | None = None
+
+
+class Routing(NamedTuple):
+    """One layer's decision.
+
+    dispatch  who computes what
+    losses    f32[] each, before coefficients
+    stats     sums over tokens that add up over micro-batches and steps; see `statistics`
+    parts     arrays of losses that are formed over all layers together
+    logits    f32[batch, seq, choices]
+    """
+
+    dispatch: Dispatch
+    losses: dict[str, jax.Array]
+    stats: dict[str, jax.Array]
+    parts: dict[str, jax.Array]
+    logits: jax.Array
+
+
+class RoutedLayer(nnx.Module):
+    """A feed-forward in which tokens are routed: what DecoderLayer and the model need to know of it."""
+
+    own_norm: ClassVar[bool] = False  # whether the layer normalises its input itself
+    reads_previous: bool = False  # whether its router reads the logits of the layer below
+
+    def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
+        """x [batch, seq, width] -> (its update of the same shape, the router's decision)."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, context: Context = Context()) -> tuple[jax.Array, AuxLosses, Dispatch]:
+        """x [batch, seq, width] -> (y of the same shape, auxiliary losses, who computed what)."""
+        y, routing = self.routed(x, context)
+        coefficients = self.coefficients()
+        aux = AuxLosses({name: Aux(value, coefficients[name]) for name, value in routing.losses.items()})
+        return y, aux, routing.dispatch
+
+    def coefficients(self) -> dict[str, float]:
+        """Coefficient of each loss."""
+        raise NotImplementedError
+
+    def update(self, stats: dict[str, jax.Array]) -> None:
+        """Moves the buffers by the sums of a whole step, each with the buffers' leading axes."""
+
+    def flops(self, tokens: int, width: int) -> tuple[float, float]:
+        """Forward matmul FLOPs (of the router, of the experts) for a sequence of `tokens` tokens."""
+        raise NotImplementedError
+
+    def no_gradient(self) -> str:
+        """Why the language-model loss cannot reach the router, with what would help; empty where it does."""
+        return ""
+
+    def refuse_generation(self) -> str:
+        """Why the layer cannot generate; empty where it can."""
+        return ""
+
+    def selects_alike(self) -> bool:
+        """Whether "topk" and "threshold" selection are the same."""
+        return True
+
+
+class ExpertRouter(nnx.Module):
+    """scores -> Dispatch. A subclass in a file of its own under routers/, named there `Router`, with its `Options`.
+
+    weight  f32[width, choices]: the router matrix; choices are the true experts, then the zero experts
+    """
+
+    Options: ClassVar[type]
+    reads_previous: ClassVar[bool] = False
+    input_scale: float = 1.0  # multiplies what the experts read
+
+    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+        self.config, self.site = config, site
+        self.options = parse_options(type(self).Options, config)
+        self.choices = config.experts + self.zero_experts
+        self.weight = normal_param(key, (site.width, self.choices), (None, None), site.std, site.stack)
+
+    @property
+    def zero_experts(self) -> int:
+        """Experts that compute nothing and are not dispatched to."""
+        return 0
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, width] -> f32[batch, seq, choices]."""
+        return jnp.matmul(x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST)
+
+    def __call__(self, x: jax.Array, context: Context) -> Routing:
+        raise NotImplementedError
+
+    def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array | None:
+        """What zero experts add for x [batch, seq, width], given their weights f32[batch, seq, zero]; None: nothing."""
+        return None
+
+    def coefficients(self) -> dict[str, float]:
+        """Coefficient of each loss."""
+        return {"load_balancing_loss": self.config.balance_coefficient, "router_z_loss": self.config.z_coefficient}
+
+    def update(self, stats: dict[str, jax.Array]) -> None:
+        """Moves the buffers by the sums of a whole step, each with the buffers' leading axes."""
+
+    def pairs(self, tokens: int) -> float:
+        """Pairs of a token and a true expert that are computed for a sequence of `tokens` tokens, or are expected."""
+        return tokens * self.config.experts_per_token
+
+    def router_flops(self, tokens: int) -> float:
+        """Forward matmul FLOPs of the router for a sequence of `tokens` tokens."""
+        return 2.0 * tokens * self.site.width * self.choices
+
+    def selects_alike(self) -> bool:
+        """Whether "topk" and "threshold" selection are the same."""
+        return not self.config.capacity_factor
+
+    def no_gradient(self) -> str:
+        """Why the language-model loss cannot reach the router, with what would help; empty where it does."""
+        return ""
+
+    def refuse_generation(self) -> str:
+        """Why this router cannot generate; empty where it can."""
+        return ""
+
+
+def poisoned(y: jax.Array, logits: jax.Array) -> jax.Array:
+    """`y`, not a number where the router's logits are none: a broken router must not pass for one that drops tokens."""
+    return jnp.where(jnp.isfinite(logits).all(-1, keepdims=True), y, jnp.nan)
+
+
+def parse_options(kind: type, config: MoEConfig) -> Any:
+    """The dataclass `kind` with the settings of `config.options`; RecipeError for an unknown or ill-typed one."""
+    kinds = typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for text in config.options:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            known = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(kind))
+            raise RecipeError(
+                f"model.moe.options: the router {config.router} has no setting {name!r}; it has {known or 'none'}"
+            )
+        given[name] = overrides.parse(kinds[name], value, where=f"model.moe.options: {name}")
+    return kind(**given)
+
+
+def statistics(
+    dispatch: Dispatch,
+    logits: jax.Array,
+    claimed: jax.Array,
+    present: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """Sums over the tokens that are present, all float32.
+
+    calls              f32[]         1: how often the layer ran
+    tokens             f32[]
+    claimed            f32[choices]  pairs that the router wanted, before any was dropped; zero experts included
+    kept               f32[experts]  pairs that are computed
+    experts_per_token  f32[17]       tokens by the number of true experts that compute them
+    dropped            f32[]         pairs of true experts that were wanted and are not computed
+    z, entropy, top    f32[]         logsumexp(logits)^2, entropy of the softmax, its largest probability
+    """
+    stop = jax.lax.stop_gradient
+    logits = stop(logits)
+    where = jnp.ones(logits.shape[:2]) if present is None else present.astype(jnp.float32)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    total = lambda a: (a * where).sum()  # noqa: E731
+    per_token = dispatch.per_token()
+    kept = dispatch.load()
+    bins = jnp.where(where > 0, jnp.minimum(per_token, MOST_COUNTED), MOST_COUNTED + 1)
+    return {
+        "calls": jnp.ones(()),
+        "tokens": where.sum(),
+        "claimed": claimed,
+        "kept": kept,
+        "experts_per_token": count(bins, MOST_COUNTED + 1),
+        "dropped": claimed[: dispatch.experts].sum() - kept.sum(),
+        "z": total(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
+        "entropy": total(-(jnp.exp(log_p) * log_p).sum(-1)),
+        "top": total(jnp.exp(log_p).max(-1)),
+    }
+
+
+def z_loss(logits: jax.Array, present: jax.Array | None) -> jax.Array:
+    """mean_t logsumexp(l_t)^2, f32[]."""
+    return mean_over(jnp.square(jax.nn.logsumexp(logits, axis=-1)), present)

@@ -1,0 +1,63 @@
+"""The experts' matrices, and the ways to compute them."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive.layers.linear import normal_param, use
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from kernels_pallas.grouped_matmul import grouped_matmul
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
+Weights = dict[str, jax.Array]
+
+
+class Experts(nnx.Module):
+    """Feed-forward networks of one shape: down(act(x gate) * (x up)), or down(act(x up)) without a gate; no biases.
+
+    gate, up  f32[experts, width, hidden]
+    down      f32[experts, hidden, width]
+    """
+
+    def __init__(self, config: MoEConfig, hidden: int, site: Site, key: jax.Array):
+        gate, up, down = jax.random.split(key, 3)
+        inward, outward = (config.experts, site.width, hidden), (config.experts, hidden, site.width)
+        axes = ("experts", "width", "expert_ff")
+        self.gate = normal_param(gate, inward, axes, site.std, site.stack) if config.gated else None
+        self.up = normal_param(up, inward, axes, site.std, site.stack)
+        self.down = normal_param(down, outward, ("experts", "expert_ff", "width"), site.std, site.stack)
+        self.activation = config.activation
+
+    def weights(self, dtype: jax.typing.DTypeLike) -> Weights:
+        """The matrices in the compute dtype, gathered over the axes that only storage is split by."""
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: use(param, dtype) for name, param in named.items() if param is not None}
+
+
+def ffn_slots(weights: Weights, rows: jax.Array, activation: str) -> jax.Array:
+    """Every expert on its own rows: rows [experts, capacity, width] -> the same shape. Exactly these FLOPs."""
+    hidden = jnp.einsum("ecd,edf->ecf", rows, weights["up"])
+    gate = jnp.einsum("ecd,edf->ecf", rows, weights["gate"]) if "gate" in weights else None
+    return jnp.einsum("ecf,efd->ecd", activated(hidden, gate, activation), weights["down"])
+
+
+def ffn_rows(weights: Weights, rows: jax.Array, group_sizes: jax.Array, activation: str) -> jax.Array:
+    """The same for rows [n, width] sorted by expert, group_sizes i32[experts] -> [n, width]; 0 past their sum."""
+    hidden = grouped_matmul(rows, weights["up"], group_sizes)
+    gate = grouped_matmul(rows, weights["gate"], group_sizes) if "gate" in weights else None
+    return grouped_matmul(activated(hidden, gate, activation), weights["down"], group_sizes)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def activated(up: jax.Array, gate: jax.Array | None, activation: str) -> jax.Array:
+    """act(gate) * up, or act(up). The backward pass keeps the inputs alone."""
+    act = ACTIVATIONS[activation]
+    return act(up) if gate is None else act(gate) * up

@@ -1,0 +1,278 @@
+"""Expert choice: every expert takes its top tokens (Zhou et al. 2022, arXiv 2202.09368), and how it stays causal.
+
+An expert that chooses over a sequence compares a token with later ones: legal in a bidirectional model, a leak in a
+causal one, and undefined while generating. `group` says among which tokens an expert chooses in training, `select`
+whether it compares tokens at all, and `decode` what "threshold" selection (generation) does instead:
+
+group=sequence   all tokens of a sequence; sees the future in training
+group=batch      all tokens of the batch (EC-DLM's batch level); sees the future in training
+group=chunk      the tokens of a chunk of `chunk` positions: the future that is seen ends with the chunk
+group=position   the tokens at one position of all sequences: sees no future, but the other sequences
+select=threshold a token is taken if its score is above the running threshold of earlier batches, first come first
+                 served up to `slack` times the capacity: sees neither the future nor the other sequences
+decode=threshold that threshold decides: per expert the running mean of the smallest score that was taken
+decode=predictor a small router, trained to predict the choice, decides (as in Mixture-of-Depths)
+decode=refuse    the model cannot generate: for bidirectional models, and for those who want the leak
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adaptive.errors import RecipeError
+from adaptive.layers.linear import normal_param
+from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
+from adaptive.layers.moe.routers.token_choice import jittered, shared_in_experts
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from adaptive.routing import scale
+from adaptive.routing.dispatch import Dispatch, by_expert, by_mask
+from adaptive.routing.losses import mean_over
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Zhou et al.: the defaults with decode=refuse. Flaxformer: rounding=nearest,minimum=4 as well. EC-DLM:
+    score=selected,decode=refuse, and two shared experts."""
+
+    score: Literal["softmax", "selected", "sigmoid"] = "softmax"  # what weights are; selection ranks softmax or logits
+    group: Literal["sequence", "batch", "chunk", "position"] = "sequence"
+    chunk: int = 64
+    select: Literal["top", "threshold"] = "top"
+    decode: Literal["threshold", "predictor", "refuse"] = "threshold"
+    slack: float = 1.25  # of select=threshold
+    momentum: float = 0.99  # of the running threshold
+    predictor_coefficient: float = 0.01
+    rounding: Literal["down", "nearest"] = "down"  # of group * k / experts; nearest: halves to even
+    minimum: int = 1  # tokens that every expert takes at least
+    load_coefficient: float = 0.0  # EC-DLM's loss that pushes popular tokens down
+    jitter: float = 0.0
+    scale_to_shared: bool = False
+
+
+class Router(ExpertRouter):
+    """scores -> every expert's top tokens.
+
+    weight      f32[width, experts]
+    predictor   f32[width, experts], of decode=predictor; reads the input behind a stop_gradient
+    threshold   f32[experts], updates f32[]: buffers of the running threshold
+
+    score       ranked by        weight of a token's expert e
+    softmax     softmax over e   the same, not renormalised (the original)
+    selected    logits           softmax over the experts that took the token (EC-DLM)
+    sigmoid     logits           sigmoid, divided by its sum over the experts that took the token (EC-DLM)
+
+    A token that no expert takes has weight 0 everywhere. Ties go to the earlier token.
+    """
+
+    Options = Options
+
+    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+        matrix, predictor = jax.random.split(key)
+        super().__init__(config, site, matrix)
+        o: Options = self.options
+        shape, predicts = (site.width, config.experts), o.decode == "predictor"
+        self.predictor = normal_param(predictor, shape, (None, None), site.std, site.stack) if predicts else None
+        # A fresh softmax router scores about 1 / experts, a fresh logit is about 0.
+        start = 1 / config.experts if o.score == "softmax" else 0.0
+        self.threshold = site.buffer(jnp.full(config.experts, start))
+        self.updates = site.buffer(jnp.zeros(()))
+        self.table = scale.expert_choice_table(config.experts, shared_in_experts(config)) if o.scale_to_shared else ()
+        if o.group == "chunk" and o.chunk < 1:
+            raise RecipeError(f"model.moe.options: chunk={o.chunk}: must be at least 1")
+
+    def capacity(self, tokens: int, per_token: float | None = None) -> int:
+        """Tokens that an expert takes from a group of `tokens`. Raises RecipeError where that is less than one."""
+        c, o = self.config, self.options
+        k = c.experts_per_token if per_token is None else per_token
+        exact = tokens * k / c.experts
+        if o.group == "position" and exact < 1:
+            raise RecipeError(
+                f"model.moe.options: group=position chooses among the {tokens} sequences of a batch, too few for "
+                f"{c.experts} experts and {k:g} of them per token: train.batch_size must be at least "
+                f"{math.ceil(c.experts / k)}"
+            )
+        taken = round(exact) if o.rounding == "nearest" else int(exact + 1e-9)
+        return min(tokens, max(taken, o.minimum, 1))
+
+    def __call__(self, x: jax.Array, context: Context) -> Routing:
+        c, o = self.config, self.options
+        logits = self.logits(jittered(x, o.jitter, context))
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        ranked = jax.lax.stop_gradient(probabilities if o.score == "softmax" else logits)
+        if context.present is not None:
+            ranked = jnp.where(context.present[..., None], ranked, -jnp.inf)
+        losses: dict[str, jax.Array] = {}
+        least = self.threshold[...]
+        if context.selection == "threshold":
+            mask, bounds = self._alone(x, ranked), {}
+        elif o.select == "threshold":
+            mask, bounds, least = self._first_above(ranked)
+        elif o.group in ("batch", "position"):
+            mask, bounds, least = self._across(ranked)
+        else:
+            index, valid, least = self._within(ranked, context)
+            mask = _mask_of(index, valid, x.shape[1])
+            bounds = None
+        weights = self._weights(logits, probabilities, mask)
+        if bounds is None:
+            take = jax.vmap(lambda w, i: jax.vmap(lambda w, i: w[i])(w.T, i))
+            dispatch = by_expert(index, take(weights, index), valid, x.shape[1])
+        else:
+            dispatch = by_mask(mask, weights, **bounds)
+        if c.z_coefficient:
+            losses["router_z_loss"] = z_loss(logits, context.present)
+        if o.load_coefficient:
+            losses["popularity_loss"] = _load_loss(logits, mask, c)
+        if self.predictor is not None and context.selection == "topk":
+            bce = optax.sigmoid_binary_cross_entropy(self._predicted(x), mask.astype(jnp.float32)).mean(-1)
+            losses["predictor_loss"] = mean_over(bce, context.present)
+        stats = statistics(dispatch, logits, mask.sum((0, 1)).astype(jnp.float32), context.present)
+        stats["least"] = jax.lax.stop_gradient(least)
+        return Routing(dispatch, losses, stats, {}, logits)
+
+    def coefficients(self) -> dict[str, float]:
+        o = self.options
+        return super().coefficients() | {"popularity_loss": o.load_coefficient, "predictor_loss": o.predictor_coefficient}
+
+    def update(self, stats: dict[str, jax.Array]) -> None:
+        # The first updates are plain means, so that the threshold forgets its start at once. "least" is a sum over
+        # micro-batches, "calls" their number.
+        calls = stats["calls"]
+        rate = jnp.maximum(1 - self.options.momentum, 1 / (self.updates[...] + 1))
+        fresh = stats["least"] / calls[..., None]
+        self.threshold[...] = self.threshold[...] + rate[..., None] * (fresh - self.threshold[...])
+        self.updates[...] = self.updates[...] + 1
+
+    def pairs(self, tokens: int) -> float:
+        o, experts = self.options, self.config.experts
+        if o.group in ("batch", "position"):
+            return tokens * self.config.experts_per_token
+        length = min(o.chunk, tokens) if o.group == "chunk" else tokens
+        taken = experts * -(-tokens // length) * self.capacity(length)
+        return taken * o.slack if o.select == "threshold" else taken
+
+    def router_flops(self, tokens: int) -> float:
+        return super().router_flops(tokens) * (1 + (self.predictor is not None))
+
+    def selects_alike(self) -> bool:
+        return False
+
+    def refuse_generation(self) -> str:
+        if self.options.decode != "refuse":
+            return ""
+        return (
+            "expert choice with decode=refuse compares every token with later ones, which do not exist while "
+            "generating; train with model.moe.options=decode=threshold or decode=predictor"
+        )
+
+    # Who is taken; each gives a mask bool[batch, seq, experts] and, where it trains, the least score that was taken
+
+    def _within(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Top tokens of every sequence or chunk: positions i32[batch, experts, n], valid, least score f32[experts]."""
+        batch, seq, experts = ranked.shape
+        length = min(self.options.chunk, seq) if self.options.group == "chunk" else seq
+        chunks = -(-seq // length)
+        padded = jnp.pad(ranked, ((0, 0), (0, chunks * length - seq), (0, 0)), constant_values=-jnp.inf)
+        scores = padded.reshape(batch, chunks, length, experts).transpose(0, 3, 1, 2)
+        capacity = self.capacity(length)
+        real = jnp.isfinite(scores[:, :1]).sum(-1, dtype=jnp.int32)  # [batch, 1, chunks] tokens that exist
+        limit = self._limit(real, context)
+        best, index = top_tokens(scores, capacity)
+        valid = (jnp.arange(capacity) < limit[..., None]) & jnp.isfinite(best)
+        last = jnp.where(valid, best, jnp.inf).min(-1)  # [batch, experts, chunks]
+        least = jnp.where(jnp.isfinite(last), last, 0.0).sum((0, 2)) / jnp.maximum(jnp.isfinite(last).sum((0, 2)), 1)
+        # A slot that holds nothing must not point past the end of the sequence.
+        position = jnp.minimum(index + (jnp.arange(chunks, dtype=jnp.int32) * length)[:, None], seq - 1)
+        flat = lambda a: a.reshape(batch, experts, chunks * capacity)  # noqa: E731
+        return flat(position), flat(valid), least
+
+    def _limit(self, real: jax.Array, context: Context) -> jax.Array:
+        """Tokens i32, the shape of `real`, that an expert takes from groups of `real` i32 tokens."""
+        c, o = self.config, self.options
+        if context.limit is not None:
+            return jnp.maximum(real * context.limit[:, None, None] // c.experts, o.minimum)
+        exact = real.astype(jnp.float32) * (c.experts_per_token / c.experts)
+        taken = jnp.round(exact) if o.rounding == "nearest" else jnp.floor(exact + 1e-6)
+        return jnp.maximum(taken.astype(jnp.int32), max(o.minimum, 1))
+
+    def _across(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array]:
+        """Top tokens of the whole batch, or of each position over the batch."""
+        batch, seq, experts = ranked.shape
+        position = self.options.group == "position"
+        rows = ranked.transpose(1, 2, 0) if position else ranked.reshape(1, -1, experts).swapaxes(1, 2)
+        capacity = self.capacity(rows.shape[-1])
+        best, index = top_tokens(rows, capacity)
+        put = lambda i, v: jnp.zeros(rows.shape[-1], bool).at[i].set(v)  # noqa: E731
+        taken = jax.vmap(jax.vmap(put))(index, jnp.isfinite(best))
+        mask = taken.transpose(2, 0, 1) if position else taken.swapaxes(1, 2).reshape(batch, seq, experts)
+        last = jnp.where(jnp.isfinite(best), best, jnp.inf).min(-1)
+        least = jnp.where(jnp.isfinite(last), last, 0.0).mean(0)
+        return mask, {"most_per_batch": capacity * (seq if position else 1)}, least
+
+    def _first_above(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array]:
+        """The first tokens of each sequence above the running threshold; the threshold that top-k would have had."""
+        seq = ranked.shape[1]
+        capacity = self.capacity(seq)
+        bound = min(seq, math.ceil(capacity * self.options.slack))
+        above = ranked > self.threshold[...]
+        mask = above & (jnp.cumsum(above, axis=1) <= bound)
+        best, _ = top_tokens(ranked.swapaxes(1, 2), capacity)
+        least = jnp.where(jnp.isfinite(best[..., -1]), best[..., -1], 0.0).mean(0)
+        return mask, {"most_per_sequence": bound}, least
+
+    def _alone(self, x: jax.Array, ranked: jax.Array) -> jax.Array:
+        """Every token by itself, as in generation."""
+        if reason := self.refuse_generation():
+            raise RecipeError(reason)
+        if self.predictor is not None:
+            return (self._predicted(x) > 0) & jnp.isfinite(ranked)
+        return ranked > self.threshold[...]
+
+    def _predicted(self, x: jax.Array) -> jax.Array:
+        assert self.predictor is not None
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        return jnp.matmul(x, self.predictor[...], precision=jax.lax.Precision.HIGHEST)
+
+    def _weights(self, logits: jax.Array, probabilities: jax.Array, mask: jax.Array) -> jax.Array:
+        """f32[batch, seq, experts], 0 where not taken."""
+        match self.options.score:
+            case "softmax":
+                weights = jnp.where(mask, probabilities, 0.0)
+            case "selected":
+                top = jax.lax.stop_gradient(jnp.where(mask, logits, -jnp.inf).max(-1, keepdims=True))
+                shifted = logits - jnp.where(jnp.isfinite(top), top, 0.0)
+                weights = _normalised(jnp.where(mask, jnp.exp(jnp.where(mask, shifted, 0.0)), 0.0))
+            case _:
+                weights = _normalised(jnp.where(mask, jax.nn.sigmoid(logits), 0.0))
+        if self.table:
+            weights = weights * jnp.asarray(self.table)[mask.sum(-1)][..., None]
+        return weights
+
+
+def top_tokens(scores: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """(best scores f32[..., capacity] in descending order, their indices i32) of the last axis."""
+    number = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
+    negated, index = jax.lax.sort((-scores, number), num_keys=1, is_stable=True)
+    return -negated[..., :capacity], index[..., :capacity]
+
+
+def _mask_of(index: jax.Array, valid: jax.Array, seq: int) -> jax.Array:
+    """bool[batch, seq, experts] of positions i32[batch, experts, n]."""
+    put = lambda i, v: jnp.zeros(seq, jnp.int32).at[i].add(v)  # noqa: E731
+    return (jax.vmap(jax.vmap(put))(index, valid.astype(jnp.int32)) > 0).swapaxes(1, 2)
+
+
+def _normalised(weights: jax.Array) -> jax.Array:
+    return weights / (weights.sum(-1, keepdims=True) + 1e-20)
+
+
+def _load_loss(logits: jax.Array, mask: jax.Array, c: MoEConfig) -> jax.Array:
+    """sum_t (sum_e softmax over the sequence's tokens of l_te) n_t / (E k), mean over sequences (EC-DLM)."""
+    popularity = jax.nn.softmax(logits, axis=1).sum(-1)
+    taken = mask.sum(-1).astype(jnp.float32)
+    return (popularity * taken).sum(-1).mean() / (c.experts * c.experts_per_token)

@@ -1,0 +1,70 @@
+"""Balancing losses of a mixture of experts, float32. n_e counts pairs before dropping and has no gradient.
+
+form        formula                                                   balanced
+switch      E sum_e P_e n_e / (T k)          Switch, Megatron, MegaBlocks     1
+hf          E sum_e P_e n_e / T              over the tokens of all layers    k
+maxtext     switch times k, per sequence, mean over the batch                k
+flaxformer  E sum_e P_e n_e / T                                              k
+gshard      E sum_e P_e n1_e / T, n1 counts first choices alone              1
+sequence    per sequence, P of scores normalised over experts (DeepSeek)     1
+
+P_e is the mean over tokens of the normalised score of e, T the tokens.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Form = Literal["switch", "hf", "maxtext", "flaxformer", "gshard", "sequence"]
+
+
+def balancing_loss(
+    probabilities: jax.Array, index: jax.Array, valid: jax.Array, present: jax.Array | None, form: Form
+) -> jax.Array:
+    """One layer's balancing loss f32[].
+
+    probabilities  f32[batch, seq, choices]  normalised over the choices, with gradient
+    index, valid   [batch, seq, k]           the choices of each token, best first, before dropping
+    present        bool[batch, seq]          tokens that count; None: all
+    """
+    choices, k = probabilities.shape[-1], index.shape[-1]
+    counted = valid if present is None else valid & present[..., None]
+    if form == "gshard":
+        counted = counted & (jnp.arange(k) == 0)
+    per_sequence = form in ("maxtext", "sequence")
+    n = claims(index, counted, choices)  # [batch, choices]
+    where = jnp.ones(probabilities.shape[:2]) if present is None else present.astype(jnp.float32)
+    p = (probabilities * where[..., None]).sum(1)  # [batch, choices]
+    tokens = where.sum(1)[:, None]
+    if not per_sequence:
+        n, p, tokens = n.sum(0, keepdims=True), p.sum(0, keepdims=True), tokens.sum(0, keepdims=True)
+    tokens = jnp.maximum(tokens, 1.0)
+    loss = choices * (p / tokens * n / tokens).sum(-1)
+    if form in ("switch", "sequence"):
+        loss = loss / k
+    return loss.mean()
+
+
+def claims(index: jax.Array, valid: jax.Array, choices: int) -> jax.Array:
+    """f32[batch, choices]: how many tokens of each sequence chose each."""
+    ids = jnp.where(valid, index, choices).reshape(index.shape[0], -1)
+    return jax.vmap(lambda row: jnp.zeros(choices + 1).at[row].add(1.0))(ids)[:, :choices]
+
+
+def importance_and_load(
+    probabilities: jax.Array, noisy: jax.Array, scores: jax.Array, k: int, noise: float
+) -> jax.Array:
+    """(CV^2(importance) + CV^2(load)) / 2, f32[] (V-MoE, appendix A; Tutel's second loss).
+
+    probabilities f32[tokens, E]; noisy f32[tokens, E] scores that were compared; scores f32[tokens, E] without noise;
+    `noise` is the standard deviation times E. Sample variance, denominators + 1e-10.
+    """
+    experts = probabilities.shape[-1]
+    threshold = jax.lax.top_k(noisy, k)[0][:, -1:]
+    load = jax.scipy.stats.norm.cdf((scores - threshold) / (noise / experts)).sum(0)
+
+    def cv2(x: jax.Array) -> jax.Array:
+        return jnp.var(x, ddof=1) / (jnp.square(jnp.mean(x)) + 1e-10)
+
+    return 0.5 * (cv2(probabilities.sum(0)) + cv2(load))
