@@ -11,38 +11,21 @@ Here the layers of the block are stacked, and attention weights have an axis for
 """
 
 import dataclasses
-import difflib
-from collections.abc import Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from adaptive.errors import CheckpointError
 from adaptive.interop.official_mor_config import config_from_official
+from adaptive.interop.tensors import Layout, Leaf, Part, Path, built, checked, parts_of, same, taken_apart
 from adaptive.layers.router import EXPANSION
 from adaptive.models.config import TransformerConfig
 from adaptive.models.transformer import Transformer
 
-Path = tuple[Hashable, ...]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-class Part(NamedTuple):
-    """One official tensor: its name, its shape, and whether ours is its transpose (with the heads split off)."""
-
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool
-
-
-class Leaf(NamedTuple):
-    """One parameter of ours: `parts` in row-major order over the leading layer axes `stack`."""
-
-    stack: tuple[int, ...]
-    parts: tuple[Part, ...]
 
 
 def from_official(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Transformer:
@@ -54,32 +37,24 @@ def from_official(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Tran
     """
     ours = _as_stored(config_from_official(config), tensors)
     layout = official_layout(ours)
-    named = _canonical(tensors, ours, {part.name: part for leaf in layout.values() for part in leaf.parts})
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(ours, key=jax.random.key(0))))
-    flat = nnx.to_flat_state(state)
-    filled = [(path, leaf.replace(_ours(layout[path], named, leaf.shape))) for path, leaf in flat]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    parts = parts_of(layout)
+    given = _optional(ours, parts) | dict(_with_place(tensors, ours))
+    named = checked("mor", given, parts, _aliases(ours))
+    return built(ours, layout, named)
 
 
 def to_official(model: nnx.Module) -> dict[str, jax.Array]:
     """The model's tensors f32 under their official names, each distinct one once."""
     if not isinstance(model, Transformer):
         raise CheckpointError(f"official mor: a {type(model).__name__} has no official names, only a Transformer has")
-    layout, tensors = official_layout(model.config), {}
-    for path, leaf in nnx.to_flat_state(nnx.state(model)):
-        stack, parts = layout[path]
-        value = leaf[...]
-        pieces = value.reshape(-1, *value.shape[len(stack) :])
-        for piece, part in zip(pieces, parts, strict=True):
-            tensors[part.name] = piece.reshape(part.shape[::-1]).T if part.transposed else piece
-    return tensors
+    return taken_apart(model, official_layout(model.config))
 
 
-def official_layout(config: TransformerConfig) -> dict[Path, Leaf]:
+def official_layout(config: TransformerConfig) -> Layout:
     """Where each parameter of `Transformer(config)` lies among the official tensors, by its path in the nnx state."""
     c, r = config, config.router
     width, vocab = c.hidden_size, (c.vocab_size, c.hidden_size)
-    layout: dict[Path, Leaf] = {
+    layout: Layout = {
         ("embedding",): Leaf((), (Part(_EMBEDDING, vocab, False),)),
         ("norm", "weight"): Leaf((), (Part("model.norm.weight", (width,), False),)),
     }
@@ -119,7 +94,7 @@ def _layer_tensors(c: TransformerConfig) -> Iterator[tuple[Path, str, tuple[int,
         yield ("feed_forward", name), f"mlp.{name}_proj", shape
 
 
-def _router_leaves(c: TransformerConfig, path: Path, name: str, choices: int) -> dict[Path, Leaf]:
+def _router_leaves(c: TransformerConfig, path: Path, name: str, choices: int) -> Layout:
     inner = EXPANSION[c.router.network] * c.hidden_size
     if not inner:
         return {(*path, "out"): Leaf((), (Part(f"{name}.weight", (choices, c.hidden_size), True),))}
@@ -169,7 +144,7 @@ def _aliases(c: TransformerConfig) -> dict[str, str]:
 def _as_stored(c: TransformerConfig, tensors: Mapping[str, Any]) -> TransformerConfig:
     """The configuration with what the tensors themselves decide: an untied head, the width of a router."""
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
-    if c.family == "recursive" and c.tie_embeddings and head is not None and not _same(head, embedding):
+    if c.family == "recursive" and c.tie_embeddings and head is not None and not same(head, embedding):
         c = dataclasses.replace(c, tie_embeddings=False)
     if c.router.network == "mlp":
         wide = (EXPANSION["wide_mlp"] * c.hidden_size, c.hidden_size)
@@ -177,35 +152,6 @@ def _as_stored(c: TransformerConfig, tensors: Mapping[str, Any]) -> TransformerC
         if name in tensors and tuple(tensors[name].shape) == wide:
             c = dataclasses.replace(c, router=dataclasses.replace(c.router, network="wide_mlp"))
     return c
-
-
-def _canonical(tensors: Mapping[str, Any], c: TransformerConfig, parts: Mapping[str, Part]) -> dict[str, jax.Array]:
-    """The tensors that `parts` names, checked and in float32; raises CheckpointError for whatever does not fit."""
-    tensors = _optional(c, parts) | dict(_with_place(tensors, c))
-    aliases, named = _aliases(c), {}
-    unknown = [name for name in tensors if name not in parts and name not in aliases]
-    missing = [name for name in parts if name not in tensors]
-    if missing:
-        near = (difflib.get_close_matches(missing[0], unknown, n=1) or [""])[0]
-        hint = f"; there is an unknown {near}" if near else ""
-        shapes = [f"{name} {list(parts[name].shape)}" for name in missing]
-        raise CheckpointError(f"official mor: {_listed(shapes)} missing from the tensors{hint}")
-    if unknown:
-        near = (difflib.get_close_matches(unknown[0], parts, n=1) or [""])[0]
-        hint = f"; a name of this model is {near}" if near else ""
-        raise CheckpointError(f"official mor: {_listed(unknown)} unknown to a model of this configuration{hint}")
-    for name, part in parts.items():
-        value = tensors[name]
-        if tuple(value.shape) != part.shape:
-            raise CheckpointError(f"official mor: {name} has shape {list(value.shape)}, expected {list(part.shape)}")
-        named[name] = jnp.asarray(value, jnp.float32)
-    for other, first in aliases.items():
-        if other in tensors and not _same(tensors[other], tensors[first]):
-            raise CheckpointError(
-                f"official mor: {other} is another name of {first} in a model of this configuration, but its values "
-                f"differ or are traced; give {first} alone"
-            )
-    return named
 
 
 def _with_place(tensors: Mapping[str, Any], c: TransformerConfig) -> Mapping[str, Any]:
@@ -227,24 +173,3 @@ def _optional(c: TransformerConfig, parts: Mapping[str, Part]) -> dict[str, Any]
         for name, part in parts.items()
         if name.endswith(bias) or (random and ".mor_router." in name)
     }
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two tensors are known to hold the same values."""
-    if a is b:
-        return True
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
-        return False
-    return b is not None and np.array_equal(np.asarray(a), np.asarray(b))
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{shown}{rest} {'is' if len(names) == 1 else 'are'}"
-
-
-def _ours(leaf: Leaf, named: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """The parameter of shape `shape` that `leaf` describes."""
-    pieces = [named[part.name].T if part.transposed else named[part.name] for part in leaf.parts]
-    return (jnp.stack(pieces) if leaf.stack else pieces[0]).reshape(shape)
