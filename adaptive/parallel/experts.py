@@ -1,0 +1,270 @@
+"""Expert compute on a mesh: who sends what, around the local code that multiplies.
+
+Slots are pairs padded to a capacity for each expert, [experts, capacity, D]; rows are sorted by expert, [rows, D] with
+group sizes. Strategies are those of `ExpertParallel`; with one device on the expert axis all are the local code.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive.parallel.config import ExpertParallel
+from adaptive.parallel.exchange import Communicator, by_expert, communicator, ragged_all_to_all, routes, truncated
+from adaptive.parallel.pairs import before, combine, every, permute, segments, strided, take
+from adaptive.parallel.rules import TOKENS_TRAVEL, active_placement
+from adaptive.parallel.shard import sharded
+from adaptive.routing.dispatch import Dispatch, to_rows, to_slots
+
+Weights = dict[str, jax.Array]
+
+
+class FeedForward(Protocol):
+    """Local code: each expert on its own rows. Where the hidden units are split over devices it yields a part of a sum.
+
+    Of slots, rows [experts, capacity, D] and group_sizes None; else rows [rows, D] sorted by expert and group_sizes
+    i32[experts], the rows past their sum holding nothing. Returns the shape of rows.
+    """
+
+    def __call__(self, weights: Weights, rows: jax.Array, group_sizes: jax.Array | None) -> jax.Array: ...
+
+
+def run(
+    x: jax.Array,
+    dispatch: Dispatch,
+    weights: Weights,
+    axes: Mapping[str, tuple[str | None, ...]],
+    feed_forward: FeedForward,
+    *,
+    ragged: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """x [batch, seq, D] -> (y [batch, seq, D], the experts' outputs times their weights, summed; lost f32[]).
+
+    weights  each [experts, ...], gathered for use
+    axes     the logical names of each one's dimensions ("experts", "width", "expert_ff")
+    ragged   rows sorted by expert rather than slots
+    lost     pairs that found no room in a receive buffer, of the whole batch; 0 unless `buffer_factor` bounds it
+
+    Raises MeshError where the batch or the experts do not divide over the mesh.
+    """
+    comm, current = communicator(), active_placement()
+    settings = TOKENS_TRAVEL if current is None else current.experts
+    if settings.strategy == "auto":
+        raise ValueError("the strategy of the active placement is auto; settle it first")
+
+    def local(x: jax.Array, dispatch: Dispatch, weights: Weights) -> tuple[jax.Array, jax.Array]:
+        tokens = x.reshape(-1, x.shape[-1])
+        task = Task(tokens, dispatch, weights, feed_forward, comm, settings)
+        strategy = settings.strategy if comm.size > 1 else "data"
+        y, lost = (_ROWS if ragged else _SLOTS)[strategy](task)
+        return comm.sum_hidden(y).reshape(x.shape), comm.sum_batch(lost)
+
+    names = {name: tuple(None if n == "width" else n for n in axes[name][-w.ndim :]) for name, w in weights.items()}
+    return sharded(local, [("batch",), ("batch",), names], (("batch",), ()))(x, dispatch, weights)
+
+
+class Task(NamedTuple):
+    """What one device has to do: its tokens x [T, D], their experts, and its part of the weights."""
+
+    x: jax.Array
+    dispatch: Dispatch
+    weights: Weights
+    feed_forward: FeedForward
+    comm: Communicator
+    settings: ExpertParallel
+
+    @property
+    def whole(self) -> bool:
+        """Whether the device holds a slice of every expert, rather than some experts."""
+        return self.settings.strategy == "tensor"
+
+    @property
+    def held(self) -> int:
+        """Experts that the device holds, or a slice of them."""
+        return self.dispatch.experts // (1 if self.whole else self.comm.size)
+
+
+NONE_LOST = np.float32(0)
+
+
+# Every device on its own tokens
+
+
+def _local_slots(task: Task) -> tuple[jax.Array, jax.Array]:
+    tokens, scale, _ = to_slots(task.dispatch)
+    out = task.feed_forward(_all_experts(task), take(task.x, tokens, None), None)
+    return combine(out, scale, tokens, None, len(task.x)), NONE_LOST
+
+
+def _local_rows(task: Task) -> tuple[jax.Array, jax.Array]:
+    rows = to_rows(task.dispatch)
+    out = task.feed_forward(_all_experts(task), take(task.x, rows.tokens, rows.place), rows.group_sizes)
+    return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), NONE_LOST
+
+
+def _all_experts(task: Task) -> Weights:
+    return {name: task.comm.gather(value) for name, value in task.weights.items()}
+
+
+# Tokens travel to their experts
+
+
+def _sent_slots(task: Task) -> tuple[jax.Array, jax.Array]:
+    comm, parts, held = task.comm, task.settings.overlap, task.held
+    tokens, scale, _ = to_slots(task.dispatch)
+    capacity = tokens.shape[1]
+    each = -(-capacity // parts)
+    padded = jnp.pad(tokens, ((0, 0), (0, each * parts - capacity)))
+
+    def send(part: int) -> jax.Array:
+        rows = take(task.x, padded[:, part * each : (part + 1) * each], None)
+        return comm.all_to_all(rows.reshape(comm.size, held, each, -1))
+
+    def give_back(out: jax.Array) -> jax.Array:
+        return comm.all_to_all(out.reshape(held, comm.size, each, -1).swapaxes(0, 1))
+
+    def compute(rows: jax.Array) -> jax.Array:
+        return task.feed_forward(task.weights, rows.swapaxes(0, 1).reshape(held, comm.size * each, -1), None)
+
+    outs = [out.reshape(len(tokens), each, -1) for out in _pipelined(parts, send, compute, give_back)]
+    out = jnp.concatenate(outs, axis=1)[:, :capacity]
+    return combine(out, scale, tokens, None, len(task.x)), NONE_LOST
+
+
+def _pipelined(
+    parts: int,
+    send: Callable[[int], Any],
+    compute: Callable[[Any], Any],
+    give_back: Callable[[Any], Any],
+) -> list[Any]:
+    """Each part sent, computed and given back; the next is under way while one is computed (Tutel, section 3.3)."""
+    outs, arrived = [], send(0)
+    for part in range(parts):
+        following = send(part + 1) if part + 1 < parts else None
+        outs.append(give_back(compute(arrived)))
+        arrived = following
+    return outs
+
+
+def _sent_rows(task: Task) -> tuple[jax.Array, jax.Array]:
+    rows, parts = to_rows(task.dispatch), task.settings.overlap
+    count = len(rows.tokens)
+    numbers = strided(count, parts)
+    sizes = every(rows.group_sizes, parts)
+    trips = [_Trip(task, part, numbers.shape[1]) for part in sizes]
+
+    def send(part: int) -> tuple[_Trip, jax.Array]:
+        place = rows.place if parts == 1 else None
+        return trips[part], trips[part].send(take(task.x, rows.tokens[numbers[part]], place))
+
+    def compute(arrived: tuple[_Trip, jax.Array]) -> tuple["_Trip", jax.Array]:
+        trip, received = arrived
+        return trip, trip.compute(task, received)
+
+    def give_back(done: tuple[_Trip, jax.Array]) -> jax.Array:
+        trip, out = done
+        return trip.give_back(out)
+
+    out = jnp.stack(_pipelined(parts, send, compute, give_back), axis=1).reshape(-1, task.x.shape[-1])[:count]
+    lost = sum(trip.lost for trip in trips)
+    return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), lost
+
+
+class _Trip:
+    """Rows sorted by expert to their experts' devices and back (MaxText's ragged all-to-all)."""
+
+    def __init__(self, task: Task, group_sizes: jax.Array, count: int):
+        self.comm, self.count = task.comm, count
+        size, me = task.comm.size, task.comm.index()
+        self.most = min(count, task.held * -(-_most_per_expert(task) // task.settings.overlap))
+        self.room = receive_rows(count, size, self.most, task.settings.buffer_factor)
+        wanted = task.comm.gather(group_sizes[None]).reshape(size, size, task.held)
+        between = wanted.sum(-1)
+        sent = truncated(between, self.room)
+        self.there, self.back = routes(between, sent, me)
+        come = _first(wanted[:, me], sent[:, me])
+        self.sizes = come.sum(0)
+        self.index, self.inverse = by_expert(come, self.room)
+        self.lost = (between[me] - sent[me]).sum().astype(jnp.float32)
+
+    def send(self, rows: jax.Array) -> jax.Array:
+        return ragged_all_to_all(rows, self.there, self.back, self.count, self.room, self.most, self.comm)
+
+    def compute(self, task: Task, received: jax.Array) -> jax.Array:
+        out = task.feed_forward(task.weights, permute(received, self.index, self.inverse), self.sizes)
+        return permute(out, self.inverse, self.index)
+
+    def give_back(self, out: jax.Array) -> jax.Array:
+        return ragged_all_to_all(out, self.back, self.there, self.room, self.count, self.most, self.comm)
+
+
+def _most_per_expert(task: Task) -> int:
+    """Bound on one device's rows for one expert."""
+    return min(len(task.x), task.dispatch.capacity(task.dispatch.batch))
+
+
+def receive_rows(sent: int, devices: int, most: int, factor: float) -> int:
+    """Rows of a device's receive buffer: `factor` times those that it sends, never more than can come; -1: those.
+
+    most  bound on the rows that one device has for another
+    """
+    worst = devices * most
+    return worst if factor == -1 else max(1, min(worst, int(sent * factor)))
+
+
+def _first(wanted: jax.Array, sent: jax.Array) -> jax.Array:
+    """Of i32[sources, experts] rows in the order of the experts, those among the first `sent` i32[sources]."""
+    return jnp.clip(sent[:, None] - before(wanted, 1), 0, wanted)
+
+
+# Every device sees all tokens of the axis, and computes the experts that it holds
+
+
+def _seen_slots(task: Task) -> tuple[jax.Array, jax.Array]:
+    comm = task.comm
+    own_tokens, own_scale, _ = to_slots(task.dispatch)
+    held = lambda a: _held(task, a).swapaxes(0, 1).reshape(task.held, -1)  # noqa: E731
+    tokens = held(comm.gather(own_tokens[None]) + _first_token(task)[:, None])
+    scale = held(comm.gather(own_scale[None]))
+    seen = comm.gather(task.x)
+    out = task.feed_forward(task.weights, take(seen, tokens, None), None)
+    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), NONE_LOST
+
+
+def _seen_rows(task: Task) -> tuple[jax.Array, jax.Array]:
+    comm, own = task.comm, to_rows(task.dispatch)
+    count, me = len(own.tokens), comm.index()
+    wanted = comm.gather(own.group_sizes[None])
+    between = wanted.reshape(comm.size, -1, task.held).sum(-1)  # rows that each source has for each set of experts held
+    most = min(count, task.held * _most_per_expert(task))
+    room = receive_rows(count, comm.size, most, -1 if task.whole else task.settings.buffer_factor)
+    sent = truncated(between, room)
+    to_me = 0 if task.whole else me
+    come = _first(_held(task, wanted), sent[:, to_me])
+    source_starts = _held(task, before(wanted, 1)) + count * jnp.arange(comm.size, dtype=jnp.int32)[:, None]
+    absent = count * comm.size
+    index = segments(source_starts.T.reshape(-1), come.T.reshape(-1), room, absent)
+    pick = lambda a: a.reshape(-1).at[index].get(mode="fill", fill_value=0)  # noqa: E731
+    tokens = pick(comm.gather(own.tokens[None]) + _first_token(task))
+    scale = pick(comm.gather(own.weights))
+    seen = comm.gather(task.x)
+    out = task.feed_forward(task.weights, take(seen, tokens, None), come.sum(0))
+    lost = (between - sent)[me].sum().astype(jnp.float32)
+    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), lost
+
+
+def _held(task: Task, a: jax.Array) -> jax.Array:
+    """Of [sources, experts, ...] the experts that this device holds."""
+    return a if task.whole else jax.lax.dynamic_slice_in_dim(a, task.comm.index() * task.held, task.held, axis=1)
+
+
+def _first_token(task: Task) -> jax.Array:
+    """i32[sources, 1]: where each device's tokens begin among all."""
+    return (len(task.x) * jnp.arange(task.comm.size, dtype=jnp.int32))[:, None]
+
+
+Compute = Callable[[Task], tuple[jax.Array, jax.Array]]
+_SLOTS: dict[str, Compute] = {"expert": _sent_slots, "gather": _seen_slots, "tensor": _seen_slots, "data": _local_slots}
+_ROWS: dict[str, Compute] = {"expert": _sent_rows, "gather": _seen_rows, "tensor": _seen_rows, "data": _local_rows}
