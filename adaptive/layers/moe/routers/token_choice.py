@@ -200,7 +200,7 @@ def balance(
     config: MoEConfig, form: Form, probabilities: jax.Array, index: jax.Array, wanted: jax.Array, context: Context
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """(losses, parts) of the balancing loss; the form "hf" is put together over all layers."""
-    if not config.balance_coefficient:
+    if not config.balance_coefficient and form != "hf":  # Hugging Face reports it whether or not it is trained
         return {}, {}
     loss = balancing_loss(probabilities, index, wanted, context.present, form)
     if form != "hf":
