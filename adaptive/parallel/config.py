@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from adaptive.errors import MeshError
+from adaptive.errors import RecipeError
 
 Strategy = Literal["expert", "gather", "data", "tensor"]
 
@@ -28,7 +28,7 @@ class ExpertParallel:
     buffer_factor: float = -1.0  # rows that a device receives at most, over those it sends; -1: all that can ever come
 
     def validate(self, *, devices: int, experts: int = 0, ragged: bool | None = None) -> None:
-        """Raises MeshError for settings that do not fit the axis, the experts, or each other, with what would.
+        """Raises RecipeError for settings that do not fit the axis, the experts, or each other, with what would.
 
         devices  on the expert axis
         experts  of each layer; 0: the model has none
@@ -37,24 +37,24 @@ class ExpertParallel:
         name = "mesh.expert_parallel"
         if not experts:
             if devices > 1:
-                raise MeshError(f"mesh.expert={devices}: the model has no experts to split; it must be 1")
+                raise RecipeError(f"mesh.expert={devices}: the model has no experts to split; it must be 1")
             return
         if experts % devices and self.strategy != "tensor":
             fits = [d for d in range(1, experts + 1) if experts % d == 0]
-            raise MeshError(
+            raise RecipeError(
                 f"mesh.expert={devices} does not divide the {experts} experts; it can be one of "
                 f"{', '.join(map(str, fits))}, or {name}.strategy=tensor splits each expert's hidden units instead"
             )
         travels = self.strategy in ("auto", "expert")
         if self.nodes < 1 or devices % self.nodes:
             fits = [d for d in range(1, devices + 1) if devices % d == 0]
-            raise MeshError(
+            raise RecipeError(
                 f"{name}.nodes={self.nodes} does not divide mesh.expert={devices}; it can be one of "
                 f"{', '.join(map(str, fits))}"
             )
         if self.exchange == "hierarchical":
             if self.nodes in (1, devices):
-                raise MeshError(
+                raise RecipeError(
                     f"{name}.exchange=hierarchical with nodes={self.nodes} of {devices} devices has one level only: "
                     "nodes must be above 1 and below mesh.expert, or use exchange=flat"
                 )
@@ -62,18 +62,20 @@ class ExpertParallel:
                 why = (
                     f"strategy={self.strategy} exchanges no tokens" if not travels else "ragged rows are sent directly"
                 )
-                raise MeshError(f"{name}.exchange=hierarchical: {why}; use exchange=flat")
+                raise RecipeError(f"{name}.exchange=hierarchical: {why}; use exchange=flat")
         if self.overlap < 1:
-            raise MeshError(f"{name}.overlap={self.overlap}: must be at least 1, which sends all tokens at once")
+            raise RecipeError(f"{name}.overlap={self.overlap}: must be at least 1, which sends all tokens at once")
         if self.overlap > 1 and not travels:
-            raise MeshError(
+            raise RecipeError(
                 f"{name}.overlap={self.overlap}: strategy={self.strategy} exchanges no tokens; use overlap=1"
             )
         if self.buffer_factor != -1:
             if self.buffer_factor <= 0:
-                raise MeshError(f"{name}.buffer_factor={self.buffer_factor:g}: must be above 0, or -1 for no bound")
+                raise RecipeError(f"{name}.buffer_factor={self.buffer_factor:g}: must be above 0, or -1 for no bound")
             if ragged is False:
-                raise MeshError(f"{name}.buffer_factor bounds ragged rows; slots of a fixed capacity need none: use -1")
+                raise RecipeError(
+                    f"{name}.buffer_factor bounds ragged rows; slots of a fixed capacity need none: use -1"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

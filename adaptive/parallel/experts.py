@@ -4,12 +4,12 @@ Slots are pairs padded to a capacity for each expert, [experts, capacity, D]; ro
 group sizes. Strategies are those of `ExpertParallel`; with one device on the expert axis all are the local code.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adaptive.parallel.config import ExpertParallel
 from adaptive.parallel.exchange import Communicator, by_expert, communicator, ragged_all_to_all, routes, truncated
@@ -86,7 +86,8 @@ class Task(NamedTuple):
         return self.dispatch.experts // (1 if self.whole else self.comm.size)
 
 
-NONE_LOST = np.float32(0)
+def _none() -> jax.Array:
+    return jnp.zeros((), jnp.float32)
 
 
 # Every device on its own tokens
@@ -95,13 +96,13 @@ NONE_LOST = np.float32(0)
 def _local_slots(task: Task) -> tuple[jax.Array, jax.Array]:
     tokens, scale, _ = to_slots(task.dispatch)
     out = task.feed_forward(_all_experts(task), take(task.x, tokens, None), None)
-    return combine(out, scale, tokens, None, len(task.x)), NONE_LOST
+    return combine(out, scale, tokens, None, len(task.x)), _none()
 
 
 def _local_rows(task: Task) -> tuple[jax.Array, jax.Array]:
     rows = to_rows(task.dispatch)
     out = task.feed_forward(_all_experts(task), take(task.x, rows.tokens, rows.place), rows.group_sizes)
-    return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), NONE_LOST
+    return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), _none()
 
 
 def _all_experts(task: Task) -> Weights:
@@ -130,7 +131,7 @@ def _sent_slots(task: Task) -> tuple[jax.Array, jax.Array]:
 
     outs = [out.reshape(len(tokens), each, -1) for out in _pipelined(parts, send, compute, give_back)]
     out = jnp.concatenate(outs, axis=1)[:, :capacity]
-    return combine(out, scale, tokens, None, len(task.x)), NONE_LOST
+    return combine(out, scale, tokens, None, len(task.x)), _none()
 
 
 def _pipelined(
@@ -168,7 +169,7 @@ def _sent_rows(task: Task) -> tuple[jax.Array, jax.Array]:
         return trip.give_back(out)
 
     out = jnp.stack(_pipelined(parts, send, compute, give_back), axis=1).reshape(-1, task.x.shape[-1])[:count]
-    lost = sum(trip.lost for trip in trips)
+    lost = functools.reduce(jnp.add, [trip.lost for trip in trips])
     return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), lost
 
 
@@ -187,7 +188,7 @@ class _Trip:
         come = _first(wanted[:, me], sent[:, me])
         self.sizes = come.sum(0)
         self.index, self.inverse = by_expert(come, self.room)
-        self.lost = (between[me] - sent[me]).sum().astype(jnp.float32)
+        self.lost = _lost(task, between[me] - sent[me])
 
     def send(self, rows: jax.Array) -> jax.Array:
         return ragged_all_to_all(rows, self.there, self.back, self.count, self.room, self.most, self.comm)
@@ -214,6 +215,10 @@ def receive_rows(sent: int, devices: int, most: int, factor: float) -> int:
     return worst if factor == -1 else max(1, min(worst, int(sent * factor)))
 
 
+def _lost(task: Task, pairs: jax.Array) -> jax.Array:
+    return _none() if task.settings.buffer_factor == -1 else pairs.sum().astype(jnp.float32)
+
+
 def _first(wanted: jax.Array, sent: jax.Array) -> jax.Array:
     """Of i32[sources, experts] rows in the order of the experts, those among the first `sent` i32[sources]."""
     return jnp.clip(sent[:, None] - before(wanted, 1), 0, wanted)
@@ -230,7 +235,7 @@ def _seen_slots(task: Task) -> tuple[jax.Array, jax.Array]:
     scale = held(comm.gather(own_scale[None]))
     seen = comm.gather(task.x)
     out = task.feed_forward(task.weights, take(seen, tokens, None), None)
-    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), NONE_LOST
+    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), _none()
 
 
 def _seen_rows(task: Task) -> tuple[jax.Array, jax.Array]:
@@ -251,7 +256,7 @@ def _seen_rows(task: Task) -> tuple[jax.Array, jax.Array]:
     scale = pick(comm.gather(own.weights))
     seen = comm.gather(task.x)
     out = task.feed_forward(task.weights, take(seen, tokens, None), come.sum(0))
-    lost = (between - sent)[me].sum().astype(jnp.float32)
+    lost = _lost(task, (between - sent)[me])
     return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), lost
 
 

@@ -1,14 +1,18 @@
 """Every way to compute experts on a mesh computes what one device computes, values and gradients."""
 
+import dataclasses
 import functools
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from adaptive.errors import MeshError, RecipeError
 from adaptive.parallel.config import ExpertParallel, MeshConfig
-from adaptive.parallel.experts import run
+from adaptive.parallel.experts import receive_rows, run
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import axis_rules, placement
 from adaptive.routing.dispatch import Dispatch, by_expert, by_token
@@ -71,15 +75,9 @@ DISPATCHES = {
 
 
 def loss(x, scale, weights, dispatch, direction, ragged):
-    dispatch = jax.tree_util.tree_map(lambda a: a, dispatch)
-    y, lost = run(x, _with_weights(dispatch, scale), weights, AXES, feed_forward, ragged=ragged)
+    dispatch = dataclasses.replace(dispatch, weights=jnp.where(dispatch.valid, scale, 0.0))
+    y, lost = run(x, dispatch, weights, AXES, feed_forward, ragged=ragged)
     return (y * direction).sum(), (y, lost)
-
-
-def _with_weights(dispatch: Dispatch, scale: jax.Array) -> Dispatch:
-    import dataclasses
-
-    return dataclasses.replace(dispatch, weights=jnp.where(dispatch.valid, scale, 0.0))
 
 
 def computed(dispatch, ragged, mesh=None, settings=None):
@@ -127,3 +125,140 @@ def test_slots_and_rows_agree_with_the_dense_reference(name):
 def test_every_strategy_equals_one_device(strategy, ragged, mesh):
     got = computed(DISPATCHES["random"](), ragged, mesh, ExpertParallel(strategy))
     assert_same(got, on_one_device("random", ragged))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["slots", "rows"])
+@pytest.mark.parametrize("strategy", ["expert", "gather", "tensor"])
+@pytest.mark.parametrize("name", ["empty", "one", "expert_choice"])
+def test_experts_without_tokens_and_one_that_has_all(name, strategy, ragged):
+    got = computed(DISPATCHES[name](), ragged, (1, 1, 4, 1), ExpertParallel(strategy))
+    assert_same(got, on_one_device(name, ragged))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["slots", "rows"])
+@pytest.mark.parametrize("overlap", [2, 3, 5])
+def test_parts_that_overlap(overlap, ragged):
+    """Capacities and rows that the number of parts does not divide."""
+    got = computed(DISPATCHES["random"](), ragged, (1, 1, 4, 1), ExpertParallel("expert", overlap=overlap))
+    assert_same(got, on_one_device("random", ragged))
+
+
+@pytest.mark.parametrize(("devices", "nodes"), [(4, 2), (8, 2), (8, 4)])
+def test_within_nodes_and_then_between(devices, nodes):
+    settings = ExpertParallel("expert", "hierarchical", nodes, overlap=2)
+    settings.validate(devices=devices, experts=EXPERTS)
+    got = computed(DISPATCHES["random"](), False, (1, 1, devices, 1), settings)
+    assert_same(got, on_one_device("random", False))
+
+
+@pytest.mark.parametrize("strategy", ["expert", "gather"])
+@pytest.mark.parametrize(("name", "factor"), [("random", 1.0), ("random", 0.5), ("one", 1.0), ("empty", 0.7)])
+def test_truncated_buffers_lose_what_the_rule_says(name, factor, strategy):
+    """Each device keeps the first rows that fit, by source (MaxText): Tr = differences of min(cumsum(A), R)."""
+    devices = 4
+    dispatch = DISPATCHES[name]()
+    _, chosen = token_choice(name)
+    pairs = chosen.reshape(devices, -1)  # of each source, in the order of its tokens
+    per_device = EXPERTS // devices
+    wanted = np.array([[(p >= 0) & (p // per_device == d) for d in range(devices)] for p in pairs]).sum(-1)
+    room = int(pairs.shape[1] * factor)
+    kept = np.diff(np.minimum(np.cumsum(wanted, 0), room), axis=0, prepend=0)
+    assert (wanted - kept).sum() > 0 or name == "random"
+
+    settings = ExpertParallel(strategy, buffer_factor=factor)
+    got = computed(dispatch, True, (1, 1, devices, 1), settings)
+    assert got[1] == (wanted - kept).sum()
+
+    # What is lost is out of the sum: the same as a dispatch without those pairs.
+    left = np.zeros(chosen.shape, bool).reshape(devices, -1)
+    for source, p in enumerate(pairs):
+        for d in range(devices):
+            mine = np.flatnonzero((p >= 0) & (p // per_device == d))
+            by_its_expert = mine[np.argsort(p[mine], kind="stable")]
+            left[source, by_its_expert[: kept[source, d]]] = True
+    thinned = by_token(dispatch.index, dispatch.weights, jnp.asarray(left.reshape(chosen.shape)), EXPERTS)
+    want = computed(thinned, True)
+    assert want[1] == 0
+    assert_same((got[0], got[2:]), (want[0], want[2:]))
+
+
+@pytest.mark.parametrize(
+    ("sent", "devices", "experts", "k", "factor", "rows"),
+    [
+        (1024, 4, 256, 8, -1, 4096),
+        (1024, 128, 256, 8, -1, 32768),
+        (1024, 4, 256, 8, 1.5, 1536),
+        (4096, 8, 8, 2, -1, 16384),
+    ],
+)
+def test_receive_buffers(sent, devices, experts, k, factor, rows):
+    """MaxText's sizes; `sent` rows are k for each token."""
+    most = min(sent, experts // devices * (sent // k))
+    assert receive_rows(sent, devices, most, factor) == rows
+
+
+def collectives(settings: ExpertParallel, mesh, ragged=False) -> dict[str, int]:
+    """Of the forward pass alone."""
+    x, weights, _ = arrays()
+    dispatch = DISPATCHES["random"]()
+    m, rules = make_mesh(MeshConfig(*mesh)), axis_rules(settings)
+    with placement(m, rules, settings):
+        put = lambda a, *names: jax.device_put(a, NamedSharding(m, rules.spec(*names)))  # noqa: E731
+        forward = jax.jit(lambda x, d, w: run(x, d, w, AXES, feed_forward, ragged=ragged))
+        whole = {name: tuple(None if n == "width" else n for n in AXES[name]) for name in AXES}
+        args = (
+            put(x, "batch"), jax.tree.map(lambda a: put(a, "batch"), dispatch),
+            {name: put(w, *whole[name]) for name, w in weights.items()},
+        )  # fmt: skip
+        return hlo.collectives(forward.lower(*args).compile(QUICK).as_text())
+
+
+@pytest.mark.parametrize(
+    ("settings", "mesh", "want"),
+    [
+        (ExpertParallel("expert"), (8, 1, 1, 1), {}),
+        (ExpertParallel("expert"), (1, 1, 8, 1), {"all-to-all": 2}),
+        (ExpertParallel("expert", overlap=2), (1, 1, 8, 1), {"all-to-all": 4}),
+        (ExpertParallel("expert", "hierarchical", 2), (1, 1, 8, 1), {"all-to-all": 4}),
+        (ExpertParallel("gather"), (1, 1, 8, 1), {"all-gather": 3, "reduce-scatter": 1}),  # tokens, slots, weights
+        (ExpertParallel("tensor"), (1, 1, 8, 1), {"all-gather": 3, "reduce-scatter": 1}),
+        (ExpertParallel("data"), (1, 1, 8, 1), {"all-gather": 2}),  # both matrices
+        (ExpertParallel("expert"), (1, 1, 4, 2), {"all-reduce": 1, "all-to-all": 2}),
+    ],
+)
+def test_collectives_of_slots(settings, mesh, want):
+    assert collectives(settings, mesh) == want
+
+
+def test_settings_that_do_not_fit():
+    for settings, devices, parts in [
+        (ExpertParallel(), 3, ["mesh.expert=3 does not divide the 8 experts", "1, 2, 4, 8", "strategy=tensor"]),
+        (ExpertParallel(nodes=3), 4, ["nodes=3 does not divide mesh.expert=4", "1, 2, 4"]),
+        (ExpertParallel(exchange="hierarchical"), 4, ["nodes=1", "above 1 and below mesh.expert"]),
+        (ExpertParallel("gather", "hierarchical", 2), 4, ["strategy=gather exchanges no tokens"]),
+        (ExpertParallel("data", overlap=2), 4, ["overlap=2", "strategy=data exchanges no tokens"]),
+        (ExpertParallel(overlap=0), 4, ["overlap=0", "at least 1"]),
+        (ExpertParallel(buffer_factor=0), 4, ["buffer_factor=0", "above 0, or -1"]),
+    ]:
+        with pytest.raises(RecipeError) as error:
+            settings.validate(devices=devices, experts=EXPERTS)
+        for part in parts:
+            assert part in str(error.value)
+    ExpertParallel("tensor").validate(devices=3, experts=EXPERTS)
+    with pytest.raises(RecipeError, match="no experts"):
+        ExpertParallel().validate(devices=2, experts=0)
+    with pytest.raises(RecipeError, match="sent directly"):
+        ExpertParallel("expert", "hierarchical", 2).validate(devices=4, experts=EXPERTS, ragged=True)
+    with pytest.raises(RecipeError, match="fixed capacity"):
+        ExpertParallel("expert", buffer_factor=1.5).validate(devices=4, experts=EXPERTS, ragged=False)
+    with pytest.raises(ValueError, match="settle"):
+        axis_rules(ExpertParallel())
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    settings = ExpertParallel("expert")
+    x, weights, _ = arrays()
+    dispatch = jax.tree.map(lambda a: a[:6], DISPATCHES["random"]())
+    mesh = make_mesh(MeshConfig(1, 1, 4, 1), jax.devices()[:4])
+    with placement(mesh, axis_rules(settings), settings), pytest.raises(MeshError, match="multiple of 4"):
+        run(x[:6], dispatch, weights, AXES, feed_forward, ragged=False)
