@@ -4,7 +4,6 @@ Slots are pairs padded to a capacity for each expert, [experts, capacity, D]; ro
 group sizes. Strategies are those of `ExpertParallel`; with one device on the expert axis all are the local code.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +18,7 @@ from adaptive.parallel.shard import sharded
 from adaptive.routing.dispatch import Dispatch, to_rows, to_slots
 
 Weights = dict[str, jax.Array]
+Done = tuple[jax.Array, jax.Array | None]  # a device's outputs [T, D], and the pairs it lost where any can be lost
 
 
 class FeedForward(Protocol):
@@ -59,7 +59,8 @@ def run(
         task = Task(tokens, dispatch, weights, feed_forward, comm, settings)
         strategy = settings.strategy if comm.size > 1 else "data"
         y, lost = (_ROWS if ragged else _SLOTS)[strategy](task)
-        return comm.sum_hidden(y).reshape(x.shape), comm.sum_batch(lost)
+        total = jnp.zeros((), jnp.float32) if lost is None else comm.sum_batch(lost)
+        return comm.sum_hidden(y).reshape(x.shape), total
 
     names = {name: tuple(None if n == "width" else n for n in axes[name][-w.ndim :]) for name, w in weights.items()}
     return sharded(local, [("batch",), ("batch",), names], (("batch",), ()))(x, dispatch, weights)
@@ -86,23 +87,19 @@ class Task(NamedTuple):
         return self.dispatch.experts // (1 if self.whole else self.comm.size)
 
 
-def _none() -> jax.Array:
-    return jnp.zeros((), jnp.float32)
-
-
 # Every device on its own tokens
 
 
-def _local_slots(task: Task) -> tuple[jax.Array, jax.Array]:
+def _local_slots(task: Task) -> Done:
     tokens, scale, _ = to_slots(task.dispatch)
     out = task.feed_forward(_all_experts(task), take(task.x, tokens, None), None)
-    return combine(out, scale, tokens, None, len(task.x)), _none()
+    return combine(out, scale, tokens, None, len(task.x)), None
 
 
-def _local_rows(task: Task) -> tuple[jax.Array, jax.Array]:
+def _local_rows(task: Task) -> Done:
     rows = to_rows(task.dispatch)
     out = task.feed_forward(_all_experts(task), take(task.x, rows.tokens, rows.place), rows.group_sizes)
-    return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), _none()
+    return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), None
 
 
 def _all_experts(task: Task) -> Weights:
@@ -112,7 +109,7 @@ def _all_experts(task: Task) -> Weights:
 # Tokens travel to their experts
 
 
-def _sent_slots(task: Task) -> tuple[jax.Array, jax.Array]:
+def _sent_slots(task: Task) -> Done:
     comm, parts, held = task.comm, task.settings.overlap, task.held
     tokens, scale, _ = to_slots(task.dispatch)
     capacity = tokens.shape[1]
@@ -131,7 +128,7 @@ def _sent_slots(task: Task) -> tuple[jax.Array, jax.Array]:
 
     outs = [out.reshape(len(tokens), each, -1) for out in _pipelined(parts, send, compute, give_back)]
     out = jnp.concatenate(outs, axis=1)[:, :capacity]
-    return combine(out, scale, tokens, None, len(task.x)), _none()
+    return combine(out, scale, tokens, None, len(task.x)), None
 
 
 def _pipelined(
@@ -149,7 +146,7 @@ def _pipelined(
     return outs
 
 
-def _sent_rows(task: Task) -> tuple[jax.Array, jax.Array]:
+def _sent_rows(task: Task) -> Done:
     rows, parts = to_rows(task.dispatch), task.settings.overlap
     count = len(rows.tokens)
     numbers = strided(count, parts)
@@ -169,7 +166,8 @@ def _sent_rows(task: Task) -> tuple[jax.Array, jax.Array]:
         return trip.give_back(out)
 
     out = jnp.stack(_pipelined(parts, send, compute, give_back), axis=1).reshape(-1, task.x.shape[-1])[:count]
-    lost = functools.reduce(jnp.add, [trip.lost for trip in trips])
+    losses = [trip.lost for trip in trips if trip.lost is not None]
+    lost = jnp.stack(losses).sum() if losses else None
     return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), lost
 
 
@@ -215,8 +213,8 @@ def receive_rows(sent: int, devices: int, most: int, factor: float) -> int:
     return worst if factor == -1 else max(1, min(worst, int(sent * factor)))
 
 
-def _lost(task: Task, pairs: jax.Array) -> jax.Array:
-    return _none() if task.settings.buffer_factor == -1 else pairs.sum().astype(jnp.float32)
+def _lost(task: Task, pairs: jax.Array) -> jax.Array | None:
+    return None if task.settings.buffer_factor == -1 else pairs.sum().astype(jnp.float32)
 
 
 def _first(wanted: jax.Array, sent: jax.Array) -> jax.Array:
@@ -227,7 +225,7 @@ def _first(wanted: jax.Array, sent: jax.Array) -> jax.Array:
 # Every device sees all tokens of the axis, and computes the experts that it holds
 
 
-def _seen_slots(task: Task) -> tuple[jax.Array, jax.Array]:
+def _seen_slots(task: Task) -> Done:
     comm = task.comm
     own_tokens, own_scale, _ = to_slots(task.dispatch)
     held = lambda a: _held(task, a).swapaxes(0, 1).reshape(task.held, -1)  # noqa: E731
@@ -235,10 +233,10 @@ def _seen_slots(task: Task) -> tuple[jax.Array, jax.Array]:
     scale = held(comm.gather(own_scale[None]))
     seen = comm.gather(task.x)
     out = task.feed_forward(task.weights, take(seen, tokens, None), None)
-    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), _none()
+    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), None
 
 
-def _seen_rows(task: Task) -> tuple[jax.Array, jax.Array]:
+def _seen_rows(task: Task) -> Done:
     comm, own = task.comm, to_rows(task.dispatch)
     count, me = len(own.tokens), comm.index()
     wanted = comm.gather(own.group_sizes[None])
@@ -270,6 +268,6 @@ def _first_token(task: Task) -> jax.Array:
     return (len(task.x) * jnp.arange(task.comm.size, dtype=jnp.int32))[:, None]
 
 
-Compute = Callable[[Task], tuple[jax.Array, jax.Array]]
+Compute = Callable[[Task], Done]
 _SLOTS: dict[str, Compute] = {"expert": _sent_slots, "gather": _seen_slots, "tensor": _seen_slots, "data": _local_slots}
 _ROWS: dict[str, Compute] = {"expert": _sent_rows, "gather": _seen_rows, "tensor": _seen_rows, "data": _local_rows}

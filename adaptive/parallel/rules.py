@@ -77,7 +77,12 @@ def active_placement() -> Placement | None:
 
 @contextlib.contextmanager
 def placement(mesh: Mesh, rules: AxisRules, experts: ExpertParallel = TOKENS_TRAVEL) -> Iterator[None]:
-    """Within it, logical names mean axes of `mesh`; outside, annotations are void. Jitted code is traced inside."""
+    """Within it, logical names mean axes of `mesh`; outside, annotations are void. Jitted code is traced inside.
+
+    Raises ValueError for a table that places experts otherwise than their strategy needs (`axis_rules` gives one).
+    """
+    if ("expert" in rules.expert_ff) != (experts.strategy == "tensor"):
+        raise ValueError(f"the table splits expert_ff over {rules.expert_ff}, which is not strategy={experts.strategy}")
     token = _placement.set(Placement(mesh, rules, experts))
     try:
         yield

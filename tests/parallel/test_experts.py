@@ -14,7 +14,7 @@ from adaptive.errors import MeshError, RecipeError
 from adaptive.parallel.config import ExpertParallel, MeshConfig
 from adaptive.parallel.experts import receive_rows, run
 from adaptive.parallel.mesh import make_mesh
-from adaptive.parallel.rules import axis_rules, placement
+from adaptive.parallel.rules import AxisRules, axis_rules, placement
 from adaptive.routing.dispatch import Dispatch, by_expert, by_token
 
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, K = 8, 4, 8, 16, 8, 2
@@ -253,6 +253,11 @@ def test_settings_that_do_not_fit():
         ExpertParallel("expert", buffer_factor=1.5).validate(devices=4, experts=EXPERTS, ragged=False)
     with pytest.raises(ValueError, match="settle"):
         axis_rules(ExpertParallel())
+    with (
+        pytest.raises(ValueError, match="not strategy=tensor"),
+        placement(make_mesh(MeshConfig()), AxisRules(), ExpertParallel("tensor")),
+    ):
+        pass
 
 
 def test_a_batch_that_does_not_divide_is_refused():
