@@ -4,39 +4,50 @@ A kind is a family of models with tensor names and a configuration of its own; o
 """
 
 import difflib
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from adaptive.errors import UserError
-from adaptive.interop import official_mor
+from adaptive.interop import hf_moe, official_mor
+from adaptive.interop.hf_moe_config import KINDS
 
-_KINDS: dict[str, ModuleType] = {"mor": official_mor}
+
+class _Kind(NamedTuple):
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], nnx.Module]
+    write: Callable[[nnx.Module], dict[str, jax.Array]]
+
+
+_KINDS = {"mor": _Kind(official_mor.from_official, official_mor.to_official)} | {
+    kind: _Kind(functools.partial(hf_moe.from_official, kind), functools.partial(hf_moe.to_official, kind))
+    for kind in KINDS
+}
 
 
 def from_official(kind: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> nnx.Module:
     """The model that official `tensors` and `config` describe.
 
-    kind     "mor": Mixture-of-Recursions as its authors released it (see adaptive.interop.official_mor)
+    kind     "mor": Mixture-of-Recursions as its authors released it (see adaptive.interop.official_mor); "mixtral",
+             "olmoe", "qwen3_moe": mixtures of experts under Hugging Face names (see adaptive.interop.hf_moe)
     tensors  name -> array of any float dtype, under the official names; read as float32
-    config   the official configuration, a plain dict
+    config   the official configuration (of Hugging Face models config.json), a plain dict
 
     Pure and traceable in `tensors`: gradients through `from_official(kind, tensors, config)(tokens)` come back under
     the official names, a shared tensor's summed over its uses. Raises UserError for an unknown kind, a configuration
     that cannot be built, and tensors that are missing, unknown, misshapen or in disagreement with their aliases.
     """
-    return _kind(kind).from_official(tensors, config)
+    return _kind(kind).read(tensors, config)
 
 
 def to_official(kind: str, model: nnx.Module) -> dict[str, jax.Array]:
     """The tensors f32 of `model` under the official names, each distinct one once: `from_official` read backwards."""
-    return _kind(kind).to_official(model)
+    return _kind(kind).write(model)
 
 
-def _kind(name: str) -> ModuleType:
+def _kind(name: str) -> _Kind:
     if name not in _KINDS:
         near = difflib.get_close_matches(str(name), _KINDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,225 @@
+"""config.json of the transformers library's Mixtral, OLMoE and Qwen3-MoE, read as ours.
+
+A field that is left out has the library's default for the kind. Fields that cannot change what the model computes are
+ignored; a field that would, in a way this package has no counterpart for, is refused by name.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from adaptive.errors import RecipeError
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.config import TransformerConfig
+
+Kind = Literal["mixtral", "olmoe", "qwen3_moe"]
+
+# Defaults of the library's configuration classes (transformers 5); num_key_value_heads null is num_attention_heads,
+# head_dim null is hidden_size / num_attention_heads.
+_DEFAULTS: dict[Kind, dict[str, Any]] = {
+    "mixtral": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "sliding_window": None, "num_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001,
+        "pad_token_id": None,
+    },
+    "olmoe": {
+        "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": None, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "num_experts": 64, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.01, "pad_token_id": 1,
+    },
+    "qwen3_moe": {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.001,
+        "moe_intermediate_size": 768, "decoder_sparse_step": 1, "pad_token_id": None,
+    },
+}  # fmt: skip
+QK_NORMS: dict[Kind, Literal["none", "head", "full"]] = {"mixtral": "none", "olmoe": "full", "qwen3_moe": "head"}
+KINDS: tuple[Kind, ...] = tuple(QK_NORMS)
+
+
+def config_from_transformers(kind: Kind, config: Mapping[str, Any]) -> TransformerConfig:
+    """The model that a config.json of this kind describes; raises RecipeError, naming the field, where there is none.
+
+    The coefficient of the balancing loss is router_aux_loss_coef where output_router_logits is set and 0 otherwise, as
+    the library adds it to its loss. max_window_layers changes nothing: the library's window holds in every layer.
+    """
+    fields = _Fields(kind, config)
+    fields.refuse_what_has_no_counterpart()
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    layers = fields.integer("num_hidden_layers")
+    head_dim = fields.integer_or_none("head_dim") or width // heads
+    if kind == "olmoe" and heads * head_dim != width:
+        raise RecipeError(
+            f"official olmoe: its query norm is as wide as the model, so num_attention_heads={heads} times "
+            f"head_dim={head_dim} must be hidden_size={width}"
+        )
+    ours = TransformerConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=width,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=fields.integer_or_none("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=_rope_theta(fields),
+        attention_bias=kind != "mixtral" and fields.boolean("attention_bias"),
+        qk_norm=QK_NORMS[kind],
+        clip_qkv=_clip(fields) if kind == "olmoe" else 0.0,
+        attention_window=_window(fields),
+        padding_token=_padding_token(fields),
+        tie_embeddings=fields.boolean("tie_word_embeddings"),
+        moe=_experts(fields, layers),
+    )
+    ours.validate()
+    return ours
+
+
+class _Fields:
+    """A config.json with the defaults of its kind."""
+
+    def __init__(self, kind: Kind, given: Mapping[str, Any]):
+        if not isinstance(given, Mapping):
+            raise RecipeError(
+                f"official {kind}: the configuration must be a dict of config.json's fields, not {given!r}"
+            )
+        self.kind, self._given = kind, given
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, the library's default where it is left out."""
+        return self._given.get(name, _DEFAULTS[self.kind].get(name, default))
+
+    def given(self, name: str) -> Any:
+        """The value of a field, None where it is left out."""
+        return self._given.get(name)
+
+    def integer(self, name: str) -> int:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(name, "must be an integer")
+        return value
+
+    def integer_or_none(self, name: str) -> int | None:
+        return None if self.get(name) is None else self.integer(name)
+
+    def number(self, name: str) -> float:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.wrong(name, "must be a number")
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        value = self.get(name, False)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(name, "must be true or false")
+        return bool(value)
+
+    def wrong(self, name: str, right: str) -> RecipeError:
+        return RecipeError(f"official {self.kind}: {name}={self.get(name)!r}: {right}")
+
+    def refuse_what_has_no_counterpart(self) -> None:
+        """Raises RecipeError for values that would change the numbers in a way that is not built here."""
+        if self.given("model_type") not in (None, self.kind):
+            hint = f"; that is kind {self.given('model_type')!r}" if self.given("model_type") in KINDS else ""
+            raise self.wrong("model_type", f"this kind reads {self.kind!r} alone{hint}")
+        if self.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise self.wrong("hidden_act", "is not supported, only 'silu'")
+        if self.given("quantization_config") is not None:
+            raise self.wrong("quantization_config", "is not supported; give the tensors in a float dtype, without it")
+        for name in ("attention_dropout", "router_jitter_noise"):
+            if self.given(name):
+                raise self.wrong(
+                    name, "has no counterpart in training here; set it to 0.0, which leaves inference as it is"
+                )
+
+
+def _rope_theta(fields: _Fields) -> float:
+    """The base of the rotary embedding; of the two dicts that may hold it the older, rope_scaling, comes first."""
+    name = "rope_scaling" if fields.given("rope_scaling") else "rope_parameters"
+    rope = fields.given(name) or {}
+    if not isinstance(rope, Mapping):
+        raise fields.wrong(name, "must be a dict or null")
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise fields.wrong(name, "settings per layer type are not supported, only one rotary embedding for all layers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", None):
+        raise RecipeError(
+            f"official {fields.kind}: {name}.rope_type={kind!r} is not supported, only 'default': without it the model "
+            "would be another one"
+        )
+    theta = rope.get("rope_theta")
+    theta = fields.number("rope_theta") if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise RecipeError(f"official {fields.kind}: rope_theta={theta!r} must be a number above 0")
+    return float(theta)
+
+
+def _window(fields: _Fields) -> int:
+    """Positions that a query sees; 0: all. OLMoE has no window, Qwen's needs use_sliding_window."""
+    if fields.kind == "olmoe" or (fields.kind == "qwen3_moe" and not fields.boolean("use_sliding_window")):
+        return 0
+    window = fields.integer_or_none("sliding_window")
+    if window is not None and window < 1:
+        raise fields.wrong("sliding_window", "must be at least 1, or null for none")
+    return window or 0
+
+
+def _clip(fields: _Fields) -> float:
+    if fields.given("clip_qkv") is None:
+        return 0.0
+    clip = fields.number("clip_qkv")
+    if clip <= 0:
+        raise fields.wrong("clip_qkv", "must be above 0, or null for none")
+    return clip
+
+
+def _padding_token(fields: _Fields) -> int:
+    """The token whose embedding the lookup does not train, -1: none. Negative ids count from the end."""
+    token = fields.integer_or_none("pad_token_id")
+    if token is None:
+        return -1
+    vocabulary = fields.integer("vocab_size")
+    if not -vocabulary <= token < vocabulary:
+        raise fields.wrong("pad_token_id", f"must be a token below vocab_size={vocabulary}, or null for none")
+    return token % vocabulary
+
+
+def _experts(fields: _Fields, layers: int) -> MoEConfig:
+    experts, dense = _count(fields), _dense_layers(fields, layers)
+    qwen = fields.kind == "qwen3_moe"
+    if len(dense) == layers or (qwen and experts == 0):
+        return MoEConfig()
+    normalise = fields.kind == "mixtral" or fields.boolean("norm_topk_prob")
+    return MoEConfig(
+        router="token_choice",
+        experts=experts,
+        expert_size=fields.integer("moe_intermediate_size" if qwen else "intermediate_size"),
+        experts_per_token=float(fields.integer("num_experts_per_tok")),
+        balance_coefficient=fields.number("router_aux_loss_coef") if fields.boolean("output_router_logits") else 0.0,
+        dense_layers=dense,
+        options=(f"normalise={str(normalise).lower()}", "balance=hf"),
+    )
+
+
+def _count(fields: _Fields) -> int:
+    """Experts, which the library calls num_experts or num_local_experts."""
+    names = [name for name in ("num_local_experts", "num_experts") if fields.given(name) is not None]
+    if len(names) == 2 and fields.given(names[0]) != fields.given(names[1]):
+        raise RecipeError(
+            f"official {fields.kind}: num_local_experts={fields.given('num_local_experts')!r} and "
+            f"num_experts={fields.given('num_experts')!r} are two names of one setting; give one"
+        )
+    return fields.integer(names[0] if names else "num_experts")
+
+
+def _dense_layers(fields: _Fields, layers: int) -> tuple[int, ...]:
+    """Layers whose feed-forward is dense; Qwen alone has them."""
+    if fields.kind != "qwen3_moe":
+        return ()
+    step, only = fields.integer("decoder_sparse_step"), fields.given("mlp_only_layers") or ()
+    if step < 1:
+        raise fields.wrong("decoder_sparse_step", "must be at least 1: every step-th layer has experts")
+    if isinstance(only, str) or not all(isinstance(i, int) and not isinstance(i, bool) for i in only):
+        raise fields.wrong("mlp_only_layers", "must be a list of layer numbers, from 0")
+    return tuple(i for i in range(layers) if i in only or (i + 1) % step)
