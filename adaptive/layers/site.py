@@ -20,6 +20,7 @@ class Site(NamedTuple):
     uses     times that a block of recursions applies it: buffers have this leading axis; 0: it has none
     layers   number of each stacked layer in the unrolled network, from 0
     depth    layers of the unrolled network
+    norm_eps of its normalisations
     """
 
     width: int
@@ -28,6 +29,7 @@ class Site(NamedTuple):
     uses: int = 0
     layers: tuple[int, ...] = (0,)
     depth: int = 1
+    norm_eps: float = 1e-5
 
     def buffer(self, value: jax.Array) -> Buffer:
         """A buffer that starts as `value` in every stacked layer and use."""

@@ -13,7 +13,7 @@ from adaptive.layers.moe.base import Context, RoutedLayer, Routing
 from adaptive.layers.site import Buffer
 from adaptive.models.config import TransformerConfig
 from adaptive.parallel.rules import gathered
-from adaptive.routing.types import AuxLosses, ExpertCalls
+from adaptive.routing.types import Aux, AuxLosses, ExpertCalls
 
 Remat = Literal["none", "layer", "dots"]
 ROUTED = ("first", "block", "last")  # parts of a model whose layers may be routed, in the order they run
@@ -198,23 +198,23 @@ def segments(config: TransformerConfig) -> list[tuple[str, range, range]]:
     return out
 
 
-def expert_losses(experts: dict[str, ExpertCalls], coefficients: dict[str, float]) -> AuxLosses:
-    """Each auxiliary loss of the routed feed-forwards, averaged over all their calls."""
-    from adaptive.routing.types import Aux
+def expert_losses(experts: dict[str, ExpertCalls], layer: RoutedLayer) -> AuxLosses:
+    """Each auxiliary loss of the routed feed-forwards, averaged over all their calls, and those of all calls together.
 
+    layer  any of them: it knows the coefficients and how joint losses are formed
+    """
     if not experts:
         return AuxLosses()
-    flat = [jax.tree.map(lambda a: a.reshape(-1), calls.losses) for calls in experts.values()]
-    losses = {name: jnp.concatenate([part[name] for part in flat]).mean() for name in flat[0]}
-    parts = [
-        jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), calls.parts) for calls in experts.values() if calls.parts
-    ]
-    if parts:
-        # Hugging Face concatenates the tokens of all layers before the means.
-        load, probability = (
-            jnp.concatenate([p[name] for p in parts]).mean(0) for name in ("hf_load", "hf_probability")
-        )
-        losses["load_balancing_loss"] = load.size * jnp.sum(load * probability)
+    calls = list(experts.values())
+
+    def joined(of: Callable[[ExpertCalls], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        # Leading axes (recursions, layers) are those of a scalar.
+        flat = [jax.tree.map(lambda a, n=c.stats["calls"].ndim: a.reshape(-1, *a.shape[n:]), of(c)) for c in calls]
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *flat)
+
+    losses = {name: value.mean() for name, value in joined(lambda c: c.losses).items()}
+    losses |= layer.joint_losses(joined(lambda c: c.parts))
+    coefficients = layer.coefficients()
     return AuxLosses({name: Aux(value, coefficients[name]) for name, value in losses.items()})
 
 

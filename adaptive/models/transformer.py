@@ -204,7 +204,7 @@ class Transformer(nnx.Module):
         hidden, experts, aux = self.norm(x), forward.experts(), AuxLosses(routed.aux)
         layer = self.experts()
         if layer is not None:
-            aux |= expert_losses(experts, layer.coefficients())
+            aux |= expert_losses(experts, layer)
         trace = routed.trace._replace(experts=experts)
         return Output(hidden, self._logits(hidden) if logits else None, aux, trace)
 
@@ -258,7 +258,7 @@ class Transformer(nnx.Module):
         c = self.config
         uses = c.recursions if stack and c.recursions > 1 and c.share_parameters else 0
         return DecoderLayer(
-            Site(c.hidden_size, c.init_std, stack, uses, tuple(numbers), c.num_layers),
+            Site(c.hidden_size, c.init_std, stack, uses, tuple(numbers), c.num_layers, c.norm_eps),
             heads=c.num_heads,
             kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -45,7 +46,7 @@ class Routing(NamedTuple):
     dispatch  who computes what
     losses    f32[] each, before coefficients
     stats     sums over tokens that add up over micro-batches and steps; see `statistics`
-    parts     arrays of losses that are formed over all layers together
+    parts     what `joint_losses` makes of all layers together
     logits    f32[batch, seq, choices]
     """
 
@@ -70,19 +71,33 @@ class RoutedLayer(nnx.Module):
         """x [batch, seq, width] -> (y of the same shape, auxiliary losses, who computed what)."""
         y, routing = self.routed(x, context)
         coefficients = self.coefficients()
-        aux = AuxLosses({name: Aux(value, coefficients[name]) for name, value in routing.losses.items()})
+        losses = routing.losses | self.joint_losses(jax.tree.map(lambda a: a[None], routing.parts))
+        aux = AuxLosses({name: Aux(value, coefficients[name]) for name, value in losses.items()})
         return y, aux, routing.dispatch
+
+    @classmethod
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
+        """(width, fields of MoEConfig) that explicit weights imply, given by path in the layer; RecipeError for others."""
+        raise NotImplementedError
 
     def coefficients(self) -> dict[str, float]:
         """Coefficient of each loss."""
         raise NotImplementedError
 
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Losses f32[] over all layers together, of their `Routing.parts` with a leading axis of calls."""
+        return {}
+
     def update(self, stats: dict[str, jax.Array]) -> None:
         """Moves the buffers by the sums of a whole step, each with the buffers' leading axes."""
 
-    def flops(self, tokens: int, width: int) -> tuple[float, float]:
+    def flops(self, tokens: float, width: int) -> tuple[float, float]:
         """Forward matmul FLOPs (of the router, of the experts) for a sequence of `tokens` tokens."""
         raise NotImplementedError
+
+    def router_train_flops(self, tokens: float, width: int) -> float:
+        """Matmul FLOPs of the router, forward and backward."""
+        return 3 * self.flops(tokens, width)[0]
 
     def no_gradient(self) -> str:
         """Why the language-model loss cannot reach the router, with what would help; empty where it does."""
@@ -133,16 +148,24 @@ class ExpertRouter(nnx.Module):
         """Coefficient of each loss."""
         return {"load_balancing_loss": self.config.balance_coefficient, "router_z_loss": self.config.z_coefficient}
 
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Losses f32[] over all layers together, of their `Routing.parts` with a leading axis of calls."""
+        return {}
+
     def update(self, stats: dict[str, jax.Array]) -> None:
         """Moves the buffers by the sums of a whole step, each with the buffers' leading axes."""
 
-    def pairs(self, tokens: int) -> float:
+    def pairs(self, tokens: float) -> float:
         """Pairs of a token and a true expert that are computed for a sequence of `tokens` tokens, or are expected."""
         return tokens * self.config.experts_per_token
 
-    def router_flops(self, tokens: int) -> float:
+    def router_flops(self, tokens: float) -> float:
         """Forward matmul FLOPs of the router for a sequence of `tokens` tokens."""
         return 2.0 * tokens * self.site.width * self.choices
+
+    def router_train_flops(self, tokens: float) -> float:
+        """The same with the backward pass."""
+        return 3 * self.router_flops(tokens)
 
     def selects_alike(self) -> bool:
         """Whether "topk" and "threshold" selection are the same."""
@@ -160,6 +183,13 @@ class ExpertRouter(nnx.Module):
 def poisoned(y: jax.Array, logits: jax.Array) -> jax.Array:
     """`y`, not a number where the router's logits are none: a broken router must not pass for one that drops tokens."""
     return jnp.where(jnp.isfinite(logits).all(-1, keepdims=True), y, jnp.nan)
+
+
+def shape_in(arrays: Mapping[str, jax.Array], name: str, rank: int) -> tuple[int, ...]:
+    """Shape of the explicit weight `name`; RecipeError unless it is there and has `rank` dimensions."""
+    if name not in arrays or arrays[name].ndim != rank:
+        raise RecipeError(f"explicit weights need {name} of {rank} dimensions")
+    return arrays[name].shape
 
 
 def parse_options(kind: type, config: MoEConfig) -> Any:

@@ -11,7 +11,7 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.feed_forward import FeedForward
 from adaptive.layers.moe import routers
-from adaptive.layers.moe.base import Context, RoutedLayer, Routing, poisoned
+from adaptive.layers.moe.base import Context, RoutedLayer, Routing, poisoned, shape_in
 from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Experts
 from adaptive.layers.moe_config import MoEConfig
@@ -37,6 +37,13 @@ class MoE(RoutedLayer):
             FeedForward(site.width, config.shared_size, site.std, shared, site.stack) if config.shared_size else None
         )
 
+    @classmethod
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
+        experts, width, hidden = shape_in(arrays, "experts.up", 3)
+        shared = arrays["shared.up"].shape[-1] if "shared.up" in arrays else 0
+        gated = "experts.gate" in arrays
+        return width, {"experts": experts, "expert_size": hidden, "shared_size": shared, "gated": gated}
+
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """The layer's output and its router's whole decision."""
         routing = self.router(x, context)
@@ -50,13 +57,19 @@ class MoE(RoutedLayer):
     def coefficients(self) -> dict[str, float]:
         return self.router.coefficients()
 
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return self.router.joint_losses(parts)
+
     def update(self, stats: dict[str, jax.Array]) -> None:
         self.router.update(stats)
 
-    def flops(self, tokens: int, width: int) -> tuple[float, float]:
+    def flops(self, tokens: float, width: int) -> tuple[float, float]:
         c = self.config
         experts = (6.0 if c.gated else 4.0) * self.router.pairs(tokens) * width * c.expert_size
         return self.router.router_flops(tokens), experts + 6.0 * tokens * width * c.shared_size
+
+    def router_train_flops(self, tokens: float, width: int) -> float:
+        return self.router.router_train_flops(tokens)
 
     def no_gradient(self) -> str:
         return self.router.no_gradient()
@@ -74,26 +87,30 @@ def routed_layer(config: MoEConfig, hidden: int, site: Site, key: jax.Array) -> 
     return getattr(module, "Layer", MoE)(config, hidden, site, key)
 
 
-def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any) -> MoE:
+def abstract_layer(config: MoEConfig, hidden: int, site: Site) -> RoutedLayer:
+    """The layer with shapes in place of arrays, for arithmetic."""
+    return nnx.eval_shape(lambda: routed_layer(config, hidden, site, jax.random.key(0)))
+
+
+def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any) -> RoutedLayer:
     """One layer with explicit weights.
 
     router    name of a router
     weights   path in the layer -> array: "router.weight" f32[width, choices], "experts.up" and, unless gated=False,
               "experts.gate" f32[experts, width, hidden], "experts.down" f32[experts, hidden, width]; "shared.gate",
-              "shared.up", "shared.down"; a router's further parameters and buffers by their names in its file.
-              Buffers may be left out and start as in a fresh model
+              "shared.up", "shared.down"; a router's further parameters and buffers by their names in its file, and so
+              all of a router that is a `Layer`. Buffers may be left out and start as in a fresh model
     settings  fields of MoEConfig; `options` as a dict of the router's own settings
 
     Raises RecipeError for names that are unknown or missing and shapes that do not fit.
     """
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
-    experts, width, hidden = _shape(arrays, "experts.up", 3)
+    width, implied = getattr(routers.module(router), "Layer", MoE).shape_of(arrays)
     options = tuple(f"{name}={_spelt(value)}" for name, value in settings.pop("options", {}).items())
-    shared = arrays["shared.up"].shape[-1] if "shared.up" in arrays else 0
-    config = MoEConfig(router=router, experts=experts, expert_size=hidden, shared_size=shared, options=options,
-                       gated="experts.gate" in arrays, **settings)  # fmt: skip
+    config = MoEConfig(router=router, options=options, **implied, **settings)
     config.validate(1)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(config, hidden, Site(width), jax.random.key(0))))
+    build = lambda: routed_layer(config, config.expert_size, Site(width), jax.random.key(0))  # noqa: E731
+    graphdef, state = nnx.split(nnx.eval_shape(build))
     fresh = None
     flat = dict(nnx.to_flat_state(state))
     paths = {".".join(map(str, path)): path for path in flat}
@@ -107,19 +124,13 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
         )
     for name, path in paths.items():
         if name not in arrays:
-            fresh = fresh or dict(nnx.to_flat_state(nnx.state(MoE(config, hidden, Site(width), jax.random.key(0)))))
+            fresh = fresh or dict(nnx.to_flat_state(nnx.state(build())))
             flat[path] = fresh[path]
         elif arrays[name].shape != flat[path].shape:
             raise RecipeError(f"{name} has shape {list(arrays[name].shape)}, expected {list(flat[path].shape)}")
         else:
             flat[path] = flat[path].replace(arrays[name])
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
-
-
-def _shape(arrays: Mapping[str, jax.Array], name: str, rank: int) -> tuple[int, ...]:
-    if name not in arrays or arrays[name].ndim != rank:
-        raise RecipeError(f"explicit weights need {name} of {rank} dimensions")
-    return arrays[name].shape
 
 
 def _spelt(value: Any) -> str:

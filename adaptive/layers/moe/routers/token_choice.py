@@ -105,6 +105,13 @@ class Router(ExpertRouter):
             losses["router_z_loss"] = z_loss(logits, context.present)
         return Routing(dispatch, losses, statistics(dispatch, logits, load.sum(0), context.present), parts, logits)
 
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if self.options.balance != "hf":
+            return {}
+        # Hugging Face concatenates the tokens of all layers before the means.
+        load, probability = parts["hf_load"].mean(0), parts["hf_probability"].mean(0)
+        return {"load_balancing_loss": self.config.experts * jnp.sum(load * probability)}
+
     def no_gradient(self) -> str:
         o: Options = self.options
         if self.k > 1 or not (o.normalise or o.score == "logits"):
@@ -202,13 +209,12 @@ def balance(
     """(losses, parts) of the balancing loss; the form "hf" is put together over all layers."""
     if not config.balance_coefficient and form != "hf":  # Hugging Face reports it whether or not it is trained
         return {}, {}
-    loss = balancing_loss(probabilities, index, wanted, context.present, form)
     if form != "hf":
-        return {"load_balancing_loss": loss}, {}
+        return {"load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, form)}, {}
     where = jnp.ones(index.shape[:2]) if context.present is None else context.present.astype(jnp.float32)
     tokens = jnp.maximum(where.sum(), 1.0)
     parts = {
         "hf_load": claims(index, wanted, config.experts).sum(0) / tokens,
         "hf_probability": (probabilities * where[..., None]).sum((0, 1)) / tokens,
     }
-    return {"load_balancing_loss": loss}, parts
+    return {}, parts
