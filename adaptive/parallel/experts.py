@@ -15,7 +15,7 @@ from adaptive.parallel.exchange import Communicator, by_expert, communicator, ra
 from adaptive.parallel.pairs import before, combine, every, permute, segments, strided, take
 from adaptive.parallel.rules import TOKENS_TRAVEL, active_placement
 from adaptive.parallel.shard import sharded
-from adaptive.routing.dispatch import Dispatch, to_rows, to_slots
+from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots
 
 Weights = dict[str, jax.Array]
 Done = tuple[jax.Array, jax.Array | None]  # a device's outputs [T, D], and the pairs it lost where any can be lost
@@ -36,18 +36,18 @@ def run(
     dispatch: Dispatch,
     weights: Weights,
     axes: Mapping[str, tuple[str | None, ...]],
+    arrange: Callable[[Dispatch], Slots | RaggedRows],
     feed_forward: FeedForward,
-    *,
-    ragged: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """x [batch, seq, D] -> (y [batch, seq, D], the experts' outputs times their weights, summed; lost f32[]).
+    """x [batch, seq, D] -> (y f32[batch, seq, D], the experts' outputs times their weights, summed; lost f32[]).
 
     weights  each [experts, ...], gathered for use
-    axes     the logical names of each one's dimensions ("experts", "width", "expert_ff")
-    ragged   rows sorted by expert rather than slots
+    axes     the logical names of each one's dimensions ("experts", "width", "expert_ff"); axes of a stack may lead
+    arrange  local code: a device's part of the dispatch as slots or as rows sorted by expert
     lost     pairs that found no room in a receive buffer, of the whole batch; 0 unless `buffer_factor` bounds it
 
-    Raises MeshError where the batch or the experts do not divide over the mesh.
+    Sums over a token's experts are float32; what devices send each other, parts of sums too, has the type of x. Raises
+    MeshError where the batch or the experts do not divide over the mesh.
     """
     comm, current = communicator(), active_placement()
     settings = TOKENS_TRAVEL if current is None else current.experts
@@ -58,9 +58,15 @@ def run(
         tokens = x.reshape(-1, x.shape[-1])
         task = Task(tokens, dispatch, weights, feed_forward, comm, settings)
         strategy = settings.strategy if comm.size > 1 else "data"
-        y, lost = (_ROWS if ragged else _SLOTS)[strategy](task)
+        arranged = arrange(dispatch)
+        if isinstance(arranged, Slots):
+            y, lost = _SLOTS[strategy](task, arranged), None
+        else:
+            y, lost = _ROWS[strategy](task, arranged)
+        if comm.hidden_parts > 1:
+            y = comm.sum_hidden(y.astype(x.dtype))
         total = jnp.zeros((), jnp.float32) if lost is None else comm.sum_batch(lost)
-        return comm.sum_hidden(y).reshape(x.shape), total
+        return y.astype(jnp.float32).reshape(x.shape), total
 
     names = {name: tuple(None if n == "width" else n for n in axes[name][-w.ndim :]) for name, w in weights.items()}
     return sharded(local, [("batch",), ("batch",), names], (("batch",), ()))(x, dispatch, weights)
@@ -90,14 +96,12 @@ class Task(NamedTuple):
 # Every device on its own tokens
 
 
-def _local_slots(task: Task) -> Done:
-    tokens, scale, _ = to_slots(task.dispatch)
-    out = task.feed_forward(_all_experts(task), take(task.x, tokens, None), None)
-    return combine(out, scale, tokens, None, len(task.x)), None
+def _local_slots(task: Task, slots: Slots) -> jax.Array:
+    out = task.feed_forward(_all_experts(task), take(task.x, slots.tokens, None), None)
+    return combine(out, slots.weights, slots.tokens, None, len(task.x))
 
 
-def _local_rows(task: Task) -> Done:
-    rows = to_rows(task.dispatch)
+def _local_rows(task: Task, rows: RaggedRows) -> Done:
     out = task.feed_forward(_all_experts(task), take(task.x, rows.tokens, rows.place), rows.group_sizes)
     return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), None
 
@@ -109,12 +113,11 @@ def _all_experts(task: Task) -> Weights:
 # Tokens travel to their experts
 
 
-def _sent_slots(task: Task) -> Done:
+def _sent_slots(task: Task, slots: Slots) -> jax.Array:
     comm, parts, held = task.comm, task.settings.overlap, task.held
-    tokens, scale, _ = to_slots(task.dispatch)
-    capacity = tokens.shape[1]
+    capacity = slots.tokens.shape[1]
     each = -(-capacity // parts)
-    padded = jnp.pad(tokens, ((0, 0), (0, each * parts - capacity)))
+    padded = jnp.pad(slots.tokens, ((0, 0), (0, each * parts - capacity)))
 
     def send(part: int) -> jax.Array:
         rows = take(task.x, padded[:, part * each : (part + 1) * each], None)
@@ -126,9 +129,9 @@ def _sent_slots(task: Task) -> Done:
     def compute(rows: jax.Array) -> jax.Array:
         return task.feed_forward(task.weights, rows.swapaxes(0, 1).reshape(held, comm.size * each, -1), None)
 
-    outs = [out.reshape(len(tokens), each, -1) for out in _pipelined(parts, send, compute, give_back)]
+    outs = [out.reshape(len(padded), each, -1) for out in _pipelined(parts, send, compute, give_back)]
     out = jnp.concatenate(outs, axis=1)[:, :capacity]
-    return combine(out, scale, tokens, None, len(task.x)), None
+    return combine(out, slots.weights, slots.tokens, None, len(task.x))
 
 
 def _pipelined(
@@ -146,9 +149,8 @@ def _pipelined(
     return outs
 
 
-def _sent_rows(task: Task) -> Done:
-    rows, parts = to_rows(task.dispatch), task.settings.overlap
-    count = len(rows.tokens)
+def _sent_rows(task: Task, rows: RaggedRows) -> Done:
+    count, parts = len(rows.tokens), task.settings.overlap
     numbers = strided(count, parts)
     sizes = every(rows.group_sizes, parts)
     trips = [_Trip(task, part, numbers.shape[1]) for part in sizes]
@@ -225,21 +227,19 @@ def _first(wanted: jax.Array, sent: jax.Array) -> jax.Array:
 # Every device sees all tokens of the axis, and computes the experts that it holds
 
 
-def _seen_slots(task: Task) -> Done:
+def _seen_slots(task: Task, slots: Slots) -> jax.Array:
     comm = task.comm
-    own_tokens, own_scale, _ = to_slots(task.dispatch)
     held = lambda a: _held(task, a).swapaxes(0, 1).reshape(task.held, -1)  # noqa: E731
-    tokens = held(comm.gather(own_tokens[None]) + _first_token(task)[:, None])
-    scale = held(comm.gather(own_scale[None]))
+    tokens = held(comm.gather(slots.tokens[None]) + _first_token(task)[:, None])
+    scale = held(comm.gather(slots.weights[None]))
     seen = comm.gather(task.x)
     out = task.feed_forward(task.weights, take(seen, tokens, None), None)
-    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), None
+    return _sent_back(task, combine(out, scale, tokens, None, len(seen)))
 
 
-def _seen_rows(task: Task) -> Done:
-    comm, own = task.comm, to_rows(task.dispatch)
-    count, me = len(own.tokens), comm.index()
-    wanted = comm.gather(own.group_sizes[None])
+def _seen_rows(task: Task, rows: RaggedRows) -> Done:
+    comm, count, me = task.comm, len(rows.tokens), task.comm.index()
+    wanted = comm.gather(rows.group_sizes[None])
     between = wanted.reshape(comm.size, -1, task.held).sum(-1)  # rows that each source has for each set of experts held
     most = min(count, task.held * _most_per_expert(task))
     room = receive_rows(count, comm.size, most, -1 if task.whole else task.settings.buffer_factor)
@@ -250,12 +250,17 @@ def _seen_rows(task: Task) -> Done:
     absent = count * comm.size
     index = segments(source_starts.T.reshape(-1), come.T.reshape(-1), room, absent)
     pick = lambda a: a.reshape(-1).at[index].get(mode="fill", fill_value=0)  # noqa: E731
-    tokens = pick(comm.gather(own.tokens[None]) + _first_token(task))
-    scale = pick(comm.gather(own.weights))
+    tokens = pick(comm.gather(rows.tokens[None]) + _first_token(task))
+    scale = pick(comm.gather(rows.weights))
     seen = comm.gather(task.x)
     out = task.feed_forward(task.weights, take(seen, tokens, None), come.sum(0))
     lost = _lost(task, (between - sent)[me])
-    return comm.scatter_sum(combine(out, scale, tokens, None, len(seen))), lost
+    return _sent_back(task, combine(out, scale, tokens, None, len(seen))), lost
+
+
+def _sent_back(task: Task, y: jax.Array) -> jax.Array:
+    """Each device's tokens, of parts of a sum f32[all tokens, D] that each device has."""
+    return task.comm.scatter_sum(y.astype(task.x.dtype))
 
 
 def _held(task: Task, a: jax.Array) -> jax.Array:
@@ -268,6 +273,5 @@ def _first_token(task: Task) -> jax.Array:
     return (len(task.x) * jnp.arange(task.comm.size, dtype=jnp.int32))[:, None]
 
 
-Compute = Callable[[Task], Done]
-_SLOTS: dict[str, Compute] = {"expert": _sent_slots, "gather": _seen_slots, "tensor": _seen_slots, "data": _local_slots}
-_ROWS: dict[str, Compute] = {"expert": _sent_rows, "gather": _seen_rows, "tensor": _seen_rows, "data": _local_rows}
+_SLOTS = {"expert": _sent_slots, "gather": _seen_slots, "tensor": _seen_slots, "data": _local_slots}
+_ROWS = {"expert": _sent_rows, "gather": _seen_rows, "tensor": _seen_rows, "data": _local_rows}

@@ -30,12 +30,10 @@ take.defvjp(_take_fwd, _take_bwd)
 
 
 def combine(rows: jax.Array, weights: jax.Array, tokens: jax.Array, place: jax.Array | None, count: int) -> jax.Array:
-    """Sum of weights * rows over the rows of each token, in float32, then in the type of `rows`.
-
-    rows [..., D], weights f32[...], tokens i32[...] -> [count, D]; place as for `take`
-    """
+    """Sum of weights * rows over the rows of each token: rows [..., D], weights f32[...], tokens i32[...] ->
+    f32[count, D]; place as for `take`."""
     weighted = rows.astype(jnp.float32) * weights[..., None]
-    return _summed(weighted, tokens, place, count).astype(rows.dtype)
+    return _summed(weighted, tokens, place, count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

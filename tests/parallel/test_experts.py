@@ -15,7 +15,7 @@ from adaptive.parallel.config import ExpertParallel, MeshConfig
 from adaptive.parallel.experts import receive_rows, run
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, axis_rules, placement
-from adaptive.routing.dispatch import Dispatch, by_expert, by_token
+from adaptive.routing.dispatch import Dispatch, by_expert, by_token, to_rows, to_slots
 
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, K = 8, 4, 8, 16, 8, 2
 AXES = {"up": ("experts", "width", "expert_ff"), "down": ("experts", "expert_ff", "width")}
@@ -76,7 +76,7 @@ DISPATCHES = {
 
 def loss(x, scale, weights, dispatch, direction, ragged):
     dispatch = dataclasses.replace(dispatch, weights=jnp.where(dispatch.valid, scale, 0.0))
-    y, lost = run(x, dispatch, weights, AXES, feed_forward, ragged=ragged)
+    y, lost = run(x, dispatch, weights, AXES, to_rows if ragged else to_slots, feed_forward)
     return (y * direction).sum(), (y, lost)
 
 
@@ -204,7 +204,7 @@ def collectives(settings: ExpertParallel, mesh, ragged=False) -> dict[str, int]:
     m, rules = make_mesh(MeshConfig(*mesh)), axis_rules(settings)
     with placement(m, rules, settings):
         put = lambda a, *names: jax.device_put(a, NamedSharding(m, rules.spec(*names)))  # noqa: E731
-        forward = jax.jit(lambda x, d, w: run(x, d, w, AXES, feed_forward, ragged=ragged))
+        forward = jax.jit(lambda x, d, w: run(x, d, w, AXES, to_rows if ragged else to_slots, feed_forward))
         whole = {name: tuple(None if n == "width" else n for n in AXES[name]) for name in AXES}
         args = (
             put(x, "batch"), jax.tree.map(lambda a: put(a, "batch"), dispatch),
@@ -266,4 +266,4 @@ def test_a_batch_that_does_not_divide_is_refused():
     dispatch = jax.tree.map(lambda a: a[:6], DISPATCHES["random"]())
     mesh = make_mesh(MeshConfig(1, 1, 4, 1), jax.devices()[:4])
     with placement(mesh, axis_rules(settings), settings), pytest.raises(MeshError, match="multiple of 4"):
-        run(x[:6], dispatch, weights, AXES, feed_forward, ragged=False)
+        run(x[:6], dispatch, weights, AXES, to_slots, feed_forward)
