@@ -57,7 +57,9 @@ class DecoderLayer(nnx.Module):
         x = x + update
         h = x if self.feed_forward_norm is None else self.feed_forward_norm(x)
         if isinstance(self.feed_forward, RoutedLayer):
-            update, routing = self.feed_forward.routed(h, context._replace(present=rows.present()))
+            update, routing = self.feed_forward.routed(
+                h, context._replace(present=rows.present(), segments=rows.segments)
+            )
         else:
             update, routing = self.feed_forward(h), None
         return constrain(x + update, "batch", "seq", None), kv, routing

@@ -25,6 +25,7 @@ class Context(NamedTuple):
     """What a routed layer may know besides its input.
 
     present    bool[batch, seq]  positions that hold a token; None: all
+    segments   i32[batch, seq]  documents, 0 is padding; None: one document per row
     previous   f32[batch, seq, choices]  logits of the router of the layer below; None at the first
     selection  "topk" as in training; "threshold" token by token, blind to the future, as in generation
     training   whether noise and warm-ups apply
@@ -38,6 +39,7 @@ class Context(NamedTuple):
     training: bool = False
     key: jax.Array | None = None
     limit: jax.Array | None = None
+    segments: jax.Array | None = None
 
 
 class Routing(NamedTuple):
@@ -76,8 +78,11 @@ class RoutedLayer(nnx.Module):
         return y, aux, routing.dispatch
 
     @classmethod
-    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
-        """(width, fields of MoEConfig) that explicit weights imply, given by path in the layer; RecipeError for others."""
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, int, dict[str, Any]]:
+        """(width, hidden width of a feed-forward, fields of MoEConfig) that explicit weights, by path, imply.
+
+        Raises RecipeError where they imply none.
+        """
         raise NotImplementedError
 
     def coefficients(self) -> dict[str, float]:
@@ -119,7 +124,7 @@ class ExpertRouter(nnx.Module):
     """
 
     Options: ClassVar[type]
-    reads_previous: ClassVar[bool] = False
+    reads_previous: bool = False
     input_scale: float = 1.0  # multiplies what the experts read
 
     def __init__(self, config: MoEConfig, site: Site, key: jax.Array):

@@ -31,18 +31,18 @@ class MoE(RoutedLayer):
         config = dataclasses.replace(config, expert_size=config.expert_size or hidden)
         self.config = config
         self.router = routers.module(config.router).Router(config, site, router)
-        self.reads_previous = self.router.reads_previous
+        self.reads_previous, self.choices = self.router.reads_previous, self.router.choices
         self.experts = Experts(config, config.expert_size, site, experts)
         self.shared = (
             FeedForward(site.width, config.shared_size, site.std, shared, site.stack) if config.shared_size else None
         )
 
     @classmethod
-    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, int, dict[str, Any]]:
         experts, width, hidden = shape_in(arrays, "experts.up", 3)
         shared = arrays["shared.up"].shape[-1] if "shared.up" in arrays else 0
         gated = "experts.gate" in arrays
-        return width, {"experts": experts, "expert_size": hidden, "shared_size": shared, "gated": gated}
+        return width, hidden, {"experts": experts, "expert_size": hidden, "shared_size": shared, "gated": gated}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """The layer's output and its router's whole decision."""
@@ -105,11 +105,12 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
     Raises RecipeError for names that are unknown or missing and shapes that do not fit.
     """
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
-    width, implied = getattr(routers.module(router), "Layer", MoE).shape_of(arrays)
-    options = tuple(f"{name}={_spelt(value)}" for name, value in settings.pop("options", {}).items())
-    config = MoEConfig(router=router, options=options, **implied, **settings)
+    width, hidden, implied = getattr(routers.module(router), "Layer", MoE).shape_of(arrays)
+    options = implied.pop("options", {}) | settings.pop("options", {})
+    spelt = tuple(f"{name}={_spelt(value)}" for name, value in options.items())
+    config = MoEConfig(router=router, options=spelt, **(implied | settings))
     config.validate(1)
-    build = lambda: routed_layer(config, config.expert_size, Site(width), jax.random.key(0))  # noqa: E731
+    build = lambda: routed_layer(config, hidden, Site(width), jax.random.key(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(build))
     fresh = None
     flat = dict(nnx.to_flat_state(state))

@@ -58,7 +58,7 @@ class Router(ExpertRouter):
         matrix, projection = jax.random.split(key)
         super().__init__(config, site, matrix)
         o: Options = self.options
-        self.k = _whole(config)
+        self.k = whole_k(config)
         _check_groups(o, config, self.k)
         cosine = o.score == "cosine"
         if cosine:
@@ -137,7 +137,8 @@ def shared_in_experts(config: MoEConfig) -> float:
     return config.shared_size / config.expert_size
 
 
-def _whole(config: MoEConfig) -> int:
+def whole_k(config: MoEConfig) -> int:
+    """Experts per token; RecipeError unless their number is whole."""
     k = config.experts_per_token
     if k != int(k):
         raise RecipeError(f"model.moe.experts_per_token={k:g}: {config.router} takes a whole number of experts")
@@ -188,15 +189,18 @@ def limited_to_groups(choice: jax.Array, groups: int, kept: int, score: Literal[
 
 
 def limited(
-    config: MoEConfig, index: jax.Array, weights: jax.Array, wanted: jax.Array, context: Context
+    config: MoEConfig, index: jax.Array, weights: jax.Array, wanted: jax.Array, context: Context, zero_experts: int = 0
 ) -> tuple[jax.Array, dict[str, int]]:
-    """(pairs bool[batch, seq, k] that find a slot, bounds of the Dispatch) under the configuration's capacity."""
+    """(pairs bool[batch, seq, k] that find a slot, bounds of the Dispatch) under the configuration's capacity.
+
+    Zero experts take their share of a balanced load; their pairs must not be among the wanted.
+    """
     if not config.capacity_factor or context.selection == "threshold":
         return wanted, {}
     batch, seq, k = index.shape
     whole = config.capacity_group == "batch"
     tokens = batch * seq if whole else seq
-    capacity = slots(tokens, config.experts_per_token, config.experts, config.capacity_factor)
+    capacity = slots(tokens, config.experts_per_token, config.experts + zero_experts, config.capacity_factor)
     group = (lambda a: a.reshape(1, -1, k)) if whole else (lambda a: a)
     kept = keep_within(group(index), group(weights), group(wanted), capacity, config.experts, config.drop)
     bound = "most_per_batch" if whole else "most_per_sequence"

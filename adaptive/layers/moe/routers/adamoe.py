@@ -1,0 +1,122 @@
+"""AdaMoE: token choice with null experts, so that the number of true experts adapts (arXiv 2406.13233)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.errors import RecipeError
+from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
+from adaptive.layers.moe.routers.token_choice import limited, present_pairs, whole_k
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from adaptive.routing.balance import claims
+from adaptive.routing.dispatch import by_token
+from adaptive.routing.masked import mean_choice, softmax_over, tokens_in, zero_weights
+from adaptive.routing.select import top_choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The paper's Mixtral: 8 experts, null_experts=8, model.moe.experts_per_token=3, balance_coefficient 0.02 and then
+    late_coefficient=1e-4 after the first epoch."""
+
+    null_experts: int = 8
+    normalise: Literal["true", "all"] = "true"  # over which of the chosen: true experts (the paper), or nulls as well
+    late_after: int = 0  # steps after which the balancing loss has `late_coefficient`; 0: never
+    late_coefficient: float = 1e-4
+
+
+class Router(ExpertRouter):
+    """p = softmax(x [true, null]) -> top-k of all; null experts output 0 and cost nothing.
+
+    weight   f32[width, experts + null_experts]: true experts first. `with_null_columns` extends a trained router
+    updates  f32[], a buffer where late_after is above 0: steps so far
+
+    Weights are p of the chosen true experts over their sum; a token that chose nulls alone gets 0.
+
+    load_balancing_loss  (n + m) sum_i f_i P_i over all n + m experts; f_i is the share of tokens that chose i, for
+                         nulls their mean (nulls need no balance among themselves), P_i the mean probability. As
+                         printed, so that the paper's coefficients apply: balanced it is k. (The released code averages
+                         along a wrong axis or divides by k.)
+    With late_after the loss is trained as weighted_load_balancing_loss, its coefficient included.
+
+    Capacities count as for token choice, nulls taking their share of a balanced load.
+    """
+
+    Options = Options
+
+    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+        super().__init__(config, site, key)
+        o: Options = self.options
+        self.k = whole_k(config)
+        if o.null_experts < 0 or o.late_after < 0:
+            raise RecipeError(
+                f"model.moe.options: null_experts={o.null_experts}, late_after={o.late_after}: must be at least 0"
+            )
+        self.updates = site.buffer(jnp.zeros(())) if o.late_after else None
+
+    @property
+    def zero_experts(self) -> int:
+        return self.options.null_experts
+
+    def __call__(self, x: jax.Array, context: Context) -> Routing:
+        c, o = self.config, self.options
+        logits = self.logits(x)
+        index = top_choices(logits, self.k)
+        chosen = jnp.take_along_axis(logits, index, axis=-1)
+        true = index < c.experts
+        weights = softmax_over(chosen, true if o.normalise == "true" else jnp.ones_like(true))
+        wanted = present_pairs(index, context.present)
+        valid, bounds = limited(c, index, weights, wanted & true, context, o.null_experts)
+        nulls = zero_weights(index, weights, wanted, c.experts, o.null_experts)
+        dispatch = by_token(index, weights, valid, c.experts, zero_weights=nulls, **bounds)
+        load = claims(index, wanted, self.choices).sum(0)
+        losses = self._balance(jax.nn.softmax(logits, axis=-1), load, context.present)
+        if c.z_coefficient:
+            losses["router_z_loss"] = z_loss(logits, context.present)
+        return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
+
+    def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> dict[str, jax.Array]:
+        n, o = self.config.experts, self.options
+        share = load / tokens_in(probabilities, present)
+        share = (
+            jnp.concatenate([share[:n], jnp.broadcast_to(share[n:].mean(), o.null_experts)])
+            if o.null_experts
+            else share
+        )
+        loss = self.choices * (share * mean_choice(probabilities, present)).sum()
+        if self.updates is None:
+            return {"load_balancing_loss": loss}
+        late = self.updates[...] >= o.late_after
+        weighted = loss * jnp.where(late, o.late_coefficient, self.config.balance_coefficient)
+        return {"load_balancing_loss": loss, "weighted_load_balancing_loss": weighted}
+
+    def coefficients(self) -> dict[str, float]:
+        if self.updates is None:
+            return super().coefficients()
+        return super().coefficients() | {"load_balancing_loss": 0.0, "weighted_load_balancing_loss": 1.0}
+
+    def update(self, stats: dict[str, jax.Array]) -> None:
+        if self.updates is not None:
+            self.updates[...] = self.updates[...] + 1
+
+    def pairs(self, tokens: float) -> float:
+        return tokens * self.k * self.config.experts / self.choices
+
+    def no_gradient(self) -> str:
+        if self.k > 1 and self.config.experts > 1 or self.options.normalise == "all" and self.k > 1:
+            return ""
+        return (
+            f"with model.moe.experts_per_token={self.k} of {self.config.experts} true experts the weight of the one "
+            "that is chosen is always 1 and the router learns nothing: take at least 2 of at least 2"
+        )
+
+
+def with_null_columns(weight: jax.Array, null_experts: int) -> jax.Array:
+    """A token-choice router f32[width, experts] as one with nulls, f32[width, experts + null_experts]: their columns are
+    copies of the experts', in order and over again (AdaMoE, section on conversion). Fine-tune the result with a larger
+    k: at first a token's choices are its best experts and their copies, the true one of equals first."""
+    copies = jnp.arange(null_experts) % weight.shape[1]
+    return jnp.concatenate([weight, weight[:, copies]], axis=1)
