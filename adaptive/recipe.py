@@ -278,6 +278,9 @@ def _check_range(path: str, value: Any) -> None:
 def _check_combinations(r: Recipe) -> None:
     if r.mesh.data == 0 or r.mesh.data < -1:
         raise RecipeError(f"mesh.data={r.mesh.data}: must be at least 1, or -1 for the devices the other axes leave")
+    experts = r.model.moe.experts if r.model.moe.router != "none" else 0
+    ragged = {"capacity": False, "ragged": True}.get(r.model.moe.execution)
+    r.mesh.expert_parallel.validate(devices=r.mesh.expert, experts=experts, ragged=ragged)
     if not r.data.paths or not all(r.data.paths):
         raise RecipeError("data.paths is empty: name what to read, as in data.paths=corpus/ or data=embedded")
     if r.data.weights and len(r.data.weights) != len(r.data.paths):

@@ -284,6 +284,7 @@ def test_describe_a_recipe_that_has_no_file():
         (["optimizer.beta2=1"], ["below 1"]),
         (["optimizer.clip_norm=0"], ["above 0"]),
         (["mesh.fsdp=0"], ["mesh.fsdp"]),
+        (["mesh.expert=2"], ["mesh.expert=2", "no experts"]),
         (["mesh.data=0"], ["mesh.data=0", "-1"]),
         (["mesh.data=-2"], ["mesh.data=-2"]),
         (["data.paths="], ["data.paths is empty"]),

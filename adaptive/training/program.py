@@ -20,8 +20,9 @@ from adaptive.errors import MeshError, RecipeError
 from adaptive.models.config import TransformerConfig
 from adaptive.models.transformer import build_model
 from adaptive.optim.build import make_optimizer
+from adaptive.parallel.expert_cost import ExpertLoad, settle
 from adaptive.parallel.mesh import batch_sharding, divisors
-from adaptive.parallel.rules import AxisRules, placement, split
+from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.recipe import Recipe
 from adaptive.training.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
@@ -68,6 +69,24 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
     return per_device // limit
 
 
+def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> ExpertLoad:
+    """A layer's experts as the recipe says, for `tokens` tokens on each device, evenly loaded."""
+    model, moe = recipe.model, recipe.model.moe
+    pairs = tokens * moe.experts_per_token
+    return ExpertLoad(
+        tokens=tokens,
+        pairs=pairs,
+        rows=pairs * (moe.capacity_factor or 1.0),
+        experts=moe.experts,
+        width=model.hidden_size,
+        hidden=moe.expert_size or model.intermediate_size,
+        devices=mesh.shape["expert"],
+        tensor=mesh.shape["tensor"],
+        matrices=3 if moe.gated else 2,
+        itemsize=itemsize,
+    )
+
+
 def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which share of the batch's rows this process feeds. Processes whose devices hold the same rows,
     because a tensor axis runs across them, feed the same."""
@@ -97,13 +116,21 @@ class Compiled:
 
 
 class Program:
-    """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit."""
+    """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit.
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, rules: AxisRules | None = None):
-        self.recipe, self.mesh, self.rules = recipe, mesh, rules or AxisRules()
-        self.shards = split(mesh, self.rules.batch)
+    experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh):
+        self.recipe, self.mesh = recipe, mesh
+        self.shards = split(mesh, AxisRules().batch)
         self.accumulation = accumulation_of(recipe, self.shards)
         self.dtype = compute_dtype(recipe)
+        tokens = recipe.train.batch_size // (self.shards * self.accumulation) * recipe.data.seq_len
+        load = expert_load(recipe, mesh, tokens, self.dtype.itemsize)
+        self.experts, lines = settle(recipe.mesh.expert_parallel, load)
+        self.expert_lines = lines if recipe.model.moe.router != "none" else []
+        self.rules = axis_rules(self.experts)
         self.tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
         self.graphdef, _ = abstract_model(self.build)
         self.shardings = state_shardings(self.build, self.tx, mesh, self.rules)
@@ -111,6 +138,10 @@ class Program:
 
     def build(self, key: jax.Array) -> Any:
         return build_model(self.recipe.model, key=key, dtype=self.dtype, remat=self.recipe.train.remat)
+
+    def placed(self) -> contextlib.AbstractContextManager[None]:
+        """Where the model's code is to be traced."""
+        return placement(self.mesh, self.rules, self.experts)
 
     def fresh_state(self) -> TrainState:
         return fresh_state(self.build, self.tx, jax.random.key(self.recipe.train.seed), self.mesh, self.rules)
@@ -143,7 +174,7 @@ class Program:
             segmented=self._segmented,
         )
         begin = time.perf_counter()
-        with placement(self.mesh, self.rules):
+        with self.placed():
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
             call = jitted.lower(self.abstract_state(), self.abstract_batch()).compile()
         return Compiled(call, time.perf_counter() - begin)
@@ -163,7 +194,7 @@ class Program:
 
         @functools.wraps(step)
         def call(state: TrainState, batch: Batch) -> Evaluation:
-            with placement(self.mesh, self.rules):
+            with self.placed():
                 return jitted(state.params, state.buffers, self.to_devices(batch))
 
         return call
