@@ -18,6 +18,7 @@ from adaptive.inference.sampling import sample
 from adaptive.optim.schedule import make_schedule
 from adaptive.training.checkpoint import Checkpoints, digest
 from adaptive.training.evaluation import Evaluator
+from adaptive.training.experts import routed_layers
 from adaptive.training.metrics import Meter, MetricsLog, OneStepLate, health_warnings, read_rows
 from adaptive.training.plan import cost_of
 from adaptive.training.program import Program, Steps, profiled
@@ -73,7 +74,8 @@ class Loop:
         self.log = MetricsLog.open(self.folder.path, begin) if self.primary else MetricsLog(None)
         if self.primary:
             save_record(self.plan, self.folder.path)
-        self.meter = Meter(cost_of(self.plan), seconds=(self.log.last or {}).get("seconds", 0.0))
+        seconds = (self.log.last or {}).get("seconds", 0.0)
+        self.meter = Meter(cost_of(self.plan), seconds, layers=routed_layers(recipe.model))
         batches = self.data.train(data_state)
         with contextlib.ExitStack() as at_exit:
             at_exit.callback(batches.close)
@@ -171,7 +173,8 @@ class Loop:
         self.tracker.log(row)
 
     def not_finite(self, step: int, metrics: Mapping[str, Any]) -> str:
-        shown = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items() if not np.isfinite(value))
+        bad = ((name, value) for name, value in metrics.items() if np.ndim(value) == 0 and not np.isfinite(value))
+        shown = ", ".join(f"{name} {float(value):g}" for name, value in bad)
         return (
             f"{self.bad_in_row} steps in a row were not finite, the last at step {step} ({shown}). Parameters are "
             f"those of step {step - self.bad_in_row}; checkpoints of {self.folder.path} are whole. Lower "

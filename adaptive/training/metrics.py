@@ -8,10 +8,30 @@ A row is one flat JSON object. Rows of training steps hold
     tokens_per_s, step_ms, data_wait_ms, flops_per_s
     mfu_active, mfu_dense_equivalent where the device's peak is known
     aux/NAME, routing/NAME           auxiliary losses before their coefficients; router statistics
+    experts/NAME                     what experts did, below
 
 and rows of evaluations hold step, tokens, flops, seconds and eval/loss, eval/bits_per_byte, eval/dead_token_ratio,
-eval/routing/NAME; a second way of selecting is named in between, as in eval/threshold/loss. Values are means over the
-steps since the row before, because a single step may be a transient. What is not finite is null.
+eval/routing/NAME, eval/experts/NAME; a second way of selecting is named in between, as in eval/threshold/loss. Values
+are means over the steps since the row before, because a single step may be a transient. What is not finite is null.
+
+Models with routed feed-forwards (mixtures of experts) have, summed over all tokens of the interval and then averaged
+over the calls of such layers (a layer that several recursions share is called in each of them):
+
+    experts/load_max_over_mean       tokens of the busiest expert over the mean of all (MaxVio is 1 less), and likewise
+    experts/load_min_over_mean, experts/load_std_over_mean; of the pairs that the router wanted, before any was dropped
+    experts/load_entropy             of the shares of the load, in nats; experts/load_entropy_normalised: in [0, 1]
+    experts/empty                    experts without any token; experts/empty_fraction
+    experts/dropped_fraction         pairs that found their expert full, of those wanted; experts/lost_fraction: that
+                                     found no room in the exchange between devices
+    experts/per_token                experts that compute a token; experts/without_expert: share of tokens with none
+    experts/router_z                 mean of logsumexp(logits)^2
+    experts/router_entropy           of a token's probabilities, in nats; experts/top_probability: the largest of them
+    experts/zero_share               of all choices, those of experts that compute nothing, where there are such
+    experts/NAME                     a router's own statistics, per call (least: the smallest score that was taken)
+    experts/by_layer/NAME            each of these as a list over calls, in the order they run
+    experts/by_layer/layer           their layers' numbers in the unrolled network, from 0
+    experts/by_layer/experts_per_token   [calls][n]: share of tokens with 0, 1, ... experts (16: 16 or more)
+    experts/load                     [calls][experts]: each expert's share of the load; null for a call without tokens
 """
 
 import contextlib
@@ -19,7 +39,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +47,8 @@ import jax
 
 from adaptive.data import files
 from adaptive.errors import UserError
+from adaptive.training.experts import PREFIX as EXPERTS
+from adaptive.training.experts import ExpertSums
 
 METRICS_FILE = "metrics.jsonl"
 Row = dict[str, Any]
@@ -94,6 +116,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -146,11 +170,20 @@ class StepCost:
 class Meter:
     """Collects step metrics over a logging interval and makes a row of them.
 
-    `seconds` continues from an earlier attempt of the run; `clock` returns seconds.
+    seconds  continues from an earlier attempt of the run
+    clock    returns seconds
+    layers   numbers of the layers whose feed-forwards are routed, in the order they run
     """
 
-    def __init__(self, cost: StepCost, seconds: float = 0.0, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        cost: StepCost,
+        seconds: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+        layers: Sequence[int] = (),
+    ):
         self._cost, self._clock = cost, clock
+        self._experts = ExpertSums(layers)
         self._origin = clock() - seconds
         self._begin_interval()
 
@@ -158,12 +191,17 @@ class Meter:
         self._steps, self._wait, self._idle = 0, 0.0, 0.0
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
+        self._experts.clear()
         self._since = self._clock()
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """The metrics of one step, each a scalar."""
+        """The metrics of one step: scalars, and sums named "experts/..."."""
         self._steps += 1
+        if not metrics.get("skipped"):  # of a step that changed nothing the sums are of no model in use
+            self._experts.add(metrics)
         for name, value in metrics.items():
+            if name.startswith(EXPERTS):
+                continue
             number = float(value)
             self._counts.setdefault(name, 0)
             if math.isfinite(number):
@@ -199,7 +237,7 @@ class Meter:
             means["skipped"] = int(self._sums.get("skipped", 0))
         if "ce" in means:
             means["bits_per_byte"] = bits_per_byte(means["ce"], self._cost.bytes_per_token)
-        row = {**self.position(step), **means, **more, **self._rates()}
+        row = {**self.position(step), **means, **self._experts.columns(), **more, **self._rates()}
         self._begin_interval()
         return row
 

@@ -175,7 +175,9 @@ class Program:
         )
         begin = time.perf_counter()
         with self.placed():
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+            # Every process reads all metrics, so none may be left split over the devices.
+            everywhere = NamedSharding(self.mesh, P())
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
             call = jitted.lower(self.abstract_state(), self.abstract_batch()).compile()
         return Compiled(call, time.perf_counter() - begin)
 
