@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from adaptive.data.pipeline import Batch, Data
+from adaptive.training.experts import ExpertSums, routed_layers
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
 from adaptive.training.report.schema import TokenRecord
@@ -38,12 +39,14 @@ class Evaluator:
             counter = RoutingCounter(model.router.kind, model.recursions if model.share_parameters else 1)
             nll = tokens = text = 0.0
             scalars: list[dict[str, float]] = []
+            experts = ExpertSums(routed_layers(model))
             for batch in self._data.validation(self._recipe.eval.batches):
                 out = jax.device_get(step(state, batch))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
                 present = _everywhere(batch.segment_ids) > 0
                 counter.add(out.depth, out.scores, present)
                 scalars.append(out.scalars)
+                experts.add(out.experts)
             if not tokens:
                 continue
             prefix = "eval/" if mode == self.selection else f"eval/{mode}/"
@@ -52,6 +55,7 @@ class Evaluator:
                 row[f"{prefix}bits_per_byte"] = nll / math.log(2) / text
             for name in scalars[0]:
                 row[f"{prefix}{name}"] = float(np.mean([s[name] for s in scalars]))
+            row |= {f"{prefix}{name}": value for name, value in experts.columns().items()}
             if first is None:
                 first = counter
                 row |= counter.scalars()

@@ -102,7 +102,7 @@ class Evaluation(NamedTuple):
     """Sums over one held-out batch.
 
     nll f32[], tokens f32[], bytes f32[]; token_nll f32[batch, seq]; depth i32[batch, seq]; scores per recursion
-    f32[batch, seq]; selected bool[recursions, batch, seq]; scalars means over the batch
+    f32[batch, seq]; scalars means over the batch; experts the sums of routed feed-forwards (`expert_stats`)
     """
 
     nll: jax.Array
@@ -112,6 +112,7 @@ class Evaluation(NamedTuple):
     depth: jax.Array
     scores: tuple[jax.Array, ...]
     scalars: Metrics
+    experts: Metrics
 
 
 def make_eval_step(
@@ -139,8 +140,10 @@ def make_eval_step(
         )
         nll, token_nll = next_token_loss(model, out, batch, loss_chunk)
         text = (byte_lengths[batch.targets] * batch.mask).sum()
+        trace = out.trace
+        experts = expert_stats({part: calls.stats for part, calls in trace.experts.items()})
         return Evaluation(
-            nll, batch.mask.sum(), text, token_nll, out.trace.depth, out.trace.scores, _routing(out)
+            nll, batch.mask.sum(), text, token_nll, trace.depth, trace.scores, _routing(out), experts
         )  # fmt: skip
 
     return eval_step
