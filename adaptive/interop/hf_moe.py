@@ -15,6 +15,7 @@ there.
 Here layers are stacked, and their experts, and attention weights have an axis for the heads.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,7 +24,19 @@ from flax import nnx
 
 from adaptive.errors import CheckpointError
 from adaptive.interop.hf_moe_config import QK_NORMS, Kind, config_from_transformers
-from adaptive.interop.tensors import Layout, Leaf, Part, Path, built, checked, misshapen, parts_of, taken_apart
+from adaptive.interop.tensors import (
+    Layout,
+    Leaf,
+    Part,
+    Path,
+    built,
+    checked,
+    misshapen,
+    parts_of,
+    same,
+    taken_apart,
+    traced,
+)
 from adaptive.layers.moe.base import parse_options
 from adaptive.layers.moe.routers.token_choice import Options
 from adaptive.layers.moe_config import MoEConfig
@@ -42,13 +55,14 @@ _ROUTED: dict[Kind, tuple[str, tuple[str, str, str]]] = {
 def from_official(kind: Kind, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Transformer:
     """The model with `tensors` as its parameters; see adaptive.interop.from_official.
 
-    `config` is config.json as a dict, of any version of the library. Old checkpoints' rotary frequencies are ignored,
-    and a tied model may repeat its embedding as the output head.
+    `config` is config.json as a dict, of any version of the library. Old checkpoints' rotary frequencies are ignored.
+    A tied model may repeat its embedding as the output head, or have the head alone; a head that differs is read as one
+    of its own, as the library does. While traced, two such tensors are taken to be the same, and the gradient is the
+    embedding's.
     """
-    ours = config_from_transformers(kind, config)
+    ours, tensors = _with_head(config_from_transformers(kind, config), tensors)
     layout = official_layout(kind, ours)
-    aliases = {_HEAD: _EMBEDDING} if ours.tie_embeddings else {}
-    return built(ours, layout, checked(kind, _published(kind, tensors, ours), parts_of(layout), aliases))
+    return built(ours, layout, checked(kind, _published(kind, tensors, ours), parts_of(layout), {}))
 
 
 def to_official(kind: Kind, model: nnx.Module) -> dict[str, jax.Array]:
@@ -120,6 +134,18 @@ def _expert_leaves(kind: Kind, c: TransformerConfig, prefixes: list[str]) -> Ite
             Part(f"{p}.{module}.experts.{e}.{theirs}.weight", shape, True) for p in prefixes for e in range(count)
         )
         yield ("feed_forward", "experts", ours), Leaf((len(prefixes), count), parts)
+
+
+def _with_head(c: TransformerConfig, tensors: Mapping[str, Any]) -> tuple[TransformerConfig, dict[str, Any]]:
+    """The configuration, untied where the head has values of its own, and the tensors without a head that is tied."""
+    tensors = dict(tensors)
+    if not c.tie_embeddings or _HEAD not in tensors:
+        return c, tensors
+    head, embedding = tensors[_HEAD], tensors.get(_EMBEDDING)
+    if embedding is not None and not same(head, embedding) and not traced(head, embedding):
+        return dataclasses.replace(c, tie_embeddings=False), tensors
+    tensors.setdefault(_EMBEDDING, tensors.pop(_HEAD))
+    return c, tensors
 
 
 def _published(kind: Kind, tensors: Mapping[str, Any], c: TransformerConfig) -> dict[str, Any]:

@@ -102,9 +102,12 @@ def same(a: Any, b: Any) -> bool:
     """Whether two tensors are known to hold the same values."""
     if a is b:
         return True
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
-        return False
-    return b is not None and np.array_equal(np.asarray(a), np.asarray(b))
+    return b is not None and not traced(a, b) and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def traced(*tensors: Any) -> bool:
+    """Whether the values of any tensor are not known yet."""
+    return any(isinstance(tensor, jax.core.Tracer) for tensor in tensors)
 
 
 def listed(names: Iterable[str]) -> str:
