@@ -31,7 +31,7 @@ def tokens_in(logits: jax.Array, present: jax.Array | None) -> jax.Array:
 
 
 def zero_weights(index: jax.Array, weights: jax.Array, valid: jax.Array, experts: int, zero_experts: int) -> jax.Array:
-    """f32[batch, seq, zero_experts]: weights of the zero experts, numbered from `experts`, among the choices of a token.
+    """f32[batch, seq, zero_experts]: weights of the zero experts, numbered from `experts`, among each token's choices.
 
     index i32, weights f32, valid bool, all [batch, seq, k].
     """

@@ -106,7 +106,7 @@ class Router(ExpertRouter):
         return tokens * self.k * self.config.experts / self.choices
 
     def no_gradient(self) -> str:
-        if self.k > 1 and self.config.experts > 1 or self.options.normalise == "all" and self.k > 1:
+        if self.k > 1 and (self.config.experts > 1 or self.options.normalise == "all"):
             return ""
         return (
             f"with model.moe.experts_per_token={self.k} of {self.config.experts} true experts the weight of the one "
@@ -115,8 +115,11 @@ class Router(ExpertRouter):
 
 
 def with_null_columns(weight: jax.Array, null_experts: int) -> jax.Array:
-    """A token-choice router f32[width, experts] as one with nulls, f32[width, experts + null_experts]: their columns are
-    copies of the experts', in order and over again (AdaMoE, section on conversion). Fine-tune the result with a larger
-    k: at first a token's choices are its best experts and their copies, the true one of equals first."""
+    """A token-choice router f32[width, experts] as one with nulls, f32[width, experts + null_experts].
+
+    The nulls' columns are copies of the experts', in order and over again (AdaMoE's conversion of trained models).
+    Fine-tune the result with a larger k: at first a token's choices are its best experts and their copies, the true one
+    of equals first.
+    """
     copies = jnp.arange(null_experts) % weight.shape[1]
     return jnp.concatenate([weight, weight[:, copies]], axis=1)
