@@ -25,7 +25,8 @@ class Part(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One parameter of ours: `parts` in row-major order over the leading axes `stack` (layers, experts)."""
+    """One parameter of ours: `parts`, all of one shape, in row-major order over the leading axes `stack` (layers,
+    experts)."""
 
     stack: tuple[int, ...]
     parts: tuple[Part, ...]
@@ -50,13 +51,13 @@ def built(config: TransformerConfig, layout: Layout, named: Mapping[str, jax.Arr
 
 def taken_apart(model: Transformer, layout: Layout) -> dict[str, jax.Array]:
     """The parameters of `model` as tensors f32 under their official names, each distinct one once."""
-    tensors = {}
+    tensors: dict[str, jax.Array] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
-        stack, parts = layout[path]
-        value = leaf[...]
-        pieces = value.reshape(-1, *value.shape[len(stack) :])
-        for piece, part in zip(pieces, parts, strict=True):
-            tensors[part.name] = piece.reshape(part.shape[::-1]).T if part.transposed else piece.reshape(part.shape)
+        parts = layout[path].parts
+        shape = parts[0].shape
+        value = leaf[...].reshape(-1, *(shape[::-1] if parts[0].transposed else shape))
+        pieces = value.swapaxes(1, 2) if parts[0].transposed else value
+        tensors |= {part.name: piece for piece, part in zip(pieces, parts, strict=True)}
     return tensors
 
 
