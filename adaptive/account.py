@@ -1,4 +1,5 @@
-"""What a model costs: parameters and matmul FLOPs, by arithmetic from its configuration. Nothing here imports jax.
+"""What a model costs: parameters and matmul FLOPs, by arithmetic from its configuration. Only models with experts, whose
+routers know their own cost, import jax.
 
 A matmul of [m, k] by [k, n] counts 2 m k n FLOPs; nothing else counts (norms, softmax, rotary tables, gathers, the
 embedding lookup). Training does every forward matmul once and, for each, two more in the backward pass: the gradients
@@ -14,7 +15,7 @@ do, and the numerator of utilisation. Document boundaries inside a row are not d
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from adaptive.errors import RecipeError
 from adaptive.models.config import RouterConfig, TransformerConfig
@@ -30,7 +31,7 @@ class Parameters:
     unique     all that is stored but embedding, output head and routers: the papers' "Param" column
     effective  the same were every unrolled layer stored by itself
     embedding  the table, which is also the head where tied; head: 0 where tied
-    routers    auxiliary ones included
+    routers    over depth, auxiliary ones included; those of experts belong to their layers
     """
 
     layer: int
@@ -54,7 +55,8 @@ class Stage:
     recursion         of the shared block, from 1; 0 outside it
     projections       query, key, value and output projections, grouped queries counted as they are
     attention         scores and values over all pairs (executed); `attention_useful` over the causal pairs
-    router            of this recursion (token choice: all of it at the first); router_train: with its backward pass
+    router            of this recursion (token choice: all of it at the first) and of the experts in its layers;
+                      router_train: with its backward pass
     ends_inside       whether another pass of the same layers follows within one unit of layer-wise recomputation
     """
 
@@ -141,18 +143,26 @@ def parameters(config: TransformerConfig) -> Parameters:
     """Numbers of parameters that a model of this configuration has."""
     c, r = config, config.router
     width, heads = c.hidden_size, (c.num_heads + c.num_kv_heads) * c.head_dim
-    layer = 2 * width * heads + 3 * width * c.intermediate_size + 2 * width
+    layer = 2 * width * heads + 2 * width
     layer += {"none": 0, "head": 2 * c.head_dim, "full": heads}[c.qk_norm]
     if c.attention_bias:
         layer += heads + c.num_kv_heads * c.head_dim + width
+    dense = 3 * width * c.intermediate_size
+    routed = _routed_parameters(c) if c.moe.router != "none" else dense
+    keep_dense = len(c.moe.dense_layers) if c.moe.router != "none" else 0
+
+    def body(layers: int) -> int:
+        """Parameters of the layers and the final norm where `layers` are stored."""
+        return layers * layer + (layers - keep_dense) * routed + keep_dense * dense + width
+
     table = c.vocab_size * width
     count, choices = {"none": (0, 0), "expert_choice": (c.recursions, 1), "token_choice": (1, c.recursions)}[r.kind]
     if _has_auxiliary(r):
         count *= 2
     return Parameters(
-        layer=layer,
-        unique=c.unique_layers * layer + width,
-        effective=c.num_layers * layer + width,
+        layer=layer + routed,
+        unique=body(c.unique_layers),
+        effective=body(c.num_layers),
         embedding=table,
         head=0 if c.tie_embeddings else table,
         routers=count * sum(_router_matmuls(r, width, choices)),
@@ -170,14 +180,14 @@ def account(config: TransformerConfig, seq_len: int, taken: Sequence[float] | No
     if len(counts) != c.recursions:
         raise RecipeError(f"{len(counts)} token counts for model.recursions={c.recursions}: give one per recursion")
     ends = 1 if c.unique_ends else 0
-    stages = [_layers(c, "first layer", ends, seq_len, seq_len, seq_len)] * ends
+    stages = [_layers(c, "first layer", [0], seq_len, seq_len, seq_len)] * ends
     for r, tokens in enumerate(counts):
         reuses = r > 0 and c.kv != "per_recursion"
         name = f"recursion {r + 1}" if c.recursions > 1 else "layers"
         stage = _layers(
             c,
             name,
-            c.block_size,
+            range(ends, ends + c.block_size),
             tokens,
             counts[0] if reuses else tokens,
             seq_len,
@@ -186,9 +196,15 @@ def account(config: TransformerConfig, seq_len: int, taken: Sequence[float] | No
         router, router_train = _router(c, r, seq_len if r == 0 else counts[r - 1])
         inside = c.sharing in ("sequence", "middle_sequence") and r + 1 < c.recursions
         stages.append(
-            dataclasses.replace(stage, recursion=r + 1, router=router, router_train=router_train, ends_inside=inside)
+            dataclasses.replace(
+                stage,
+                recursion=r + 1,
+                router=stage.router + router,
+                router_train=stage.router_train + router_train,
+                ends_inside=inside,
+            )
         )
-    stages += [_layers(c, "last layer", ends, seq_len, seq_len, seq_len)] * ends
+    stages += [_layers(c, "last layer", [c.num_layers - 1], seq_len, seq_len, seq_len)] * ends
     head = 2.0 * seq_len * c.hidden_size * c.vocab_size
     stages.append(Stage("head", 0, seq_len, 0, head=head))
     return Account(parameters(c), seq_len, tuple(stages))
@@ -238,15 +254,23 @@ def paper_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
 
 
 def _layers(
-    c: TransformerConfig, name: str, layers: int, tokens: float, keys: float, seq_len: int, *, own_keys: bool = True
+    c: TransformerConfig,
+    name: str,
+    numbers: Sequence[int],
+    tokens: float,
+    keys: float,
+    seq_len: int,
+    *,
+    own_keys: bool = True,
 ) -> Stage:
-    """`layers` decoder layers of `tokens` queries on `keys` keys, which they project themselves if `own_keys`."""
+    """Decoder layers `numbers` of `tokens` queries on `keys` keys, which they project themselves if `own_keys`."""
     # A query among ascending positions sees on average half of the keys and itself.
     visible = (keys + 1) / 2
     if 0 < c.attention_window < seq_len:  # fewer, the keys being spread evenly over the row
         reach = c.attention_window * keys / seq_len
         visible = reach - reach * (reach - 1) / (2 * max(keys, 1))
-    heads = c.num_heads * c.head_dim
+    dense, experts, router, router_train = _experts(c, numbers, tokens)
+    heads, layers = c.num_heads * c.head_dim, len(numbers)
     projected = 2 * heads + 2 * own_keys * c.num_kv_heads * c.head_dim
     per_pair = 4.0 * heads  # two matmuls: scores, and values
     return Stage(
@@ -257,8 +281,38 @@ def _layers(
         projections=2.0 * layers * tokens * c.hidden_size * projected,
         attention=layers * per_pair * tokens * keys,
         attention_useful=layers * per_pair * tokens * visible,
-        feed_forward=6.0 * layers * tokens * c.hidden_size * c.intermediate_size,
+        feed_forward=6.0 * dense * tokens * c.hidden_size * c.intermediate_size + experts,
+        router=router,
+        router_train=router_train,
     )
+
+
+def _routed_layer(c: TransformerConfig, numbers: Sequence[int]) -> Any:
+    """The routed feed-forward of the layers `numbers`, without arrays. Models with experts alone import jax here."""
+    from adaptive.layers.moe.layer import abstract_layer
+    from adaptive.layers.site import Site
+
+    site = Site(c.hidden_size, c.init_std, (len(numbers),), 0, tuple(numbers), c.num_layers)
+    return abstract_layer(c.moe, c.intermediate_size, site)
+
+
+def _routed_parameters(c: TransformerConfig) -> int:
+    """Parameters of one routed feed-forward, its router's included."""
+    import jax
+    from flax import nnx
+
+    sizes = jax.tree.leaves(nnx.state(_routed_layer(c, (0,)), nnx.Param))
+    return sum(leaf.size for leaf in sizes)
+
+
+def _experts(c: TransformerConfig, numbers: Sequence[int], tokens: float) -> tuple[int, float, float, float]:
+    """Of the layers `numbers`: how many are dense; FLOPs of the experts, the routers, and those with the backward."""
+    if c.moe.router == "none" or not numbers:
+        return len(numbers), 0.0, 0.0, 0.0
+    routed = [n for n in numbers if n not in c.moe.dense_layers]
+    layer, width, n = _routed_layer(c, routed), c.hidden_size, len(routed)
+    router, experts = layer.flops(tokens, width)
+    return len(numbers) - n, n * experts, n * router, n * layer.router_train_flops(tokens, width)
 
 
 def _router(c: TransformerConfig, r: int, candidates: float) -> tuple[float, float]:

@@ -159,6 +159,21 @@ def mor_token(base: Recipe, recursions: int) -> Recipe:
     )
 
 
+def moe(base: Recipe, router: str, *options: str, experts: int = 8, per_token: float = 2, size: int = 0) -> Recipe:
+    """The base with experts in place of every feed-forward.
+
+    size     hidden width of an expert; 0: such that `per_token` experts cost what the base's feed-forward does
+    options  the router's own settings, as name=value
+    """
+    return base.with_(
+        f"model.moe.router={router}",
+        f"model.moe.experts={experts}",
+        f"model.moe.experts_per_token={per_token:g}",
+        f"model.moe.expert_size={size or round(base.model.intermediate_size / per_token)}",
+        f"model.moe.options={','.join(options)}",
+    )
+
+
 def budgeted(recipe: Recipe, flops: float) -> Recipe:
     """Steps and warm-up that the paper's FLOP accounting buys; derived, for runs whose configuration is not released.
 

@@ -71,7 +71,7 @@ class RoutedLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context = Context()) -> tuple[jax.Array, AuxLosses, Dispatch]:
         """x [batch, seq, width] -> (y of the same shape, auxiliary losses, who computed what)."""
-        y, routing = self.routed(x, context)
+        y, routing = self.routed(jnp.asarray(x), context)
         coefficients = self.coefficients()
         losses = routing.losses | self.joint_losses(jax.tree.map(lambda a: a[None], routing.parts))
         aux = AuxLosses({name: Aux(value, coefficients[name]) for name, value in losses.items()})

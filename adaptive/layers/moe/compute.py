@@ -5,10 +5,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from adaptive.layers.moe.experts import Experts, Weights, ffn_rows, ffn_slots
+from adaptive.layers.moe.experts import Experts, ffn_rows, ffn_slots
+from adaptive.parallel import experts as expert_parallel
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots, to_rows, to_slots
 
 Execution = Literal["auto", "capacity", "ragged", "dense"]
+MOST_PADDING = 1.5  # slots over pairs up to which "auto" takes slots
 
 
 def computed(experts: Experts, x: jax.Array, dispatch: Dispatch, execution: Execution) -> tuple[jax.Array, jax.Array]:
@@ -17,52 +19,31 @@ def computed(experts: Experts, x: jax.Array, dispatch: Dispatch, execution: Exec
     capacity  static slots for the most tokens an expert can have: exact FLOPs for expert choice and capacities
     ragged    rows sorted by expert: no padding, whatever the load
     dense     every expert on every token: the reference
-    auto      capacity where the slots are about as many as the pairs, ragged otherwise
+    auto      capacity where slots are at most half again as many as the pairs, ragged otherwise
     """
     weights = experts.weights(x.dtype)
+    if execution == "dense":
+        return _dense(experts, x, dispatch), jnp.zeros(())
+
+    def feed_forward(weights, rows, group_sizes):
+        if group_sizes is None:
+            return ffn_slots(weights, rows, experts.activation)
+        return ffn_rows(weights, rows, group_sizes, experts.activation)
+
+    arrange = lambda d: _arranged(d, execution)  # noqa: E731
+    return expert_parallel.run(x, dispatch, weights, experts.axes(), arrange, feed_forward)
+
+
+def _arranged(dispatch: Dispatch, execution: Execution) -> Slots | RaggedRows:
+    if execution == "auto":
+        slots, pairs = dispatch.experts * dispatch.capacity(dispatch.batch), dispatch.index.size
+        execution = "capacity" if dispatch.by == "expert" or slots <= MOST_PADDING * pairs else "ragged"
+    return to_slots(dispatch) if execution == "capacity" else to_rows(dispatch)
+
+
+def _dense(experts: Experts, x: jax.Array, dispatch: Dispatch) -> jax.Array:
     batch, seq, width = x.shape
-    y = local_output(weights, x.reshape(-1, width), dispatch, execution, experts.activation)
-    return y.reshape(batch, seq, width), jnp.zeros(())
-
-
-def local_output(weights: Weights, x: jax.Array, dispatch: Dispatch, execution: Execution, activation: str) -> jax.Array:
-    """f32[tokens, width] of one device's tokens x [tokens, width]."""
-    match chosen(dispatch, execution):
-        case "capacity":
-            slots = to_slots(dispatch)
-            return combine_slots(ffn_slots(weights, x[slots.tokens], activation), slots, len(x))
-        case "ragged":
-            rows = to_rows(dispatch)
-            return combine_rows(ffn_rows(weights, x[rows.tokens], rows.group_sizes, activation), rows, dispatch, len(x))
-        case _:
-            everyone = jnp.broadcast_to(x, (dispatch.experts, *x.shape))
-            dense = dispatch.combine_matrix()[:, : dispatch.experts]
-            return jnp.einsum("etd,te->td", ffn_slots(weights, everyone, activation).astype(jnp.float32), dense)
-
-
-def chosen(dispatch: Dispatch, execution: Execution) -> Literal["capacity", "ragged", "dense"]:
-    """What "auto" means for a dispatch: capacity where padding is at most half of the pairs."""
-    if execution != "auto":
-        return execution
-    if dispatch.by == "expert":
-        return "capacity"
-    pairs = dispatch.index.size
-    return "capacity" if dispatch.experts * dispatch.capacity(dispatch.batch) <= 1.5 * pairs else "ragged"
-
-
-def combine_slots(out: jax.Array, slots: Slots, tokens: int) -> jax.Array:
-    """Rows [experts, capacity, width] added, weighted, to f32[tokens, width]."""
-    weighted = out.astype(jnp.float32) * slots.weights[..., None]
-    zeros = jnp.zeros((tokens, out.shape[-1]), jnp.float32)
-    return zeros.at[slots.tokens.reshape(-1)].add(weighted.reshape(-1, out.shape[-1]))
-
-
-def combine_rows(out: jax.Array, rows: RaggedRows, dispatch: Dispatch, tokens: int) -> jax.Array:
-    """Rows [n, width] added, weighted, to f32[tokens, width]; token-major pairs are gathered, so the order of addition
-    is fixed."""
-    if rows.place is None:
-        weighted = out.astype(jnp.float32) * rows.weights[:, None]
-        return jnp.zeros((tokens, out.shape[-1]), jnp.float32).at[rows.tokens].add(weighted)
-    weights = jnp.where(dispatch.valid, dispatch.weights, 0.0).reshape(tokens, -1)
-    place = jnp.minimum(rows.place, len(out) - 1)
-    return jnp.einsum("tkd,tk->td", out[place].astype(jnp.float32), weights)
+    everyone = jnp.broadcast_to(x.reshape(-1, width), (dispatch.experts, batch * seq, width))
+    out = ffn_slots(experts.weights(x.dtype), everyone, experts.activation).astype(jnp.float32)
+    combine = dispatch.combine_matrix()[:, : dispatch.experts]
+    return jnp.einsum("etd,te->td", out, combine).reshape(x.shape)

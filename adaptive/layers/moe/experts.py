@@ -38,8 +38,15 @@ class Experts(nnx.Module):
 
     def weights(self, dtype: jax.typing.DTypeLike) -> Weights:
         """The matrices in the compute dtype, gathered over the axes that only storage is split by."""
+        return {name: use(param, dtype) for name, param in self._params().items()}
+
+    def axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical names of each matrix's dimensions; those of the stack lead."""
+        return {name: param.get_metadata()["axes"] for name, param in self._params().items()}
+
+    def _params(self) -> dict[str, nnx.Param]:
         named = {"gate": self.gate, "up": self.up, "down": self.down}
-        return {name: use(param, dtype) for name, param in named.items() if param is not None}
+        return {name: param for name, param in named.items() if param is not None}
 
 
 def ffn_slots(weights: Weights, rows: jax.Array, activation: str) -> jax.Array:

@@ -85,10 +85,10 @@ class Router(ExpertRouter):
         if o.group == "chunk" and o.chunk < 1:
             raise RecipeError(f"model.moe.options: chunk={o.chunk}: must be at least 1")
 
-    def capacity(self, tokens: int, per_token: float | None = None) -> int:
+    def capacity(self, tokens: int) -> int:
         """Tokens that an expert takes from a group of `tokens`. Raises RecipeError where that is less than one."""
         c, o = self.config, self.options
-        k = c.experts_per_token if per_token is None else per_token
+        k = c.experts_per_token
         exact = tokens * k / c.experts
         if o.group == "position" and exact < 1:
             raise RecipeError(
@@ -137,7 +137,10 @@ class Router(ExpertRouter):
 
     def coefficients(self) -> dict[str, float]:
         o = self.options
-        return super().coefficients() | {"popularity_loss": o.load_coefficient, "predictor_loss": o.predictor_coefficient}
+        return super().coefficients() | {
+            "popularity_loss": o.load_coefficient,
+            "predictor_loss": o.predictor_coefficient,
+        }
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         # The first updates are plain means, so that the threshold forgets its start at once. "least" is a sum over
@@ -148,16 +151,22 @@ class Router(ExpertRouter):
         self.threshold[...] = self.threshold[...] + rate[..., None] * (fresh - self.threshold[...])
         self.updates[...] = self.updates[...] + 1
 
-    def pairs(self, tokens: int) -> float:
+    def pairs(self, tokens: float) -> float:
         o, experts = self.options, self.config.experts
         if o.group in ("batch", "position"):
             return tokens * self.config.experts_per_token
-        length = min(o.chunk, tokens) if o.group == "chunk" else tokens
-        taken = experts * -(-tokens // length) * self.capacity(length)
-        return taken * o.slack if o.select == "threshold" else taken
+        length = min(o.chunk, int(tokens)) if o.group == "chunk" else int(tokens)
+        taken = self.capacity(length)
+        if o.select == "threshold":
+            return experts * min(length, math.ceil(taken * o.slack))
+        return experts * math.ceil(tokens / length) * taken
 
-    def router_flops(self, tokens: int) -> float:
+    def router_flops(self, tokens: float) -> float:
         return super().router_flops(tokens) * (1 + (self.predictor is not None))
+
+    def router_train_flops(self, tokens: float) -> float:
+        # The predictor's input is cut off from the gradient, which spares one of its three matmuls.
+        return super().router_flops(tokens) * (3 + 2 * (self.predictor is not None))
 
     def selects_alike(self) -> bool:
         return False

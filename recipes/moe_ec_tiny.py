@@ -1,0 +1,16 @@
+"""Expert choice on bytes: 8 experts per layer, each takes its top quarter of the sequence; a running threshold generates.
+
+python -m adaptive.train --recipe moe_ec_tiny
+Numbers:  our own, for a CPU in minutes
+Expect:   see docs/moe.md
+Cost:     see docs/moe.md
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import moe, tiny, titled
+
+
+def recipe() -> Recipe:
+    return titled(
+        moe(tiny(), "expert_choice"), "moe_ec_tiny", "Expert-choice experts on the embedded English text, for a CPU"
+    )

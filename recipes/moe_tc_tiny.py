@@ -1,0 +1,18 @@
+"""Token choice on bytes: top-2 of 8 experts per layer, dropless, with a balancing loss.
+
+python -m adaptive.train --recipe moe_tc_tiny
+Numbers:  our own, for a CPU in minutes
+Expect:   see docs/moe.md
+Cost:     see docs/moe.md
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import moe, tiny, titled
+
+
+def recipe() -> Recipe:
+    return titled(
+        moe(tiny(), "token_choice"),
+        "moe_tc_tiny",
+        "Token-choice experts (top-2 of 8) on the embedded English text, for a CPU",
+    )
