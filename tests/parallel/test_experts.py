@@ -104,7 +104,7 @@ def assert_same(got, want):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
 
 
-MESHES = [(1, 1, 2, 1), (2, 1, 4, 1), (1, 1, 8, 1), (1, 2, 2, 2)]
+MESHES = [(2, 2, 1, 2), (1, 1, 2, 1), (2, 1, 4, 1), (1, 1, 8, 1), (1, 2, 2, 2)]
 
 
 @pytest.mark.parametrize("name", DISPATCHES)
@@ -228,6 +228,15 @@ def collectives(settings: ExpertParallel, mesh, ragged=False) -> dict[str, int]:
 )
 def test_collectives_of_slots(settings, mesh, want):
     assert collectives(settings, mesh) == want
+
+
+def test_collectives_of_rows():
+    """Group sizes are gathered; off TPU and GPU the ragged all-to-alls are padded ones. A bound on the buffers adds the
+    count of what is lost."""
+    want = {"all-gather": 1, "all-to-all": 2}
+    assert collectives(ExpertParallel("expert"), (1, 1, 8, 1), ragged=True) == want
+    bounded = ExpertParallel("expert", buffer_factor=1.5)
+    assert collectives(bounded, (1, 1, 8, 1), ragged=True) == {**want, "all-reduce": 1}
 
 
 def test_settings_that_do_not_fit():

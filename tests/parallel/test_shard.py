@@ -48,7 +48,7 @@ def test_each_device_has_its_part():
     "sizes", [MeshConfig(data=8), MeshConfig(data=2, tensor=4), MeshConfig(data=1, fsdp=2, expert=4)]
 )
 def test_values_and_gradients_equal_one_device(sizes):
-    """Of arguments that are whole, gradients are summed over the parts of the batch, and counted once along `tensor`."""
+    """Gradients of arguments that are whole are summed over the parts of the batch, and counted once along `tensor`."""
 
     def loss(fn, x, weights):
         y, sums = fn(x, weights)
