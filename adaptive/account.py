@@ -1,5 +1,5 @@
-"""What a model costs: parameters and matmul FLOPs, by arithmetic from its configuration. Only models with experts, whose
-routers know their own cost, import jax.
+"""What a model costs: parameters and matmul FLOPs, by arithmetic from its configuration. Only models with experts,
+whose routers know their own cost, import jax.
 
 A matmul of [m, k] by [k, n] counts 2 m k n FLOPs; nothing else counts (norms, softmax, rotary tables, gathers, the
 embedding lookup). Training does every forward matmul once and, for each, two more in the backward pass: the gradients
@@ -9,8 +9,8 @@ forward one. The exceptions are small and counted: an auxiliary router's first m
 router without any gradient has its forward alone.
 
 Attention has two costs. "Executed" multiplies all queries by all keys, as the reference implementation runs it.
-"Useful" counts the (query, key) pairs that causality and a window allow, at most about half: what a perfect kernel would
-do, and the numerator of utilisation. Document boundaries inside a row are not deducted.
+"Useful" counts the (query, key) pairs that causality and a window allow, at most about half: what a perfect kernel
+would do, and the numerator of utilisation. Document boundaries inside a row are not deducted.
 """
 
 import dataclasses

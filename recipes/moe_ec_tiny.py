@@ -1,4 +1,4 @@
-"""Expert choice on bytes: 8 experts per layer, each takes its top quarter of the sequence; a running threshold generates.
+"""Expert choice on bytes: 8 experts per layer take a quarter of the sequence each; a running threshold generates.
 
 python -m adaptive.train --recipe moe_ec_tiny
 Numbers:  our own, for a CPU in minutes

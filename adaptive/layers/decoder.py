@@ -49,7 +49,7 @@ class DecoderLayer(nnx.Module):
         self.feed_forward_norm = None if own_norm else RMSNorm(width, norm_eps, stack)
 
     def __call__(
-        self, x: jax.Array, rows: Rows, memory: Memory | None = None, context: Context = Context()
+        self, x: jax.Array, rows: Rows, memory: Memory | None = None, context: Context | None = None
     ) -> tuple[jax.Array, KeyValues, Routing | None]:
         """x [batch, n, width] -> (output of the same shape, residual paths included; keys and values attended to; what
         a routed feed-forward decided)."""
@@ -57,9 +57,8 @@ class DecoderLayer(nnx.Module):
         x = x + update
         h = x if self.feed_forward_norm is None else self.feed_forward_norm(x)
         if isinstance(self.feed_forward, RoutedLayer):
-            update, routing = self.feed_forward.routed(
-                h, context._replace(present=rows.present(), segments=rows.segments)
-            )
+            here = (context or Context())._replace(present=rows.present(), segments=rows.segments)
+            update, routing = self.feed_forward.routed(h, here)
         else:
             update, routing = self.feed_forward(h), None
         return constrain(x + update, "batch", "seq", None), kv, routing

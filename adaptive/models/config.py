@@ -62,7 +62,7 @@ class TransformerConfig:
     share_parameters: bool = True  # False: own parameters at every recursion, to share keys and values alone
     kv: Literal["per_recursion", "shared", "hybrid"] = "per_recursion"
     router: RouterConfig = RouterConfig()
-    moe: MoEConfig = MoEConfig()
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
 
     @property
     def family(self) -> Literal["vanilla", "recursive", "mor"]:

@@ -11,9 +11,9 @@ from adaptive.errors import RecipeError
 from adaptive.layers.attention import AttentionOptions, KeyValues, Memory, Rows
 from adaptive.layers.decoder import DecoderLayer
 from adaptive.layers.linear import normal_param, use
+from adaptive.layers.moe.base import Context, RoutedLayer
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.rope import rope_at
-from adaptive.layers.moe.base import Context, RoutedLayer
 from adaptive.layers.router import EXPANSION, Router
 from adaptive.layers.site import Buffer, Site
 from adaptive.models import recursion

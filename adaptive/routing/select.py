@@ -50,7 +50,7 @@ def _gated(indices: jax.Array, weights: jax.Array, valid: jax.Array) -> Selectio
 
 
 def top_choices(scores: jax.Array, k: int) -> jax.Array:
-    """i32[..., k]: the k largest of the last axis of `scores` f32[..., choices], best first, ties to the lower index."""
+    """i32[..., k]: the k largest of the last axis of `scores` f32[..., choices], best first, ties to the lower one."""
     scores = jax.lax.stop_gradient(scores)
     if k > MOST_ARGMAXES:
         number = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)

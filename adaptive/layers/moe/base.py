@@ -69,9 +69,9 @@ class RoutedLayer(nnx.Module):
         """x [batch, seq, width] -> (its update of the same shape, the router's decision)."""
         raise NotImplementedError
 
-    def __call__(self, x: jax.Array, context: Context = Context()) -> tuple[jax.Array, AuxLosses, Dispatch]:
+    def __call__(self, x: jax.Array, context: Context | None = None) -> tuple[jax.Array, AuxLosses, Dispatch]:
         """x [batch, seq, width] -> (y of the same shape, auxiliary losses, who computed what)."""
-        y, routing = self.routed(jnp.asarray(x), context)
+        y, routing = self.routed(jnp.asarray(x), context or Context())
         coefficients = self.coefficients()
         losses = routing.losses | self.joint_losses(jax.tree.map(lambda a: a[None], routing.parts))
         aux = AuxLosses({name: Aux(value, coefficients[name]) for name, value in losses.items()})

@@ -30,7 +30,7 @@ from adaptive.layers.moe.routers.token_choice import jittered, shared_in_experts
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing import scale
-from adaptive.routing.dispatch import Dispatch, by_expert, by_mask
+from adaptive.routing.dispatch import by_expert, by_mask
 from adaptive.routing.losses import mean_over
 
 
