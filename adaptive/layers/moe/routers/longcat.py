@@ -1,0 +1,118 @@
+"""LongCat-Flash: token choice with identity experts, whose use a controller holds (LongCat-Flash technical report)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.errors import RecipeError
+from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
+from adaptive.layers.moe.routers.token_choice import limited, present_pairs, whole_k
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from adaptive.routing.balance import claims
+from adaptive.routing.dispatch import by_token
+from adaptive.routing.losses import updated_bias
+from adaptive.routing.masked import mean_choice, zero_weights
+from adaptive.routing.select import top_choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """LongCat-Flash: 512 experts, zero_experts=256, model.moe.experts_per_token=12, true_experts=8, route_scale=6."""
+
+    zero_experts: int = 4
+    route_scale: float = 6.0
+    true_experts: float = 0.0  # held mean of true experts per token; 0: their share k experts / choices
+    bias_rate: float = 0.001  # of the balance among true experts; 0: none
+    # Gains of the controller, times 1 / choices, the scale of a probability. The report prints none: ours.
+    proportional: float = 0.02
+    integral: float = 0.01
+    derivative: float = 0.0
+
+
+class Router(ExpertRouter):
+    """p = softmax(x weight) -> top-k of p + bias; weights are p times route_scale, not renormalised.
+
+    weight  f32[width, experts + zero_experts]: true experts first
+    bias    f32[experts + zero_experts], a buffer: on the choice alone; that of zero experts stays
+    errors  f32[2], a buffer: the controller's last two errors
+
+    A zero expert returns its input: the output holds x times the weights of those that were chosen.
+
+    After each step the biases of true experts move by the loss-free rule among themselves (bias_rate), and all alike by
+    a PID controller in velocity form on the error e = 1 - mean true experts per token / true_experts:
+    (proportional (e - e1) + integral e + derivative (e - 2 e1 + e2)) / choices.
+
+    load_balancing_loss  E sum_e P_e n_e / sum n over true experts alone, P normalised over them: 1 when balanced
+    """
+
+    Options = Options
+
+    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+        super().__init__(config, site, key)
+        o: Options = self.options
+        self.k = whole_k(config)
+        self.target = o.true_experts or self.k * config.experts / self.choices
+        if o.zero_experts < 0:
+            raise RecipeError(f"model.moe.options: zero_experts={o.zero_experts}: must be at least 0")
+        if not 0 < self.target <= self.k:
+            raise RecipeError(
+                f"model.moe.options: true_experts={o.true_experts:g}: must be above 0 and at most "
+                f"model.moe.experts_per_token={self.k}; 0 takes the balanced share"
+            )
+        self.bias = site.buffer(jnp.zeros(self.choices))
+        self.errors = site.buffer(jnp.zeros(2))
+
+    @property
+    def zero_experts(self) -> int:
+        return self.options.zero_experts
+
+    def __call__(self, x: jax.Array, context: Context) -> Routing:
+        c, o = self.config, self.options
+        logits = self.logits(x)
+        p = jax.nn.softmax(logits, axis=-1)
+        index = top_choices(p + self.bias[...], self.k)
+        weights = jnp.take_along_axis(p, index, axis=-1) * o.route_scale
+        wanted = present_pairs(index, context.present)
+        valid, bounds = limited(c, index, weights, wanted & (index < c.experts), context, o.zero_experts)
+        identity = zero_weights(index, weights, wanted, c.experts, o.zero_experts)
+        dispatch = by_token(index, weights, valid, c.experts, zero_weights=identity, **bounds)
+        load = claims(index, wanted, self.choices).sum(0)
+        losses = {}
+        if c.balance_coefficient:
+            losses["load_balancing_loss"] = true_balance(p, load, c.experts, context.present)
+        if c.z_coefficient:
+            losses["router_z_loss"] = z_loss(logits, context.present)
+        return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
+
+    def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array | None:
+        return x.astype(jnp.float32) * weights.sum(-1, keepdims=True) if self.zero_experts else None
+
+    def update(self, stats: dict[str, jax.Array]) -> None:
+        o, n = self.options, self.config.experts
+        load = stats["claimed"][..., :n]
+        mean_true = load.sum(-1) / jnp.maximum(stats["tokens"], 1.0)
+        error, before = 1 - mean_true / self.target, self.errors[...]
+        move = (
+            o.proportional * (error - before[..., 0])
+            + o.integral * error
+            + o.derivative * (error - 2 * before[..., 0] + before[..., 1])
+        ) / self.choices
+        balance = jnp.vectorize(lambda b, n: updated_bias(b, n, o.bias_rate), signature="(e),(e)->(e)")
+        true = balance(self.bias[..., :n], load) + (move[..., None] if self.zero_experts else 0.0)
+        self.bias[...] = jnp.concatenate([true, self.bias[..., n:]], axis=-1)
+        self.errors[...] = jnp.stack([error, before[..., 0]], axis=-1)
+
+    def pairs(self, tokens: float) -> float:
+        return tokens * self.target
+
+
+def true_balance(probabilities: jax.Array, load: jax.Array, experts: int, present: jax.Array | None) -> jax.Array:
+    """E sum_e P_e n_e / sum n over the first `experts` choices alone, P_e their normalised mean probabilities; f32[].
+
+    probabilities f32[batch, seq, choices], load f32[choices]. 1 when these are balanced, whatever the others get.
+    """
+    mean = mean_choice(probabilities, present)[:experts]
+    share = load[:experts] / jnp.maximum(load[:experts].sum(), 1.0)
+    return experts * (share * mean).sum() / (mean.sum() + 1e-20)
