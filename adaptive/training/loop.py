@@ -18,6 +18,7 @@ from adaptive.inference.sampling import sample
 from adaptive.optim.schedule import make_schedule
 from adaptive.training.checkpoint import Checkpoints, digest
 from adaptive.training.evaluation import Evaluator
+from adaptive.training.expert_alarm import ExpertAlarm
 from adaptive.training.experts import routed_layers
 from adaptive.training.metrics import Meter, MetricsLog, OneStepLate, health_warnings, read_rows
 from adaptive.training.plan import cost_of
@@ -56,6 +57,7 @@ class Loop:
         self.primary = jax.process_index() == 0
         self.say = say
         self.evaluator = Evaluator(program, data)
+        self.expert_alarm = ExpertAlarm(self.recipe.model.moe.router)
         self.late, self.bad_in_row = OneStepLate(), 0
         self.first_row = True  # the first step of an attempt is logged, so that there is something to see at once
         self.schedule = make_schedule(
@@ -171,6 +173,8 @@ class Loop:
         self.log.write(row)
         self.progress.row(row)
         self.tracker.log(row)
+        for warning in self.expert_alarm(row):
+            self.say(f"warning: {warning}")
 
     def not_finite(self, step: int, metrics: Mapping[str, Any]) -> str:
         bad = ((name, value) for name, value in metrics.items() if np.ndim(value) == 0 and not np.isfinite(value))
@@ -214,8 +218,11 @@ class Loop:
 
     def sample(self, state: TrainState) -> SampleRecord | None:
         """A continuation of the recipe's prompt, or None where the model has no cached generation."""
-        log, model = self.recipe.log, self.recipe.model
-        if not log.sample_tokens or jax.process_count() > 1 or "sequence" in model.sharing:
+        log = self.recipe.log
+        if not log.sample_tokens or jax.process_count() > 1:
+            return None
+        if reason := self.program.refuse_generation:
+            self.say(f"no sample: {reason}")
             return None
         tokenizer = self.data.tokenizer
         prompt = np.asarray(tokenizer.encode(log.sample_prompt))

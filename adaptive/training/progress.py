@@ -136,6 +136,8 @@ def _measures(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"MFU {row['mfu_active']:.0%}"
     if row.get("skipped"):
         yield f"{row['skipped']} skipped"
+    if row.get("experts/load_max_over_mean") is not None:
+        yield f"max/mean load {row['experts/load_max_over_mean']:.2f}"
 
 
 class _Line:

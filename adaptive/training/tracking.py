@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from adaptive.training.experts import scalar_columns
+
 Mode = Literal["auto", "online", "offline", "disabled"]
 Say = Callable[[str], None]
 
@@ -31,7 +33,7 @@ class Tracker(Protocol):
     """Where rows go besides metrics.jsonl. No method raises, waits for a network, or returns anything."""
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics.jsonl, under its own step."""
+        """The scalars of a row of metrics.jsonl, those of each layer by themselves, under its own step."""
 
     def histograms(self, step: int, named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Histograms of a step, each as (counts [bins], edges [bins + 1])."""
@@ -139,7 +141,7 @@ class WandbTracker:
         self._thread.start()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        values = {name: value for name, value in row.items() if value is not None}
+        values = {name: value for name, value in scalar_columns(row).items() if value is not None}
         self._put(lambda run: run.log(values, step=int(row["step"])))
 
     def histograms(self, step: int, named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -189,7 +191,7 @@ class WandbTracker:
             self._mode = "offline"
             run = wandb.init(mode="offline", settings=_settings(), **self._about)
         run.define_metric("step")
-        for pattern in ("*", "eval/*", "aux/*", "routing/*"):
+        for pattern in ("*", "eval/*", "aux/*", "routing/*", "experts/*"):
             run.define_metric(pattern, step_metric="step")
         for lowest in ("loss", "eval/loss", "eval/bits_per_byte"):
             run.define_metric(lowest, step_metric="step", summary="min")

@@ -1,0 +1,152 @@
+"""Says when routing fails: experts that starve, pairs that are dropped or lost, tokens that no expert takes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adaptive.training.experts import BY_LAYER, PREFIX
+
+STARVED = 0.1  # of the fair share: an expert below it hardly learns
+# Logging intervals in a row: routers sway while the learning rate warms up, and an expert that is back within a few
+# intervals needs no attention. An evaluation stands alone: it is an average over all held-out text.
+PATIENCE = 5
+DROPPED = 0.1  # of the pairs that were wanted
+# Tokens without an expert, above what choices independent of each other would leave out. Published expert-choice models
+# leave out 1% to 3%, 8% with varied capacities, but 20% to 32% in their first layer (EC-DLM, arXiv 2604.01622).
+LEFT_OUT, LEFT_OUT_FIRST = 0.1, 0.35
+_NAMED = 4  # layers, and twice as many experts of a layer, that a message names
+
+_BALANCE = "raise model.moe.balance_coefficient{} or use model.moe.router=expert_choice"
+_THRESHOLD = (
+    "what takes tokens one by one does not follow top-k: lower momentum in model.moe.options, or use decode=predictor"
+)
+
+
+class ExpertAlarm:
+    """Reads the rows of a run in order; `router` is that of model.moe.
+
+    A message comes again only when it holds for more layers or experts than before. What held is forgotten once its
+    quantity is away from the limit by a factor of two, so that a value near the limit is no news at every row.
+    """
+
+    def __init__(self, router: str):
+        self._router = router
+        self._watches: dict[str, _Watch] = {}
+
+    def __call__(self, row: Mapping[str, Any]) -> list[str]:
+        """What a row, of training or of an evaluation, gives new reason to say."""
+        said = []
+        for name in row:
+            if name.endswith(f"{PREFIX}load"):
+                for finding in _findings(row, name.removesuffix(f"{PREFIX}load"), self._router):
+                    if self._watches.setdefault(finding.name, _Watch()).sees(finding):
+                        said.append(self._watches[finding.name].message)
+        return said
+
+    def standing(self) -> list[str]:
+        """All that holds at the newest row of each kind."""
+        return [watch.message for watch in self._watches.values() if watch.message]
+
+
+class _Finding(NamedTuple):
+    """One thing to watch at a row: bool arrays of layers, or of layers and experts, that are beyond the limit or near
+    it; after how many rows in a row it is told; and how, given those of whom it holds."""
+
+    name: str
+    beyond: np.ndarray
+    near: np.ndarray
+    patience: int
+    tell: Callable[[np.ndarray], str]
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.message = ""
+        self._rows: np.ndarray | int = 0
+        self._holds: np.ndarray | bool = False
+
+    def sees(self, finding: _Finding) -> bool:
+        """Whether there is something new."""
+        self._rows = np.where(finding.beyond, self._rows + 1, 0)
+        holds = (self._holds & finding.near) | (self._rows >= finding.patience)
+        new = bool((holds & ~np.asarray(self._holds)).any())
+        self._holds = holds
+        self.message = finding.tell(holds) if holds.any() else ""
+        return new
+
+
+def _findings(row: Mapping[str, Any], place: str, router: str) -> Iterator[_Finding]:
+    """place: "" in rows of training, "eval/" or "eval/threshold/" in rows of evaluations."""
+    layers = row[f"{place}{BY_LAYER}layer"]
+    column = lambda name: _floats(row.get(f"{place}{BY_LAYER}{name}") or [None] * len(layers))  # noqa: E731
+    where = _where(place)
+    patience, lasting = (1, "") if place else (PATIENCE, f" in {PATIENCE} logging intervals in a row")
+
+    load = _relative(row[f"{place}{PREFIX}load"], len(layers))
+    relief = _BALANCE.format(", set bias=true in model.moe.options," * (router == "token_choice"))
+    relief = _THRESHOLD if router == "expert_choice" else relief
+    yield _Finding(
+        f"{place}starved", load < STARVED, load < 2 * STARVED, patience,
+        lambda bad: f"{where}{_experts(layers, bad)} got below {STARVED:.0%} of the fair share of tokens{lasting}; "
+        f"{relief}",
+    )  # fmt: skip
+    for name, what, limit_relief in (
+        ("dropped_fraction", "dropped, their expert being full", "raise model.moe.capacity_factor (0 drops nothing)"),
+        ("lost_fraction", "lost between devices", "raise mesh.expert_parallel.buffer_factor (-1 loses nothing)"),
+    ):
+        share = column(name)
+        yield _Finding(
+            f"{place}{name}", share > DROPPED, share > DROPPED / 2, 1,
+            lambda bad, share=share, what=what, limit_relief=limit_relief: (
+                f"{where}pairs of a token and an expert were {what}: {_shares(layers, share, bad)}; {limit_relief}"
+            ),
+        )  # fmt: skip
+    if f"{place}{PREFIX}zero_share" in row:
+        return  # tokens may choose to take no expert
+    experts, left_out = load.shape[1], column("without_expert")
+    excess = left_out - (1 - np.minimum(column("per_token") / experts, 1.0)) ** experts
+    excess = np.where(column("dropped_fraction") > DROPPED / 2, 0.0, excess)  # which has been said
+    limit = np.array([LEFT_OUT_FIRST, *[LEFT_OUT] * (len(layers) - 1)])
+    yield _Finding(
+        f"{place}left out", excess > limit, excess > limit / 2, patience,
+        lambda bad: f"{where}tokens were taken by no expert{lasting}: {_shares(layers, left_out, bad)}; "
+        "raise model.moe.experts_per_token, or let model.moe.shared_size give every token something",
+    )  # fmt: skip
+
+
+def _where(place: str) -> str:
+    selection = place.removeprefix("eval/").removesuffix("/")
+    return "on held-out text " * bool(place) + f"under {selection} selection " * bool(selection)
+
+
+def _relative(load: Sequence[Sequence[float] | None], calls: int) -> np.ndarray:
+    """Load over the fair share, f64[calls, experts], NaN for calls without tokens."""
+    experts = max((len(shares) for shares in load if shares), default=1)
+    nothing = [np.nan] * experts
+    return np.array([nothing if shares is None else shares for shares in load]).reshape(calls, -1) * experts
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if v is None else v for v in values], float)
+
+
+def _experts(layers: Sequence[int], bad: np.ndarray) -> str:
+    return _several(
+        [
+            f"layer {i} expert{'s' * (len(found) > 1)} {_several([str(e) for e in found], 2 * _NAMED, ', ')}"
+            for i, found in zip(layers, map(np.flatnonzero, bad), strict=True)
+            if found.size
+        ],
+        _NAMED,
+        "; ",
+    )
+
+
+def _shares(layers: Sequence[int], share: np.ndarray, bad: np.ndarray) -> str:
+    return _several([f"{share[i]:.0%} in layer {layers[i]}" for i in np.flatnonzero(bad)], _NAMED, ", ")
+
+
+def _several(names: list[str], most: int, between: str) -> str:
+    more = f"{between}and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more

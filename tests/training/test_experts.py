@@ -1,0 +1,166 @@
+"""What experts did over an interval: against direct counts, over steps, through a real step and evaluation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.training.experts import ExpertSums, routed_layers, scalar_columns
+from adaptive.training.metrics import Meter, MetricsLog, StepCost, read_rows
+
+TOKENS, EXPERTS, CHOICES = 40, 4, 6
+
+
+def drawn(rng):
+    """One call: a router's wishes bool[tokens, choices] and what of them is computed bool[tokens, experts]."""
+    wanted = rng.random((TOKENS, CHOICES)) < np.array([0.7, 0.3, 0.0, 0.1, 0.2, 0.2])
+    kept = wanted[:, :EXPERTS] & (rng.random((TOKENS, EXPERTS)) < 0.8)
+    return wanted, kept, rng.normal(size=(TOKENS, CHOICES))
+
+
+def sums_of(*calls):
+    """What a step returns of such calls."""
+
+    def one(wanted, kept, logits):
+        z = np.log(np.exp(logits).sum(-1))
+        p = np.exp(logits - z[:, None])
+        return {
+            "calls": 1.0,
+            "tokens": float(TOKENS),
+            "claimed": wanted.sum(0),
+            "kept": kept.sum(0),
+            "experts_per_token": np.bincount(kept.sum(-1), minlength=17),
+            "dropped": wanted[:, :EXPERTS].sum() - kept.sum(),
+            "lost": 2.0,
+            "z": (z**2).sum(),
+            "entropy": -(p * np.log(p)).sum(),
+            "top": p.max(-1).sum(),
+            "least": np.arange(EXPERTS) / 10,
+        }
+
+    made = [one(*call) for call in calls]
+    return {f"experts/{name}": np.stack([np.asarray(m[name], np.float32) for m in made]) for name in made[0]}
+
+
+def test_columns_equal_a_direct_count_over_the_steps():
+    rng = np.random.default_rng(0)
+    steps = [(drawn(rng), drawn(rng)) for _ in range(3)]
+    sums = ExpertSums((1, 3))
+    for step in steps:
+        sums.add(sums_of(*step))
+    row = sums.columns()
+    assert row["experts/by_layer/layer"] == [1, 3]
+    for i in range(2):
+        wanted = np.concatenate([step[i][0] for step in steps])
+        kept = np.concatenate([step[i][1] for step in steps])
+        logits = np.concatenate([step[i][2] for step in steps])
+        load = wanted[:, :EXPERTS].sum(0)
+        share = load / load.sum()
+        z = np.log(np.exp(logits).sum(-1))
+        p = np.exp(logits - z[:, None])
+        entropy = -sum(s * math.log(s) for s in share if s)
+        expected = {
+            "load_max_over_mean": load.max() / load.mean(),
+            "load_min_over_mean": 0.0,
+            "load_std_over_mean": load.std() / load.mean(),
+            "load_entropy": entropy,
+            "load_entropy_normalised": entropy / math.log(EXPERTS),
+            "empty": 1,
+            "empty_fraction": 0.25,
+            "dropped_fraction": 1 - kept.sum() / load.sum(),
+            "lost_fraction": 6 / load.sum(),
+            "per_token": kept.sum(-1).mean(),
+            "without_expert": (kept.sum(-1) == 0).mean(),
+            "router_z": (z**2).mean(),
+            "router_entropy": -(p * np.log(p)).sum(-1).mean(),
+            "top_probability": p.max(-1).mean(),
+            "zero_share": wanted[:, EXPERTS:].sum() / wanted.sum(),
+            "least": 0.15,
+        }
+        for name, value in expected.items():
+            assert row[f"experts/by_layer/{name}"][i] == pytest.approx(value, rel=2e-5, abs=1e-7), name
+        histogram = [(kept.sum(-1) == n).mean() for n in range(EXPERTS + 1)]
+        shown = row["experts/by_layer/experts_per_token"][i]
+        np.testing.assert_allclose(shown, histogram[: len(shown)], atol=1e-5)
+        assert sum(shown) == pytest.approx(1, abs=1e-4)
+        np.testing.assert_allclose(row["experts/load"][i], share, atol=1e-4)
+    for name in expected:
+        assert row[f"experts/{name}"] == pytest.approx(np.mean(row[f"experts/by_layer/{name}"]), rel=1e-4), name
+
+
+def test_no_column_of_zero_experts_without_them_and_none_at_all_without_routing():
+    wanted, kept, logits = drawn(np.random.default_rng(1))
+    sums = ExpertSums()
+    sums.add(sums_of((wanted[:, :EXPERTS], kept, logits[:, :EXPERTS])))
+    assert "experts/zero_share" not in sums.columns() and sums.columns()["experts/by_layer/layer"] == [0]
+    sums.clear()
+    sums.add({"ce": 1.0})
+    assert sums.columns() == {}
+
+
+def test_a_call_that_no_token_reached_is_left_out_of_means(tmp_path):
+    call = drawn(np.random.default_rng(2))
+    step = sums_of(call, call)
+    for value in step.values():
+        value[1] = 0.0
+    sums = ExpertSums()
+    sums.add(step)
+    row = sums.columns()
+    assert row["experts/load"][1] is None and math.isnan(row["experts/by_layer/empty"][1])
+    assert row["experts/per_token"] == pytest.approx(call[1].sum(-1).mean())
+    MetricsLog.open(tmp_path, 0).write({"step": 1, **row})
+    assert read_rows(tmp_path)[0]["experts/by_layer/router_z"][1] is None
+
+
+def test_a_meter_adds_up_an_interval_and_a_skipped_step_adds_nothing(tmp_path):
+    rng = np.random.default_rng(3)
+    meter = Meter(StepCost(TOKENS, 1.0, 1.0, 1.0), layers=(0, 1))
+    first, second, bad = ((drawn(rng), drawn(rng)) for _ in range(3))
+    for step, skipped in ((first, 0), (bad, 1), (second, 0)):
+        meter.add({"ce": 1.0, "skipped": np.int32(skipped), **sums_of(*step)})
+    row = meter.row(3)
+    direct = ExpertSums((0, 1))
+    direct.add(sums_of(*first))
+    direct.add(sums_of(*second))
+    assert {name: value for name, value in row.items() if name.startswith("experts/")} == direct.columns()
+    assert row["skipped"] == 1 and row["ce"] == 1.0
+    MetricsLog.open(tmp_path, 0).write(row)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["experts/load"] == row["experts/load"]
+    meter.add({"ce": 1.0, "skipped": 1, **sums_of(*bad)})
+    assert not [name for name in meter.row(4) if name.startswith("experts/")]
+
+
+def test_layers_get_names_of_their_own_where_only_scalars_are_understood():
+    sums = ExpertSums((2, 5))
+    rng = np.random.default_rng(4)
+    sums.add(sums_of(drawn(rng), drawn(rng)))
+    row = {f"eval/{name}": value for name, value in sums.columns().items()}
+    flat = scalar_columns({"step": 3, **row})
+    assert all(isinstance(value, int | float) for value in flat.values())
+    assert flat["eval/experts/layer_5/dropped_fraction"] == row["eval/experts/by_layer/dropped_fraction"][1]
+    assert flat["step"] == 3 and flat["eval/experts/empty"] == row["eval/experts/empty"]
+    assert not [name for name in flat if "by_layer" in name or name.endswith("/layer")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ()),
+        ({"moe": MoEConfig(router="token_choice")}, (0, 1, 2, 3, 4)),
+        ({"moe": MoEConfig(router="token_choice", dense_layers=(0, 3))}, (1, 2, 4)),
+        (
+            {
+                "recursions": 3,
+                "sharing": "middle_cycle",
+                "router": RouterConfig(kind="expert_choice"),
+                "moe": MoEConfig(router="expert_choice"),
+            },
+            (0, 1, 2, 3, 4),
+        ),
+    ],
+)
+def test_routed_layers_are_numbered_in_the_unrolled_network(changes, expected):
+    assert routed_layers(TransformerConfig(num_layers=5, **changes)) == expected
