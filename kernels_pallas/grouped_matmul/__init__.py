@@ -73,7 +73,7 @@ def grouped_swiglu(
     return _swiglu(activation, rows, tuple(inward), down, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(activation, rows, inward, down, group_sizes):
     return _swiglu_run(activation, False, rows, inward, down, group_sizes)[0]
 
