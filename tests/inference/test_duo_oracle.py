@@ -1,0 +1,79 @@
+"""The oracle against passes over models whose paths are forced one by one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adaptive.errors import RecipeError
+from adaptive.inference.duo_oracle import paths, search
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.config import TransformerConfig
+from adaptive.models.transformer import build_model
+
+LAYERS = 2
+
+
+def model(router: str = "duo_llm", options: tuple[str, ...] = ("skip=true", "small_size=4")):
+    config = TransformerConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=LAYERS, num_heads=2, num_kv_heads=1, head_dim=8,
+        init_std=0.3, moe=MoEConfig(router=router, experts=2, expert_size=32, execution="dense", options=options)
+    )  # fmt: skip
+    return build_model(config, key=jax.random.key(0))
+
+
+def losses(built, tokens, targets, path) -> np.ndarray:
+    """Losses where a router of huge logits, the same for all tokens, takes each layer's choice."""
+    # Behind the norm no input is constant, so the choice is put into the weights: the others' matrices become zero
+    # and the one that is left is what every choice gives.
+    graphdef, state = nnx.split(built)
+    other = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
+    ff = other.block.feed_forward
+    hidden = ff.big.up[...].shape[-1]
+    for part in ("gate", "up", "down"):
+        big, small = getattr(ff.big, part), getattr(ff.small, part)
+        axis = 2 if part == "down" else 3
+        pad = [(0, 0)] * 4
+        pad[axis] = (0, hidden - small[...].shape[axis])
+        alike = [big[...], jnp.pad(small[...], pad), jnp.zeros_like(big[...])]
+        big[...] = jnp.stack([alike[choice][layer] for layer, choice in enumerate(path)])
+    ff.router.weight[...] = jnp.zeros_like(ff.router.weight[...])  # equal logits: the first choice, which is big
+    logits = other(tokens, selection="threshold").logits
+    return -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(targets)[..., None], -1)[..., 0]
+
+
+def test_the_best_of_all_paths_is_found():
+    built = model()
+    tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 32)
+    targets = jax.random.randint(jax.random.key(2), (2, 5), 0, 32)
+    found = search(built, tokens, targets)
+    every = {path: losses(built, tokens, targets, path) for path in itertools.product(range(3), repeat=LAYERS)}
+    best = np.min(list(every.values()), axis=0)
+    np.testing.assert_allclose(found.loss, best, atol=1e-5)
+    np.testing.assert_allclose(found.small, every[1, 1], atol=1e-5)
+    np.testing.assert_allclose(found.difficulty, every[1, 1] - best, atol=2e-5)
+    assert (found.difficulty >= 0).all() and len(np.unique(found.path.reshape(-1, LAYERS), axis=0)) > 1
+    for index in np.ndindex(2, 5):
+        np.testing.assert_allclose(every[tuple(map(int, found.path[index]))][index], best[index], atol=1e-5)
+    limited = search(built, tokens, targets, big=[1])
+    np.testing.assert_array_equal(limited.big, 1)
+    within = [loss for path, loss in every.items() if path.count(0) == 1]
+    np.testing.assert_allclose(limited.loss, np.min(within, axis=0), atol=1e-5)
+
+
+def test_paths_begin_with_those_that_cost_least():
+    every = paths(2, 3)
+    assert every.shape == (9, 2)
+    assert every[0].tolist() == [2, 2] and every[-1].tolist() == [0, 0]
+    assert len(paths(12, 2)) == 4096
+    assert len(paths(12, 2, big=[6])) == 924
+    with pytest.raises(RecipeError, match="no path of 2 layers has 3"):
+        paths(2, 2, big=[3])
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(RecipeError, match="duo_llm"):
+        search(model("token_choice", ()), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32))
