@@ -1,0 +1,186 @@
+"""MoE++: zero, copy and constant experts beside true ones, and gating residuals (arXiv 2410.07348)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.errors import RecipeError
+from adaptive.layers.linear import normal_param
+from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
+from adaptive.layers.moe.routers.token_choice import present_pairs, whole_k
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from adaptive.routing.balance import claims
+from adaptive.routing.capacity import keep_within, slots
+from adaptive.routing.dispatch import by_token
+from adaptive.routing.masked import mean_choice, softmax_over, tokens_in, zero_weights
+from adaptive.routing.select import top_choices
+
+EXPANSION = 8  # hidden units of the two-layer gate per choice
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The paper's small models: the defaults with input_scale=true and model.moe.capacity_factor=1.1."""
+
+    constant: int = 2  # experts a_1 x + a_2 v, (a_1, a_2) = softmax(x W_c)
+    copy: int = 1  # experts x
+    zero: int = 1  # experts 0
+    gate: Literal["mlp", "linear"] = "mlp"  # tanh(x W1) W2, or x W1
+    residual: bool = True  # add the logits of the layer below times W_g
+    tau: float = 0.75  # weight of the zero-computation experts in loss and capacity: less uses them more
+    mixtral_gating: bool = False  # zero experts keep their share of the weights, and no input is scaled
+    logits_norm: float = 0.0  # standard deviation that the softmax's logits are given, token by token; 0: their own
+    input_scale: bool = False  # experts read x times k, zero-computation ones too (released layer)
+    capacity_of: Literal["token", "pair"] = "token"  # balanced load of T tokens (as printed), or of their T k pairs
+
+
+class Router(ExpertRouter):
+    """l = gate(x) + l_below W_g; p = softmax(l) -> top-k.
+
+    Choices are the true experts, then constant, copy, zero ones. Ea is their number.
+
+    weight         f32[width, 8 Ea]            W1; of gate=linear f32[width, Ea]
+    second         f32[8 Ea, Ea]               W2, of gate=mlp alone
+    residual       f32[Ea, Ea]                 W_g, unless residual=false; unused in the first layer
+    constant_gate  f32[constant, width, 2]     W_c of each constant expert
+    constant       f32[constant, width]        v of each
+
+    A zero expert's weight is set to 0 before the k weights are divided by their sum, so a partner gets 1; a token that
+    chose zero experts alone gets 0. l_below holds the residuals of all layers below, before any logits_norm.
+
+    load_balancing_loss  sum_i eta_i f_i P_i, eta = 1 for true experts and tau for others; f_i the share of tokens that
+                         chose i (they sum to k), P_i the mean probability
+
+    With capacity_factor = gamma above 0, in training a true expert has gamma tau T / (tau N_F + N_Z) slots and every
+    other gamma T / (tau N_F + N_Z), rounded up; overflow is dropped by the rule `drop` and not renormalised. The paper
+    prints T, the tokens; with top-2 that is about half of the pairs. Which it ran is not known: capacity_of=pair takes
+    T k.
+    """
+
+    Options = Options
+
+    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+        keys = jax.random.split(key, 5)
+        super().__init__(config, site, keys[0])
+        o: Options = self.options
+        self.k = whole_k(config)
+        self._check()
+        choices, std, stack = self.choices, site.std, site.stack
+        matrix = lambda key, *shape: normal_param(key, shape, (None,) * len(shape), std, stack)  # noqa: E731
+        if o.gate == "mlp":
+            self.weight = matrix(keys[0], site.width, EXPANSION * choices)
+        self.second = matrix(keys[1], EXPANSION * choices, choices) if o.gate == "mlp" else None
+        self.residual = matrix(keys[2], choices, choices) if o.residual else None
+        self.constant_gate = matrix(keys[3], o.constant, site.width, 2) if o.constant else None
+        self.constant = matrix(keys[4], o.constant, site.width) if o.constant else None
+        self.reads_previous = o.residual
+        self.input_scale = float(self.k) if o.input_scale and not o.mixtral_gating else 1.0
+
+    @property
+    def zero_experts(self) -> int:
+        return self.options.constant + self.options.copy + self.options.zero
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        logits = super().logits(x)
+        return logits if self.second is None else jnp.matmul(jnp.tanh(logits), self.second[...], precision=HIGHEST)
+
+    def __call__(self, x: jax.Array, context: Context) -> Routing:
+        c, o = self.config, self.options
+        logits = self.logits(x)
+        if self.residual is not None and context.previous is not None:
+            logits = logits + jnp.matmul(context.previous, self.residual[...], precision=HIGHEST)
+        scores = logits * (o.logits_norm / deviation(logits)) if o.logits_norm else logits
+        index = top_choices(scores, self.k)
+        counted = jnp.ones(index.shape, bool) if o.mixtral_gating else index < self.choices - o.zero
+        weights = softmax_over(jnp.take_along_axis(scores, index, axis=-1), counted)
+        wanted = present_pairs(index, context.present)
+        kept, bounds = self._within_capacity(index, weights, wanted, context)
+        zero = zero_weights(index, weights, kept, c.experts, self.zero_experts)
+        dispatch = by_token(index, weights, kept & (index < c.experts), c.experts, zero_weights=zero, **bounds)
+        load = claims(index, wanted, self.choices).sum(0)
+        losses = {"load_balancing_loss": self._balance(jax.nn.softmax(scores, axis=-1), load, context.present)}
+        if c.z_coefficient:
+            losses["router_z_loss"] = z_loss(logits, context.present)
+        stats = statistics(dispatch, logits, load, context.present)
+        stats["zero_dropped"] = (wanted & ~kept & (index >= c.experts)).sum().astype(jnp.float32)
+        return Routing(dispatch, losses, stats, {}, logits)
+
+    def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array | None:
+        o = self.options
+        if not self.zero_experts:
+            return None
+        x = x.astype(jnp.float32) * self.input_scale
+        passed = weights[..., o.constant : o.constant + o.copy].sum(-1)
+        if self.constant is None or self.constant_gate is None:
+            return x * passed[..., None]
+        mix = jax.nn.softmax(jnp.einsum("bsd,jdc->bsjc", x, self.constant_gate[...], precision=HIGHEST), axis=-1)
+        mix = mix * weights[..., : o.constant, None]
+        passed = passed + mix[..., 0].sum(-1)
+        return x * passed[..., None] + jnp.einsum("bsj,jd->bsd", mix[..., 1], self.constant[...], precision=HIGHEST)
+
+    def pairs(self, tokens: float) -> float:
+        # The loss is balanced where true experts are chosen tau / (tau N_F + N_Z) of the time each.
+        return tokens * self.k * self._true_slots() * self.config.experts
+
+    def router_flops(self, tokens: float) -> float:
+        o, width, choices = self.options, self.site.width, self.choices
+        gate = width * choices if o.gate == "linear" else EXPANSION * choices * (width + choices)
+        return 2.0 * tokens * (gate + o.residual * choices * choices + o.constant * 3 * width)
+
+    def selects_alike(self) -> bool:
+        return True  # capacities are for training
+
+    def no_gradient(self) -> str:
+        o = self.options
+        if self.k > 1 and (o.mixtral_gating or self.choices - o.zero > 1):
+            return ""
+        return (
+            f"with model.moe.experts_per_token={self.k} a normalised weight is always 1 and the router learns nothing: "
+            "take at least 2 of at least 2 experts that are not zero"
+        )
+
+    def _check(self) -> None:
+        o = self.options
+        for name in ("constant", "copy", "zero", "logits_norm"):
+            if getattr(o, name) < 0:
+                raise RecipeError(f"model.moe.options: {name}={getattr(o, name):g}: must be at least 0")
+        if not o.tau > 0:
+            raise RecipeError(f"model.moe.options: tau={o.tau:g}: must be above 0; 1 treats all experts alike")
+
+    def _true_slots(self) -> float:
+        """A true expert's share of a balanced load."""
+        return self.options.tau / (self.options.tau * self.config.experts + self.zero_experts)
+
+    def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> jax.Array:
+        eta = jnp.where(jnp.arange(self.choices) < self.config.experts, 1.0, self.options.tau)
+        return (eta * load / tokens_in(probabilities, present) * mean_choice(probabilities, present)).sum()
+
+    def _within_capacity(
+        self, index: jax.Array, weights: jax.Array, wanted: jax.Array, context: Context
+    ) -> tuple[jax.Array, dict[str, int]]:
+        """(pairs bool[batch, seq, k] that find a slot, bounds of the Dispatch)."""
+        c, o = self.config, self.options
+        if not c.capacity_factor or not context.training or context.selection == "threshold":
+            return wanted, {}
+        batch, seq, k = index.shape
+        whole = c.capacity_group == "batch"
+        tokens = batch * seq if whole else seq
+        each = self.k if o.capacity_of == "pair" else 1
+        room = slots(tokens, each, 1, c.capacity_factor * self._true_slots())
+        zero_room = slots(tokens, each, 1, c.capacity_factor * self._true_slots() / o.tau)
+        group = (lambda a: a.reshape(1, -1, k)) if whole else (lambda a: a)
+        true = index < c.experts
+        within = lambda where, room: keep_within(  # noqa: E731
+            group(index), group(weights), group(wanted & where), room, self.choices, c.drop
+        ).reshape(wanted.shape)
+        kept = within(true, room) | within(~true, zero_room)
+        return kept, {"most_per_batch" if whole else "most_per_sequence": room}
+
+
+def deviation(logits: jax.Array) -> jax.Array:
+    """Standard deviation f32[..., 1] of the last axis, with ddof 1; its gradient is finite where all are equal."""
+    return jnp.sqrt(jnp.var(logits, axis=-1, ddof=1, keepdims=True) + 1e-20)
