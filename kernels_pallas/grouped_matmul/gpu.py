@@ -66,7 +66,7 @@ def _multiply_kernel(group_ref, first_ref, end_ref, rows_ref, weights_ref, out_r
             b = _load(weights_ref.at[some, pl.ds(at, block_k), pl.ds(column, block_n)], k_mask, column_mask)
         return total + plt.dot(a, b, trans_b=transposed)
 
-    steps = jnp.where((group < groups) & (first < end), pl.cdiv(k, block_k), 0)
+    steps = ((group < groups) & (first < end)).astype(jnp.int32) * pl.cdiv(k, block_k)
     total = lax.fori_loop(0, steps, step, jnp.zeros((block_r, block_n), jnp.float32))
     out = out_ref.at[pl.ds(first, block_r), pl.ds(column, block_n)]
     plt.store(out, total.astype(out_ref.dtype), mask=row_mask[:, None] & column_mask[None, :])
