@@ -65,6 +65,10 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         ("time per token", lambda r: _against(_seconds_per_token(r), _seconds_per_token(first), "s")),
         ("tokens per second", lambda r: compact(r.typical("tokens_per_s"))),
         ("MFU, active", lambda r: percent(r.typical("mfu_active"))),
+        ("max / mean load of experts", lambda r: _number(r.last.get("experts/load_max_over_mean"))),
+        ("experts per token", lambda r: _number(r.last.get("experts/per_token"))),
+        ("tokens without an expert", lambda r: percent(r.last.get("experts/without_expert"))),
+        ("pairs dropped", lambda r: percent(r.last.get("experts/dropped_fraction"))),
         ("wall time", lambda r: duration(r.seconds)),
     ]
     rows = [(name, *(cell(run) for run in runs)) for name, cell in plain]

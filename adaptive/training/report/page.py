@@ -9,6 +9,7 @@ from pathlib import Path
 from adaptive.training.metrics import write_atomically
 from adaptive.training.report.compare import comparison
 from adaptive.training.report.compute import compute
+from adaptive.training.report.experts import experts
 from adaptive.training.report.overview import learning, recipe, tiles
 from adaptive.training.report.routing import deep_tokens, routing
 from adaptive.training.report.runs import Run, load_run
@@ -40,6 +41,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
             learning(run),
             deep_tokens(run),
             routing(run),
+            experts(run),
             compute(run),
             recipe(run),
             element("footer", html.escape(_footer(run))),
@@ -82,6 +84,9 @@ def _header(run: Run) -> str:
     facts = [kinds.get(plan.family, ""), routers.get(plan.router, "")]
     if plan.recursions > 1:
         facts.append(f"{plan.recursions} recursions")
+    moe = run.recipe.model.moe if run.recipe else None
+    if moe is not None and moe.router != "none":
+        facts.append(f"{moe.experts} experts, {routers.get(moe.router, moe.router.replace('_', ' '))}")
     facts.append(f"step {run.step:,}" + (f" of {plan.steps:,}" if plan.steps and not run.finished else ""))
     if plan.devices:
         facts.append(f"{plan.devices} \u00d7 {plan.device_kind}")

@@ -33,6 +33,11 @@ for (const data of document.querySelectorAll(".chart script")) {
   svg.addEventListener("pointerleave", () => { cross.style.visibility = "hidden"; hide(); });
 }
 
+for (const cell of document.querySelectorAll(".heat [title]")) {
+  cell.dataset.tip = cell.title;
+  cell.removeAttribute("title");
+}
+
 for (const bar of document.querySelectorAll("[data-tip]")) {
   bar.addEventListener("pointermove", (event) => show(bar.dataset.tip, event));
   bar.addEventListener("pointerleave", hide);

@@ -1,0 +1,140 @@
+"""Which experts did the work, as HTML; "" where nothing was routed to experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptive.training.experts import BY_LAYER, PREFIX
+from adaptive.training.report.bars import bar_chart
+from adaptive.training.report.charts import Point, Series, line_chart
+from adaptive.training.report.heat import heat_map
+from adaptive.training.report.layout import grid, section, smooth, table
+from adaptive.training.report.numbers import percent
+from adaptive.training.report.runs import Run
+from adaptive.training.report.svg import element
+
+_HELD_OUT = {"eval/": "held-out", "eval/threshold/": "held-out, causal"}
+_TABLE = (
+    ("max / mean load", "load_max_over_mean", lambda v: f"{v:.2f}"),
+    ("empty experts", "empty", lambda v: f"{v:.0f}"),
+    ("pairs dropped", "dropped_fraction", percent),
+    ("experts per token", "per_token", lambda v: f"{v:.2f}"),
+    ("tokens without one", "without_expert", percent),
+    ("top probability", "top_probability", percent),
+    ("router z", "router_z", lambda v: f"{v:.2f}"),
+)
+
+
+def experts(run: Run) -> str:
+    newest = next((row for row in reversed(run.training) if f"{PREFIX}load" in row), None)
+    if newest is None:
+        return ""
+    causal = next((row for row in reversed(run.evaluations) if f"eval/threshold/{PREFIX}load" in row), {})
+    maps = [
+        heat_map(f"Load at step {newest['step']:,}", _loads(run, newest, ""), "in training, over the last interval")
+    ]
+    if causal:
+        title = f"Load on held-out text at step {causal['step']:,}"
+        maps.append(heat_map(title, _loads(run, causal, "eval/threshold/"), "chosen causally, as in generation"))
+    return section(
+        "Which experts did the work",
+        grid(*maps, columns="one"),
+        grid(_imbalance(run), _failures(run), _per_token(run), _histogram(newest), _certainty(run), _router_z(run)),
+        element("details", element("summary", f"Layer by layer at step {newest['step']:,}") + _layers(run, newest)),
+        lead="Load: the pairs of a token and an expert that the router wants, before any is dropped. 1 is the fair "
+        "share, the same for all experts of a layer; an expert far below it hardly learns, one far above it is what "
+        "the others wait for.",
+    )
+
+
+def layer_name(run: Run, number: int) -> str:
+    """Of a layer of the unrolled network, with the recursion where a block is used several times."""
+    model = run.recipe.model if run.recipe else None
+    if model is None or model.recursions == 1:
+        return f"layer {number}"
+    inner = number - model.unique_ends
+    within = 0 <= inner < model.block_size * model.recursions
+    return f"layer {number}, recursion {inner // model.block_size + 1}" if within else f"layer {number}"
+
+
+def _loads(run: Run, row: Mapping[str, Any], place: str) -> list[tuple[str, list[float] | None]]:
+    layers, load = row[f"{place}{BY_LAYER}layer"], row[f"{place}{PREFIX}load"]
+    return [
+        (layer_name(run, number), shares and [share * len(shares) for share in shares])
+        for number, shares in zip(layers, load, strict=True)
+    ]
+
+
+def _both(run: Run, name: str) -> list[Series]:
+    """A measure in training and on held-out text."""
+    found = [Series("training", smooth(run.points(f"{PREFIX}{name}", "tokens")), 1)]
+    for i, (place, label) in enumerate(_HELD_OUT.items()):
+        found.append(Series(label, run.points(f"{place}{PREFIX}{name}", "tokens"), 2 + i, "dots"))
+    return found
+
+
+def _imbalance(run: Run) -> str:
+    worst = Series("worst layer", smooth(_worst(run, "load_max_over_mean")), 5, "dashed")
+    return line_chart(
+        "Load imbalance", [*_both(run, "load_max_over_mean"), worst], x="tokens", y="busiest expert over the mean",
+        y_range=(1.0, None), note="mean over layers; 1 is perfect balance",
+    )  # fmt: skip
+
+
+def _worst(run: Run, name: str) -> list[Point]:
+    rows = [row for row in run.training if f"{BY_LAYER}{name}" in row and row.get("tokens") is not None]
+    highest = ((row["tokens"], [v for v in row[f"{BY_LAYER}{name}"] if v is not None]) for row in rows)
+    return [(float(at), max(values)) for at, values in highest if values]
+
+
+def _failures(run: Run) -> str:
+    measures = (
+        ("tokens without an expert", "without_expert", True),
+        ("pairs dropped", "dropped_fraction", True),
+        ("experts without a token", "empty_fraction", True),
+        ("pairs lost between devices", "lost_fraction", False),
+    )
+    series = []
+    for i, (label, name, always) in enumerate(measures):
+        points = run.points(f"{PREFIX}{name}", "tokens")
+        if always or any(y for _, y in points):
+            series.append(Series(label, smooth(points), 1 + i))
+    return line_chart("Left out", series, x="tokens", y="share", y_range=(0, None), percent=True)
+
+
+def _per_token(run: Run) -> str:
+    return line_chart(
+        "Experts per token", _both(run, "per_token"), x="tokens", y="experts that compute a token", y_range=(0, None)
+    )  # fmt: skip
+
+
+def _certainty(run: Run) -> str:
+    zero = Series("chose no true expert", smooth(run.points(f"{PREFIX}zero_share", "tokens")), 5, "dashed")
+    return line_chart(
+        "Certainty of the router", [*_both(run, "top_probability"), zero], x="tokens", y="largest probability",
+        y_range=(0, None), percent=True, note="mean over tokens and layers",
+    )  # fmt: skip
+
+
+def _router_z(run: Run) -> str:
+    return line_chart(
+        "Size of the router's logits", _both(run, "router_z"), x="tokens", y="mean of logsumexp squared",
+        y_range=(0, None),
+    )  # fmt: skip
+
+
+def _histogram(row: Mapping[str, Any]) -> str:
+    layers = [shares for shares in row[f"{BY_LAYER}experts_per_token"] if any(shares)]
+    if not layers:
+        return ""
+    means = [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+    name = lambda n: f"{n} expert{'s' * (n != 1)}" + (" or more" if n == 16 else "")  # noqa: E731
+    bars = [(name(n), share, percent(share)) for n, share in enumerate(means)]
+    return bar_chart("Experts of a token", bars, note=f"all layers, over the interval before step {row['step']:,}")
+
+
+def _layers(run: Run, row: Mapping[str, Any]) -> str:
+    lines: list[tuple[str, ...]] = [("", *(title for title, _, _ in _TABLE))]
+    for i, number in enumerate(row[f"{BY_LAYER}layer"]):
+        values = ((row.get(f"{BY_LAYER}{name}", {})[i], form) for _, name, form in _TABLE)
+        lines.append((layer_name(run, number), *("—" if v is None else form(v) for v, form in values)))
+    return table(lines, kind="compare")
