@@ -15,7 +15,7 @@ DROPPED = 0.1  # of the pairs that were wanted
 # Tokens without an expert, above what choices independent of each other would leave out. Published expert-choice models
 # leave out 1% to 3%, 8% with varied capacities, but 20% to 32% in their first layer (EC-DLM, arXiv 2604.01622).
 LEFT_OUT, LEFT_OUT_FIRST = 0.1, 0.35
-_NAMED = 4  # layers, and twice as many experts of a layer, that a message names
+_NAMED = 3  # layers, and twice as many experts of a layer, that a message names
 
 _BALANCE = "raise model.moe.balance_coefficient{} or use model.moe.router=expert_choice"
 _THRESHOLD = (
@@ -26,8 +26,9 @@ _THRESHOLD = (
 class ExpertAlarm:
     """Reads the rows of a run in order; `router` is that of model.moe.
 
-    A message comes again only when it holds for more layers or experts than before. What held is forgotten once its
-    quantity is away from the limit by a factor of two, so that a value near the limit is no news at every row.
+    A message comes again only when it holds for a further layer, or for half as many experts more. What held is
+    forgotten once its quantity is away from the limit by a factor of two, so that neither a value near the limit nor a
+    collapse that takes one expert after the other is news at every row.
     """
 
     def __init__(self, router: str):
@@ -65,14 +66,18 @@ class _Watch:
         self.message = ""
         self._rows: np.ndarray | int = 0
         self._holds: np.ndarray | bool = False
+        self._told: np.ndarray | bool = False  # what still holds of what was said
 
     def sees(self, finding: _Finding) -> bool:
         """Whether there is something new."""
         self._rows = np.where(finding.beyond, self._rows + 1, 0)
-        holds = (self._holds & finding.near) | (self._rows >= finding.patience)
-        new = bool((holds & ~np.asarray(self._holds)).any())
-        self._holds = holds
+        self._holds = holds = (self._holds & finding.near) | (self._rows >= finding.patience)
+        self._told = told = holds & self._told
         self.message = finding.tell(holds) if holds.any() else ""
+        layers = lambda a: a.reshape(len(a), -1).any(-1)  # noqa: E731
+        new = bool((layers(holds) & ~layers(told)).any()) or holds.sum() > 1.5 * told.sum()
+        if new:
+            self._told = holds
         return new
 
 
@@ -132,21 +137,20 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _experts(layers: Sequence[int], bad: np.ndarray) -> str:
-    return _several(
-        [
-            f"layer {i} expert{'s' * (len(found) > 1)} {_several([str(e) for e in found], 2 * _NAMED, ', ')}"
-            for i, found in zip(layers, map(np.flatnonzero, bad), strict=True)
-            if found.size
-        ],
-        _NAMED,
-        "; ",
-    )
+    parts = []
+    for layer, found in zip(layers, map(np.flatnonzero, bad), strict=True):
+        names = _several([str(e) for e in found], 2 * _NAMED)
+        if 0 < found.size <= 2 * _NAMED:
+            parts.append(f"expert{'s' * (found.size > 1)} {names} of layer {layer}")
+        elif found.size:
+            parts.append(f"{found.size} of {bad.shape[1]} experts of layer {layer} ({names})")
+    return _several(parts, _NAMED, "; ")
 
 
 def _shares(layers: Sequence[int], share: np.ndarray, bad: np.ndarray) -> str:
-    return _several([f"{share[i]:.0%} in layer {layers[i]}" for i in np.flatnonzero(bad)], _NAMED, ", ")
+    return _several([f"{share[i]:.0%} in layer {layers[i]}" for i in np.flatnonzero(bad)], _NAMED)
 
 
-def _several(names: list[str], most: int, between: str) -> str:
+def _several(names: list[str], most: int, between: str = ", ") -> str:
     more = f"{between}and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more

@@ -26,7 +26,7 @@ def test_an_expert_that_starves_is_told_of_after_some_intervals_and_once():
     said = [alarm(bad) for _ in range(PATIENCE + 3)]
     assert said[: PATIENCE - 1] == [[]] * (PATIENCE - 1) and said[PATIENCE:] == [[]] * 3
     (message,) = said[PATIENCE - 1]
-    assert "layer 3 experts 0, 1" in message and "layer 0" not in message
+    assert "experts 0, 1 of layer 3" in message and "layer 0" not in message
     assert "model.moe.balance_coefficient" in message and "bias=true" in message and "expert_choice" in message
     assert alarm.standing() == [message]
 
@@ -44,7 +44,7 @@ def test_it_is_said_again_when_more_starve_and_forgotten_when_they_recover():
     for _ in range(PATIENCE):
         alarm(row([FAIR, shares(0.02)]))
     said = [alarm(row([shares(0.0), shares(0.02)])) for _ in range(PATIENCE)]
-    assert said[-2] == [] and "layer 0 experts 0, 1" in said[-1][0] and "layer 3" in said[-1][0]
+    assert said[-2] == [] and "experts 0, 1 of layer 0" in said[-1][0] and "layer 3" in said[-1][0]
     assert alarm(row([shares(0.04), shares(0.02)])) == [], "still near the limit"
     assert len(alarm.standing()) == 1
     alarm(row([FAIR, FAIR]))
@@ -115,4 +115,14 @@ def test_a_message_about_many_stays_short():
     columns = {name: [0.0] * layers for name in ("dropped_fraction", "lost_fraction", "without_expert")}
     many = row(load.tolist(), **columns, per_token=[1.0] * layers) | {"experts/by_layer/layer": list(range(layers))}
     said = [alarm(many) for _ in range(PATIENCE)][-1]
-    assert len(said) == 1 and len(said[0]) < 450 and "and 26 more" in said[0] and "and 55 more" in said[0]
+    assert len(said) == 1 and len(said[0]) < 450 and "and 27 more" in said[0]
+    assert "63 of 64 experts of layer 0 (1, 2, 3, 4, 5, 6, and 57 more)" in said[0]
+
+
+def test_a_collapse_that_goes_on_is_not_news_at_every_row():
+    alarm, said = ExpertAlarm("token_choice"), []
+    for starving in range(2, 62):
+        load = np.full((2, 64), 1 / 64)
+        load[1, :starving] = 0.0
+        said += alarm(row(load.tolist()))
+    assert 5 <= len(said) <= 9 and "experts 0, 1 of layer 3" in said[0]
