@@ -19,15 +19,16 @@ Row = dict[str, Any]
 class Evaluator:
     """Evaluates a state on the recipe's held-out batches.
 
-    Expert choice is evaluated as it trains ("topk", which sees the whole sequence) and as it generates ("threshold",
-    which is causal); other models select alike in both and are evaluated once.
+    Models whose routers choose among tokens, or drop some, are evaluated as they train ("topk", which may see the whole
+    sequence) and as they generate ("threshold", which is causal); others select alike in both and are evaluated once.
     """
 
     def __init__(self, program: Program, data: Data):
         recipe = program.recipe
         self._recipe, self._data = recipe, data
         _, self._processes = data_shard(program.mesh)
-        modes = recipe.eval.selection if recipe.model.router.kind == "expert_choice" else ("topk",)
+        wanted = [mode for mode in recipe.eval.selection if mode in program.selections]
+        modes = wanted if len(program.selections) > 1 else ("topk",)
         lengths = data.tokenizer.token_byte_lengths()
         self.selection = modes[0]  # how the passage and the counted routing are selected
         self._steps = {mode: program.eval_step(lengths, mode) for mode in modes}  # type: ignore[arg-type]

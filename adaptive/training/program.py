@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -119,6 +120,8 @@ class Program:
     """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit.
 
     experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
+    selections             the ways of selecting that the model can evaluate and that differ
+    refuse_generation      why the model cannot generate; empty where it can
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh):
@@ -132,7 +135,13 @@ class Program:
         self.expert_lines = lines if recipe.model.moe.router != "none" else []
         self.rules = axis_rules(self.experts)
         self.tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
-        self.graphdef, _ = abstract_model(self.build)
+        self.graphdef, shapes = abstract_model(self.build)
+        model = nnx.merge(self.graphdef, shapes)
+        experts = model.experts()
+        if experts is not None and (reason := experts.no_gradient()):
+            raise RecipeError(reason)
+        self.selections = model.selections()
+        self.refuse_generation = model.refuse_generation()
         self.shardings = state_shardings(self.build, self.tx, mesh, self.rules)
         self._segmented = not recipe.data.cross_document
 
