@@ -1,0 +1,214 @@
+"""VersatileFFN: one feed-forward used in width and in depth (arXiv 2512.14531; huawei-noah's released code).
+
+    F(h)    = h + FFN(norm(h))
+    depth   H^0 = x, H^l = F(H^{l-1}), l = 1..loops; Y_d = sum_l p_l H^l with p a straight-through Gumbel-softmax
+            of x W_loop
+    width   virtual experts are slices of FFN's hidden units; top-k of x W_g, softmax over the k;
+            Y_w = sum_k g_k (x + FFN_k(norm(x)))
+    mix     E = sum_l l p_l, lambda = (loops - E) / loops; Y = (1 - lambda) Y_d + lambda Y_w
+
+Outside training p is the largest logit. Then each token pays for its own loops alone, and for the width path unless it
+takes all loops; in training every token computes everything, which the gradient needs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.errors import RecipeError
+from adaptive.layers.feed_forward import FeedForward
+from adaptive.layers.linear import use
+from adaptive.layers.moe.base import (
+    Context,
+    RoutedLayer,
+    Routing,
+    parse_options,
+    poisoned,
+    shape_in,
+    statistics,
+    z_loss,
+)
+from adaptive.layers.moe.compute import computed
+from adaptive.layers.moe.experts import Weights
+from adaptive.layers.moe.gates import LinearGate, straight_through, where_present
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.norm import RMSNorm
+from adaptive.layers.site import Site
+from adaptive.routing.balance import balancing_loss, claims
+from adaptive.routing.dispatch import by_token
+from adaptive.routing.select import top_choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The release: the defaults, with 8 experts, 2 per token and a balancing loss of 5e-5."""
+
+    loops: int = 4  # the most times that the feed-forward is applied
+    slices: Literal["equal", "strided"] = "equal"  # equal: adjacent; strided: of expert_size, evenly spread (the paper)
+    tau: float = 5.0  # of the Gumbel-softmax: the first, the factor of every step, the last
+    tau_decay: float = 0.99984
+    tau_last: float = 0.1
+
+
+class Layer(RoutedLayer):
+    """Y - x of the formulas above: it normalises its input itself, and the decoder adds x.
+
+    norm.weight                       f32[width], before every application
+    feed_forward.gate, .up            f32[width, hidden], feed_forward.down f32[hidden, width]
+    router.weight                     f32[width, experts]  W_g; reads x before the norm
+    loops.weight                      f32[width, loops]    W_loop; likewise
+    tau                               f32[], the buffer of the annealing
+
+    The dispatch is that of the width path, before lambda; outside training it leaves out tokens with all loops.
+    load_balancing_loss is E sum_e P_e n_e / (T k) over the softmax of all experts (the release does not show its
+    formula).
+    """
+
+    own_norm = True
+
+    def __init__(self, config: MoEConfig, hidden: int, site: Site, key: jax.Array):
+        feed_forward, router, loops = jax.random.split(key, 3)
+        self.options = o = parse_options(Options, config)
+        if config.shared_size or config.capacity_factor or not config.gated or config.activation != "silu":
+            raise RecipeError(
+                "model.moe.router=versatile has one SwiGLU feed-forward and drops nothing: leave "
+                "model.moe.shared_size, capacity_factor, gated and activation as they are"
+            )
+        if config.experts_per_token != int(config.experts_per_token) or o.loops < 1:
+            raise RecipeError(
+                f"model.moe.experts_per_token={config.experts_per_token:g} must be a whole number and "
+                f"model.moe.options=loops={o.loops} at least 1"
+            )
+        self.config, self.hidden, self.k = config, hidden, int(config.experts_per_token)
+        self.size = _slice_size(config, o, hidden)
+        self.norm = RMSNorm(site.width, site.norm_eps, site.stack)
+        self.feed_forward = FeedForward(site.width, hidden, site.std, feed_forward, site.stack)
+        self.router = LinearGate(config.experts, site, router)
+        self.loops = LinearGate(o.loops, site, loops)
+        self.tau = site.buffer(jnp.array(o.tau))
+
+    @classmethod
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, int, dict[str, Any]]:
+        width, hidden = shape_in(arrays, "feed_forward.up", 2)
+        experts = shape_in(arrays, "router.weight", 2)[1]
+        loops = shape_in(arrays, "loops.weight", 2)[1]
+        return width, hidden, {"experts": experts, "options": {"loops": loops}}
+
+    def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
+        c, o = self.config, self.options
+        present = where_present(context.present, x.shape[:2])
+        key = context.key if context.training else None
+        taken = straight_through(self.loops(x), self.tau[...], key)  # [batch, seq, loops]
+        mean_loops = (taken * jnp.arange(1, o.loops + 1)).sum(-1)
+        width_share = (o.loops - mean_loops) / o.loops
+
+        logits = self.router(x)
+        index = top_choices(logits, self.k)
+        weights = jax.nn.softmax(jnp.take_along_axis(logits, index, axis=-1), axis=-1)
+        wanted = jnp.broadcast_to(present[..., None], index.shape)
+        computes = wanted if context.training else wanted & (width_share > 0)[..., None]
+        dispatch = by_token(index, weights, computes, c.experts)
+        slices = _Expertlike(self._slices(x.dtype))
+        execution = c.execution if context.training or c.execution != "auto" else "ragged"
+        wide, lost = computed(slices, self.norm(x), dispatch, execution)
+
+        deep = self._mixed(x, taken) if context.training else self._looped(x, taken, present)
+        share = jnp.where(present, width_share, 0.0)[..., None]
+        y = poisoned(share * wide + (1 - share) * deep, logits)
+
+        load = claims(index, wanted, c.experts)
+        stats = statistics(dispatch, logits, load.sum(0), context.present)
+        stats |= {"lost": lost, "loops": jnp.where(present[..., None], jax.lax.stop_gradient(taken), 0.0).sum((0, 1))}
+        losses = {}
+        if c.balance_coefficient:
+            probabilities = jax.nn.softmax(logits, axis=-1)
+            losses["load_balancing_loss"] = balancing_loss(probabilities, index, wanted, context.present, "switch")
+        if c.z_coefficient:
+            losses["router_z_loss"] = z_loss(logits, context.present)
+        return y.astype(x.dtype), Routing(dispatch, losses, stats, {}, logits)
+
+    def coefficients(self) -> dict[str, float]:
+        return {"load_balancing_loss": self.config.balance_coefficient, "router_z_loss": self.config.z_coefficient}
+
+    def update(self, stats: dict[str, jax.Array]) -> None:
+        self.tau[...] = jnp.maximum(self.tau[...] * self.options.tau_decay, self.options.tau_last)
+
+    def flops(self, tokens: float, width: int) -> tuple[float, float]:
+        routers = 2.0 * tokens * width * (self.config.experts + self.options.loops)
+        return routers, 6.0 * tokens * width * (self.options.loops * self.hidden + self.k * self.size)
+
+    # Parts
+
+    def _mixed(self, x: jax.Array, taken: jax.Array) -> jax.Array:
+        """Y_d - x, f32[batch, seq, width], with every loop computed for every token."""
+        h, y = x, jnp.zeros(x.shape)
+        for loop in range(self.options.loops):  # the paper's index
+            h = h + self.feed_forward(self.norm(h))
+            y = y + taken[..., loop, None] * (h - x).astype(jnp.float32)
+        return y
+
+    def _looped(self, x: jax.Array, taken: jax.Array, present: jax.Array) -> jax.Array:
+        """The same where each token computes its own number of loops alone."""
+        one = _Expertlike({name: w[None] for name, w in self._weights(x.dtype).items()})
+        count = jnp.where(present, jnp.argmax(taken, axis=-1) + 1, 0)
+        execution = "dense" if self.config.execution == "dense" else "ragged"
+        h = x
+        for loop in range(self.options.loops):
+            index = jnp.zeros((*count.shape, 1), jnp.int32)
+            dispatch = by_token(index, jnp.ones(index.shape), (count > loop)[..., None], 1)
+            h = h + computed(one, self.norm(h), dispatch, execution)[0].astype(x.dtype)
+        return (h - x).astype(jnp.float32)
+
+    def _weights(self, dtype: jax.typing.DTypeLike) -> Weights:
+        f = self.feed_forward
+        return {"gate": use(f.gate, dtype), "up": use(f.up, dtype), "down": use(f.down, dtype)}
+
+    def _slices(self, dtype: jax.typing.DTypeLike) -> Weights:
+        """The virtual experts: gate, up [experts, width, size], down [experts, size, width]."""
+        whole, n, size = self._weights(dtype), self.config.experts, self.size
+        if self.options.slices == "equal":
+            inward = lambda w: w.reshape(-1, n, size).swapaxes(0, 1)  # noqa: E731
+            outward = whole["down"].reshape(n, size, -1)
+        else:
+            units = hidden_units(n, size, self.hidden)
+            inward = lambda w: w[:, units].swapaxes(0, 1)  # noqa: E731
+            outward = whole["down"][units]
+        return {"gate": inward(whole["gate"]), "up": inward(whole["up"]), "down": outward}
+
+
+def hidden_units(experts: int, size: int, hidden: int) -> jax.Array:
+    """i32[experts, size]: expert i has `size` adjacent units from floor(i (hidden - size) / (experts - 1)) on."""
+    starts = jnp.arange(experts, dtype=jnp.int32) * (hidden - size) // max(experts - 1, 1)
+    return starts[:, None] + jnp.arange(size, dtype=jnp.int32)
+
+
+def _slice_size(config: MoEConfig, o: Options, hidden: int) -> int:
+    """Hidden units of a virtual expert; RecipeError where the slices do not fit."""
+    size = config.expert_size or hidden // config.experts
+    fits = size * config.experts == hidden if o.slices == "equal" else 0 < size <= hidden
+    if fits:
+        return size
+    near = f"{hidden / config.experts:g}" if o.slices == "equal" else f"1 to {hidden}"
+    raise RecipeError(
+        f"model.moe.expert_size={config.expert_size}: {config.experts} {o.slices} slices of a feed-forward with "
+        f"{hidden} hidden units (model.intermediate_size) need {near}"
+    )
+
+
+class _Expertlike:
+    """Slices of a feed-forward as experts."""
+
+    activation = "silu"
+
+    def __init__(self, matrices: Weights):
+        self._matrices = matrices
+
+    def weights(self, dtype: jax.typing.DTypeLike) -> Weights:
+        return self._matrices
+
+    def axes(self) -> dict[str, tuple[str | None, ...]]:
+        inward = ("experts", "width", "expert_ff")
+        return {"gate": inward, "up": inward, "down": ("experts", "expert_ff", "width")}
