@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 _ARRAYS = ("index", "weights", "valid", "zero_weights")
-_STATIC = ("by", "experts", "seq", "most_per_sequence", "most_per_batch")
+_STATIC = ("by", "experts", "seq", "most_per_sequence", "most_per_batch", "pairs_per_sequence")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
@@ -23,7 +23,7 @@ class Dispatch:
     zero_weights  f32[batch, seq, zero_experts]: weights of experts that need no dispatch (null, copy, constant)
 
     A token never has the same expert twice. `most_per_sequence` and `most_per_batch` bound the tokens of one expert in
-    one sequence and in all, which is what static buffers are sized by.
+    one sequence and in all, `pairs_per_sequence` all pairs of one sequence: static buffers are sized by them.
     """
 
     index: jax.Array
@@ -35,6 +35,7 @@ class Dispatch:
     seq: int
     most_per_sequence: int
     most_per_batch: int
+    pairs_per_sequence: int
 
     @property
     def batch(self) -> int:
@@ -84,9 +85,10 @@ def by_token(
     zero_weights: jax.Array | None = None,
     most_per_sequence: int | None = None,
     most_per_batch: int | None = None,
+    pairs_per_sequence: int | None = None,
 ) -> Dispatch:
     """A token-major Dispatch of index i32, weights f32, valid bool, all [batch, seq, k]; no bound: every token."""
-    batch, seq, _ = index.shape
+    batch, seq, k = index.shape
     each = seq if most_per_sequence is None else min(seq, most_per_sequence)
     return Dispatch(
         index=jnp.clip(index, 0, experts - 1).astype(jnp.int32),
@@ -98,6 +100,7 @@ def by_token(
         seq=seq,
         most_per_sequence=each,
         most_per_batch=batch * each if most_per_batch is None else most_per_batch,
+        pairs_per_sequence=seq * k if pairs_per_sequence is None else min(seq * k, pairs_per_sequence),
     )
 
 
@@ -121,6 +124,7 @@ def by_expert(index: jax.Array, weights: jax.Array, valid: jax.Array, seq: int) 
         seq=seq,
         most_per_sequence=capacity,
         most_per_batch=batch * capacity,
+        pairs_per_sequence=experts * capacity,
     )
 
 
@@ -170,8 +174,10 @@ def to_rows(dispatch: Dispatch) -> RaggedRows:
     ids = jnp.where(d.valid, d.index, d.experts).reshape(-1)
     number = jnp.arange(ids.size, dtype=jnp.int32)
     _, order = jax.lax.sort((ids, number), num_keys=1, is_stable=True)
-    kept = min(ids.size, d.experts * d.capacity(d.batch))
-    place = jnp.zeros_like(order).at[order].set(number, unique_indices=True).reshape(-1, k)
+    kept = min(d.batch * d.pairs_per_sequence, d.experts * d.capacity(d.batch))
+    # Few of many pairs are added row by row, which moves less than gathering k rows for each token.
+    few = d.pairs_per_sequence < d.seq * k
+    place = None if few else jnp.zeros_like(order).at[order].set(number, unique_indices=True).reshape(-1, k)
     order = order[:kept]
     sizes = count(ids, d.experts).astype(jnp.int32)
     weights = jnp.where(d.valid, d.weights, 0.0).reshape(-1)[order]

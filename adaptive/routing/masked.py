@@ -38,3 +38,12 @@ def zero_weights(index: jax.Array, weights: jax.Array, valid: jax.Array, experts
     number = experts + jnp.arange(zero_experts)
     chosen = (index[..., None] == number) & valid[..., None]
     return jnp.where(chosen, weights[..., None], 0.0).sum(-2)
+
+
+def share_loss(probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> jax.Array:
+    """E sum_e P_e n_e / sum n, f32[]: the balancing loss where tokens take different numbers of experts; balanced, 1.
+
+    probabilities f32[batch, seq, experts] with gradient, load f32[experts] pairs without.
+    """
+    share = load / jnp.maximum(load.sum(), 1.0)
+    return load.size * (share * mean_choice(probabilities, present)).sum()

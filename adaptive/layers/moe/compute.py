@@ -36,7 +36,10 @@ def computed(experts: Experts, x: jax.Array, dispatch: Dispatch, execution: Exec
 
 def _arranged(dispatch: Dispatch, execution: Execution) -> Slots | RaggedRows:
     if execution == "auto":
-        slots, pairs = dispatch.experts * dispatch.capacity(dispatch.batch), dispatch.index.size
+        slots, pairs = (
+            dispatch.experts * dispatch.capacity(dispatch.batch),
+            dispatch.batch * dispatch.pairs_per_sequence,
+        )
         execution = "capacity" if dispatch.by == "expert" or slots <= MOST_PADDING * pairs else "ragged"
     return to_slots(dispatch) if execution == "capacity" else to_rows(dispatch)
 

@@ -1,0 +1,80 @@
+"""Top-p: a token takes its most probable experts until they have the probability p together (Huang et al. 2024)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.errors import RecipeError
+from adaptive.layers.moe.base import Context, ExpertRouter, Routing, z_loss
+from adaptive.layers.moe.varying import by_rank, one_expert, refuse_capacity
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from adaptive.routing.losses import mean_over
+from adaptive.routing.masked import share_loss
+from adaptive.routing.select import top_choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """p=0.4 is that of published baselines."""
+
+    p: float = 0.4
+    most: int = 0  # experts of a token at most, the static bound; 0: all
+    entropy_coefficient: float = 1e-4  # no source prints it
+
+
+class Router(ExpertRouter):
+    """Experts by descending probability, up to and including the one at which their sum exceeds p.
+
+    weight  f32[width, experts]
+
+    Weights are the probabilities of those that were kept over their sum. model.moe.experts_per_token is what is expected
+    on average, for the account of compute alone.
+
+    load_balancing_loss  E sum_e P_e n_e / sum n, n counted before `most` cuts
+    router_entropy_loss  mean entropy of p, which keeps the number of experts from drifting up
+
+    stats: truncated f32[], the pairs that `most` cut.
+    """
+
+    Options = Options
+
+    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+        super().__init__(config, site, key)
+        o: Options = self.options
+        refuse_capacity(config)
+        self.most = o.most or config.experts
+        if not 0 < o.p < 1:
+            raise RecipeError(f"model.moe.options: p={o.p:g}: must be above 0 and below 1")
+        if not 1 <= self.most <= config.experts:
+            raise RecipeError(
+                f"model.moe.options: most={o.most}: must be 1 to model.moe.experts={config.experts}, or 0"
+            )
+
+    def __call__(self, x: jax.Array, context: Context) -> Routing:
+        c, o = self.config, self.options
+        logits = self.logits(x)
+        p = jax.nn.softmax(logits, axis=-1)
+        index = top_choices(logits, c.experts)
+        ranked = jax.lax.stop_gradient(jnp.take_along_axis(p, index, axis=-1))
+        ahead = jnp.cumsum(ranked, axis=-1)[..., :-1]
+        wanted = jnp.concatenate([jnp.ones_like(index[..., :1], bool), ahead <= o.p], axis=-1)
+        dispatch, load, stats = by_rank(c, logits, index, wanted, self.most, self.most, context)
+        entropy = -(p * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
+        losses = {
+            "load_balancing_loss": share_loss(p, load, context.present),
+            "router_entropy_loss": mean_over(entropy, context.present),
+        }
+        if c.z_coefficient:
+            losses["router_z_loss"] = z_loss(logits, context.present)
+        return Routing(dispatch, losses, stats, {}, logits)
+
+    def coefficients(self) -> dict[str, float]:
+        return super().coefficients() | {"router_entropy_loss": self.options.entropy_coefficient}
+
+    def selects_alike(self) -> bool:
+        return True
+
+    def no_gradient(self) -> str:
+        return "" if self.most > 1 else one_expert("most=1")

@@ -1,0 +1,89 @@
+"""What routers share whose tokens take different numbers of experts."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.errors import RecipeError
+from adaptive.layers.moe.base import Context, statistics
+from adaptive.layers.moe.routers.token_choice import present_pairs
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.routing.balance import claims
+from adaptive.routing.dispatch import Dispatch, by_mask, by_token
+from adaptive.routing.masked import softmax_over
+
+
+class Counted(NamedTuple):
+    """A dispatch, the pairs f32[experts] that were wanted, and the layer's statistics."""
+
+    dispatch: Dispatch
+    load: jax.Array
+    stats: dict[str, jax.Array]
+
+
+def by_rank(
+    config: MoEConfig,
+    logits: jax.Array,
+    index: jax.Array,
+    wanted: jax.Array,
+    limit: jax.Array | int,
+    most: int,
+    context: Context,
+) -> Counted:
+    """The first `limit` of the wanted experts of each token, weighted by the softmax over those.
+
+    logits f32[batch, seq, experts]; index i32[batch, seq, experts], all experts, best first; wanted bool alike, the
+    leading ones of each token; most: the static bound of `limit`. stats gain truncated f32[], the pairs beyond it.
+    """
+    wanted = present_pairs(index, context.present) & wanted
+    valid = (wanted & (jnp.arange(config.experts) < limit))[..., :most]
+    weights = softmax_over(jnp.take_along_axis(logits, index, axis=-1)[..., :most], valid)
+    dispatch = by_token(index[..., :most], weights, valid, config.experts)
+    load = claims(index, wanted, config.experts).sum(0)
+    stats = statistics(dispatch, logits, load, context.present)
+    stats["truncated"] = stats["dropped"]
+    return Counted(dispatch, load, stats)
+
+
+def by_weight(
+    config: MoEConfig, logits: jax.Array, weights: jax.Array, active: jax.Array, slack: float, context: Context
+) -> Counted:
+    """All active experts of each token; where `slack` is above 0, and not under "threshold" selection, at most
+    `slack * experts_per_token` of a sequence's pairs per token, the smallest weights beyond dropped.
+
+    logits, weights f32 and active bool, all [batch, seq, experts].
+    """
+    active = present_pairs(active, context.present) & active
+    kept, bounds = active, {}
+    if slack and context.selection == "topk":
+        rows = min(active[0].size, math.ceil(round(active.shape[1] * config.experts_per_token * slack, 9)))
+        kept, bounds = within_rows(weights, active, rows), {"pairs_per_sequence": rows}
+    dispatch = by_mask(kept, weights, **bounds)
+    load = active.sum((0, 1)).astype(jnp.float32)
+    return Counted(dispatch, load, statistics(dispatch, logits, load, context.present))
+
+
+def within_rows(weights: jax.Array, active: jax.Array, rows: int) -> jax.Array:
+    """bool[batch, seq, experts]: the `rows` active pairs of each sequence with the largest weights, ties to the earlier
+    token."""
+    flat = jnp.where(active, jax.lax.stop_gradient(weights), -jnp.inf).reshape(len(weights), -1)
+    number = jnp.broadcast_to(jnp.arange(flat.shape[1], dtype=jnp.int32), flat.shape)
+    _, place = jax.lax.sort((-flat, number), num_keys=1, is_stable=True)
+    put = lambda place: jnp.zeros(place.shape, bool).at[place[:rows]].set(True, unique_indices=True)  # noqa: E731
+    return jax.vmap(put)(place).reshape(active.shape) & active
+
+
+def refuse_capacity(config: MoEConfig) -> None:
+    """RecipeError where capacities of experts are asked for, which these routers do not have."""
+    if config.capacity_factor:
+        raise RecipeError(
+            f"model.moe.capacity_factor={config.capacity_factor:g}: the router {config.router} has no capacity per "
+            "expert; leave it 0"
+        )
+
+
+def one_expert(setting: str) -> str:
+    """Why weights that are divided by their sum teach a router nothing where each token has one expert."""
+    return f"with model.moe.options={setting} a normalised weight is always 1 and the router learns nothing: allow 2"
