@@ -73,7 +73,8 @@ class _Watch:
         self._rows = np.where(finding.beyond, self._rows + 1, 0)
         self._holds = holds = (self._holds & finding.near) | (self._rows >= finding.patience)
         self._told = told = holds & self._told
-        self.message = finding.tell(holds) if holds.any() else ""
+        now = holds & finding.beyond
+        self.message = finding.tell(now) if now.any() else ""
         layers = lambda a: a.reshape(len(a), -1).any(-1)  # noqa: E731
         new = bool((layers(holds) & ~layers(told)).any()) or holds.sum() > 1.5 * told.sum()
         if new:

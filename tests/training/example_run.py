@@ -1,15 +1,18 @@
 """Workdirs of made-up but realistic runs, for tests of the report and for looking at it."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 
 from adaptive.data.tokenizers import Bytes
+from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.recipe import Recipe
 from adaptive.training.config import TrainConfig
+from adaptive.training.experts import ExpertSums, routed_layers
 from adaptive.training.metrics import Meter, MetricsLog, StepCost
 from adaptive.training.report.collect import RoutingCounter, passage_tokens, plan_costs
 from adaptive.training.report.schema import PlanRecord, SampleRecord, TokenRecord, save_record
@@ -19,6 +22,8 @@ ROUTERS = {
     "recursive": {"recursions": 3},
     "mor": {"recursions": 3, "router": RouterConfig(kind="expert_choice")},
     "mor_token": {"recursions": 3, "router": RouterConfig(kind="token_choice", activation="softmax")},
+    "moe": {"recursions": 1, "moe": MoEConfig(router="token_choice", capacity_factor=1.25, dense_layers=(0,))},
+    "moe_many": {"recursions": 1, "moe": MoEConfig(router="expert_choice", experts=64, experts_per_token=4)},
 }
 PEAK = 4e11
 TEXT = """The harbour lay quiet under the first snow of the year. Along the quay the fishing boats were made fast, \
@@ -75,6 +80,7 @@ def write_rows(workdir: Path, recipe: Recipe, plan: PlanRecord, until: int, rng:
     meter = Meter(
         StepCost(plan.tokens_per_step, plan.flops_per_step, plan.dense_flops_per_step, 1.0, plan.peak_flops_per_s),
         clock=lambda: now[0],
+        layers=routed_layers(recipe.model),
     )
     log = MetricsLog.open(workdir, 0)
     for step in range(1, until + 1):
@@ -93,6 +99,8 @@ def write_rows(workdir: Path, recipe: Recipe, plan: PlanRecord, until: int, rng:
         if recipe.model.router.kind == "token_choice":
             metrics |= {f"routing/load_{r}": x for r, x in ((1, 0.36), (2, 0.33), (3, 0.31))}
             metrics |= {"routing/max_vio": 0.8 - 0.5 * settled, "aux/balancing_loss": 1.02}
+        if recipe.model.moe.router != "none":
+            metrics |= expert_sums(rng, recipe.model, plan.tokens_per_step, skew=1.2 - 0.9 * settled)
         now[0] += plan.flops_per_step / (0.37 * PEAK) * (1 + rng.exponential(0.03))
         meter.waited(0.001)
         meter.add(metrics)
@@ -104,8 +112,51 @@ def write_rows(workdir: Path, recipe: Recipe, plan: PlanRecord, until: int, rng:
             if recipe.model.router.kind != "none":
                 row |= {"eval/threshold/loss": ce + 0.05, "eval/threshold/bits_per_byte": bits + 0.012}
                 row |= {"eval/dead_token_ratio": 0.02 * (1 - settled), "eval/dead_token_ratio_by_chance": 0.0}
+            row |= evaluated_experts(rng, recipe.model, plan.tokens_per_step)
             log.write({**meter.position(step), **row})
     log.close()
+
+
+def expert_sums(rng: np.random.Generator, model: TransformerConfig, tokens: int, skew: float) -> dict[str, np.ndarray]:
+    """What a step returns of routed layers whose loads differ by about the factor exp(skew)."""
+    moe, calls = model.moe, len(routed_layers(model))
+    taste = np.random.default_rng(7).normal(size=(calls, moe.experts))  # every step has the same favourites
+    taste[-1, 1] = -4.0
+    share = np.exp(skew * taste + rng.normal(0, 0.05, taste.shape))
+    share /= share.sum(-1, keepdims=True)
+    claimed = np.round(tokens * moe.experts_per_token * share)
+    slots = moe.capacity_factor / moe.experts or 1.0
+    kept = np.minimum(claimed, slots * claimed.sum(-1, keepdims=True))
+    per_token = np.zeros((calls, 17))
+    k = moe.experts_per_token
+    for n in range(9):
+        per_token[:, n] = k**n * math.exp(-k) / math.factorial(n) if moe.router == "expert_choice" else float(n == k)
+    full = np.full(calls, float(tokens))
+    sums = {
+        "calls": np.ones(calls),
+        "tokens": full,
+        "claimed": claimed,
+        "kept": kept,
+        "experts_per_token": tokens * per_token / per_token.sum(-1, keepdims=True),
+        "dropped": claimed.sum(-1) - kept.sum(-1),
+        "lost": np.zeros(calls),
+        "z": full * (5.0 - skew),
+        "entropy": full * (1.0 + skew / 2),
+        "top": full * (0.6 - 0.2 * skew),
+    }
+    return {f"experts/{name}": value for name, value in sums.items()}
+
+
+def evaluated_experts(rng: np.random.Generator, model: TransformerConfig, tokens: int) -> dict[str, object]:
+    """Columns of an evaluation's row: as trained, and where experts choose also causally."""
+    if model.moe.router == "none":
+        return {}
+    row, places = {}, {"eval/": 0.2} | ({"eval/threshold/": 0.6} if model.moe.router == "expert_choice" else {})
+    for place, skew in places.items():
+        sums = ExpertSums(routed_layers(model))
+        sums.add(expert_sums(rng, model, tokens, skew))
+        row |= {f"{place}{name}": value for name, value in sums.columns().items()}
+    return row
 
 
 def write_routing(workdir: Path, recipe: Recipe, step: int, rng: np.random.Generator) -> None:

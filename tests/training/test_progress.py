@@ -56,6 +56,19 @@ def test_plain_lines_when_not_a_terminal():
     assert lines[3:] == ["saved"]
 
 
+def test_the_load_of_experts_is_told_where_there_is_room(monkeypatch):
+    row = {**ROW, "experts/load_max_over_mean": 1.314, "skipped": 1}
+    stream = Terminal()
+    with Progress(100, stream=stream) as progress:
+        progress.row(row)
+    assert "12.3k tok/s · 1 skipped · max/mean load 1.31 · 0:45 left" in plain(stream.getvalue())
+    monkeypatch.setenv("COLUMNS", "90")
+    stream = Terminal()
+    with Progress(100, stream=stream) as progress:
+        progress.row(row)
+    assert "1 skipped" in plain(stream.getvalue()) and "load" not in plain(stream.getvalue())
+
+
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()

@@ -16,6 +16,8 @@ from adaptive.report import main
 from adaptive.training.report.bars import bar_chart, mirrored_histogram
 from adaptive.training.report.charts import Series, line_chart, smoothed, thinned
 from adaptive.training.report.collect import RoutingCounter, passage_tokens, plan_costs
+from adaptive.training.report.experts import layer_name
+from adaptive.training.report.heat import heat_map
 from adaptive.training.report.numbers import clock, compact, duration
 from adaptive.training.report.page import write_report
 from adaptive.training.report.passage import passage_digits, passage_html, print_passage
@@ -102,6 +104,58 @@ def test_a_run_without_a_router_shows_loss_instead(runs, kind):
     assert "dense equivalent</th>" not in page.text
 
 
+@pytest.mark.parametrize("kind", ["moe", "moe_many"])
+def test_a_run_with_experts_shows_which_did_the_work(runs, kind):
+    page, run = report(runs[kind]), load_run(runs[kind])
+    assert {"Which experts did the work", "Load imbalance", "Left out", "Experts of a token"} <= set(page.titles)
+    load = run.last["experts/load"]
+    tables = re.findall(r'<table class="heat.*?</table>', page.text, re.S)
+    assert len(tables) == (2 if kind == "moe_many" else 1), "how experts are chosen when generating is shown beside"
+    cells = re.findall(r"<td [^>]*>([\d.]+)</td>", tables[0])
+    experts = len(load[0])
+    assert [float(c) for c in cells] == pytest.approx([s * experts for row in load for s in row], abs=6e-3)
+    first = 1 if kind == "moe" else 0
+    assert f'title="layer {first}, expert 1: {cells[1]} of its fair share"' in tables[0]
+    assert "8 experts, token choice" in page.text if kind == "moe" else "4 of 64 experts a token" in page.text
+    assert "nothing routed" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("load", "shade"), [(0.0, 0), (0.09, 0), (0.1, 1), (0.5, 2), (1.0, 3), (1.25, 4), (2.0, 5), (4.0, 6), (40.0, 6)]
+)
+def test_the_heat_map_shades_by_load_over_the_fair_share(load, shade):
+    chart = heat_map("t", [("layer 0", [load, 1.0]), ("layer 1", None)])
+    assert re.search(
+        rf'<td class="h{shade}" title="layer 0, expert 0: {load:.2f} of[^>]*>{load:.{2 - (load > 9) * 2}f}<', chart
+    )
+    assert re.search(r'<td colspan="2" class="none">no tokens</td>', chart)
+    assert heat_map("t", []) == heat_map("t", [("layer 0", None)]) == ""
+
+
+def test_a_heat_map_of_very_many_experts_stays_small():
+    chart = heat_map("t", [(f"layer {i}", [1.0] * 256) for i in range(61)])
+    assert len(chart) < 600_000 and 'class="heat dense"' in chart
+
+
+def test_layers_of_a_recursion_are_named_with_it(tmp_path):
+    recipe = recipe_of("mor").with_("model.moe.router=expert_choice")
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    names = [layer_name(load_run(tmp_path), i) for i in range(11)]
+    assert names[0] == "layer 0" and names[10] == "layer 10"
+    assert names[1] == "layer 1, recursion 1" and names[4] == "layer 4, recursion 2"
+    assert names[9] == "layer 9, recursion 3"
+
+
+def test_a_collapse_is_on_the_page(tmp_path):
+    path = write_example(tmp_path / "run", "moe", steps=20)
+    row = load_run(path).last
+    starving = [[0.0, *[1 / 7] * 7], *row["experts/load"][1:]]
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({**row, "step": 20 + i, "experts/load": starving}) + "\n" for i in range(5))
+    page = report(path)
+    assert "Worth a look" in page.titles and "expert 0 of layer 1" in page.text
+
+
 def test_warnings_are_on_the_page(runs, tmp_path):
     path = write_example(tmp_path / "run", "mor", steps=100)
     with (path / "metrics.jsonl").open("a") as file:
@@ -154,6 +208,16 @@ def test_several_runs_are_compared(runs):
     ratios = [float(x) for x in re.findall(r"\(([\d.]+)\u00d7\)", row)]
     mor, vanilla = (load_record(PlanRecord, runs[kind]).flops_per_step for kind in ("mor", "vanilla"))
     assert ratios == [1.0, round(vanilla / mor, 2), round(vanilla / mor, 2)]
+
+
+def test_experts_are_compared(runs):
+    page = report(runs["moe"], runs["mor"])
+    row = re.search(r"<tr><td>max / mean load of experts</td>(.*?)</tr>", page.text)[1]
+    assert re.findall(r"<td>(.*?)</td>", row) == [
+        f"{load_run(runs['moe']).last['experts/load_max_over_mean']:.2f}",
+        "—",
+    ]
+    assert "max / mean load" not in report(runs["mor"], runs["vanilla"]).text
 
 
 def test_the_command(runs, tmp_path, capsys, monkeypatch):

@@ -65,8 +65,8 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         ("time per token", lambda r: _against(_seconds_per_token(r), _seconds_per_token(first), "s")),
         ("tokens per second", lambda r: compact(r.typical("tokens_per_s"))),
         ("MFU, active", lambda r: percent(r.typical("mfu_active"))),
-        ("max / mean load of experts", lambda r: _number(r.last.get("experts/load_max_over_mean"))),
-        ("experts per token", lambda r: _number(r.last.get("experts/per_token"))),
+        ("max / mean load of experts", lambda r: _number(r.last.get("experts/load_max_over_mean"), 2)),
+        ("experts per token", lambda r: _number(r.last.get("experts/per_token"), 2)),
         ("tokens without an expert", lambda r: percent(r.last.get("experts/without_expert"))),
         ("pairs dropped", lambda r: percent(r.last.get("experts/dropped_fraction"))),
         ("wall time", lambda r: duration(r.seconds)),
@@ -91,5 +91,5 @@ def _against(value: float | None, base: float | None, unit: str) -> str:
     return f"{shown} ({value / base:.2f}\u00d7)" if base else shown
 
 
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.4f}"
+def _number(value: float | None, decimals: int = 4) -> str:
+    return "—" if value is None else f"{value:.{decimals}f}"

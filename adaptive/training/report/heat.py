@@ -8,7 +8,7 @@ from adaptive.training.report.svg import element
 
 # Load over the fair share where one shade ends and the next begins.
 _BOUNDS = (0.1, 0.5, 0.8, 1.25, 2.0, 4.0)
-_NAMES = ("below 0.1", "to 0.5", "to 0.8", "fair", "to 2", "to 4", "above 4")
+_NAMES = ("below 0.1", "to 0.5", "to 0.8", "to 1.25", "to 2", "to 4", "above 4")
 _MOST_NUMBERED = 16  # experts whose cells have room for a number
 _MOST_TIPS = 8192  # cells that say who they are when pointed at
 

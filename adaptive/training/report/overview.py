@@ -36,12 +36,19 @@ def tiles(run: Run) -> str:
         if run.flops_saved > 5e-4:
             entries.append(("FLOPs saved by routing", percent(run.flops_saved), spent))
         elif plan.flops_per_step:
-            entries.append(("training compute", compact(plan.flops_per_step * run.step, "FLOP"), "nothing routed"))
+            entries.append(("training compute", compact(plan.flops_per_step * run.step, "FLOP"), _work(run)))
     if run.seconds is not None:
         mfu = run.typical("mfu_active")
         detail = f"MFU {percent(mfu)}" if mfu is not None else plan.device_kind
         entries.append(("wall time", duration(run.seconds), detail))
     return element("div", "".join(_tile(*entry) for entry in entries), kind="tiles") if entries else ""
+
+
+def _work(run: Run) -> str:
+    moe = run.recipe.model.moe if run.recipe else None
+    if moe is None or moe.router == "none":
+        return "nothing routed"
+    return f"{moe.experts_per_token:g} of {moe.experts} experts a token"
 
 
 def _tile(name: str, value: str, detail: str) -> str:
