@@ -22,7 +22,8 @@ from adaptive.parallel.rules import AxisRules, constrain, placement
 from adaptive.training.state import state_shardings
 
 ROWS, SEQ = 8, 16
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8)]  # data, fsdp, expert, tensor
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)]  # data, fsdp, expert, tensor
+WITH_EXPERTS = [(8, 1, 1, 1), (1, 1, 8, 1), (1, 2, 2, 2)]
 GRADIENT = optax.sgd(1.0)  # parameters move by exactly their gradient
 COLLECTIVES = Path(__file__).with_name("collectives.json")
 RECORD = "ADAPTIVE_RECORD=1 ./scripts/test tests/parallel/test_sharding.py -k collectives"
@@ -60,8 +61,15 @@ def on_one_device():
     return {name: loss_and_gradients(name, (1, 1, 1, 1)) for name in MODELS}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        (name, mesh)
+        for name, model in MODELS.items()
+        for mesh in (MESHES if model.moe.router == "none" else WITH_EXPERTS)
+    ],
+    ids=str,
+)
 def test_mesh_equals_one_device(name, mesh, on_one_device):
     want_metrics, want_grads, want_buffers = on_one_device[name]
     metrics, grads, buffers = loss_and_gradients(name, mesh)
@@ -73,7 +81,7 @@ def test_mesh_equals_one_device(name, mesh, on_one_device):
         assert scale > 0, path
         np.testing.assert_allclose(got, want, atol=2e-5 * scale + 1e-7, err_msg=jax.tree_util.keystr(path))
     for got, want in zip(jax.tree.leaves(buffers), jax.tree.leaves(want_buffers), strict=True):
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
 def test_parameters_and_moments_are_born_split():
