@@ -1,0 +1,165 @@
+"""Adaptive computation modules: a prefix of N ordered learners computes each token (ACM, arXiv 2312.10193).
+
+A small MLP picks k in 0..N per token; the output is b_0 + sum_{i<=k} o_i. The learners are the experts, slices of one
+feed-forward as a rule, and a token's are 1..k with weight 1. Training picks by a straight-through Gumbel-softmax, all
+else by the largest logit. This is the paper's third phase; `adaptive.layers.moe.prefixes` has what the first two need.
+
+The released gated forward leaves out the highest learner that was chosen; this one does not.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive.errors import RecipeError
+from adaptive.layers.linear import normal_param
+from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
+from adaptive.layers.moe.gates import straight_through, where_present
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+from adaptive.routing.dispatch import by_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The released recipe: the defaults, 4 learners; its budgets are experts_per_token / experts of 0.25 to 0.75."""
+
+    gate_depth: int = 3  # linear maps of the gate
+    gate_size: int = 16  # width between them
+    tau: float = 0.8  # of the Gumbel-softmax
+    least: int = 0  # the fewest learners of a token
+    train: Literal["all", "taken"] = "all"  # learners that training computes; taken: no gradient from the others' gates
+    budget_coefficient: float = 0.1
+    entropy_coefficient: float = 0.05
+    diversity_coefficient: float = 0.05
+
+
+class Router(ExpertRouter):
+    """x -> number of learners.
+
+    hidden.I.weight   f32[width or gate_size, gate_size], hidden.I.bias f32[gate_size]: the gate's maps but the last, I
+                      from 0, each followed by a GELU
+    weight            f32[gate_size, experts + 1], bias f32[experts + 1]: the last, one logit per number of learners
+    base              f32[width]: b_0, which every token gets
+
+    The last choice of the statistics and of the combine matrix is "no learner" (its weight is 1 where k = 0).
+
+    budget_loss           |mean k / N - experts_per_token / experts|, over all layers and tokens
+    usage_entropy_loss    -(entropy of how often each k is taken) / log(N + 1), mean over sequences and layers
+    diversity_loss        -2 (mean over pairs of sequences of the difference of their mean k / N over all layers)
+    """
+
+    Options = Options
+
+    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+        super().__init__(config, site, key)
+        o: Options = self.options
+        if o.gate_depth < 1 or o.gate_size < 1 or not 0 <= o.least < config.experts:
+            raise RecipeError(
+                f"model.moe.options: gate_depth={o.gate_depth} and gate_size={o.gate_size} must be at least 1, "
+                f"least={o.least} from 0 to {config.experts - 1}"
+            )
+        if config.capacity_factor:
+            raise RecipeError("model.moe.capacity_factor: a prefix of learners has no capacity; set it to 0")
+        keys = jax.random.split(key, o.gate_depth)
+        sizes = [site.width, *[o.gate_size] * (o.gate_depth - 1)]
+        self.hidden = nnx.List(
+            [_Map(*ends, site, k) for ends, k in zip(itertools.pairwise(sizes), keys[1:], strict=True)]
+        )
+        self.sizes = (*sizes, self.choices)
+        self.weight = normal_param(keys[0], (sizes[-1], self.choices), (None, None), _std(sizes[-1]), site.stack)
+        self.bias = _zeros(self.choices, site)
+        self.base = _zeros(site.width, site)
+
+    @property
+    def zero_experts(self) -> int:
+        return 1
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        for hidden in self.hidden:
+            x = jax.nn.gelu(hidden(x), approximate=False)
+        return jnp.matmul(x, self.weight[...], precision=jax.lax.Precision.HIGHEST) + self.bias[...]
+
+    def __call__(self, x: jax.Array, context: Context) -> Routing:
+        c, o, n = self.config, self.options, self.config.experts
+        logits = self.logits(x)
+        allowed = jnp.where(jnp.arange(n + 1) < o.least, -1e9, logits)
+        count = straight_through(allowed, o.tau, context.key if context.training else None)
+        present = where_present(context.present, x.shape[:2])[..., None]
+        count = jnp.where(present, count, 0.0)
+        weights = jnp.where(present, 1 - jnp.cumsum(count, axis=-1)[..., :n], 0.0)  # learner i: whether k > i
+        taken = weights > 0
+        everyone = context.training and o.train == "all"
+        mask = jnp.broadcast_to(present, taken.shape) if everyone else taken
+        dispatch = by_mask(mask, weights, zero_weights=jax.lax.stop_gradient(count[..., :1]))
+        stop = jax.lax.stop_gradient
+        claimed = jnp.append(taken.sum((0, 1)).astype(jnp.float32), stop(count[..., 0]).sum())
+        stats = statistics(dispatch, logits, claimed, context.present)
+        stats |= {"dropped": jnp.zeros(()), "learners": stop(count).sum((0, 1))}
+        tokens = present.sum((1, 2)).astype(jnp.float32)
+        losses = {"usage_entropy_loss": _usage_entropy_loss(count.sum(1), tokens)}
+        if c.z_coefficient:
+            losses["router_z_loss"] = z_loss(logits, context.present)
+        parts = {"compute": (count @ jnp.arange(n + 1.0)).sum(-1) / n, "tokens": tokens}
+        return Routing(dispatch, losses, stats, parts, logits)
+
+    def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(self.base[...], x.shape)
+
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        compute, tokens = parts["compute"].sum(0), parts["tokens"].sum(0)  # of each sequence, over all layers
+        target = self.config.experts_per_token / self.config.experts
+        budget = jnp.abs(compute.sum() / jnp.maximum(tokens.sum(), 1.0) - target)
+        share = compute / jnp.maximum(tokens, 1.0)
+        pairs = max(len(share) * (len(share) - 1), 1)
+        difference = jnp.abs(share[:, None] - share).sum() / pairs
+        return {"budget_loss": budget, "diversity_loss": -2 * difference}
+
+    def coefficients(self) -> dict[str, float]:
+        o: Options = self.options
+        return {
+            "budget_loss": o.budget_coefficient,
+            "usage_entropy_loss": o.entropy_coefficient,
+            "diversity_loss": o.diversity_coefficient,
+            "router_z_loss": self.config.z_coefficient,
+        }
+
+    def pairs(self, tokens: float) -> float:
+        return tokens * (self.config.experts if self.options.train == "all" else self.config.experts_per_token)
+
+    def router_flops(self, tokens: float) -> float:
+        return 2.0 * tokens * sum(a * b for a, b in itertools.pairwise(self.sizes))
+
+
+class _Map(nnx.Module):
+    """x weight + bias, float32."""
+
+    def __init__(self, inner: int, outer: int, site: Site, key: jax.Array):
+        self.weight = normal_param(key, (inner, outer), (None, None), _std(inner), site.stack)
+        self.bias = _zeros(outer, site)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.matmul(x, self.weight[...], precision=jax.lax.Precision.HIGHEST) + self.bias[...]
+
+
+def _std(inner: int) -> float:
+    """A narrow gate of several maps would hardly tell tokens apart with the weights of a wide one."""
+    return 1 / math.sqrt(inner)
+
+
+def _zeros(size: int, site: Site) -> nnx.Param:
+    return nnx.Param(jnp.zeros((*site.stack, size)), axes=(None,) * (len(site.stack) + 1))
+
+
+def _usage_entropy_loss(counts: jax.Array, tokens: jax.Array) -> jax.Array:
+    """-(normalised entropy of counts f32[batch, choices] over tokens f32[batch]), mean over sequences that have any."""
+    share = counts / jnp.maximum(tokens, 1.0)[:, None]
+    # A choice that nobody takes adds nothing, with a finite slope.
+    entropy = -(share * jnp.log(jnp.maximum(share, 1e-9))).sum(-1) / math.log(counts.shape[-1])
+    return -entropy.sum() / jnp.maximum((tokens > 0).sum(), 1)
