@@ -19,7 +19,7 @@ MODEL = (
 
 
 def program(*overrides: str) -> Program:
-    recipe = load("vanilla_tiny").with_(*MODEL, *overrides)
+    recipe = load("vanilla_tiny").with_(*MODEL).with_(*overrides)
     recipe.validate()
     count = recipe.mesh.expert * recipe.mesh.tensor
     return Program(recipe, make_mesh(recipe.mesh, jax.devices()[:count]))
