@@ -1,15 +1,13 @@
 """Computing a Dispatch: gather the rows, run the experts, add the weighted results."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
-from adaptive.layers.moe.experts import Experts, ffn_rows, ffn_slots
+from adaptive.layers.moe.experts import Experts, activated, ffn_rows, ffn_slots
+from adaptive.layers.moe_config import Execution
 from adaptive.parallel import experts as expert_parallel
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots, to_rows, to_slots
 
-Execution = Literal["auto", "capacity", "ragged", "dense"]
 MOST_PADDING = 1.5  # slots over pairs up to which "auto" takes slots
 
 
@@ -36,17 +34,17 @@ def computed(experts: Experts, x: jax.Array, dispatch: Dispatch, execution: Exec
 
 def _arranged(dispatch: Dispatch, execution: Execution) -> Slots | RaggedRows:
     if execution == "auto":
-        slots, pairs = (
-            dispatch.experts * dispatch.capacity(dispatch.batch),
-            dispatch.batch * dispatch.pairs_per_sequence,
-        )
+        slots = dispatch.experts * dispatch.capacity(dispatch.batch)
+        pairs = dispatch.batch * dispatch.pairs_per_sequence
         execution = "capacity" if dispatch.by == "expert" or slots <= MOST_PADDING * pairs else "ragged"
     return to_slots(dispatch) if execution == "capacity" else to_rows(dispatch)
 
 
 def _dense(experts: Experts, x: jax.Array, dispatch: Dispatch) -> jax.Array:
-    batch, seq, width = x.shape
-    everyone = jnp.broadcast_to(x.reshape(-1, width), (dispatch.experts, batch * seq, width))
-    out = ffn_slots(experts.weights(x.dtype), everyone, experts.activation).astype(jnp.float32)
-    combine = dispatch.combine_matrix()[:, : dispatch.experts]
-    return jnp.einsum("etd,te->td", out, combine).reshape(x.shape)
+    # Hidden units are weighted, not outputs, so no array is wider than all experts' hidden units (as BlockFFN trains).
+    weights = experts.weights(x.dtype)
+    named = {name: jnp.einsum("bsd,edf->bsef", x, weights[name]) for name in ("up", "gate") if name in weights}
+    combine = dispatch.combine_matrix()[:, : dispatch.experts].reshape(*x.shape[:2], -1, 1)
+    hidden = activated(named["up"], named.get("gate"), experts.activation).astype(jnp.float32) * combine
+    down = weights["down"]
+    return jnp.einsum("bsef,efd->bsd", hidden.astype(down.dtype), down, preferred_element_type=jnp.float32)

@@ -46,9 +46,9 @@ def test_is_the_formula(over, quantile):
     weights, x = weights_of(E, E), inputs()
     if over == "ema":
         weights["router.threshold"] = np.array(0.8)
-    options = {"threshold": over, "quantile": quantile, "schedule": "descending", "most": 3}
+    options = {"threshold": over, "quantile": quantile, "schedule": "descending", "most": 2}
     layer = build("dynamoe", weights, options)
-    expected = lambda weights, x: reference(weights, x, quantile=quantile, limit=3, over=over, threshold=0.8)  # noqa: E731
+    expected = lambda weights, x: reference(weights, x, quantile=quantile, limit=2, over=over, threshold=0.8)  # noqa: E731
     compare(layer, expected, weights, x)
     _, routing = run(layer, x)
     loose = reference(weights, x, quantile=quantile, limit=E, over=over, threshold=0.8).combine > 0

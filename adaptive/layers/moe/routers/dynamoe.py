@@ -160,8 +160,7 @@ def _quantile(ranked: jax.Array, q: float) -> jax.Array:
     place = round(q * (ranked.shape[-1] - 1), 9)  # in Python, so that a logit that is the quantile equals it
     below, part = math.floor(place), place % 1
     low = ranked[..., -1 - below, None]
-    return (
-        low
-        if not part
-        else jnp.minimum(low + part * (ranked[..., -2 - below, None] - low), ranked[..., -2 - below, None])
-    )
+    if not part:
+        return low
+    high = ranked[..., -2 - below, None]
+    return jnp.minimum(low + part * (high - low), high)

@@ -29,8 +29,8 @@ class Router(ExpertRouter):
 
     weight  f32[width, experts]
 
-    Weights are the probabilities of those that were kept over their sum. model.moe.experts_per_token is what is expected
-    on average, for the account of compute alone.
+    Weights are the probabilities of those that were kept over their sum. model.moe.experts_per_token is the average
+    that the account of compute expects, and nothing else.
 
     load_balancing_loss  E sum_e P_e n_e / sum n, n counted before `most` cuts
     router_entropy_loss  mean entropy of p, which keeps the number of experts from drifting up
@@ -49,7 +49,7 @@ class Router(ExpertRouter):
             raise RecipeError(f"model.moe.options: p={o.p:g}: must be above 0 and below 1")
         if not 1 <= self.most <= config.experts:
             raise RecipeError(
-                f"model.moe.options: most={o.most}: must be 1 to model.moe.experts={config.experts}, or 0"
+                f"model.moe.options: most={o.most}: must be 0, or 1 to model.moe.experts={config.experts}"
             )
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
