@@ -3,13 +3,19 @@
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from train_steps import QUICK, compiled_step, packed_batch
 
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.training.experts import ExpertSums, routed_layers, scalar_columns
 from adaptive.training.metrics import Meter, MetricsLog, StepCost, read_rows
+from adaptive.training.state import abstract_model
+from adaptive.training.step import make_eval_step
 
 TOKENS, EXPERTS, CHOICES = 40, 4, 6
 
@@ -164,3 +170,48 @@ def test_layers_get_names_of_their_own_where_only_scalars_are_understood():
 )
 def test_routed_layers_are_numbered_in_the_unrolled_network(changes, expected):
     assert routed_layers(TransformerConfig(num_layers=5, **changes)) == expected
+
+
+ROWS, SEQ = 4, 16
+MOE = TransformerConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+    init_std=0.2, moe=MoEConfig("token_choice", experts=4, expert_size=8, capacity_factor=1.0, dense_layers=(0,)),
+)  # fmt: skip
+
+
+def test_a_train_step_reports_what_its_experts_did_and_accumulation_changes_nothing():
+    batch = packed_batch(ROWS, SEQ, 32)
+    rows = []
+    for accumulation in (1, 2):
+        program = compiled_step(MOE, optax.sgd(0.1), (1, 1, 1, 1), ROWS, SEQ, accumulation)
+        meter = Meter(StepCost(ROWS * SEQ, 1.0, 1.0, 1.0), layers=routed_layers(MOE))
+        _, metrics = program.run(program.state(), batch)
+        meter.add(jax.device_get(metrics))
+        rows.append({name: value for name, value in meter.row(1).items() if name.startswith("experts/")})
+    assert rows[0]["experts/by_layer/layer"] == [1]
+    assert np.shape(rows[0]["experts/load"]) == (1, 4)
+    np.testing.assert_allclose(np.sum(rows[0]["experts/load"], -1), 1.0, atol=1e-3)
+    assert 0 < rows[0]["experts/dropped_fraction"] < 0.5
+    assert rows[0]["experts/per_token"] == pytest.approx(2 * (1 - rows[0]["experts/dropped_fraction"]))
+    for name, value in rows[0].items():
+        np.testing.assert_allclose(rows[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_an_evaluation_reports_the_same_on_held_out_text_for_each_way_of_selecting():
+    batch = packed_batch(ROWS, SEQ, 32)
+    program = compiled_step(MOE, optax.sgd(0.1), (1, 1, 1, 1), ROWS, SEQ)
+    state, (graphdef, _) = program.state(), abstract_model(program.build)
+    columns = {}
+    for selection in ("topk", "threshold"):
+        step = make_eval_step(graphdef, jnp.ones(32, jnp.int32), selection=selection)
+        quick = jax.jit(step).lower(state.params, state.buffers, batch).compile(QUICK)
+        sums = ExpertSums(routed_layers(MOE))
+        sums.add(jax.device_get(quick(state.params, state.buffers, batch).experts))
+        columns[selection] = sums.columns()
+    _, metrics = program.run(state, batch)
+    trained = ExpertSums(routed_layers(MOE))
+    trained.add(jax.device_get(metrics))
+    for name, value in trained.columns().items():
+        np.testing.assert_allclose(columns["topk"][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert columns["threshold"]["experts/dropped_fraction"] == 0, "who else is in the sequence must not matter"
+    assert columns["threshold"]["experts/per_token"] == 2
