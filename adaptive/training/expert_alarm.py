@@ -19,7 +19,8 @@ _NAMED = 3  # layers, and twice as many experts of a layer, that a message names
 
 _BALANCE = "raise model.moe.balance_coefficient{} or use model.moe.router=expert_choice"
 _THRESHOLD = (
-    "what takes tokens one by one does not follow top-k: lower momentum in model.moe.options, or use decode=predictor"
+    "the threshold that replaces top-k lags behind the router or does not fit it: train on, lower momentum in "
+    "model.moe.options, or use decode=predictor"
 )
 
 

@@ -136,8 +136,11 @@ def _measures(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"MFU {row['mfu_active']:.0%}"
     if row.get("skipped"):
         yield f"{row['skipped']} skipped"
-    if row.get("experts/load_max_over_mean") is not None:
-        yield f"max/mean load {row['experts/load_max_over_mean']:.2f}"
+    load, without = row.get("experts/load_max_over_mean"), row.get("experts/without_expert")
+    if load is not None and load > 1.005:
+        yield f"max/mean load {load:.2f}"
+    elif load is not None and without is not None:  # where loads are even by construction
+        yield f"{percent(without)} without expert"
 
 
 class _Line:

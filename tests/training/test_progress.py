@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from adaptive.training.progress import Progress
+from adaptive.training.progress import Progress, plain_line
 
 ROW = {
     "step": 10,
@@ -62,6 +62,8 @@ def test_the_load_of_experts_is_told_where_there_is_room(monkeypatch):
     with Progress(100, stream=stream) as progress:
         progress.row(row)
     assert "12.3k tok/s · 1 skipped · max/mean load 1.31 · 0:45 left" in plain(stream.getvalue())
+    even = {**row, "experts/load_max_over_mean": 1.0, "experts/without_expert": 0.05}
+    assert "5.0% without expert" in plain_line(even, 100, None)
     monkeypatch.setenv("COLUMNS", "90")
     stream = Terminal()
     with Progress(100, stream=stream) as progress:
