@@ -66,11 +66,11 @@ def grouped_swiglu(
     """
     if activation not in swiglu.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: must be one of {', '.join(swiglu.ACTIVATIONS)}")
-    inward = (up,) if gate is None else (gate, up)
+    inward: tuple[jax.Array, ...] = (up,) if gate is None else (gate, up)
     _check(rows, inward, group_sizes)
     _check(jax.ShapeDtypeStruct((rows.shape[0], up.shape[2]), rows.dtype), (down,), group_sizes)
-    rows, down, group_sizes, *inward = alike(rows, down, group_sizes, *inward)
-    return _swiglu(activation, rows, tuple(inward), down, group_sizes)
+    rows, down, group_sizes, *into = alike(rows, down, group_sizes, *inward)
+    return _swiglu(activation, rows, tuple(into), down, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,7 +107,7 @@ def _swiglu_backward(activation, kept, d_out):
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _check(rows, matrices: tuple[jax.Array, ...], group_sizes: jax.Array) -> None:
+def _check(rows: jax.Array | jax.ShapeDtypeStruct, matrices: tuple[jax.Array, ...], group_sizes: jax.Array) -> None:
     for weights in matrices:
         if rows.ndim != 2 or weights.ndim != 3 or weights.shape[:2] != (group_sizes.size, rows.shape[1]):
             shapes = f"rows {rows.shape}, weights {weights.shape}, group_sizes {group_sizes.shape}"

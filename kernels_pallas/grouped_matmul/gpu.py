@@ -6,6 +6,7 @@ padding of groups to whole tiles: loads and stores are masked instead).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def _tiles(group_sizes: jax.Array, total: int, block: int) -> tuple[jax.Array, j
     return group.astype(jnp.int32), jnp.minimum(first, total), end[group]
 
 
-def _load(ref, row_mask: jax.Array, column_mask: jax.Array) -> jax.Array:
+def _load(ref: Any, row_mask: jax.Array, column_mask: jax.Array) -> jax.Array:
     return plt.load(ref, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 

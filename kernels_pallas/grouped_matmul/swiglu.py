@@ -1,7 +1,7 @@
 """The feed-forward of every group in one operation: its hidden layer never exists for all rows at once."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def backward_by_blocks(
             x, d = block.of(rows), block.of(d_out)
             h, pull = jax.vjp(functools.partial(hidden, activation=activation), tuple(block.of(p) for p in pre))
             (d_pre,) = pull(blocks.dot(d, back, 1, 1).astype(h.dtype))
-            d_x = sum(blocks.dot(d_p, matrix, 1, 1) for d_p, matrix in zip(d_pre, into, strict=True))
+            d_x = _sum(blocks.dot(d_p, matrix, 1, 1) for d_p, matrix in zip(d_pre, into, strict=True))
             d_inward = tuple(
                 blocks.add(total, group, blocks.dot(x, d_p, 0, 0)) for total, d_p in zip(d_inward, d_pre, strict=True)
             )
@@ -109,5 +109,9 @@ def backward_by_matmuls(
     d_hidden, d_down = pull_matmul(h, down, group_sizes, d_out)
     (d_pre,) = pull(d_hidden)
     pairs = [pull_matmul(rows, w, group_sizes, d) for w, d in zip(inward, d_pre, strict=True)]
-    d_rows = sum(d.astype(jnp.float32) for d, _ in pairs).astype(rows.dtype)
+    d_rows = _sum(d.astype(jnp.float32) for d, _ in pairs).astype(rows.dtype)
     return d_rows, tuple(d for _, d in pairs), d_down
+
+
+def _sum(values: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, values)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -12,8 +13,8 @@ def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     A function with its own backward pass needs this of its inputs: the cotangent of one that is the same on all devices
     is then summed over them.
     """
-    axes = frozenset().union(*(_axes(x) for x in arrays))
-    return tuple(_vary(x, axes) for x in arrays)
+    axes = frozenset().union(*map(_axes, arrays))
+    return tuple(_vary(jnp.asarray(x), axes) for x in arrays)
 
 
 def like(array: jax.Array, tree: Any) -> Any:
