@@ -74,7 +74,7 @@ def search(
     layers = layer.site.stack[0]
     steered = nnx.merge(*nnx.split(model))
     steered.block.feed_forward.forced = nnx.data(Forced(jnp.zeros(layers, jnp.int32)))
-    graphdef, forced, state = nnx.split(steered, Forced, ...)
+    graphdef, forced, state = nnx.split(steered, Forced, ...)  # type: ignore[misc]  # flax types three alone
 
     @jax.jit
     def run(state: Any, tried: jax.Array) -> Oracle:

@@ -6,6 +6,7 @@ from typing import Literal
 from adaptive.errors import RecipeError
 
 Drop = Literal["weight", "position", "token", "choice", "batch"]
+Execution = Literal["auto", "capacity", "ragged", "dense"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class MoEConfig:
     capacity_factor: float = 0.0  # token choice: slots of an expert over its balanced load; 0: dropless
     capacity_group: Literal["sequence", "batch"] = "sequence"  # over which tokens slots are counted
     drop: Drop = "weight"  # who stays when an expert is full; see adaptive.routing.capacity
-    execution: Literal["auto", "capacity", "ragged", "dense"] = "auto"  # how experts are computed; equal results
+    execution: Execution = "auto"  # how experts are computed; equal results
     balance_coefficient: float = 0.01  # of the balancing loss: 1 when balanced, mean over layers
     z_coefficient: float = 0.0
     dense_layers: tuple[int, ...] = ()  # layers, from 0, that keep a dense feed-forward

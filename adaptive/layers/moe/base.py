@@ -12,7 +12,7 @@ from flax import nnx
 from adaptive import overrides
 from adaptive.errors import RecipeError
 from adaptive.layers.linear import normal_param
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing.dispatch import Dispatch, count
 from adaptive.routing.losses import mean_over
@@ -171,6 +171,11 @@ class ExpertRouter(nnx.Module):
     def router_train_flops(self, tokens: float) -> float:
         """The same with the backward pass."""
         return 3 * self.router_flops(tokens)
+
+    def execution(self, context: Context) -> Execution:
+        """How the experts are computed. A router whose pairs are far fewer than its dispatch has room for overrides it:
+        "auto" sees shapes alone."""
+        return self.config.execution
 
     def selects_alike(self) -> bool:
         """Whether "topk" and "threshold" selection are the same."""

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from adaptive.layers.moe.experts import Experts, activated, ffn_rows, ffn_slots
+from adaptive.layers.moe.experts import Matrices, activated, ffn_rows, ffn_slots
 from adaptive.layers.moe_config import Execution
 from adaptive.parallel import experts as expert_parallel
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots, to_rows, to_slots
@@ -11,7 +11,7 @@ from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots, to_rows, to_s
 MOST_PADDING = 1.5  # slots over pairs up to which "auto" takes slots
 
 
-def computed(experts: Experts, x: jax.Array, dispatch: Dispatch, execution: Execution) -> tuple[jax.Array, jax.Array]:
+def computed(experts: Matrices, x: jax.Array, dispatch: Dispatch, execution: Execution) -> tuple[jax.Array, jax.Array]:
     """(sum over experts of weight * FFN(x), f32[batch, seq, width]; pairs lost in communication, f32[]).
 
     capacity  static slots for the most tokens an expert can have: exact FLOPs for expert choice and capacities
@@ -40,7 +40,7 @@ def _arranged(dispatch: Dispatch, execution: Execution) -> Slots | RaggedRows:
     return to_slots(dispatch) if execution == "capacity" else to_rows(dispatch)
 
 
-def _dense(experts: Experts, x: jax.Array, dispatch: Dispatch) -> jax.Array:
+def _dense(experts: Matrices, x: jax.Array, dispatch: Dispatch) -> jax.Array:
     # Hidden units are weighted, not outputs, so no array is wider than all experts' hidden units (as BlockFFN trains).
     weights = experts.weights(x.dtype)
     named = {name: jnp.einsum("bsd,edf->bsef", x, weights[name]) for name in ("up", "gate") if name in weights}

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 Weights = dict[str, jax.Array]
 
 
+class Matrices(Protocol):
+    """What experts are computed from: parameters, or parts of other parameters."""
+
+    activation: str
+
+    def weights(self, dtype: jax.typing.DTypeLike) -> Weights:
+        """up, down and, if there is one, gate in the compute dtype, as `Experts` has them."""
+
+    def axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical names of each matrix's dimensions; those of a stack lead."""
+
+
 class Experts(nnx.Module):
     """Feed-forward networks of one shape: down(act(x gate) * (x up)), or down(act(x up)) without a gate; no biases.
 
@@ -34,7 +47,7 @@ class Experts(nnx.Module):
         self.gate = normal_param(gate, inward, axes, site.std, site.stack) if config.gated else None
         self.up = normal_param(up, inward, axes, site.std, site.stack)
         self.down = normal_param(down, outward, ("experts", "expert_ff", "width"), site.std, site.stack)
-        self.activation = config.activation
+        self.activation: str = config.activation
 
     def weights(self, dtype: jax.typing.DTypeLike) -> Weights:
         """The matrices in the compute dtype, gathered over the axes that only storage is split by."""

@@ -47,7 +47,7 @@ class MoE(RoutedLayer):
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """The layer's output and its router's whole decision."""
         routing = self.router(x, context)
-        y, lost = computed(self.experts, x * self.router.input_scale, routing.dispatch, self.config.execution)
+        y, lost = computed(self.experts, x * self.router.input_scale, routing.dispatch, self.router.execution(context))
         routing.stats["lost"] = lost
         zero = self.router.zero_output(x, routing.dispatch.zero_weights)
         for part in (zero, None if self.shared is None else self.shared(x)):

@@ -20,7 +20,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers.linear import normal_param
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.gates import straight_through, where_present
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing.dispatch import by_mask
 
@@ -111,6 +111,11 @@ class Router(ExpertRouter):
 
     def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array:
         return jnp.broadcast_to(self.base[...], x.shape)
+
+    def execution(self, context: Context) -> Execution:
+        if self.config.execution != "auto" or (context.training and self.options.train == "all"):
+            return self.config.execution
+        return "ragged"
 
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         compute, tokens = parts["compute"].sum(0), parts["tokens"].sum(0)  # of each sequence, over all layers

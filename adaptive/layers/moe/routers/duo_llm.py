@@ -24,7 +24,7 @@ from adaptive.layers.moe.base import Context, RoutedLayer, Routing, parse_option
 from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Experts
 from adaptive.layers.moe.gates import LinearGate, where_present
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing.dispatch import Dispatch, by_mask, by_token
 
@@ -195,7 +195,7 @@ class Layer(RoutedLayer):
         late = wants & (jnp.cumsum(wants, axis=1) > self.most_big(choice.shape[1]))
         return jnp.where(late, SMALL, choice)
 
-    def _computed(self, x: jax.Array, dispatch: Dispatch, execution: Any) -> tuple[jax.Array, jax.Array]:
+    def _computed(self, x: jax.Array, dispatch: Dispatch, execution: Execution) -> tuple[jax.Array, jax.Array]:
         """(sum of weight * feed-forward f32[batch, seq, width], pairs lost in communication f32[])."""
         weights = dispatch.combine_matrix().reshape(*x.shape[:2], -1)
         mask = dispatch.mask()
@@ -213,6 +213,6 @@ class Layer(RoutedLayer):
         return y, lost
 
 
-def _each_its_own(execution: str) -> str:
+def _each_its_own(execution: Execution) -> Execution:
     """How each feed-forward computes the rows gathered for it: "auto" cannot see from shapes that they are few."""
     return "ragged" if execution == "auto" else execution

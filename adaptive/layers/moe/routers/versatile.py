@@ -34,7 +34,7 @@ from adaptive.layers.moe.base import (
 from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Weights
 from adaptive.layers.moe.gates import LinearGate, straight_through, where_present
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.site import Site
 from adaptive.routing.balance import balancing_loss, claims
@@ -111,7 +111,7 @@ class Layer(RoutedLayer):
         wanted = jnp.broadcast_to(present[..., None], index.shape)
         computes = wanted if context.training else wanted & (width_share > 0)[..., None]
         dispatch = by_token(index, weights, computes, c.experts)
-        slices = _Expertlike(self._slices(x.dtype))
+        slices = _Matrices(self._slices(x.dtype))
         execution = c.execution if context.training or c.execution != "auto" else "ragged"
         wide, lost = computed(slices, self.norm(x), dispatch, execution)
 
@@ -152,9 +152,9 @@ class Layer(RoutedLayer):
 
     def _looped(self, x: jax.Array, taken: jax.Array, present: jax.Array) -> jax.Array:
         """The same where each token computes its own number of loops alone."""
-        one = _Expertlike({name: w[None] for name, w in self._weights(x.dtype).items()})
+        one = _Matrices({name: w[None] for name, w in self._weights(x.dtype).items()})
         count = jnp.where(present, jnp.argmax(taken, axis=-1) + 1, 0)
-        execution = "dense" if self.config.execution == "dense" else "ragged"
+        execution: Execution = "dense" if self.config.execution == "dense" else "ragged"
         h = x
         for loop in range(self.options.loops):
             index = jnp.zeros((*count.shape, 1), jnp.int32)
@@ -198,16 +198,16 @@ def _slice_size(config: MoEConfig, o: Options, hidden: int) -> int:
     )
 
 
-class _Expertlike:
-    """Slices of a feed-forward as experts."""
+class _Matrices:
+    """Matrices of a feed-forward, already in the compute dtype, as experts."""
 
-    activation = "silu"
+    activation: str = "silu"
 
-    def __init__(self, matrices: Weights):
-        self._matrices = matrices
+    def __init__(self, weights: Weights):
+        self._weights = weights
 
     def weights(self, dtype: jax.typing.DTypeLike) -> Weights:
-        return self._matrices
+        return self._weights
 
     def axes(self) -> dict[str, tuple[str | None, ...]]:
         inward = ("experts", "width", "expert_ff")

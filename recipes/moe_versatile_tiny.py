@@ -1,0 +1,19 @@
+"""VersatileFFN on bytes: one feed-forward per layer, as top-2 of 8 slices and applied up to 4 times.
+
+python -m adaptive.train --recipe moe_versatile_tiny
+Numbers:  our own, for a CPU in minutes; tau falls as far as in the paper's longer runs
+Expect:   see docs/moe.md
+Cost:     see docs/moe.md
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import moe, tiny, titled
+
+
+def recipe() -> Recipe:
+    base = moe(tiny(), "versatile", "tau_decay=0.9967", experts=8, per_token=2, size=44)
+    return titled(
+        base.with_("model.moe.balance_coefficient=5e-5"),
+        "moe_versatile_tiny",
+        "A feed-forward used in width and in depth (VersatileFFN) on the embedded English text, for a CPU",
+    )
