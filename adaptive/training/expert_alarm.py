@@ -15,6 +15,8 @@ DROPPED = 0.1  # of the pairs that were wanted
 # Tokens without an expert, above what choices independent of each other would leave out. Published expert-choice models
 # leave out 1% to 3%, 8% with varied capacities, but 20% to 32% in their first layer (EC-DLM, arXiv 2604.01622).
 LEFT_OUT, LEFT_OUT_FIRST = 0.1, 0.35
+_BOUNDED = ("blockffn", "remoe", "dynamoe", "top_p")  # drop by bounds of their own
+_BY_DESIGN = ("acm", "duo_llm")  # their experts are nested or of different sizes, so no share is a fair one
 _NAMED = 3  # layers, and twice as many experts of a layer, that a message names
 
 _BALANCE = "raise model.moe.balance_coefficient{} or use model.moe.router=expert_choice"
@@ -93,13 +95,15 @@ def _findings(row: Mapping[str, Any], place: str, router: str) -> Iterator[_Find
     load = _relative(row[f"{place}{PREFIX}load"], len(layers))
     relief = _BALANCE.format(", set bias=true in model.moe.options," * (router == "token_choice"))
     relief = _THRESHOLD if router == "expert_choice" else relief
-    yield _Finding(
-        f"{place}starved", load < STARVED, load < 2 * STARVED, patience,
-        lambda bad: f"{where}{_experts(layers, bad)} got below {STARVED:.0%} of the fair share of tokens{lasting}; "
-        f"{relief}",
-    )  # fmt: skip
+    if router not in _BY_DESIGN:
+        yield _Finding(
+            f"{place}starved", load < STARVED, load < 2 * STARVED, patience,
+            lambda bad: f"{where}{_experts(layers, bad)} got below {STARVED:.0%} of the fair share of tokens{lasting}; "
+            f"{relief}",
+        )  # fmt: skip
+    bounds = "the bounds in model.moe.options" if router in _BOUNDED else "model.moe.capacity_factor (0 drops nothing)"
     for name, what, limit_relief in (
-        ("dropped_fraction", "dropped, their expert being full", "raise model.moe.capacity_factor (0 drops nothing)"),
+        ("dropped_fraction", "dropped", f"raise {bounds}"),
         ("lost_fraction", "lost between devices", "raise mesh.expert_parallel.buffer_factor (-1 loses nothing)"),
     ):
         share = column(name)
@@ -109,7 +113,7 @@ def _findings(row: Mapping[str, Any], place: str, router: str) -> Iterator[_Find
                 f"{where}pairs of a token and an expert were {what}: {_shares(layers, share, bad)}; {limit_relief}"
             ),
         )  # fmt: skip
-    if f"{place}{PREFIX}zero_share" in row:
+    if f"{place}{PREFIX}zero_share" in row or router in _BY_DESIGN:
         return  # tokens may choose to take no expert
     experts, left_out = load.shape[1], column("without_expert")
     excess = left_out - (1 - np.minimum(column("per_token") / experts, 1.0)) ** experts

@@ -16,6 +16,16 @@ from adaptive.models.config import TransformerConfig
 PREFIX, BY_LAYER = "experts/", "experts/by_layer/"
 Row = dict[str, Any]
 
+# A router's own sums: name -> (column, what it is divided by).
+_SHARES = {
+    "reused": ("reuse", "reusable"),
+    "quantile": ("threshold", "quantiles"),
+    "big": ("big_share", "tokens"),
+    "overflow": ("overflow_share", "tokens"),
+    "zero_dropped": ("zero_dropped_per_token", "tokens"),
+    "truncated": ("truncated_per_token", "tokens"),
+}
+_DENOMINATORS = {"reusable", "quantiles", "chunks_8", "chunks_64"}
 _COMMON = ("calls", "tokens", "claimed", "kept", "experts_per_token", "dropped", "lost", "z", "entropy", "top")
 
 
@@ -103,9 +113,23 @@ def _measures(s: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if s["claimed"].shape[1] > experts:
         claims = s["claimed"].sum(-1)
         out["zero_share"] = np.where(claims > 0, 1 - wanted / np.maximum(claims, 1.0), math.nan)
-    for name in sorted(set(s) - set(_COMMON)):
-        per_call = s[name].reshape(len(tokens), -1).mean(-1) / np.maximum(s["calls"], 1.0)
-        out[name] = np.where(np.isnan(tokens), math.nan, per_call)
+    return out | {name: np.where(np.isnan(tokens), math.nan, values) for name, values in _own_measures(s).items()}
+
+
+def _own_measures(s: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """f64[calls] of a router's own sums: shares of what they count, otherwise means per call."""
+    out, per = {}, lambda count: np.maximum(count, 1.0)
+    for name in sorted(set(s) - set(_COMMON) - _DENOMINATORS):
+        if name == "loops":  # tokens by their number of passes
+            out[name] = s[name] @ np.arange(1, s[name].shape[1] + 1) / per(s["tokens"])
+        elif name.startswith(
+            "touched_"
+        ):  # chunk-level sparsity (BlockFFN paper): experts that no token of a chunk uses
+            length = name.removeprefix("touched_")
+            out[f"cls_{length}"] = 1 - s[name] / per(s[f"chunks_{length}"] * s["claimed"].shape[1])
+        else:
+            column, over = _SHARES.get(name, (name, "calls"))
+            out[column] = s[name].reshape(len(s[name]), -1).mean(-1) / per(s[over])
     return out
 
 

@@ -102,6 +102,14 @@ def test_tokens_without_an_expert_are_no_fault_where_they_may_choose_none_or_pai
         assert not [text for messages in said for text in messages if "no expert" in text]
 
 
+def test_experts_that_are_unlike_by_design_have_no_fair_share():
+    for router in ("acm", "duo_llm"):
+        alarm = ExpertAlarm(router)
+        assert [alarm(row([FAIR, shares(0.01)], without_expert=[0.9, 0.9])) for _ in range(PATIENCE)][-1] == []
+    (message,) = ExpertAlarm("blockffn")(row([FAIR, FAIR], dropped_fraction=[0.5, 0.5]))
+    assert "bounds in model.moe.options" in message
+
+
 def test_layers_without_tokens_and_rows_without_experts_are_passed_over():
     alarm = ExpertAlarm("token_choice")
     assert alarm({"step": 1, "ce": 1.0}) == []

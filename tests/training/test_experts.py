@@ -107,6 +107,27 @@ def test_no_column_of_zero_experts_without_them_and_none_at_all_without_routing(
     assert sums.columns() == {}
 
 
+def test_a_routers_own_sums_are_shares_of_what_they_count():
+    step = sums_of(drawn(np.random.default_rng(5)))
+    tokens = float(TOKENS)
+    own = {
+        "touched_8": 12.0, "chunks_8": 5.0, "reused": 3.0, "reusable": 12.0, "quantile": 0.6, "quantiles": 2.0,
+        "big": 10.0, "chunk_sparsity": 0.5, "loops": [tokens / 4, 3 * tokens / 4],
+    }  # fmt: skip
+    step |= {f"experts/{name}": np.array([value]) for name, value in own.items()}
+    sums = ExpertSums()
+    sums.add(step)
+    sums.add(step)
+    row = sums.columns()
+    expected = {
+        "cls_8": 1 - 12 / (5 * CHOICES), "reuse": 0.25, "threshold": 0.3, "big_share": 0.25, "chunk_sparsity": 0.5,
+        "loops": 1.75,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert row[f"experts/{name}"] == pytest.approx(value), name
+    assert not {"experts/reusable", "experts/quantiles", "experts/chunks_8", "experts/touched_8"} & set(row)
+
+
 def test_a_call_that_no_token_reached_is_left_out_of_means(tmp_path):
     call = drawn(np.random.default_rng(2))
     step = sums_of(call, call)
