@@ -87,3 +87,9 @@ def refuse_capacity(config: MoEConfig) -> None:
 def one_expert(setting: str) -> str:
     """Why weights that are divided by their sum teach a router nothing where each token has one expert."""
     return f"with model.moe.options={setting} a normalised weight is always 1 and the router learns nothing: allow 2"
+
+
+def check_slack(slack: float) -> None:
+    """RecipeError for a bound on rows that no average could keep."""
+    if slack and slack < 1:
+        raise RecipeError(f"model.moe.options: row_slack={slack:g}: must be at least 1, or 0 for no bound")
