@@ -11,6 +11,7 @@ from hlo import matmul_flops
 
 from adaptive.account import account, at_depths, dense_equivalent, paper_flops_per_token, parameters
 from adaptive.errors import RecipeError
+from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.models.transformer import build_model
 from adaptive.peaks import peak_of
@@ -21,6 +22,7 @@ BASE = TransformerConfig(
     vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=8, num_heads=H, num_kv_heads=K, head_dim=HD
 )
 EXPERT = RouterConfig(kind="expert_choice")
+EXPERTS = MoEConfig(router="expert_choice", experts=4, expert_size=20)
 TOKEN = RouterConfig(kind="token_choice", activation="softmax", alpha=1.0)
 
 
@@ -171,6 +173,9 @@ PROGRAMS = {
     "mor random": model(3, dataclasses.replace(EXPERT, random=True)),
     "mor shared": model(3, EXPERT, kv="shared"),
     "mor hybrid": model(3, EXPERT, kv="hybrid"),
+    "experts that choose": model(moe=EXPERTS),
+    "experts with a predictor": model(moe=dataclasses.replace(EXPERTS, options=("decode=predictor",), shared_size=24)),
+    "mor of experts": model(3, EXPERT, moe=dataclasses.replace(EXPERTS, gated=False)),
     "token": model(3, TOKEN),
     "token capacity shared": model(3, dataclasses.replace(TOKEN, execution="capacity"), kv="shared"),
 }

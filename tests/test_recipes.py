@@ -88,7 +88,9 @@ def test_recipe_loads_validates_and_round_trips(name):
     assert recipe.name == name
     assert recipe.description
     assert Recipe.from_json(recipe.to_json()) == recipe
-    assert recipe.model.family == ("mor" if name.startswith("mor") else name.split("_")[0].rstrip("24"))
+    family = "vanilla" if name.startswith("moe") else "mor" if name.startswith("mor") else name.split("_")[0].rstrip("24")
+    assert recipe.model.family == family
+    assert ("moe" in name) == (recipe.model.moe.router != "none")
 
 
 @pytest.mark.parametrize("name", list_recipes())

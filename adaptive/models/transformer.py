@@ -18,7 +18,7 @@ from adaptive.layers.router import EXPANSION, Router
 from adaptive.layers.site import Buffer, Site
 from adaptive.models import recursion
 from adaptive.models.config import TransformerConfig
-from adaptive.models.forward import Forward, Remat, expert_losses
+from adaptive.models.forward import ROUTED, Forward, Remat, expert_losses
 from adaptive.parallel.rules import constrain, gathered
 from adaptive.routing.losses import updated_bias
 from adaptive.routing.types import AuxLosses, Output
@@ -122,14 +122,15 @@ class Transformer(nnx.Module):
 
     def next_buffers(self, sums: dict[str, Any]) -> Any:
         """The model's buffers after a training step whose micro-batches' `Trace.sums` add up to `sums`."""
-        if self.router_bias is not None:
+        model = nnx.clone(self)  # modules are updated in place, and the caller may keep the old buffers
+        if model.router_bias is not None:
             rate = self.config.router.bias_update_rate
-            self.router_bias[...] = updated_bias(self.router_bias[...], sums["depth"], rate)
-        for part in ("first", "block", "last"):
-            layer = getattr(self, part)
+            model.router_bias[...] = updated_bias(model.router_bias[...], sums["depth"], rate)
+        for part in ROUTED:
+            layer = getattr(model, part)
             if layer is not None and isinstance(layer.feed_forward, RoutedLayer):
                 layer.feed_forward.update(sums[part])
-        return nnx.state(self, Buffer)
+        return nnx.state(model, Buffer)
 
     def experts(self) -> RoutedLayer | None:
         """A routed feed-forward of the model, all of whose kind are alike; None where all are dense."""

@@ -309,7 +309,7 @@ def test_generation_with_a_cache_equals_the_full_forward_pass(name, tokens):
 
 def test_sequence_sharing_has_no_cached_generation(tokens):
     model = build_model(model_config(recursions=2, sharing="sequence"), key=jax.random.key(0))
-    with pytest.raises(NotImplementedError, match="cycle or middle_cycle"):
+    with pytest.raises(RecipeError, match="cycle or middle_cycle"):
         model.prefill(tokens, model.init_cache(2, SEQ))
 
 
@@ -385,7 +385,7 @@ def test_capacity_warm_up_takes_the_published_numbers(tokens):
 def test_loss_free_bias_moves_towards_the_underloaded():
     router = dataclasses.replace(TOKEN, balancing="loss_free", bias_update_rate=0.01)
     model = build_model(model_config(router, recursions=3), key=jax.random.key(0))
-    after = model.next_buffers(jnp.array([0.5, 0.3, 0.2]))
+    after = model.next_buffers({"depth": jnp.array([0.5, 0.3, 0.2])})
     np.testing.assert_allclose(jax.tree.leaves(after)[0], [-0.01, 0.01, 0.01], rtol=1e-6)
 
 
