@@ -1,5 +1,6 @@
 """Says when routing fails: experts that starve, pairs that are dropped or lost, tokens that no expert takes."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,34 +97,29 @@ def _findings(row: Mapping[str, Any], place: str, router: str) -> Iterator[_Find
     relief = _BALANCE.format(", set bias=true in model.moe.options," * (router == "token_choice"))
     relief = _THRESHOLD if router == "expert_choice" else relief
     if router not in _BY_DESIGN:
-        yield _Finding(
-            f"{place}starved", load < STARVED, load < 2 * STARVED, patience,
-            lambda bad: f"{where}{_experts(layers, bad)} got below {STARVED:.0%} of the fair share of tokens{lasting}; "
-            f"{relief}",
-        )  # fmt: skip
+        below = f"got below {STARVED:.0%} of the fair share of tokens{lasting}; {relief}"
+        tell = functools.partial(_starved, where, below, layers)
+        yield _Finding(f"{place}starved", load < STARVED, load < 2 * STARVED, patience, tell)
     bounds = "the bounds in model.moe.options" if router in _BOUNDED else "model.moe.capacity_factor (0 drops nothing)"
     for name, what, limit_relief in (
         ("dropped_fraction", "dropped", f"raise {bounds}"),
         ("lost_fraction", "lost between devices", "raise mesh.expert_parallel.buffer_factor (-1 loses nothing)"),
     ):
         share = column(name)
-        yield _Finding(
-            f"{place}{name}", share > DROPPED, share > DROPPED / 2, 1,
-            lambda bad, share=share, what=what, limit_relief=limit_relief: (
-                f"{where}pairs of a token and an expert were {what}: {_shares(layers, share, bad)}; {limit_relief}"
-            ),
-        )  # fmt: skip
+        tell = functools.partial(
+            _gone, f"{where}pairs of a token and an expert were {what}", limit_relief, layers, share
+        )
+        yield _Finding(f"{place}{name}", share > DROPPED, share > DROPPED / 2, 1, tell)
     if f"{place}{PREFIX}zero_share" in row or router in _BY_DESIGN:
         return  # tokens may choose to take no expert
     experts, left_out = load.shape[1], column("without_expert")
     excess = left_out - (1 - np.minimum(column("per_token") / experts, 1.0)) ** experts
     excess = np.where(column("dropped_fraction") > DROPPED / 2, 0.0, excess)  # which has been said
     limit = np.array([LEFT_OUT_FIRST, *[LEFT_OUT] * (len(layers) - 1)])
-    yield _Finding(
-        f"{place}left out", excess > limit, excess > limit / 2, patience,
-        lambda bad: f"{where}tokens were taken by no expert{lasting}: {_shares(layers, left_out, bad)}; "
-        "raise model.moe.experts_per_token, or let model.moe.shared_size give every token something",
-    )  # fmt: skip
+    what = f"{where}tokens were taken by no expert{lasting}"
+    relief = "raise model.moe.experts_per_token, or let model.moe.shared_size give every token something"
+    tell = functools.partial(_gone, what, relief, layers, left_out)
+    yield _Finding(f"{place}left out", excess > limit, excess > limit / 2, patience, tell)
 
 
 def _where(place: str) -> str:
@@ -142,7 +138,7 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], float)
 
 
-def _experts(layers: Sequence[int], bad: np.ndarray) -> str:
+def _starved(where: str, below: str, layers: Sequence[int], bad: np.ndarray) -> str:
     parts = []
     for layer, found in zip(layers, map(np.flatnonzero, bad), strict=True):
         names = _several([str(e) for e in found], 2 * _NAMED)
@@ -150,11 +146,12 @@ def _experts(layers: Sequence[int], bad: np.ndarray) -> str:
             parts.append(f"expert{'s' * (found.size > 1)} {names} of layer {layer}")
         elif found.size:
             parts.append(f"{found.size} of {bad.shape[1]} experts of layer {layer} ({names})")
-    return _several(parts, _NAMED, "; ")
+    return f"{where}{_several(parts, _NAMED, '; ')} {below}"
 
 
-def _shares(layers: Sequence[int], share: np.ndarray, bad: np.ndarray) -> str:
-    return _several([f"{share[i]:.0%} in layer {layers[i]}" for i in np.flatnonzero(bad)], _NAMED)
+def _gone(what: str, relief: str, layers: Sequence[int], share: np.ndarray, bad: np.ndarray) -> str:
+    shares = [f"{share[i]:.0%} in layer {layers[int(i)]}" for i in np.flatnonzero(bad)]
+    return f"{what}: {_several(shares, _NAMED)}; {relief}"
 
 
 def _several(names: list[str], most: int, between: str = ", ") -> str:

@@ -27,7 +27,7 @@ over the calls of such layers (a layer that several recursions share is called i
     experts/router_z                 mean of logsumexp(logits)^2
     experts/router_entropy           of a token's probabilities, in nats; experts/top_probability: the largest of them
     experts/zero_share               of all choices, those of experts that compute nothing, where there are such
-    experts/NAME                     a router's own statistics: means per call (least: the smallest score taken) or shares
+    experts/NAME                     a router's own statistics: means per call (least: the smallest score taken), shares
                                      (cls_8: experts that none of 8 neighbouring tokens uses; loops: mean passes)
     experts/by_layer/NAME            each of these as a list over calls, in the order they run
     experts/by_layer/layer           their layers' numbers in the unrolled network, from 0
