@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -92,10 +93,21 @@ def test_offline_for_real(tmp_path):
     tracker.histograms(7, {"scores/1": (np.array([3, 1]), np.array([0.0, 0.5, 1.0]))})
     tracker.finish()
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = log.read_bytes()
-    for expected in (b"tokens", b"scores/1", b"histogram", b"mor_tiny-1a2b"):
-        assert expected in content
+    expected = (b"tokens", b"scores/1", b"histogram", b"mor_tiny-1a2b")
+    until = time.monotonic() + 30  # the package's own process writes the file, and may do so after `finish`
+    while not all(part in log.read_bytes() for part in expected) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert [part for part in expected if part not in log.read_bytes()] == []
     assert len(said) == 1 and "wandb sync" in said[0] and str(log.parent) in said[0]
+
+
+def test_layers_go_out_as_scalars_of_their_own(tmp_path, package):
+    fake = package()
+    tracker, _ = start(tmp_path)
+    by_layer = {"experts/by_layer/layer": [0, 2], "experts/by_layer/empty": [1.0, None], "experts/load": [[0.5, 0.5]]}
+    tracker.log({"step": 7, "experts/empty": 1.0, **by_layer})
+    tracker.finish()
+    assert fake.logged == [(7, {"step": 7, "experts/empty": 1.0, "experts/layer_0/empty": 1.0})]
 
 
 def test_rows_go_out_under_their_own_step(tmp_path, package):
