@@ -1,0 +1,35 @@
+"""What the loop says of rows and of steps that fail; whole runs are in test_resume.py."""
+
+import types
+from pathlib import Path
+
+import numpy as np
+
+from adaptive.training.expert_alarm import ExpertAlarm
+from adaptive.training.loop import Loop
+from adaptive.training.metrics import MetricsLog
+from adaptive.training.progress import Progress
+from adaptive.training.tracking import NoTracker
+
+
+def test_an_alarm_of_experts_is_said_when_its_row_is_recorded():
+    said = []
+    loop = types.SimpleNamespace(
+        log=MetricsLog(None),
+        progress=Progress(10, enabled=False),
+        tracker=NoTracker(),
+        expert_alarm=ExpertAlarm("token_choice"),
+        say=said.append,
+    )
+    row = {"step": 1, "experts/by_layer/layer": [0], "experts/by_layer/dropped_fraction": [0.3]}
+    for _ in range(3):
+        Loop.record(loop, {**row, "experts/load": [[0.5, 0.5]]})
+    assert len(said) == 1 and said[0].startswith("warning: ") and "30% in layer 0" in said[0]
+
+
+def test_steps_that_are_not_finite_are_told_of_by_their_scalars():
+    folder = types.SimpleNamespace(path=Path("run"))
+    loop = types.SimpleNamespace(bad_in_row=3, folder=folder)
+    metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(1), "experts/z": np.full(2, np.nan)}
+    message = Loop.not_finite(loop, 7, metrics)
+    assert "3 steps in a row" in message and "(loss nan)" in message
