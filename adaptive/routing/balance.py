@@ -8,13 +8,17 @@ flaxformer  E sum_e P_e n_e / T                                              k
 gshard      E sum_e P_e n1_e / T, n1 counts first choices alone              1
 sequence    per sequence, P of scores normalised over experts (DeepSeek)     1
 
-P_e is the mean over tokens of the normalised score of e, T the tokens.
+P_e is the mean over tokens of the softmax over all experts (sequence: of the normalised sigmoid where that scores), T
+the tokens. Tokens that are not present count nowhere, nor do sequences without any.
 """
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from adaptive.routing.losses import mean_over
+from adaptive.routing.select import top_choices
 
 Form = Literal["switch", "hf", "maxtext", "flaxformer", "gshard", "sequence"]
 
@@ -39,11 +43,12 @@ def balancing_loss(
     tokens = where.sum(1)[:, None]
     if not per_sequence:
         n, p, tokens = n.sum(0, keepdims=True), p.sum(0, keepdims=True), tokens.sum(0, keepdims=True)
+    counts = tokens[:, 0] > 0
     tokens = jnp.maximum(tokens, 1.0)
     loss = choices * (p / tokens * n / tokens).sum(-1)
     if form in ("switch", "sequence"):
         loss = loss / k
-    return loss.mean()
+    return mean_over(loss, counts)
 
 
 def claims(index: jax.Array, valid: jax.Array, choices: int) -> jax.Array:
@@ -53,18 +58,30 @@ def claims(index: jax.Array, valid: jax.Array, choices: int) -> jax.Array:
 
 
 def importance_and_load(
-    probabilities: jax.Array, noisy: jax.Array, scores: jax.Array, k: int, noise: float
+    probabilities: jax.Array,
+    noisy: jax.Array,
+    values: jax.Array,
+    k: int,
+    noise: float,
+    present: jax.Array | None = None,
 ) -> jax.Array:
     """(CV^2(importance) + CV^2(load)) / 2, f32[] (V-MoE, appendix A; Tutel's second loss).
 
-    probabilities f32[tokens, E]; noisy f32[tokens, E] scores that were compared; scores f32[tokens, E] without noise;
-    `noise` is the standard deviation times E. Sample variance, denominators + 1e-10.
+    probabilities, noisy, values  f32[batch, seq, E]: the softmax without noise, the logits that were compared, and what
+                                  the load compares with the k-th largest of those (V-MoE: the logits without noise;
+                                  Tutel as released: the softmax)
+    noise                         its standard deviation times E, above 0
+    present                       bool[batch, seq]: tokens that count; None: all
+
+    Sample variance, denominators + 1e-10. E must be at least 2.
     """
     experts = probabilities.shape[-1]
-    threshold = jax.lax.top_k(noisy, k)[0][:, -1:]
-    load = jax.scipy.stats.norm.cdf((scores - threshold) / (noise / experts)).sum(0)
+    where = jnp.ones(noisy.shape[:2]) if present is None else present.astype(jnp.float32)
+    threshold = jnp.take_along_axis(noisy, top_choices(noisy, k)[..., -1:], axis=-1)
+    load = jax.scipy.stats.norm.cdf((values - threshold) / (noise / experts))
 
-    def cv2(x: jax.Array) -> jax.Array:
-        return jnp.var(x, ddof=1) / (jnp.square(jnp.mean(x)) + 1e-10)
+    def cv2(shares: jax.Array) -> jax.Array:
+        total = (shares * where[..., None]).sum((0, 1))
+        return jnp.var(total, ddof=1) / (jnp.square(jnp.mean(total)) + 1e-10)
 
-    return 0.5 * (cv2(probabilities.sum(0)) + cv2(load))
+    return 0.5 * (cv2(probabilities) + cv2(load))

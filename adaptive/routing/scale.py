@@ -14,18 +14,17 @@ def expert_choice_table(experts: int, shared: float) -> tuple[float, ...]:
     The first n of the softmax of standard normal logits, renormalised; f[0] = 1. Monte Carlo with a fixed seed.
     """
     weights = _weights(experts)
-    factors = [1.0]
-    for n in range(1, experts + 1):
-        factors.append(_factor(weights[:, :n] / weights[:, :n].sum(-1, keepdims=True), shared))
-    return tuple(factors)
+    norms = np.sqrt(np.cumsum(weights**2, axis=-1)) / np.cumsum(weights, axis=-1)
+    return (1.0, *(float(factor) for factor in np.mean(np.sqrt(shared) / norms, axis=0)))
 
 
 @functools.cache
 def token_choice_factor(experts: int, k: int, shared: float, sigmoid: bool = False) -> float:
-    """The same for the k largest weights of every token."""
+    """The same for the k largest weights of every token, renormalised."""
     weights = _weights(experts, sigmoid)
     top = -np.sort(-weights, axis=-1)[:, :k]
-    return _factor(top / top.sum(-1, keepdims=True), shared)
+    norms = np.linalg.norm(top / top.sum(-1, keepdims=True), axis=-1)
+    return float(np.mean(np.sqrt(shared) / norms))
 
 
 def _weights(experts: int, sigmoid: bool = False) -> np.ndarray:
@@ -34,7 +33,3 @@ def _weights(experts: int, sigmoid: bool = False) -> np.ndarray:
         return 1 / (1 + np.exp(-logits))
     e = np.exp(logits - logits.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def _factor(weights: np.ndarray, shared: float) -> float:
-    return float(np.mean(np.sqrt(shared) / np.linalg.norm(weights, axis=-1)))

@@ -9,7 +9,7 @@ group=batch      all tokens of the batch (EC-DLM's batch level); sees the future
 group=chunk      the tokens of a chunk of `chunk` positions: the future that is seen ends with the chunk
 group=position   the tokens at one position of all sequences: sees no future, but the other sequences
 select=threshold a token is taken if its score is above the running threshold of earlier batches, first come first
-                 served up to `slack` times the capacity: sees neither the future nor the other sequences
+                 served up to `slack` times a sequence's capacity: sees neither the future nor the other sequences
 decode=threshold that threshold decides: per expert the running mean of the smallest score that was taken
 decode=predictor a small router, trained to predict the choice, decides (as in Mixture-of-Depths)
 decode=refuse    the model cannot generate: for bidirectional models, and for those who want the leak
@@ -30,6 +30,7 @@ from adaptive.layers.moe.routers.token_choice import jittered, shared_in_experts
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing import scale
+from adaptive.routing.capacity import scaled
 from adaptive.routing.dispatch import by_expert, by_mask
 from adaptive.routing.losses import mean_over
 
@@ -37,9 +38,10 @@ from adaptive.routing.losses import mean_over
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Zhou et al.: the defaults with decode=refuse. Flaxformer: rounding=nearest,minimum=4 as well. EC-DLM:
-    score=selected,decode=refuse, and two shared experts."""
+    score=selected,decode=refuse, and two shared experts; its pre-softmax is score=softmax with a route_scale."""
 
     score: Literal["softmax", "selected", "sigmoid"] = "softmax"  # what weights are; selection ranks softmax or logits
+    route_scale: float = 1.0  # multiplies the weights
     group: Literal["sequence", "batch", "chunk", "position"] = "sequence"
     chunk: int = 64
     select: Literal["top", "threshold"] = "top"
@@ -49,9 +51,10 @@ class Options:
     predictor_coefficient: float = 0.01
     rounding: Literal["down", "nearest"] = "down"  # of group * k / experts; nearest: halves to even
     minimum: int = 1  # tokens that every expert takes at least
+    most_per_token: float = 0.0  # the largest average that a schedule asks for; 0: model.moe.experts_per_token
     load_coefficient: float = 0.0  # EC-DLM's loss that pushes popular tokens down
-    jitter: float = 0.0
-    scale_to_shared: bool = False
+    jitter: float = 0.0  # training multiplies the router's input by U(1 - jitter, 1 + jitter)
+    scale_to_shared: bool = False  # multiplies a token's weights by a factor of the number of its experts (EC-DLM)
 
 
 class Router(ExpertRouter):
@@ -66,7 +69,10 @@ class Router(ExpertRouter):
     selected    logits           softmax over the experts that took the token (EC-DLM)
     sigmoid     logits           sigmoid, divided by its sum over the experts that took the token (EC-DLM)
 
-    A token that no expert takes has weight 0 everywhere. Ties go to the earlier token.
+    A token that no expert takes has weight 0 everywhere. Ties go to the earlier token. An expert takes
+    `rounding`(n k / experts) of the n real tokens of a group, where k is model.moe.experts_per_token or, in sequences
+    and chunks, what the context's `limit` says of the sequence, up to most_per_token. Its losses are popularity_loss
+    (load_coefficient) and predictor_loss.
     """
 
     Options = Options
@@ -82,22 +88,22 @@ class Router(ExpertRouter):
         self.threshold = site.buffer(jnp.full(config.experts, start))
         self.updates = site.buffer(jnp.zeros(()))
         self.table = scale.expert_choice_table(config.experts, shared_in_experts(config)) if o.scale_to_shared else ()
-        if o.group == "chunk" and o.chunk < 1:
-            raise RecipeError(f"model.moe.options: chunk={o.chunk}: must be at least 1")
+        _check(o, config)
 
-    def capacity(self, tokens: int) -> int:
-        """Tokens that an expert takes from a group of `tokens`. Raises RecipeError where that is less than one."""
+    def capacity(self, tokens: int, k: float | None = None) -> int:
+        """Tokens that an expert takes from a group of `tokens` for `k` experts per token; None: the configuration's.
+
+        Raises RecipeError where the sequences of a batch are too few for one of them.
+        """
         c, o = self.config, self.options
-        k = c.experts_per_token
-        exact = tokens * k / c.experts
-        if o.group == "position" and exact < 1:
+        k = c.experts_per_token if k is None else k
+        if o.group == "position" and tokens * k < c.experts:
             raise RecipeError(
                 f"model.moe.options: group=position chooses among the {tokens} sequences of a batch, too few for "
                 f"{c.experts} experts and {k:g} of them per token: train.batch_size must be at least "
                 f"{math.ceil(c.experts / k)}"
             )
-        taken = round(exact) if o.rounding == "nearest" else int(exact + 1e-9)
-        return min(tokens, max(taken, o.minimum, 1))
+        return min(tokens, max(scaled(tokens, k / c.experts, o.rounding), o.minimum))
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
@@ -108,12 +114,13 @@ class Router(ExpertRouter):
             ranked = jnp.where(context.present[..., None], ranked, -jnp.inf)
         losses: dict[str, jax.Array] = {}
         least = self.threshold[...]
+        refused = None  # pairs that were wanted and found no room
         if context.selection == "threshold":
             mask, bounds = self._alone(x, ranked), {}
         elif o.select == "threshold":
-            mask, bounds, least = self._first_above(ranked)
+            mask, bounds, least, refused = self._first_above(ranked)
         elif o.group in ("batch", "position"):
-            mask, bounds, least = self._across(ranked)
+            mask, bounds, least = self._across(ranked, context)
         else:
             index, valid, least = self._within(ranked, context)
             mask = _mask_of(index, valid, x.shape[1])
@@ -127,11 +134,12 @@ class Router(ExpertRouter):
         if c.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         if o.load_coefficient:
-            losses["popularity_loss"] = _load_loss(logits, mask, c)
+            losses["popularity_loss"] = _popularity(logits, mask, context.present, o.group == "batch", c)
         if self.predictor is not None and context.selection == "topk":
             bce = optax.sigmoid_binary_cross_entropy(self._predicted(x), mask.astype(jnp.float32)).mean(-1)
             losses["predictor_loss"] = mean_over(bce, context.present)
-        stats = statistics(dispatch, logits, mask.sum((0, 1)).astype(jnp.float32), context.present)
+        claimed = mask if refused is None else mask | refused
+        stats = statistics(dispatch, logits, claimed.sum((0, 1)).astype(jnp.float32), context.present)
         stats["least"] = jax.lax.stop_gradient(least)
         return Routing(dispatch, losses, stats, {}, logits)
 
@@ -153,7 +161,7 @@ class Router(ExpertRouter):
 
     def pairs(self, tokens: float) -> float:
         o, experts = self.options, self.config.experts
-        if o.group in ("batch", "position"):
+        if o.select == "top" and o.group in ("batch", "position"):
             return tokens * self.config.experts_per_token
         length = min(o.chunk, int(tokens)) if o.group == "chunk" else int(tokens)
         taken = self.capacity(length)
@@ -170,6 +178,11 @@ class Router(ExpertRouter):
 
     def selects_alike(self) -> bool:
         return False
+
+    def no_gradient(self) -> str:
+        if self.config.experts > 1:
+            return ""
+        return "the weight of a token in model.moe.experts=1 is always 1 and the router learns nothing"
 
     def refuse_generation(self) -> str:
         if self.options.decode != "refuse":
@@ -188,13 +201,13 @@ class Router(ExpertRouter):
         chunks = -(-seq // length)
         padded = jnp.pad(ranked, ((0, 0), (0, chunks * length - seq), (0, 0)), constant_values=-jnp.inf)
         scores = padded.reshape(batch, chunks, length, experts).transpose(0, 3, 1, 2)
-        capacity = self.capacity(length)
+        capacity = self._most(length, context)
         real = jnp.isfinite(scores[:, :1]).sum(-1, dtype=jnp.int32)  # [batch, 1, chunks] tokens that exist
         limit = self._limit(real, context)
         best, index = top_tokens(scores, capacity)
         valid = (jnp.arange(capacity) < limit[..., None]) & jnp.isfinite(best)
         last = jnp.where(valid, best, jnp.inf).min(-1)  # [batch, experts, chunks]
-        least = jnp.where(jnp.isfinite(last), last, 0.0).sum((0, 2)) / jnp.maximum(jnp.isfinite(last).sum((0, 2)), 1)
+        least = _mean_of_finite(last.transpose(0, 2, 1))
         # A slot that holds nothing must not point past the end of the sequence.
         position = jnp.minimum(index + (jnp.arange(chunks, dtype=jnp.int32) * length)[:, None], seq - 1)
         flat = lambda a: a.reshape(batch, experts, chunks * capacity)  # noqa: E731
@@ -203,36 +216,50 @@ class Router(ExpertRouter):
     def _limit(self, real: jax.Array, context: Context) -> jax.Array:
         """Tokens i32, the shape of `real`, that an expert takes from groups of `real` i32 tokens."""
         c, o = self.config, self.options
-        if context.limit is not None:
-            return jnp.maximum(real * context.limit[:, None, None] // c.experts, o.minimum)
-        exact = real.astype(jnp.float32) * (c.experts_per_token / c.experts)
-        taken = jnp.round(exact) if o.rounding == "nearest" else jnp.floor(exact + 1e-6)
-        return jnp.maximum(taken.astype(jnp.int32), max(o.minimum, 1))
+        if context.limit is None:
+            return jnp.maximum(scaled(real, c.experts_per_token / c.experts, o.rounding), o.minimum)
+        limit = context.limit.reshape(-1, *(1,) * (real.ndim - 1))
+        return jnp.maximum(scaled(real * limit, 1 / c.experts, o.rounding), o.minimum)
 
-    def _across(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array]:
+    def _most(self, length: int, context: Context) -> int:
+        """Tokens that an expert may take from a group of `length`, whatever the schedule says."""
+        k = self.config.experts_per_token
+        return self.capacity(length, k if context.limit is None else max(k, self.options.most_per_token))
+
+    def _across(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, dict[str, int], jax.Array]:
         """Top tokens of the whole batch, or of each position over the batch."""
+        if context.limit is not None:
+            raise RecipeError(
+                f"model.moe.options: group={self.options.group} chooses over several sequences, which cannot have a "
+                "number of experts per token each: set group=sequence"
+            )
         batch, seq, experts = ranked.shape
         position = self.options.group == "position"
         rows = ranked.transpose(1, 2, 0) if position else ranked.reshape(1, -1, experts).swapaxes(1, 2)
         capacity = self.capacity(rows.shape[-1])
         best, index = top_tokens(rows, capacity)
+        limit = self._limit(jnp.isfinite(rows[:, :1]).sum(-1, dtype=jnp.int32), context)  # [groups, 1]
+        valid = jnp.isfinite(best) & (jnp.arange(capacity) < limit[..., None])
         put = lambda i, v: jnp.zeros(rows.shape[-1], bool).at[i].set(v)  # noqa: E731
-        taken = jax.vmap(jax.vmap(put))(index, jnp.isfinite(best))
+        taken = jax.vmap(jax.vmap(put))(index, valid)
         mask = taken.transpose(2, 0, 1) if position else taken.swapaxes(1, 2).reshape(batch, seq, experts)
-        last = jnp.where(jnp.isfinite(best), best, jnp.inf).min(-1)
-        least = jnp.where(jnp.isfinite(last), last, 0.0).mean(0)
+        least = _mean_of_finite(jnp.where(valid, best, jnp.inf).min(-1))
         return mask, {"most_per_batch": capacity * (seq if position else 1)}, least
 
-    def _first_above(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array]:
-        """The first tokens of each sequence above the running threshold; the threshold that top-k would have had."""
+    def _first_above(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array, jax.Array]:
+        """The first tokens of each sequence above the running threshold; the least score that top-k would have taken;
+        the tokens above the threshold that come too late."""
+        # The room is that of the padded length: a real length would tell a token how many follow.
         seq = ranked.shape[1]
         capacity = self.capacity(seq)
         bound = min(seq, math.ceil(capacity * self.options.slack))
         above = ranked > self.threshold[...]
         mask = above & (jnp.cumsum(above, axis=1) <= bound)
         best, _ = top_tokens(ranked.swapaxes(1, 2), capacity)
-        least = jnp.where(jnp.isfinite(best[..., -1]), best[..., -1], 0.0).mean(0)
-        return mask, {"most_per_sequence": bound}, least
+        limit = self._limit(jnp.isfinite(ranked[..., 0]).sum(-1, dtype=jnp.int32), Context())
+        valid = jnp.isfinite(best) & (jnp.arange(capacity) < limit[:, None, None])
+        least = _mean_of_finite(jnp.where(valid, best, jnp.inf).min(-1))
+        return mask, {"most_per_sequence": bound}, least, above & ~mask
 
     def _alone(self, x: jax.Array, ranked: jax.Array) -> jax.Array:
         """Every token by itself, as in generation."""
@@ -260,7 +287,7 @@ class Router(ExpertRouter):
                 weights = _normalised(jnp.where(mask, jax.nn.sigmoid(logits), 0.0))
         if self.table:
             weights = weights * jnp.asarray(self.table)[mask.sum(-1)][..., None]
-        return weights
+        return weights * self.options.route_scale
 
 
 def top_tokens(scores: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -280,8 +307,39 @@ def _normalised(weights: jax.Array) -> jax.Array:
     return weights / (weights.sum(-1, keepdims=True) + 1e-20)
 
 
-def _load_loss(logits: jax.Array, mask: jax.Array, c: MoEConfig) -> jax.Array:
-    """sum_t (sum_e softmax over the sequence's tokens of l_te) n_t / (E k), mean over sequences (EC-DLM)."""
+def _mean_of_finite(least: jax.Array) -> jax.Array:
+    """f32[groups..., experts], infinite where an expert took nothing -> f32[experts], 0 where it never took any."""
+    finite, axes = jnp.isfinite(least), tuple(range(least.ndim - 1))
+    return jnp.where(finite, least, 0.0).sum(axes) / jnp.maximum(finite.sum(axes), 1)
+
+
+def _popularity(logits: jax.Array, mask: jax.Array, present: jax.Array | None, whole: bool, c: MoEConfig) -> jax.Array:
+    """sum_t (sum_e softmax over tokens of l_te) n_t / (E k), over each sequence or the `whole` batch; mean (EC-DLM)."""
+    group = (lambda a: a.reshape(1, -1, *a.shape[2:])) if whole else (lambda a: a)
+    logits, taken = group(logits), group(mask.sum(-1).astype(jnp.float32))
+    if present is not None:
+        # Finite, so that a sequence without tokens has a gradient; nobody takes an absent token.
+        logits = jnp.where(group(present)[..., None], logits, -1e9)
     popularity = jax.nn.softmax(logits, axis=1).sum(-1)
-    taken = mask.sum(-1).astype(jnp.float32)
     return (popularity * taken).sum(-1).mean() / (c.experts * c.experts_per_token)
+
+
+def _check(o: Options, config: MoEConfig) -> None:
+    """RecipeError for settings that cannot work."""
+    for name, low in (("chunk", 1), ("minimum", 1)):
+        if getattr(o, name) < low:
+            raise RecipeError(f"model.moe.options: {name}={getattr(o, name)}: must be at least {low}")
+    if not 0 <= o.momentum < 1 or not 0 <= o.jitter <= 1 or o.slack <= 0:
+        raise RecipeError(
+            f"model.moe.options: momentum={o.momentum:g}, jitter={o.jitter:g}, slack={o.slack:g}: momentum must be "
+            "below 1, jitter within 0 to 1, slack above 0"
+        )
+    if o.most_per_token and not config.experts_per_token <= o.most_per_token <= config.experts:
+        raise RecipeError(
+            f"model.moe.options: most_per_token={o.most_per_token:g}: must be from "
+            f"model.moe.experts_per_token={config.experts_per_token:g} to model.moe.experts={config.experts}"
+        )
+    if o.select == "threshold" and o.group != "sequence":
+        raise RecipeError(
+            f"model.moe.options: select=threshold compares no tokens, so group={o.group} has no meaning: leave it out"
+        )

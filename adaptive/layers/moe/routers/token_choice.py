@@ -14,8 +14,8 @@ from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics,
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing import scale
-from adaptive.routing.balance import Form, balancing_loss, claims
-from adaptive.routing.capacity import keep_within, slots
+from adaptive.routing.balance import Form, balancing_loss, claims, importance_and_load
+from adaptive.routing.capacity import Rule, keep_within, slots
 from adaptive.routing.dispatch import by_token
 from adaptive.routing.losses import updated_bias
 from adaptive.routing.select import top_choices
@@ -36,8 +36,16 @@ class Options:
     kept_groups: int = 1
     group_score: Literal["top2", "max"] = "top2"  # DeepSeek-V3, DeepSeek-V2
     jitter: float = 0.0  # training multiplies the router's input by U(1 - jitter, 1 + jitter)
+    noise: float = 0.0  # training adds noise / experts * N(0, 1) to the logits (V-MoE, Tutel)
+    importance_coefficient: float = 0.0  # of the loss of importance and load; needs noise
+    load_of: Literal["logits", "scores"] = "logits"  # what it compares: V-MoE, Tutel as released
     cosine_size: int = 256  # width of the cosine gate's projection
-    scale_to_shared: bool = False  # weights are multiplied so that routed and shared experts have the same scale
+    scale_to_shared: bool = False  # weights are multiplied by one number, so that routed and shared experts that are
+    # normalised have the same scale
+    capacity_rule: Rule = (
+        "megatron"  # slots of an expert, with model.moe.capacity_factor; see adaptive.routing.capacity
+    )
+    least_slots: int = 1  # Flaxformer: 4
 
 
 class Router(ExpertRouter):
@@ -47,9 +55,10 @@ class Router(ExpertRouter):
     projection   f32[width, cosine_size], temperature f32[]: of the cosine gate alone (Tutel)
     bias         f32[experts], a buffer of loss-free balancing (arXiv 2408.15664)
 
-    Weights are read from the scores without the bias. With capacity_factor above 0 each expert has
-    ceil(tokens k / experts * factor) slots per sequence or per batch, and pairs beyond are dropped by the rule
-    `drop`; "threshold" selection (generation) drops none, because who else is in the sequence must not matter.
+    Weights are read from the scores without the bias. With capacity_factor above 0 each expert has slots for as many
+    of the real tokens of a sequence or of the batch as `capacity_rule` says, and pairs beyond are dropped by the rule
+    `drop`; "threshold" selection (generation) drops none, because who else is in the sequence must not matter. Losses
+    and the bias count pairs before dropping. importance_loss is that of importance and load.
     """
 
     Options = Options
@@ -60,6 +69,9 @@ class Router(ExpertRouter):
         o: Options = self.options
         self.k = whole_k(config)
         _check_groups(o, config, self.k)
+        _check_noise(o, config)
+        if o.least_slots < 1 or o.cosine_size < 1:
+            raise RecipeError("model.moe.options: least_slots and cosine_size must be at least 1")
         cosine = o.score == "cosine"
         if cosine:
             self.weight = normal_param(matrix, (o.cosine_size, config.experts), (None, None), 0.01, site.stack)
@@ -83,8 +95,10 @@ class Router(ExpertRouter):
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o, k = self.config, self.options, self.k
-        logits = self.logits(jittered(x, o.jitter, context))
-        scores = jax.nn.sigmoid(logits) if o.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+        clean = self.logits(jittered(x, o.jitter, context))
+        logits = clean + self._noise(clean, context)
+        softmax = jax.nn.softmax(logits, axis=-1)
+        scores = jax.nn.sigmoid(logits) if o.score == "sigmoid" else softmax
         choice = logits if o.score == "logits" else scores
         if self.bias is not None:
             choice = choice + self.bias[...]
@@ -96,14 +110,31 @@ class Router(ExpertRouter):
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         weights = weights * (o.route_scale * self.multiplier)
         wanted = present_pairs(index, context.present)
-        valid, bounds = limited(c, index, weights, wanted, context)
+        best = jnp.take_along_axis(scores, index, axis=-1).max(-1)
+        valid, bounds = limited(
+            c, index, weights, wanted, context, best=best, rule=o.capacity_rule, least=o.least_slots
+        )
         dispatch = by_token(index, weights, valid, c.experts, **bounds)
         load = claims(index, wanted, c.experts)
-        normalised = scores / (scores.sum(-1, keepdims=True) + 1e-20) if o.score == "sigmoid" else scores
+        own = o.score == "sigmoid" and o.balance == "sequence"  # DeepSeek-V3
+        normalised = scores / (scores.sum(-1, keepdims=True) + 1e-20) if own else softmax
         losses, parts = balance(c, o.balance, normalised, index, wanted, context)
         if c.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
-        return Routing(dispatch, losses, statistics(dispatch, logits, load.sum(0), context.present), parts, logits)
+            losses["router_z_loss"] = z_loss(clean, context.present)
+        if o.importance_coefficient:
+            p = jax.nn.softmax(clean, axis=-1)
+            values = clean if o.load_of == "logits" else p
+            losses["importance_loss"] = importance_and_load(p, logits, values, k, o.noise, context.present)
+        return Routing(dispatch, losses, statistics(dispatch, clean, load.sum(0), context.present), parts, clean)
+
+    def _noise(self, logits: jax.Array, context: Context) -> jax.Array | float:
+        if not self.options.noise or not context.training or context.key is None:
+            return 0.0
+        key = jax.random.fold_in(context.key, 1)  # the key itself is the jitter's
+        return self.options.noise / self.config.experts * jax.random.normal(key, logits.shape)
+
+    def coefficients(self) -> dict[str, float]:
+        return super().coefficients() | {"importance_loss": self.options.importance_coefficient}
 
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if self.options.balance != "hf":
@@ -114,6 +145,8 @@ class Router(ExpertRouter):
 
     def no_gradient(self) -> str:
         o: Options = self.options
+        if self.config.experts == 1 and o.score in ("softmax", "cosine"):
+            return "the softmax over model.moe.experts=1 is always 1 and the router learns nothing"
         if self.k > 1 or not (o.normalise or o.score == "logits"):
             return ""
         return (
@@ -145,8 +178,20 @@ def whole_k(config: MoEConfig) -> int:
     return int(k)
 
 
+def _check_noise(o: Options, config: MoEConfig) -> None:
+    if o.importance_coefficient and (o.noise <= 0 or config.experts < 2):
+        raise RecipeError(
+            "model.moe.options: importance_coefficient compares the experts' loads under noise: it needs noise above 0 "
+            "(Tutel: 1) and at least 2 experts"
+        )
+    if o.noise < 0 or not 0 <= o.jitter <= 1:
+        raise RecipeError(
+            f"model.moe.options: noise={o.noise:g}, jitter={o.jitter:g}: noise must be at least 0, jitter within 0 to 1"
+        )
+
+
 def _check_groups(o: Options, config: MoEConfig, k: int) -> None:
-    if config.experts % o.groups or not 1 <= o.kept_groups <= o.groups:
+    if o.groups < 1 or config.experts % o.groups or not 1 <= o.kept_groups <= o.groups:
         raise RecipeError(
             f"model.moe.options: groups={o.groups}, kept_groups={o.kept_groups} does not fit {config.experts} experts: "
             "groups must divide them and kept_groups be at most groups"
@@ -189,22 +234,41 @@ def limited_to_groups(choice: jax.Array, groups: int, kept: int, score: Literal[
 
 
 def limited(
-    config: MoEConfig, index: jax.Array, weights: jax.Array, wanted: jax.Array, context: Context, zero_experts: int = 0
+    config: MoEConfig,
+    index: jax.Array,
+    weights: jax.Array,
+    wanted: jax.Array,
+    context: Context,
+    zero_experts: int = 0,
+    *,
+    best: jax.Array | None = None,
+    rule: Rule = "megatron",
+    least: int = 1,
 ) -> tuple[jax.Array, dict[str, int]]:
     """(pairs bool[batch, seq, k] that find a slot, bounds of the Dispatch) under the configuration's capacity.
 
-    Zero experts take their share of a balanced load; their pairs must not be among the wanted.
+    Zero experts take their share of a balanced load; their pairs must not be among the wanted. best f32[batch, seq]:
+    what drop=batch sorts tokens by; None: their largest weight. Slots are counted for the tokens that are present.
     """
     if not config.capacity_factor or context.selection == "threshold":
         return wanted, {}
-    batch, seq, k = index.shape
+    batch, seq, _ = index.shape
     whole = config.capacity_group == "batch"
     tokens = batch * seq if whole else seq
-    capacity = slots(tokens, config.experts_per_token, config.experts + zero_experts, config.capacity_factor)
-    group = (lambda a: a.reshape(1, -1, k)) if whole else (lambda a: a)
-    kept = keep_within(group(index), group(weights), group(wanted), capacity, config.experts, config.drop)
-    bound = "most_per_batch" if whole else "most_per_sequence"
-    return kept.reshape(wanted.shape), {bound: capacity}
+    choices = config.experts + zero_experts
+    slots_for = lambda n: slots(n, config.experts_per_token, choices, config.capacity_factor, rule, least)  # noqa: E731
+    group = (lambda a: a.reshape(1, -1, *a.shape[2:])) if whole else (lambda a: a)
+    most = room = slots_for(tokens)
+    if context.present is not None:
+        room = slots_for(group(context.present).sum(-1, dtype=jnp.int32))
+    kept = keep_within(
+        *(group(a) for a in (index, weights, wanted)),
+        capacity=room,
+        experts=config.experts,
+        drop=config.drop,
+        best=None if best is None else group(best),
+    )
+    return kept.reshape(wanted.shape), {"most_per_batch" if whole else "most_per_sequence": most}
 
 
 def balance(
