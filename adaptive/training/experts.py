@@ -22,6 +22,7 @@ _SHARES = {
     "quantile": ("threshold", "quantiles"),
     "big": ("big_share", "tokens"),
     "overflow": ("overflow_share", "tokens"),
+    "learners": ("learners", "tokens"),
     "zero_dropped": ("zero_dropped_per_token", "tokens"),
     "truncated": ("truncated_per_token", "tokens"),
 }

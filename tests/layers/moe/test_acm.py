@@ -202,7 +202,7 @@ def test_padding_counts_nowhere():
     present = np.arange(SEQ) < np.array([[4], [6]])
     k = gate(w, x).argmax(-1)
     _, routing = acm(w).routed(jnp.asarray(x), Context(present=jnp.asarray(present)))
-    np.testing.assert_array_equal(routing.stats["learners"], [(k[present] == i).sum() for i in range(N + 1)])
+    assert float(routing.stats["learners"]) == k[present].sum()
     assert float(routing.stats["kept"].sum()) == k[present].sum()
     shares = [k[0, :4].mean() / N, k[1].mean() / N]
     _, aux, _ = acm(w)(x, Context(present=jnp.asarray(present)))

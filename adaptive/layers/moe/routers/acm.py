@@ -101,7 +101,7 @@ class Router(ExpertRouter):
         stop = jax.lax.stop_gradient
         claimed = jnp.append(taken.sum((0, 1)).astype(jnp.float32), stop(count[..., 0]).sum())
         stats = statistics(dispatch, logits, claimed, context.present)
-        stats |= {"dropped": jnp.zeros(()), "learners": stop(count).sum((0, 1))}
+        stats |= {"dropped": jnp.zeros(()), "learners": stop(count @ jnp.arange(n + 1.0)).sum()}
         tokens = present.sum((1, 2)).astype(jnp.float32)
         losses = {"usage_entropy_loss": _usage_entropy_loss(count.sum(1), tokens)}
         if c.z_coefficient:
