@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, statistics
 from adaptive.layers.moe.routers.token_choice import present_pairs
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.routing.balance import claims
 from adaptive.routing.dispatch import Dispatch, by_mask, by_token
 from adaptive.routing.masked import softmax_over
@@ -63,6 +63,13 @@ def by_weight(
     dispatch = by_mask(kept, weights, **bounds)
     load = active.sum((0, 1)).astype(jnp.float32)
     return Counted(dispatch, load, statistics(dispatch, logits, load, context.present))
+
+
+def how_computed(config: MoEConfig, slack: float, context: Context) -> Execution:
+    """Rows where `by_weight` bounds their number, else every expert on every token: slots would be as many."""
+    if config.execution != "auto":
+        return config.execution
+    return "ragged" if slack and context.selection == "topk" else "dense"
 
 
 def within_rows(weights: jax.Array, active: jax.Array, rows: int) -> jax.Array:

@@ -9,8 +9,8 @@ from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing
-from adaptive.layers.moe.varying import by_weight, check_slack, refuse_capacity
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.varying import by_weight, check_slack, how_computed, refuse_capacity
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing.chunks import chunks, neighbours
 from adaptive.routing.losses import mean_over
@@ -124,6 +124,9 @@ class Router(ExpertRouter):
         self.origin[...], self.target[...], self.steps[...] = origin, target, steps
         self.before[...] = jnp.where(ends, mean, self.before[...])
         self.window[...] = jnp.where(ends, 0.0, window)
+
+    def execution(self, context: Context) -> Execution:
+        return how_computed(self.config, self.options.row_slack, context)
 
     def selects_alike(self) -> bool:
         return not self.options.row_slack

@@ -9,8 +9,8 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing
 from adaptive.layers.moe.routers.blockffn import rms_normalised, shared_among_neighbours
-from adaptive.layers.moe.varying import by_weight, check_slack, refuse_capacity
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.varying import by_weight, check_slack, how_computed, refuse_capacity
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.layers.site import Site
 from adaptive.routing.masked import tokens_in
 
@@ -80,6 +80,9 @@ class Router(ExpertRouter):
         share = stats["claimed"].sum() / jnp.maximum(stats["tokens"].sum() * c.experts, 1.0)
         factor = jnp.where(share > c.experts_per_token / c.experts, o.rise, 1 / o.rise)
         self.coefficient[...] = jnp.maximum(self.coefficient[...] * factor, o.l1_coefficient)
+
+    def execution(self, context: Context) -> Execution:
+        return how_computed(self.config, self.options.row_slack, context)
 
     def selects_alike(self) -> bool:
         return not self.options.row_slack

@@ -1,0 +1,20 @@
+"""LongCat's identity experts on bytes: top-3 of 8 true and 4 identity experts, two true ones held on average.
+
+python -m adaptive.train --recipe moe_longcat_tiny
+Numbers:  our own, for a CPU in minutes; biases balance, no loss does; weights scaled by 3, the experts of a token
+Expect:   see docs/moe.md
+Cost:     see docs/moe.md
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import moe, tiny, titled
+
+
+def recipe() -> Recipe:
+    return titled(
+        moe(tiny(), "longcat", "zero_experts=4", "route_scale=3", per_token=3, size=176).with_(
+            "model.moe.balance_coefficient=0"
+        ),
+        "moe_longcat_tiny",
+        "Identity experts under a controller (LongCat) on the embedded English text, for a CPU",
+    )

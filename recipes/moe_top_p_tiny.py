@@ -1,0 +1,18 @@
+"""Top-p experts on bytes: a token takes its most probable experts up to 0.4 in all, at most 4 of 8.
+
+python -m adaptive.train --recipe moe_top_p_tiny
+Numbers:  our own, for a CPU in minutes; p as in published baselines
+Expect:   see docs/moe.md
+Cost:     see docs/moe.md
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import moe, tiny, titled
+
+
+def recipe() -> Recipe:
+    return titled(
+        moe(tiny(), "top_p", "p=0.4", "most=4", size=176),
+        "moe_top_p_tiny",
+        "Top-p experts on the embedded English text, for a CPU",
+    )
