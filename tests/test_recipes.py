@@ -88,7 +88,7 @@ def test_recipe_loads_validates_and_round_trips(name):
     assert recipe.name == name
     assert recipe.description
     assert Recipe.from_json(recipe.to_json()) == recipe
-    family = "vanilla" if name.startswith("moe") else "mor" if name.startswith("mor") else name.split("_")[0].rstrip("24")
+    family = {"moe": "vanilla", "mor2": "mor", "mor4": "mor"}.get(name.split("_")[0], name.split("_")[0].rstrip("24"))
     assert recipe.model.family == family
     assert ("moe" in name) == (recipe.model.moe.router != "none")
 

@@ -116,7 +116,7 @@ def test_a_model_that_sees_the_future_refuses_to_generate(tokens):
     config = model_config(with_options(EC, "decode=refuse"))
     model = build_model(config, key=jax.random.key(0))
     assert model.selections() == ("topk",)
-    with pytest.raises(RecipeError, match="which do not exist while generating.*decode=threshold or decode=predictor"):
+    with pytest.raises(RecipeError, match=r"which do not exist while generating.*decode=threshold or decode=predictor"):
         model.prefill(tokens, model.init_cache(4, SEQ))
     with pytest.raises(RecipeError, match="do not exist while generating"):
         model(tokens, selection="threshold")

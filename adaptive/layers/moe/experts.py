@@ -11,7 +11,7 @@ from flax import nnx
 from adaptive.layers.linear import normal_param, use
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Site
-from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.grouped_matmul import grouped_swiglu
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -71,9 +71,7 @@ def ffn_slots(weights: Weights, rows: jax.Array, activation: str) -> jax.Array:
 
 def ffn_rows(weights: Weights, rows: jax.Array, group_sizes: jax.Array, activation: str) -> jax.Array:
     """The same for rows [n, width] sorted by expert, group_sizes i32[experts] -> [n, width]; 0 past their sum."""
-    hidden = grouped_matmul(rows, weights["up"], group_sizes)
-    gate = grouped_matmul(rows, weights["gate"], group_sizes) if "gate" in weights else None
-    return grouped_matmul(activated(hidden, gate, activation), weights["down"], group_sizes)
+    return grouped_swiglu(rows, weights.get("gate"), weights["up"], weights["down"], group_sizes, activation)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)

@@ -1,0 +1,1 @@
+"""Benchmarks of single operations and layers: ratios within one run, against a named baseline."""

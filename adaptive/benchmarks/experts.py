@@ -1,0 +1,102 @@
+"""What a layer of experts costs beside a dense feed-forward of equal active FLOPs, on this machine.
+
+Every case is forward and backward (gradients of the input and all parameters) of one layer, 2048 tokens of width 512,
+compiled alone; cases are timed in turn within one process, and the least of the repeats is compared.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from adaptive.layers.feed_forward import FeedForward
+from adaptive.layers.moe import MoE
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.site import Site
+
+SEQUENCES, SEQ, WIDTH, HIDDEN, PER_TOKEN = 8, 256, 512, 512, 2
+EXPERTS = (8, 16, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A compiled layer, the bytes it needs besides its arguments, and its least time so far."""
+
+    name: str
+    call: Callable[[], object]
+    temporaries: int
+    least: float = float("inf")
+
+
+def cases(experts: int) -> list[Case]:
+    """The dense layer first, then experts of every execution."""
+    ec = MoEConfig("expert_choice", experts, HIDDEN, PER_TOKEN)
+    tc = MoEConfig("token_choice", experts, HIDDEN, PER_TOKEN)
+    capped = dataclasses.replace(tc, capacity_factor=1.25)
+    layers: dict[str, Callable[[jax.Array], nnx.Module]] = {
+        "dense, equal active FLOPs": lambda key: FeedForward(WIDTH, PER_TOKEN * HIDDEN, 0.02, key),
+        "expert choice, slots": _moe(ec, "capacity"),
+        "expert choice, ragged": _moe(ec, "ragged"),
+        "token choice, ragged (dropless)": _moe(tc, "ragged"),
+        "token choice, slots, factor 1.25": _moe(capped, "capacity"),
+        "token choice, ragged, factor 1.25": _moe(capped, "ragged"),
+    }
+    if experts <= 8:
+        layers["token choice, every expert on every token"] = _moe(tc, "dense")
+    return [_case(name, build) for name, build in layers.items()]
+
+
+def _moe(config: MoEConfig, execution: str) -> Callable[[jax.Array], nnx.Module]:
+    chosen = dataclasses.replace(config, execution=execution)
+    return lambda key: MoE(chosen, HIDDEN, Site(WIDTH), key)
+
+
+def _case(name: str, build: Callable[[jax.Array], nnx.Module]) -> Case:
+    graphdef, params, rest = nnx.split(build(jax.random.key(0)), nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(1), (SEQUENCES, SEQ, WIDTH))
+
+    def loss(params, x):
+        out = nnx.merge(graphdef, params, rest)(x)
+        y = out[0] if isinstance(out, tuple) else out
+        return jnp.sum(y * y)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
+    memory = compiled.memory_analysis()
+    return Case(name, lambda: compiled(params, x), memory.temp_size_in_bytes if memory else 0)
+
+
+def measured(found: list[Case], repeats: int) -> list[Case]:
+    """The cases with their least time over `repeats` rounds, each round running all of them in turn."""
+    for case in found:
+        jax.block_until_ready(case.call())
+    for _ in range(repeats):
+        for i, case in enumerate(found):
+            begin = time.perf_counter()
+            jax.block_until_ready(case.call())
+            found[i] = dataclasses.replace(case, least=min(case.least, time.perf_counter() - begin))
+    return found
+
+
+def main(repeats: int = 7) -> None:
+    """Prints the table."""
+    device = jax.devices()[0]
+    table = Table(title=f"experts of {HIDDEN} hidden units, {PER_TOKEN} of E per token, {SEQUENCES * SEQ} tokens of "
+                  f"width {WIDTH}, {jax.device_count()} x {device.device_kind}, float32, forward and backward")  # fmt: skip
+    for column in ("E", "layer", "ms", "of dense", "MiB of temporaries"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for experts in EXPERTS:
+        found = measured(cases(experts), repeats)
+        for case in found:
+            ratio = f"{case.least / found[0].least:.2f}"
+            table.add_row(str(experts), case.name, f"{case.least * 1e3:.1f}", ratio, f"{case.temporaries / 2**20:.0f}")
+        table.add_section()
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
