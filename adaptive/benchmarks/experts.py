@@ -86,7 +86,7 @@ def main(repeats: int = 7) -> None:
     """Prints the table."""
     device = jax.devices()[0]
     table = Table(title=f"experts of {HIDDEN} hidden units, {PER_TOKEN} of E per token, {SEQUENCES * SEQ} tokens of "
-                  f"width {WIDTH}, {jax.device_count()} x {device.device_kind}, float32, forward and backward")  # fmt: skip
+                  f"width {WIDTH}, {jax.device_count()} x {device.device_kind}, forward and backward")  # fmt: skip
     for column in ("E", "layer", "ms", "of dense", "MiB of temporaries"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for experts in EXPERTS:

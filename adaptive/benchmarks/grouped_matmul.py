@@ -82,10 +82,12 @@ def measure(
     for _ in range(repeats + 1):  # the first touches memory for the first time and is never the fastest
         for name, (runs, _) in programs.items():
             least[name] = [min(best, _seconds(run)) for best, run in zip(least[name], runs, strict=True)]
-    return {name: Cost(*least[name], temporaries) for name, (_, temporaries) in programs.items()}
+    return {name: Cost(least[name][0], least[name][1], bytes_) for name, (_, bytes_) in programs.items()}
 
 
-def _programs(way: Way, rows, matrices, sizes, d_out) -> tuple[list[Callable[[], object]], int]:
+def _programs(
+    way: Way, rows: jax.Array, matrices: tuple[jax.Array, ...], sizes: jax.Array, d_out: jax.Array
+) -> tuple[list[Callable[[], object]], int]:
     def both(rows, matrices, sizes, d_out):
         out, pull = jax.vjp(lambda r, m: way(r, m, sizes), rows, matrices)
         return out, pull(d_out)
@@ -93,7 +95,8 @@ def _programs(way: Way, rows, matrices, sizes, d_out) -> tuple[list[Callable[[],
     forward = jax.jit(way).lower(rows, matrices, sizes).compile()
     trained = jax.jit(both).lower(rows, matrices, sizes, d_out).compile()
     runs = [lambda: forward(rows, matrices, sizes), lambda: trained(rows, matrices, sizes, d_out)]
-    return runs, trained.memory_analysis().temp_size_in_bytes
+    memory = trained.memory_analysis()
+    return runs, memory.temp_size_in_bytes if memory else 0
 
 
 def _seconds(run: Callable[[], object]) -> float:
