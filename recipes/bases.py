@@ -15,7 +15,7 @@ UNPRINTED_RATE = "The peak learning rate was printed for 360M alone (3e-3); this
 # Base shapes
 
 
-def tiny() -> Recipe:
+def tiny(steps: int = 1200) -> Recipe:
     """A byte-level model of 5 layers that learns on a laptop's CPU in minutes; our own choice of every number."""
     return Recipe(name="").with_(
         "model.vocab_size=320",  # 256 bytes and specials, rounded up to a multiple of 64
@@ -30,7 +30,7 @@ def tiny() -> Recipe:
         "optimizer.learning_rate=2.5e-3",
         "schedule.kind=trapezoid",
         "schedule.warmup_steps=60",
-        "train.steps=1200",
+        f"train.steps={steps}",
         "train.batch_size=8",
         "eval.every=200",
         "checkpoint.every=200",

@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "acm", experts=4, per_token=2, size=88),
+        moe(tiny(600), "acm", experts=4, per_token=2, size=88),
         "moe_acm_tiny",
         "Prefixes of learners (adaptive computation modules) on the embedded English text, for a CPU",
     )

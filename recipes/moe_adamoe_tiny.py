@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "adamoe", "null_experts=4", per_token=3, size=176),
+        moe(tiny(600), "adamoe", "null_experts=4", per_token=3, size=176),
         "moe_adamoe_tiny",
         "AdaMoE (top-3 of 8 true and 4 null experts) on the embedded English text, for a CPU",
     )

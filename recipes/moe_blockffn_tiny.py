@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "blockffn", "hold_steps=200", "window=50", experts=16, per_token=4, size=32).with_(
+        moe(tiny(600), "blockffn", "hold_steps=200", "window=50", experts=16, per_token=4, size=32).with_(
             "model.moe.gated=false"
         ),
         "moe_blockffn_tiny",

@@ -11,5 +11,5 @@ from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
-    base = moe(tiny(), "duo_llm", "random_steps=400", "budget=0.5", "tau_decay=0.997", experts=2, per_token=1)
+    base = moe(tiny(600), "duo_llm", "random_steps=400", "budget=0.5", "tau_decay=0.997", experts=2, per_token=1)
     return titled(base, "moe_duo_tiny", "Big or small feed-forwards (Duo-LLM) on the embedded English text, for a CPU")

@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "dynamoe", "schedule=descending", "least=1", "most=4", size=176),
+        moe(tiny(600), "dynamoe", "schedule=descending", "least=1", "most=4", size=176),
         "moe_dynamoe_tiny",
         "DynaMoE (experts above a threshold) on the embedded English text, for a CPU",
     )

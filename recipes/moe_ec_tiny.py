@@ -12,5 +12,5 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "expert_choice"), "moe_ec_tiny", "Expert-choice experts on the embedded English text, for a CPU"
+        moe(tiny(600), "expert_choice"), "moe_ec_tiny", "Expert-choice experts on the embedded English text, for a CPU"
     )

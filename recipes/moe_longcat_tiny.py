@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "longcat", "zero_experts=4", "route_scale=3", per_token=3, size=176).with_(
+        moe(tiny(600), "longcat", "zero_experts=4", "route_scale=3", per_token=3, size=176).with_(
             "model.moe.balance_coefficient=0"
         ),
         "moe_longcat_tiny",

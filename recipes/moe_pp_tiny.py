@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "moe_pp", "capacity_of=pair", size=176).with_("model.moe.capacity_factor=1.1"),
+        moe(tiny(600), "moe_pp", "capacity_of=pair", size=176).with_("model.moe.capacity_factor=1.1"),
         "moe_pp_tiny",
         "MoE++ (zero, copy and constant experts) on the embedded English text, for a CPU",
     )

@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "remoe", size=176),
+        moe(tiny(600), "remoe", size=176),
         "moe_remoe_tiny",
         "ReMoE (a ReLU router under an L1 loss) on the embedded English text, for a CPU",
     )

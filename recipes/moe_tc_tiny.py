@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "token_choice"),
+        moe(tiny(600), "token_choice"),
         "moe_tc_tiny",
         "Token-choice experts (top-2 of 8) on the embedded English text, for a CPU",
     )

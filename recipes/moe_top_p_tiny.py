@@ -12,7 +12,7 @@ from recipes.bases import moe, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(tiny(), "top_p", "p=0.4", "most=4", size=176),
+        moe(tiny(600), "top_p", "p=0.4", "most=4", size=176),
         "moe_top_p_tiny",
         "Top-p experts on the embedded English text, for a CPU",
     )

@@ -11,7 +11,7 @@ from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
-    base = moe(tiny(), "versatile", "tau_decay=0.9967", experts=8, per_token=2, size=44)
+    base = moe(tiny(600), "versatile", "tau_decay=0.9967", experts=8, per_token=2, size=44)
     return titled(
         base.with_("model.moe.balance_coefficient=0.01"),
         "moe_versatile_tiny",

@@ -12,7 +12,7 @@ from recipes.bases import moe, mor, tiny, titled
 
 def recipe() -> Recipe:
     return titled(
-        moe(mor(tiny(), 3), "expert_choice"),
+        moe(mor(tiny(600), 3), "expert_choice"),
         "mor_moe_tiny",
         "Mixture-of-Recursions whose feed-forward is expert-choice experts, for a CPU",
     )

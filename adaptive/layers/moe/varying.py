@@ -16,7 +16,7 @@ from adaptive.routing.masked import softmax_over
 
 
 class Counted(NamedTuple):
-    """A dispatch, the pairs f32[experts] that were wanted, and the layer's statistics."""
+    """A dispatch, the pairs f32[experts] that the router claims, and the layer's statistics."""
 
     dispatch: Dispatch
     load: jax.Array
@@ -31,19 +31,22 @@ def by_rank(
     limit: jax.Array | int,
     most: int,
     context: Context,
+    *,
+    claims_all: bool,
 ) -> Counted:
     """The first `limit` of the wanted experts of each token, weighted by the softmax over those.
 
     logits f32[batch, seq, experts]; index i32[batch, seq, experts], all experts, best first; wanted bool alike, the
-    leading ones of each token; most: the static bound of `limit`. stats gain truncated f32[], the pairs beyond it.
+    leading ones of each token; most: the static bound of `limit`. stats gain truncated f32[], the pairs beyond the
+    limit. claims_all: those are dropped pairs too, and not beyond what the router claims.
     """
     wanted = present_pairs(index, context.present) & wanted
     valid = (wanted & (jnp.arange(config.experts) < limit))[..., :most]
     weights = softmax_over(jnp.take_along_axis(logits, index, axis=-1)[..., :most], valid)
     dispatch = by_token(index[..., :most], weights, valid, config.experts)
-    load = claims(index, wanted, config.experts).sum(0)
+    load = claims(index, wanted, config.experts).sum(0) if claims_all else dispatch.load()
     stats = statistics(dispatch, logits, load, context.present)
-    stats["truncated"] = stats["dropped"]
+    stats["truncated"] = (wanted.sum() - valid.sum()).astype(jnp.float32)
     return Counted(dispatch, load, stats)
 
 

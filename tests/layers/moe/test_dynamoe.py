@@ -36,7 +36,7 @@ def reference(weights, x, *, quantile, limit, over="token", threshold=None):
     wanted = (l >= threshold) | (rank == 0)
     active = wanted & (rank < limit)
     e = np.where(active, np.exp(l - l.max(-1, keepdims=True)), 0)
-    share = wanted.sum((0, 1)) / wanted.sum()
+    share = active.sum((0, 1)) / active.sum()
     loss = E * (share * softmax(l).mean((0, 1))).sum()
     return Decision(e / e.sum(-1, keepdims=True), {"load_balancing_loss": loss})
 
@@ -52,6 +52,7 @@ def test_is_the_formula(over, quantile):
     compare(layer, expected, weights, x)
     _, routing = run(layer, x)
     loose = reference(weights, x, quantile=quantile, limit=E, over=over, threshold=0.8).combine > 0
+    assert routing.stats["dropped"] == 0  # the limit is part of the method
     assert routing.stats["truncated"] == loose.sum() - np.asarray(routing.dispatch.mask()).sum() > 0
     assert (np.asarray(routing.dispatch.per_token()) >= 1).all()
 
@@ -134,7 +135,7 @@ def test_top_p_is_the_formula(p, most):
     assert layer.coefficients()["router_entropy_loss"] == 1e-4
     _, routing = run(layer, x)
     cut = top_p_reference(weights, x, p=p, most=most or E)[1]
-    assert routing.stats["truncated"] == cut
+    assert routing.stats["truncated"] == routing.stats["dropped"] == cut
     assert (cut > 0) == bool(most)
     assert len(set(np.asarray(routing.dispatch.per_token()).reshape(-1))) > 1
 

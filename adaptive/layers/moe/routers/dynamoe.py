@@ -52,8 +52,8 @@ class Router(ExpertRouter):
       descending 1 - u; ascending u; pyramid_up 1 - |2u - 1|; pyramid_down |2u - 1|; wave (1 + sin 2 pi u) / 2;
       uniform 1/2, the mean of the others
 
-    load_balancing_loss  E sum_e P_e n_e / sum n, n counted before the limit cuts
-    stats: truncated f32[], the pairs that the limit cut; quantile, quantiles: sum and number of batches' thresholds
+    load_balancing_loss  E sum_e P_e n_e / sum n, n the active ones
+    stats: truncated f32[], pairs above the threshold and beyond the limit; quantile, quantiles: sum and number of batches' thresholds
     """
 
     Options = Options
@@ -85,7 +85,9 @@ class Router(ExpertRouter):
         ranked = jax.lax.stop_gradient(jnp.take_along_axis(logits, index, axis=-1))
         measured = self._of_batch(ranked, context)
         wanted = (ranked >= self._threshold(ranked, measured, context)) | (jnp.arange(c.experts) == 0)
-        dispatch, load, stats = by_rank(c, logits, index, wanted, self.limit[...], max(self.limits), context)
+        dispatch, load, stats = by_rank(
+            c, logits, index, wanted, self.limit[...], max(self.limits), context, claims_all=False
+        )
         losses = {"load_balancing_loss": share_loss(jax.nn.softmax(logits, axis=-1), load, context.present)}
         if c.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)

@@ -60,7 +60,7 @@ class Router(ExpertRouter):
         ranked = jax.lax.stop_gradient(jnp.take_along_axis(p, index, axis=-1))
         ahead = jnp.cumsum(ranked, axis=-1)[..., :-1]
         wanted = jnp.concatenate([jnp.ones_like(index[..., :1], bool), ahead <= o.p], axis=-1)
-        dispatch, load, stats = by_rank(c, logits, index, wanted, self.most, self.most, context)
+        dispatch, load, stats = by_rank(c, logits, index, wanted, self.most, self.most, context, claims_all=True)
         entropy = -(p * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
         losses = {
             "load_balancing_loss": share_loss(p, load, context.present),
