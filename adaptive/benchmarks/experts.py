@@ -16,7 +16,7 @@ from rich.table import Table
 
 from adaptive.layers.feed_forward import FeedForward
 from adaptive.layers.moe import MoE
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe_config import Execution, MoEConfig
 from adaptive.layers.site import Site
 
 SEQUENCES, SEQ, WIDTH, HIDDEN, PER_TOKEN = 8, 256, 512, 512, 2
@@ -51,17 +51,17 @@ def cases(experts: int) -> list[Case]:
     return [_case(name, build) for name, build in layers.items()]
 
 
-def _moe(config: MoEConfig, execution: str) -> Callable[[jax.Array], nnx.Module]:
+def _moe(config: MoEConfig, execution: Execution) -> Callable[[jax.Array], nnx.Module]:
     chosen = dataclasses.replace(config, execution=execution)
     return lambda key: MoE(chosen, HIDDEN, Site(WIDTH), key)
 
 
 def _case(name: str, build: Callable[[jax.Array], nnx.Module]) -> Case:
-    graphdef, params, rest = nnx.split(build(jax.random.key(0)), nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(build(jax.random.key(0)), nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), (SEQUENCES, SEQ, WIDTH))
 
     def loss(params, x):
-        out = nnx.merge(graphdef, params, rest)(x)
+        out = nnx.merge(graphdef, params, *rest)(x)
         y = out[0] if isinstance(out, tuple) else out
         return jnp.sum(y * y)
 

@@ -186,7 +186,8 @@ class Forward:
 def segments(config: TransformerConfig) -> list[tuple[str, range, range]]:
     """The block in the order its layers run: (stack, layers of the stack, layers of the block) of each stretch."""
     dense = config.moe.dense_layers if config.moe.router != "none" else ()
-    counts, out = {"block": 0, "dense": 0}, []
+    counts = {"block": 0, "dense": 0}
+    out: list[tuple[str, range, range]] = []
     for i in range(config.block_size):
         part = "dense" if i in dense else "block"
         if out and out[-1][0] == part:

@@ -64,6 +64,7 @@ class RoutedLayer(nnx.Module):
 
     own_norm: ClassVar[bool] = False  # whether the layer normalises its input itself
     reads_previous: bool = False  # whether its router reads the logits of the layer below
+    choices: int  # of its router: true experts and zero experts
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """x [batch, seq, width] -> (its update of the same shape, the router's decision)."""
