@@ -53,7 +53,8 @@ class Router(ExpertRouter):
       uniform 1/2, the mean of the others
 
     load_balancing_loss  E sum_e P_e n_e / sum n, n the active ones
-    stats: truncated f32[], pairs above the threshold and beyond the limit; quantile, quantiles: sum and number of batches' thresholds
+    stats: truncated f32[], pairs above the threshold and beyond the limit; quantile f32[] and quantiles f32[], sum and
+    number of the batches' thresholds
     """
 
     Options = Options
