@@ -11,9 +11,9 @@ from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
-    base = moe(tiny(600), "versatile", "tau_decay=0.9967", experts=8, per_token=2, size=44)
+    base = moe(tiny(600), "versatile", "tau_decay=0.9967", experts=8, per_token=2)
     return titled(
-        base.with_("model.moe.balance_coefficient=0.01"),
+        base.with_("model.moe.expert_size=0", "model.moe.balance_coefficient=0.01"),  # slices: an eighth each
         "moe_versatile_tiny",
         "A feed-forward used in width and in depth (VersatileFFN) on the embedded English text, for a CPU",
     )

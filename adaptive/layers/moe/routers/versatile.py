@@ -44,7 +44,8 @@ from adaptive.routing.select import top_choices
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The release: the defaults, with 8 experts, 2 per token and a balancing loss of 5e-5."""
+    """The release: the defaults, with 8 experts, 2 per token and a balancing loss of 5e-5. expert_size=0 makes slices
+    of hidden / experts units."""
 
     loops: int = 4  # the most times that the feed-forward is applied
     slices: Literal["equal", "strided"] = "equal"  # equal: adjacent; strided: of expert_size, evenly spread (the paper)
