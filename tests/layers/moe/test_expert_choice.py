@@ -299,16 +299,18 @@ def test_chunks_leak_no_further_than_their_end():
 def test_positions_see_no_future_but_their_batch_mates():
     layer, x = layer_of({"group": "position"}), inputs(4, 8, D)
     assert moved_by_a_new_suffix(layer, x, 4) == 0
-    mates = np.concatenate([x[:1], 3 * x[1:, ::-1]])
-    assert np.abs(np.asarray(run(layer, x)[0][0] - run(layer, mates)[0][0])).max() > 1e-3
+    call = jax.jit(lambda x: layer.routed(x, Context())[0][0])
+    a, b = (call(jnp.asarray(v, jnp.float32)) for v in (x, np.concatenate([x[:1], 3 * x[1:, ::-1]])))
+    assert jnp.abs(a - b).max() > 1e-3
 
 
 def test_thresholds_in_training_see_neither():
     weights = WEIGHTS | {"router.threshold": np.full(E, 0.2)}
     layer = layer_of({"select": "threshold", "slack": 1.0}, weights)
     assert moved_by_a_new_suffix(layer, X, 8) == 0
-    mates = np.concatenate([X[:1], 3 * X[1:, ::-1]])
-    np.testing.assert_allclose(run(layer, X)[0][0], run(layer, mates)[0][0], atol=1e-6)
+    call = jax.jit(lambda x: layer.routed(x, Context())[0][0])
+    a, b = (call(jnp.asarray(v, jnp.float32)) for v in (X, np.concatenate([X[:1], 3 * X[1:, ::-1]])))
+    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("decode", ["threshold", "predictor"])
@@ -332,10 +334,11 @@ def test_refusing_says_why():
 def test_permuting_tokens_permutes_outputs_and_batch_mates_do_not_matter():
     layer = layer_of({"score": "selected"})
     order = np.random.default_rng(0).permutation(S)
-    y, _ = run(layer, X)
-    np.testing.assert_allclose(run(layer, X[:, order])[0], np.asarray(y)[:, order], atol=1e-6)
     mates = np.concatenate([X[:1], 3 * X[1:, ::-1]])
-    np.testing.assert_allclose(run(layer, mates)[0][0], y[0], atol=1e-6)
+    call = jax.jit(lambda x: layer.routed(x, Context())[0])
+    y, permuted, among = (np.asarray(call(jnp.asarray(x, jnp.float32))) for x in (X, X[:, order], mates))
+    np.testing.assert_allclose(permuted, y[:, order], atol=1e-6)
+    np.testing.assert_allclose(among[0], y[0], atol=1e-6)
 
 
 # --- gradients, executions, extremes ----------------------------------------------------------------------------------
