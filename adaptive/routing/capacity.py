@@ -52,6 +52,7 @@ def _keep(index, weights, valid, best, capacity, experts, drop):
     n, k = index.shape
     number = jnp.arange(n * k, dtype=jnp.int32)
     token, choice = number // k, number % k
+    order: tuple[jax.Array, ...]
     match drop:
         case "weight":
             order = (-weights.reshape(-1), token)

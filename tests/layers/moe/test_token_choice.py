@@ -23,6 +23,14 @@ PRESENT = np.arange(S) < np.array([[16], [11]])
 HOLES = np.arange(S) % 5 != 1
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Programs this small take far longer to optimise than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def layer_of(options=None, weights=WEIGHTS, **settings):
     settings = {"experts_per_token": K, "execution": "dense"} | settings
     return layer_from_weights("token_choice", weights, options=options or {}, **settings)
@@ -193,6 +201,15 @@ def test_weights_that_tie_drop_the_later_token():
         np.testing.assert_array_equal(kept[0, :, 0], [False, True, True, False, False])
 
 
+def test_the_account_knows_projections_and_capacities():
+    cosine = {"router.projection": np.zeros((D, 6)), "router.temperature": 0.0, "router.weight": np.zeros((6, E))}
+    layer = layer_of({"score": "cosine", "cosine_size": 6}, WEIGHTS | cosine)
+    ffn = 3 * 2 * S * K * D * F
+    assert layer.flops(S, D) == (2 * S * 6 * D + 2 * S * 6 * E, ffn)
+    assert layer_of(capacity_factor=1.5).flops(S, D) == (2 * S * D * E, ffn)
+    assert layer_of(capacity_factor=0.5).flops(S, D)[1] == ffn / 2
+
+
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,10 +253,9 @@ def test_hugging_face_concatenates_layers():
 def test_balanced_is_one_or_k_and_zero_logits_have_a_known_z():
     index = jnp.asarray([[[(s + j) % E for j in range(K)] for s in range(S)]] * B)
     p, valid = jnp.full((B, S, E), 1 / E), jnp.ones((B, S, K), bool)
-    for form in ("switch", "gshard", "sequence"):
-        np.testing.assert_allclose(balancing_loss(p, index, valid, None, form), 1, rtol=1e-6)
-    for form in ("hf", "maxtext", "flaxformer"):
-        np.testing.assert_allclose(balancing_loss(p, index, valid, None, form), K, rtol=1e-6)
+    forms = ("switch", "gshard", "sequence", "hf", "maxtext", "flaxformer")
+    losses = jax.jit(lambda p: [balancing_loss(p, index, valid, None, form) for form in forms])(p)
+    np.testing.assert_allclose(losses, [1, 1, 1, K, K, K], rtol=1e-6)
     layer = layer_of(weights=WEIGHTS | {"router.weight": np.zeros((D, E))}, z_coefficient=1)
     np.testing.assert_allclose(decide(layer).losses["router_z_loss"], np.log(E) ** 2, rtol=1e-6)
 
@@ -253,7 +269,7 @@ def test_importance_and_load(of):
     np.testing.assert_allclose(got, oracle.tutel_second_loss(LOGITS, K, 1.0, present, of), rtol=1e-5)
     assert layer.coefficients()["importance_loss"] == 0.1
     even = jnp.full((B, S, E), 0.25)
-    assert importance_and_load(even / 2, even, even, K, 1.0) < 1e-9
+    assert jax.jit(lambda a: importance_and_load(a / 2, a, a, K, 1.0))(even) < 1e-9
 
 
 def test_noise_is_for_training_alone():
@@ -266,7 +282,7 @@ def test_noise_is_for_training_alone():
 
 
 def test_one_update_of_the_bias():
-    layer = layer_of({"bias": True}, weights_of(4, 4, width=D, hidden=F))
+    layer = layer_of({"bias": True}, weights_of(4, 4, width=D, hidden=F) | {"router.bias": np.zeros(4)})
     claimed = np.array([10.0, 6, 8, 8])
     layer.update({"claimed": jnp.asarray(claimed)})
     np.testing.assert_allclose(layer.router.bias[...], [-0.001, 0.001, 0, 0], atol=1e-9)

@@ -115,8 +115,9 @@ class Router(ExpertRouter):
         losses: dict[str, jax.Array] = {}
         least = self.threshold[...]
         refused = None  # pairs that were wanted and found no room
+        bounds: dict[str, int] | None = {}
         if context.selection == "threshold":
-            mask, bounds = self._alone(x, ranked), {}
+            mask = self._alone(x, ranked)
         elif o.select == "threshold":
             mask, bounds, least, refused = self._first_above(ranked)
         elif o.group in ("batch", "position"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,8 @@ class Options:
     importance_coefficient: float = 0.0  # of the loss of importance and load; needs noise
     load_of: Literal["logits", "scores"] = "logits"  # what it compares: V-MoE, Tutel as released
     cosine_size: int = 256  # width of the cosine gate's projection
-    scale_to_shared: bool = False  # weights are multiplied by one number, so that routed and shared experts that are
-    # normalised have the same scale
-    capacity_rule: Rule = (
-        "megatron"  # slots of an expert, with model.moe.capacity_factor; see adaptive.routing.capacity
-    )
+    scale_to_shared: bool = False  # one factor for normalised weights: routed and shared experts of the same scale
+    capacity_rule: Rule = "megatron"  # slots of an expert under a capacity_factor; see adaptive.routing.capacity
     least_slots: int = 1  # Flaxformer: 4
 
 
@@ -142,6 +139,20 @@ class Router(ExpertRouter):
         # Hugging Face concatenates the tokens of all layers before the means.
         load, probability = parts["hf_load"].mean(0), parts["hf_probability"].mean(0)
         return {"load_balancing_loss": self.config.experts * jnp.sum(load * probability)}
+
+    def pairs(self, tokens: float) -> float:
+        return min(super().pairs(tokens), self.config.experts * self._slots(int(tokens)))
+
+    def router_flops(self, tokens: float) -> float:
+        if self.projection is None:
+            return super().router_flops(tokens)
+        return 2.0 * tokens * self.options.cosine_size * (self.site.width + self.config.experts)
+
+    def _slots(self, tokens: int) -> int:
+        c, o = self.config, self.options
+        if not c.capacity_factor:
+            return tokens
+        return slots(tokens, self.k, c.experts, c.capacity_factor, o.capacity_rule, o.least_slots)
 
     def no_gradient(self) -> str:
         o: Options = self.options
@@ -244,7 +255,7 @@ def limited(
     best: jax.Array | None = None,
     rule: Rule = "megatron",
     least: int = 1,
-) -> tuple[jax.Array, dict[str, int]]:
+) -> tuple[jax.Array, dict[str, Any]]:
     """(pairs bool[batch, seq, k] that find a slot, bounds of the Dispatch) under the configuration's capacity.
 
     Zero experts take their share of a balanced load; their pairs must not be among the wanted. best f32[batch, seq]:
@@ -262,11 +273,13 @@ def limited(
     if context.present is not None:
         room = slots_for(group(context.present).sum(-1, dtype=jnp.int32))
     kept = keep_within(
-        *(group(a) for a in (index, weights, wanted)),
-        capacity=room,
-        experts=config.experts,
-        drop=config.drop,
-        best=None if best is None else group(best),
+        group(index),
+        group(weights),
+        group(wanted),
+        room,
+        config.experts,
+        config.drop,
+        None if best is None else group(best),
     )
     return kept.reshape(wanted.shape), {"most_per_batch" if whole else "most_per_sequence": most}
 
