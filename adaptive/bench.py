@@ -1,4 +1,5 @@
 """python -m adaptive.bench train --recipe NAME [--against NAME] [group.name=value ...]: what a training step costs.
+python -m adaptive.bench experts | grouped_matmul: what one layer or operation costs beside its baseline.
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats.
@@ -6,6 +7,7 @@ a plain matmul reaches in the same process, measured between the repeats.
 
 import argparse
 import dataclasses
+import importlib
 import json
 import statistics
 import sys
@@ -27,6 +29,7 @@ from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe, load
 from adaptive.training.program import Program
 
+OPERATIONS = ("experts", "grouped_matmul")  # modules of adaptive/benchmarks
 MATMUL_SIDE = {"cpu": 2048}  # of the square matmul that stands for the machine's peak, by platform
 ACCELERATOR_SIDE = 8192
 
@@ -239,7 +242,10 @@ def as_json(results: Sequence[Result], comparisons: Sequence[Comparison], matmul
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _arguments(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in OPERATIONS:
+        return importlib.import_module(f"adaptive.benchmarks.{given[0]}").main(given[1:])
+    args = _arguments(given)
     console = Console(stderr=args.json)
     try:
         for name in ("repeats", "steps_per_repeat"):
@@ -267,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m adaptive.bench", description="Measure what a recipe costs.")
-    parser.add_argument("what", choices=["train"], help="train: one training step")
+    parser.add_argument("what", choices=["train", *OPERATIONS], help="train: one training step")
     parser.add_argument("overrides", nargs="*", metavar="group.name=value", help="settings, for both recipes")
     parser.add_argument("--recipe", required=True, help="name, or a saved recipe.json")
     parser.add_argument("--against", help="a second recipe, run in turns with the first")

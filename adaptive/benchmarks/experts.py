@@ -4,9 +4,10 @@ Every case is forward and backward (gradients of the input and all parameters) o
 compiled alone; cases are timed in turn within one process, and the least of the repeats is compared.
 """
 
+import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,11 @@ def measured(found: list[Case], repeats: int) -> list[Case]:
     return found
 
 
-def main(repeats: int = 7) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m adaptive.bench experts", description="What experts cost.")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the least time counts (default 7)")
+    repeats = parser.parse_args(argv).repeats
     device = jax.devices()[0]
     table = Table(title=f"experts of {HIDDEN} hidden units, {PER_TOKEN} of E per token, {SEQUENCES * SEQ} tokens of "
                   f"width {WIDTH}, {jax.device_count()} x {device.device_kind}, forward and backward")  # fmt: skip
@@ -96,7 +100,4 @@ def main(repeats: int = 7) -> None:
             table.add_row(str(experts), case.name, f"{case.least * 1e3:.1f}", ratio, f"{case.temporaries / 2**20:.0f}")
         table.add_section()
     Console(width=130).print(table)
-
-
-if __name__ == "__main__":
-    main()
+    return 0
