@@ -1,7 +1,7 @@
 """BlockFFN on bytes: 16 experts of 32 units without gates per layer, as many active as a ReLU router likes.
 
 python -m adaptive.train --recipe moe_blockffn_tiny
-Numbers:  our own, for a CPU in minutes; losses as the paper's, the steps of its adaptive coefficient shortened to the run
+Numbers:  our own, for a CPU in minutes; losses as the paper's, with a shorter schedule of their coefficient
 Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """

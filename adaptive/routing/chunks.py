@@ -24,7 +24,7 @@ class Chunks(NamedTuple):
         return jax.vmap(lambda of, row: zeros.at[of].add(row))(self.of, values)
 
 
-def neighbours(shape: tuple[int, int], present: jax.Array | None, segments: jax.Array | None) -> jax.Array:
+def neighbours(shape: tuple[int, ...], present: jax.Array | None, segments: jax.Array | None) -> jax.Array:
     """bool[batch, seq - 1]: whether a position of (batch, seq) and the next hold tokens of one document.
 
     present bool[batch, seq], None: all; segments i32[batch, seq], None: one document per row.
@@ -35,7 +35,7 @@ def neighbours(shape: tuple[int, int], present: jax.Array | None, segments: jax.
     return both if segments is None else both & (segments[:, 1:] == segments[:, :-1])
 
 
-def chunks(shape: tuple[int, int], length: int, present: jax.Array | None, segments: jax.Array | None) -> Chunks:
+def chunks(shape: tuple[int, ...], length: int, present: jax.Array | None, segments: jax.Array | None) -> Chunks:
     """The chunks of `length` that each document is cut into from its start; arguments as for `neighbours`."""
     batch, seq = shape
     position = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), shape)

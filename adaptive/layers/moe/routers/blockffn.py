@@ -82,7 +82,7 @@ class Router(ExpertRouter):
                 f"model.moe.options: hold_steps={o.hold_steps}: must be a multiple of window={o.window}, at least two"
             )
         self.gain = nnx.Param(jnp.ones((*site.stack, config.experts)), axes=(None,) * (len(site.stack) + 1))
-        start = lambda value: site.buffer(jnp.full((), value)) if o.adapt else None  # noqa: E731
+        start = lambda value: site.buffer(jnp.full((), value))  # noqa: E731
         self.coefficient = start(o.sparsity_coefficient)
         self.origin, self.target = start(o.sparsity_coefficient), start(o.sparsity_coefficient)
         self.steps, self.window, self.before = start(0.0), start(0.0), start(0.0)
@@ -94,7 +94,7 @@ class Router(ExpertRouter):
         dispatch, _, stats = by_weight(c, logits, normalised * self.gain[...], logits > 0, o.row_slack, context)
         sparsity = self._sparsity_loss(normalised, context)
         losses = {"activation_locality_loss": self._locality_loss(logits, context), "chunk_sparsity_loss": sparsity}
-        if self.coefficient is not None:
+        if o.adapt:
             losses["weighted_chunk_sparsity_loss"] = self.coefficient[...] * sparsity
         stats |= {"chunk_sparsity": jax.lax.stop_gradient(sparsity)} | shared_among_neighbours(logits > 0, context)
         return Routing(dispatch, losses, stats, {}, logits)
@@ -108,9 +108,9 @@ class Router(ExpertRouter):
         }
 
     def update(self, stats: dict[str, jax.Array]) -> None:
-        if self.coefficient is None:
-            return
         o = self.options
+        if not o.adapt:
+            return
         steps = self.steps[...] + 1
         window = self.window[...] + stats["chunk_sparsity"].sum() / stats["calls"].sum()
         ends, place = steps % o.window == 0, steps % o.window
