@@ -11,9 +11,11 @@ from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.layers.attention import Rows
+from adaptive.layers.moe.base import Context
 from adaptive.layers.rope import rope_at
 from adaptive.models import recursion
 from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.models.forward import Forward
 from adaptive.models.transformer import build_model
 
 SEQ, VOCAB = 24, 40
@@ -183,7 +185,8 @@ def parts(config: TransformerConfig):
     model = build_model(config, key=jax.random.key(0))
     index = jnp.broadcast_to(jnp.arange(SEQ, dtype=jnp.int32), (2, SEQ))
     rows = Rows(rope_at(index, config.head_dim, config.rope_theta), index)
-    steps = recursion.Steps(model._ready_block(), config, rows)
+    forward = Forward(config, Context(), jnp.float32, "none", False)
+    steps = recursion.Steps(forward.block(model.block, None), config, rows)
     bias = None if model.router_bias is None else model.router_bias[...]
     routers = recursion.Routers(list(model.routers), list(model.aux_routers), bias)
     return steps, routers, jax.random.normal(jax.random.key(2), (2, SEQ, config.hidden_size)), rows

@@ -29,6 +29,7 @@ from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics,
 from adaptive.layers.moe.routers.token_choice import jittered, shared_in_experts
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Site
+from adaptive.parallel.shard import sharded
 from adaptive.routing import scale
 from adaptive.routing.capacity import scaled
 from adaptive.routing.dispatch import by_expert, by_mask
@@ -205,7 +206,7 @@ class Router(ExpertRouter):
         capacity = self._most(length, context)
         real = jnp.isfinite(scores[:, :1]).sum(-1, dtype=jnp.int32)  # [batch, 1, chunks] tokens that exist
         limit = self._limit(real, context)
-        best, index = top_tokens(scores, capacity)
+        best, index = top_of_sequences(scores, capacity)
         valid = (jnp.arange(capacity) < limit[..., None]) & jnp.isfinite(best)
         last = jnp.where(valid, best, jnp.inf).min(-1)  # [batch, experts, chunks]
         least = _mean_of_finite(last.transpose(0, 2, 1))
@@ -256,7 +257,7 @@ class Router(ExpertRouter):
         bound = min(seq, math.ceil(capacity * self.options.slack))
         above = ranked > self.threshold[...]
         mask = above & (jnp.cumsum(above, axis=1) <= bound)
-        best, _ = top_tokens(ranked.swapaxes(1, 2), capacity)
+        best, _ = top_of_sequences(ranked.swapaxes(1, 2), capacity)
         limit = self._limit(jnp.isfinite(ranked[..., 0]).sum(-1, dtype=jnp.int32), Context())
         valid = jnp.isfinite(best) & (jnp.arange(capacity) < limit[:, None, None])
         least = _mean_of_finite(jnp.where(valid, best, jnp.inf).min(-1))
@@ -296,6 +297,12 @@ def top_tokens(scores: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     number = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
     negated, index = jax.lax.sort((-scores, number), num_keys=1, is_stable=True)
     return -negated[..., :capacity], index[..., :capacity]
+
+
+def top_of_sequences(scores: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """The same for scores f32[batch, ..., tokens] of which each device has its own sequences."""
+    # lax.top_k is three times as fast as a sort, but XLA partitions it over no axis: on a mesh it has to be local.
+    return sharded(lambda s: tuple(jax.lax.top_k(s, capacity)), [("batch",)], (("batch",), ("batch",)))(scores)
 
 
 def _mask_of(index: jax.Array, valid: jax.Array, seq: int) -> jax.Array:
