@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from train_steps import compiled_step, packed_batch
 
+from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.models.transformer import build_model
 from adaptive.optim.build import decayed, make_optimizer
@@ -26,6 +27,7 @@ VANILLA = TransformerConfig(
 )  # fmt: skip
 LOSS_FREE = RouterConfig(kind="token_choice", activation="softmax", alpha=1.0, balancing="loss_free")
 TOKEN = dataclasses.replace(VANILLA, recursions=2, sharing="cycle", router=LOSS_FREE)
+EXPERTS = dataclasses.replace(VANILLA, moe=MoEConfig("expert_choice", experts=4, expert_size=12))
 ADAM = make_optimizer(OptimizerConfig(), ScheduleConfig(kind="constant"), 10)
 
 
@@ -87,6 +89,22 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
         np.any(np.asarray(a) != b)
         for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(before.params), strict=True)
     )
+
+
+def test_a_router_that_is_not_a_number_skips_the_step():
+    program = compiled_step(EXPERTS, ADAM, ONE, ROWS, SEQ)
+    state = program.state()
+
+    def broken(path, a):
+        return a.at[0].set(np.nan) if "router" in jax.tree_util.keystr(path) else a
+
+    state = state._replace(params=jax.tree_util.tree_map_with_path(broken, state.params))
+    before = numpy_of(state)
+    after, metrics = program.run(state, packed_batch(ROWS, SEQ, 32))
+    assert metrics["skipped"] == 1 and int(after.skipped) == 1
+    for part in ("params", "buffers", "opt"):
+        for a, b in zip(jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(before, part)), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def small_params(auxiliary: bool):
