@@ -21,6 +21,10 @@ _BY_DESIGN = ("acm", "duo_llm")  # their experts are nested or of different size
 _NAMED = 3  # layers, and twice as many experts of a layer, that a message names
 
 _BALANCE = "raise model.moe.balance_coefficient{} or use model.moe.router=expert_choice"
+_SPARSE = {
+    "blockffn": "lower sparsity_coefficient in model.moe.options",
+    "remoe": "lower l1_coefficient or rise in model.moe.options",
+}
 _THRESHOLD = (
     "the threshold that replaces top-k lags behind the router or does not fit it: train on, lower momentum in "
     "model.moe.options, or use decode=predictor"
@@ -95,7 +99,7 @@ def _findings(row: Mapping[str, Any], place: str, router: str) -> Iterator[_Find
 
     load = _relative(row[f"{place}{PREFIX}load"], len(layers))
     relief = _BALANCE.format(", set bias=true in model.moe.options," * (router == "token_choice"))
-    relief = _THRESHOLD if router == "expert_choice" else relief
+    relief = {"expert_choice": _THRESHOLD, **_SPARSE}.get(router, relief)
     if router not in _BY_DESIGN:
         below = f"got below {STARVED:.0%} of the fair share of tokens{lasting}; {relief}"
         tell = functools.partial(_starved, where, below, layers)

@@ -58,7 +58,7 @@ def cost_of(plan: PlanRecord) -> StepCost:
 
 def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     """What a user should know before the wait for the compiler."""
-    recipe, moe = program.recipe, program.recipe.model.moe
+    recipe = program.recipe
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     body = plan.unique_parameters - plan.embedding_parameters
     lines = [
@@ -70,13 +70,8 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
         lines.append(
             f"routing   {recipe.model.router.kind}, {plan.recursions} recursions over {shares} of {plan.seq_len}"
         )
-    if moe.router != "none":
-        size = moe.expert_size or recipe.model.intermediate_size
-        shared = f" and {moe.shared_size} shared hidden units" if moe.shared_size else ""
-        lines.append(
-            f"experts   {moe.router}, {moe.experts} experts of {size} hidden units, {moe.experts_per_token:g} per token"
-            f"{shared}"
-        )
+    if program.experts_described:
+        lines.append(f"experts   {program.experts_described}")
         lines += [f"          {line}" for line in program.expert_lines]
     lines += [
         f"mesh      {mesh} on {plan.devices} x {plan.device_kind}, {plan.compute_dtype}"

@@ -120,6 +120,7 @@ class Program:
     """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit.
 
     experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
+    experts_described      the routed feed-forward in a few words; empty without
     selections             the ways of selecting that the model can evaluate and that differ
     refuse_generation      why the model cannot generate; empty where it can
     """
@@ -140,6 +141,7 @@ class Program:
         experts = model.experts()
         if experts is not None and (reason := experts.no_gradient()):
             raise RecipeError(reason)
+        self.experts_described = "" if experts is None else f"{recipe.model.moe.router}: {experts.describe()}"
         self.selections = model.selections()
         self.refuse_generation = model.refuse_generation()
         self.shardings = state_shardings(self.build, self.tx, mesh, self.rules)

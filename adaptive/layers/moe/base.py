@@ -105,6 +105,10 @@ class RoutedLayer(nnx.Module):
         """Matmul FLOPs of the router, forward and backward."""
         return 3 * self.flops(tokens, width)[0]
 
+    def describe(self) -> str:
+        """What computes a token, in a few words for the plan of a run."""
+        raise NotImplementedError
+
     def no_gradient(self) -> str:
         """Why the language-model loss cannot reach the router, with what would help; empty where it does."""
         return ""

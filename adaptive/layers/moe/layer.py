@@ -71,6 +71,12 @@ class MoE(RoutedLayer):
     def router_train_flops(self, tokens: float, width: int) -> float:
         return self.router.router_train_flops(tokens)
 
+    def describe(self) -> str:
+        c = self.config
+        zero = f" and {self.router.zero_experts} that compute nothing" * bool(self.router.zero_experts)
+        shared = f", and {c.shared_size} shared hidden units" * bool(c.shared_size)
+        return f"{c.experts} experts of {c.expert_size} hidden units{zero}, {c.experts_per_token:g} per token{shared}"
+
     def no_gradient(self) -> str:
         return self.router.no_gradient()
 

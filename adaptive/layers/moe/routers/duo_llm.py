@@ -140,6 +140,10 @@ class Layer(RoutedLayer):
         colder = jnp.maximum(self.tau[...] * o.tau_decay, o.tau_last)
         self.tau[...] = jnp.where(self.steps[...] > o.random_steps, colder, self.tau[...])
 
+    def describe(self) -> str:
+        skip = ", or none" * self.options.skip
+        return f"a feed-forward of {self.big_size} or one of {self.small_size} hidden units{skip}"
+
     def flops(self, tokens: float, width: int) -> tuple[float, float]:
         c, both = self.config, self.options.phase == "router" or self.config.execution == "dense"
         share = 1.0 if both else 1 / self.choices

@@ -137,6 +137,13 @@ class Layer(RoutedLayer):
     def update(self, stats: dict[str, jax.Array]) -> None:
         self.tau[...] = jnp.maximum(self.tau[...] * self.options.tau_decay, self.options.tau_last)
 
+    def describe(self) -> str:
+        c = self.config
+        return (
+            f"a feed-forward of {self.hidden} hidden units, {self.k} of its {c.experts} slices of {self.size} or up to "
+            f"{self.options.loops} times the whole"
+        )
+
     def flops(self, tokens: float, width: int) -> tuple[float, float]:
         routers = 2.0 * tokens * width * (self.config.experts + self.options.loops)
         return routers, 6.0 * tokens * width * (self.options.loops * self.hidden + self.k * self.size)
