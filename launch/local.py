@@ -50,7 +50,9 @@ class Process:
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
             self.tail.append(line)
-            print(f"[{self.index}] {line.rstrip()}", flush=True)
+            # One write for the whole line: `print` writes its end apart, and another process's line could come between.
+            sys.stdout.write(f"[{self.index}] {line.rstrip()}\n")
+            sys.stdout.flush()
 
     def send(self, number: int) -> None:
         if self.popen.poll() is None:
