@@ -53,7 +53,7 @@ class Forward:
         states = {part: self._ready(layer) for part, layer in stacks.items()}
 
         def apply(r, x, rows, memory, *, keep):
-            x, kvs = x, []
+            kvs = []
             for part, here, there in segments(self._config):
                 # Layers here.start.. of this stack are layers there.start.. of the block.
                 layers = self._at(states[part], r)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from adaptive.layers.moe.experts import Matrices, activated, ffn_rows, ffn_slots
+from adaptive.layers.moe.experts import Matrices, Weights, activated, ffn_rows, ffn_slots
 from adaptive.layers.moe_config import Execution
 from adaptive.parallel import experts as expert_parallel
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots, to_rows, to_slots
@@ -21,7 +21,7 @@ def computed(experts: Matrices, x: jax.Array, dispatch: Dispatch, execution: Exe
     """
     weights = experts.weights(x.dtype)
     if execution == "dense":
-        return _dense(experts, x, dispatch), jnp.zeros(())
+        return _dense(weights, experts.activation, x, dispatch), jnp.zeros(())
 
     def feed_forward(weights, rows, group_sizes):
         if group_sizes is None:
@@ -40,11 +40,10 @@ def _arranged(dispatch: Dispatch, execution: Execution) -> Slots | RaggedRows:
     return to_slots(dispatch) if execution == "capacity" else to_rows(dispatch)
 
 
-def _dense(experts: Matrices, x: jax.Array, dispatch: Dispatch) -> jax.Array:
+def _dense(weights: Weights, activation: str, x: jax.Array, dispatch: Dispatch) -> jax.Array:
     # Hidden units are weighted, not outputs, so no array is wider than all experts' hidden units (as BlockFFN trains).
-    weights = experts.weights(x.dtype)
     named = {name: jnp.einsum("bsd,edf->bsef", x, weights[name]) for name in ("up", "gate") if name in weights}
     combine = dispatch.combine_matrix()[:, : dispatch.experts].reshape(*x.shape[:2], -1, 1)
-    hidden = activated(named["up"], named.get("gate"), experts.activation).astype(jnp.float32) * combine
+    hidden = activated(named["up"], named.get("gate"), activation).astype(jnp.float32) * combine
     down = weights["down"]
     return jnp.einsum("bsef,efd->bsd", hidden.astype(down.dtype), down, preferred_element_type=jnp.float32)

@@ -1,7 +1,6 @@
 """The experts' matrices, and the ways to compute them."""
 
 import functools
-from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -12,12 +11,8 @@ from adaptive.layers.linear import normal_param, use
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Site
 from kernels_pallas.grouped_matmul import grouped_swiglu
+from kernels_pallas.grouped_matmul.swiglu import ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-}
 Weights = dict[str, jax.Array]
 
 

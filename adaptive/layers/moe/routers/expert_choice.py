@@ -34,6 +34,7 @@ from adaptive.routing import scale
 from adaptive.routing.capacity import scaled
 from adaptive.routing.dispatch import by_expert, by_mask
 from adaptive.routing.losses import mean_over
+from adaptive.routing.masked import softmax_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,11 +283,10 @@ class Router(ExpertRouter):
             case "softmax":
                 weights = jnp.where(mask, probabilities, 0.0)
             case "selected":
-                top = jax.lax.stop_gradient(jnp.where(mask, logits, -jnp.inf).max(-1, keepdims=True))
-                shifted = logits - jnp.where(jnp.isfinite(top), top, 0.0)
-                weights = _normalised(jnp.where(mask, jnp.exp(jnp.where(mask, shifted, 0.0)), 0.0))
+                weights = softmax_over(logits, mask)
             case _:
-                weights = _normalised(jnp.where(mask, jax.nn.sigmoid(logits), 0.0))
+                weights = jnp.where(mask, jax.nn.sigmoid(logits), 0.0)
+                weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         if self.table:
             weights = weights * jnp.asarray(self.table)[mask.sum(-1)][..., None]
         return weights * self.options.route_scale
@@ -309,10 +309,6 @@ def _mask_of(index: jax.Array, valid: jax.Array, seq: int) -> jax.Array:
     """bool[batch, seq, experts] of positions i32[batch, experts, n]."""
     put = lambda i, v: jnp.zeros(seq, jnp.int32).at[i].add(v)  # noqa: E731
     return (jax.vmap(jax.vmap(put))(index, valid.astype(jnp.int32)) > 0).swapaxes(1, 2)
-
-
-def _normalised(weights: jax.Array) -> jax.Array:
-    return weights / (weights.sum(-1, keepdims=True) + 1e-20)
 
 
 def _mean_of_finite(least: jax.Array) -> jax.Array:
