@@ -1,0 +1,129 @@
+"""The moving average: every form against a loop in float64, its gradients, and its edges."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from kernels_pallas.ema import ema, plain, reference
+
+FORMS = {
+    "steps": plain.by_steps,
+    "pairs": plain.by_pairs,
+    "blocks": functools.partial(plain.by_blocks, block=8),
+}
+
+
+def loop(z, p, starts, initial):
+    """The formula, position by position in float64."""
+    z, p, past = (np.asarray(a, np.float64) for a in (z, p, initial))
+    out = np.empty_like(z)
+    for k in range(z.shape[1]):
+        past = np.where(starts[:, k, None], 0, (1 - p[:, k, None]) * past) + p[:, k, None] * z[:, k]
+        out[:, k] = past
+    return out
+
+
+def draw(batch, n, width, seed=0):
+    """z, p with some exact 0s and 1s, starts, initial."""
+    rng = np.random.default_rng(seed)
+    p = rng.uniform(0, 1, (batch, n)).astype(np.float32) ** 3
+    p[rng.uniform(size=p.shape) < 0.1] = 1
+    p[rng.uniform(size=p.shape) < 0.1] = 0
+    p[rng.uniform(size=p.shape) < 0.2] = 1e-4
+    z, initial = (rng.normal(size=shape).astype(np.float32) for shape in ((batch, n, width), (batch, width)))
+    return z, p, rng.uniform(size=p.shape) < 0.1, initial
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 60])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_loop(form, reverse, n):
+    z, p, starts, initial = draw(3, n, 5)
+    keep = np.where(starts, 0, 1 - p)
+    flip = (lambda a: a[:, ::-1]) if reverse else lambda a: a
+    out = jax.jit(functools.partial(FORMS[form], reverse=reverse))(flip(z), flip(p), flip(keep), initial)
+    np.testing.assert_allclose(flip(np.asarray(out)), loop(z, p, starts, initial), atol=2e-6)
+
+
+@pytest.mark.parametrize("f", [ema, reference.ema], ids=["ema", "reference"])
+def test_the_public_function_is_the_loop(f):
+    z, p, starts, initial = draw(2, 19, 4)
+    none, zero = np.zeros_like(starts), np.zeros_like(initial)
+    for given, expected in (
+        ({}, loop(z, p, none, zero)),
+        ({"starts": starts}, loop(z, p, starts, zero)),
+        ({"initial": initial}, loop(z, p, none, initial)),
+        ({"starts": starts, "initial": initial}, loop(z, p, starts, initial)),
+    ):
+        np.testing.assert_allclose(f(z, p, **given), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("n", [1, 11])
+def test_gradients_are_those_of_finite_differences(n):
+    z, p, starts, initial = draw(2, n, 3)
+    p = np.clip(p, 0.05, 0.95)  # so that differences stay inside [0, 1]
+    f = lambda z, p, initial: ema(z, p, starts=starts, initial=initial)  # noqa: E731
+    check_grads(f, (z, p, initial), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_gradients_are_those_of_the_specification():
+    z, p, starts, initial = draw(3, 33, 6)
+    d = np.random.default_rng(1).normal(size=z.shape).astype(np.float32)
+
+    def pulled(f):
+        return jax.vjp(lambda z, p, i: f(z, p, starts=starts, initial=i), z, p, initial)[1](d)
+
+    for mine, theirs in zip(pulled(ema), pulled(reference.ema), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
+def test_a_rate_of_1_gives_the_values_and_of_0_the_past():
+    z, _, _, initial = draw(2, 9, 4)
+    np.testing.assert_array_equal(ema(z, np.ones((2, 9), np.float32), initial=initial), z)
+    still = ema(z, np.zeros((2, 9), np.float32), initial=initial)
+    np.testing.assert_array_equal(still, np.broadcast_to(initial[:, None], z.shape))
+
+
+def test_a_start_keeps_its_rate_and_forgets_the_past():
+    z, p, _, initial = draw(2, 12, 4)
+    starts = np.zeros((2, 12), bool)
+    starts[:, 7] = True
+    out = ema(z, p, starts=starts, initial=initial)
+    np.testing.assert_allclose(out[:, 7], p[:, 7, None] * z[:, 7], atol=1e-6)
+    np.testing.assert_allclose(out[:, 7:], ema(z[:, 7:], p[:, 7:]), atol=1e-6)
+    np.testing.assert_allclose(out[:, :7], ema(z[:, :7], p[:, :7], initial=initial), atol=1e-6)
+
+
+def test_it_continues_from_where_it_stopped():
+    z, p, starts, initial = draw(2, 20, 4)
+    whole = ema(z, p, starts=starts, initial=initial)
+    past = initial
+    for part in (slice(0, 1), slice(1, 9), slice(9, 20)):
+        out = ema(z[:, part], p[:, part], starts=starts[:, part], initial=past)
+        np.testing.assert_allclose(out, whole[:, part], atol=1e-6)
+        past = out[:, -1]
+
+
+def test_half_precision_comes_back_in_float32_with_gradients_in_its_own():
+    z, p, _, _ = draw(2, 40, 8)
+    half = jnp.asarray(z, jnp.bfloat16)
+    out, pull = jax.vjp(ema, half, jnp.asarray(p))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, ema(half.astype(jnp.float32), p), atol=1e-6)
+    assert [d.dtype for d in pull(out)] == [jnp.bfloat16, jnp.float32]
+
+
+def test_shapes_that_do_not_match_are_refused():
+    z, p, starts, initial = draw(2, 5, 4)
+    for args, given, says in (
+        ((z[0], p), {}, "z "),
+        ((z, p[:, 1:]), {}, "p "),
+        ((z, p), {"starts": starts[:1]}, "starts "),
+        ((z, p), {"initial": initial[:, 1:]}, "initial "),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ema(*args, **given)
