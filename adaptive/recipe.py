@@ -21,7 +21,7 @@ from adaptive.overrides import leaf_kinds, leaf_values, nearest, parse, read, wi
 from adaptive.parallel.config import MeshConfig
 from adaptive.training.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
-FORMAT_VERSION = 2  # 1: before experts; the settings that it lacks had what is now their default
+FORMAT_VERSION = 3  # 1: before experts, 2: before H-Net; the settings that these lack had what is now their default
 SHARED_MODULES = ("bases",)  # modules of recipes/ that hold what families share
 
 

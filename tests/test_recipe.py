@@ -13,6 +13,7 @@ import pytest
 from adaptive.errors import RecipeError
 from adaptive.overrides import expected, leaf_kinds, parse, read
 from adaptive.recipe import (
+    FORMAT_VERSION,
     Published,
     Recipe,
     describe,
@@ -205,7 +206,7 @@ def test_what_an_older_format_lacks_has_its_default():
     tree = json.loads(TINY.to_json())
     older = {**tree, "format_version": 1, "mesh": {name: tree["mesh"][name] for name in ("data", "fsdp", "tensor")}}
     assert Recipe.from_json(json.dumps(older)) == TINY
-    assert "lacks expert" in message(Recipe.from_json, json.dumps({**older, "format_version": 2}))
+    assert "lacks expert" in message(Recipe.from_json, json.dumps({**older, "format_version": FORMAT_VERSION}))
     assert "lacks name" in message(Recipe.from_json, json.dumps({k: v for k, v in older.items() if k != "name"}))
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.hnet_config import HNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,9 @@ class TransformerConfig:
     """A Llama-style decoder whose middle may be a shared block applied `recursions` times (MoR paper, section 2).
 
     `num_layers` counts the unrolled (effective) layers. Recursions = 1 is a vanilla transformer; more with
-    `router.kind` "none" is a recursive transformer; with a router it is a Mixture-of-Recursions.
+    `router.kind` "none" is a recursive transformer; with a router it is a Mixture-of-Recursions. With `hnet.layout` all
+    this describes the network inside an H-Net, if its layout asks for one; vocabulary, tied embeddings, norm_eps,
+    rope_theta and init_std are the H-Net's too.
     """
 
     vocab_size: int = 320
@@ -63,9 +66,12 @@ class TransformerConfig:
     kv: Literal["per_recursion", "shared", "hybrid"] = "per_recursion"
     router: RouterConfig = RouterConfig()
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    hnet: HNetConfig = dataclasses.field(default_factory=HNetConfig)
 
     @property
-    def family(self) -> Literal["vanilla", "recursive", "mor"]:
+    def family(self) -> Literal["vanilla", "recursive", "mor", "hnet"]:
+        if self.hnet.layout:
+            return "hnet"
         if self.router.kind != "none":
             return "mor"
         return "recursive" if self.recursions > 1 and self.share_parameters else "vanilla"
@@ -113,6 +119,7 @@ class TransformerConfig:
     def validate(self) -> None:
         """Raises RecipeError for the first setting that cannot work, with what would."""
         r = self.router
+        self.hnet.validate(inner_width=self.hidden_size)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim", "recursions"):  # fmt: skip
             if getattr(self, name) < 1:

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with global-norm clipping; norms are not decayed, embeddings and routers are (MoR release)."""
+    """AdamW with global-norm clipping; matrices are decayed, embeddings and routers among them (MoR release)."""
 
     learning_rate: float = 3e-3  # peak
     beta1: float = 0.9
@@ -14,6 +14,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    decay: Literal["matrices", "official"] = "matrices"  # official: what the H-Net release leaves out of decay, alone
+    stage_rates: tuple[
+        float, ...
+    ] = ()  # of an H-Net: each stage's multiple of the learning rate (section 2.3); () is 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,4 +32,5 @@ class ScheduleConfig:
     kind: Literal["trapezoid", "cosine", "constant"] = "trapezoid"
     warmup_steps: int = 0
     decay_fraction: float = 0.2
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # of the trapezoid's end; sqrt: 1 - sqrt(progress)
     floor: float = 0.0  # fraction of the peak at the end
