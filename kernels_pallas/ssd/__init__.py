@@ -1,0 +1,82 @@
+"""State space duality: the selective state space recurrence of Mamba-2, by matmuls within blocks of positions.
+
+`reference` is the specification, `chunked` computes it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.grouped_matmul.varying import alike
+from kernels_pallas.ssd import chunked, reference
+
+BLOCK = 256
+
+
+def ssd(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    state: jax.Array | None = None,
+    block: int = BLOCK,
+) -> tuple[jax.Array, jax.Array]:
+    """state_t = exp(dt_t a) state_{t-1} + dt_t x_t b_t^T and y_t = state_t c_t, for each head.
+
+    x         [batch, seq, heads, dim]
+    dt        f32[batch, seq, heads], at least 0; where it is 0 the state neither decays nor is written to: padding
+    a         f32[heads], below 0
+    b, c      [batch, seq, n]: what all heads write to and read from
+    segments  i32[batch, seq]: the state restarts from 0 where the id changes; None: one segment per row
+    state     f32[batch, heads, dim, n] before the first position, of the same segment; None: 0
+    block     positions of a block, at most
+    returns   y [batch, seq, heads, dim] in x's dtype, and the state f32[batch, heads, dim, n] after the last position
+
+    Sums and states are float32. `seq` is any length from 1; one position is one step of the recurrence. Gradients reach
+    everything but the segments. Raises ValueError for shapes that do not match and for a block below 1.
+    """
+    _check(x, dt, a, b, c, segments, state, block)
+    if state is None:
+        state = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[-1]), reference.accumulator(x))
+    if x.shape[1] == 1:
+        y, final = reference.step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
+        return y[:, None], final
+    return chunked.forward(*alike(x, dt, a, b, c, _runs(x, segments), state), block=block)
+
+
+def _runs(x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """i32[batch, seq]: how often the segment changed up to each position."""
+    if segments is None:
+        return jnp.zeros(x.shape[:2], jnp.int32)
+    changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
+    return jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
+
+
+def _check(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    segments: jax.Array | None,
+    state: jax.Array | None,
+    block: int,
+) -> None:
+    if x.ndim != 4 or x.shape[1] < 1:
+        raise ValueError(f"x is {x.shape}: must be [batch, seq, heads, dim] with at least one position")
+    batch, seq, heads, dim = x.shape
+    expected = {"dt": (dt, (batch, seq, heads)), "a": (a, (heads,)), "b": (b, (batch, seq, *b.shape[2:3]))}
+    expected |= {
+        "c": (c, b.shape),
+        "segments": (segments, (batch, seq)),
+        "state": (state, (batch, heads, dim, b.shape[-1])),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} is {value.shape}, x {x.shape}, b {b.shape}: {name} must be {shape}")
+    if b.ndim != 3:
+        raise ValueError(f"b is {b.shape}: must be [batch, seq, n]")
+    if block < 1:
+        raise ValueError(f"block is {block}: must be at least 1")
