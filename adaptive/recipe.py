@@ -276,6 +276,7 @@ def _check_range(path: str, value: Any) -> None:
 
 
 def _check_combinations(r: Recipe) -> None:
+    _check_stage_rates(r)
     if r.mesh.data == 0 or r.mesh.data < -1:
         raise RecipeError(f"mesh.data={r.mesh.data}: must be at least 1, or -1 for the devices the other axes leave")
     experts = r.model.moe.experts if r.model.moe.router != "none" else 0
@@ -302,6 +303,22 @@ def _check_combinations(r: Recipe) -> None:
     unknown = [name for name in r.eval.selection if name not in _SELECTIONS]
     if unknown or not r.eval.selection:
         raise RecipeError(f"eval.selection={show(r.eval.selection)}: expected one or both of {', '.join(_SELECTIONS)}")
+
+
+def _check_stage_rates(r: Recipe) -> None:
+    rates, hnet = r.optimizer.stage_rates, r.model.hnet
+    for name, used in (("stage_rates", bool(rates)), ("decay", r.optimizer.decay == "official")):
+        if used and not hnet.layout:
+            raise RecipeError(
+                f"optimizer.{name}={show(getattr(r.optimizer, name))} is for H-Nets, and model.hnet.layout is empty"
+            )
+    if rates and len(rates) != hnet.stages + 1:
+        raise RecipeError(
+            f"optimizer.stage_rates has {len(rates)} numbers for the {hnet.stages + 1} stages of "
+            f"model.hnet.layout={hnet.layout}: give one for each, the innermost last, or none (optimizer.stage_rates=)"
+        )
+    if any(rate <= 0 for rate in rates):
+        raise RecipeError(f"optimizer.stage_rates={show(rates)}: each must be above 0")
 
 
 def _nearest_divisor(n: int, to: int) -> int:

@@ -17,7 +17,8 @@ def phases(config: ScheduleConfig, steps: int) -> tuple[int, int]:
 def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> Callable[[jax.Array], jax.Array]:
     """The learning rate f32[] at step t (from 0) of a run of `steps` steps; at t = 0 a warmed-up schedule is 0.
 
-    trapezoid  t/w below w; the peak until steps - D; then linear to `floor` at `steps` (MoR paper, appendix on set-up)
+    trapezoid  t/w below w; the peak until steps - D; then to `floor` at `steps`, linear (MoR paper, appendix on set-up)
+               or as 1 - sqrt(progress)
     cosine     t/w below w; then half a cosine to `floor`
     """
     warmup, decay = phases(config, steps)
@@ -34,7 +35,8 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> Callable[[
                 fall = config.floor + (1 - config.floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
             case "trapezoid":
                 progress = jnp.clip((t - (steps - decay)) / max(1, decay), 0.0, 1.0)
-                fall = 1.0 - (1.0 - config.floor) * progress
+                shape = jnp.sqrt(progress) if config.decay_shape == "sqrt" else progress
+                fall = 1.0 - (1.0 - config.floor) * shape
         return jnp.asarray(peak * rise * fall, jnp.float32)
 
     return schedule
