@@ -9,8 +9,10 @@ backbone.encoder.layers.0.mixer.in_proj.weight. Two departures, both of arithmet
 moving average, which the released code rounds to bfloat16.
 """
 
+import json
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -360,6 +362,38 @@ def configs() -> dict[str, dict]:
     }
 
 
+# Gradients that another implementation's automatic differentiation gave.
+
+_FIXTURE = Path(__file__).parent.parent / "interop" / "fixtures" / "hnet-gradients.npz"
+
+
+class Recorded(NamedTuple):
+    """A batch, its loss, and some entries (see `sample`) and the largest of each tensor's gradient."""
+
+    seed: int  # of `random_tensors`
+    rows: np.ndarray  # i64[batch, seq], each a sequence
+    targets: list[float]
+    weight: float
+    loss: float
+    gradients: dict[str, np.ndarray]
+    largest: dict[str, float]
+
+
 def sample(size: int, most: int = 64) -> np.ndarray:
     """Which entries of a flattened tensor the recorded gradients hold: all of a small one, else some at random."""
     return np.arange(size) if size <= most else np.sort(np.random.default_rng(size).permutation(size)[:most])
+
+
+def recorded(name: str) -> Recorded:
+    """What a plain PyTorch implementation of the same formulas, in float64, gave for one of `configs`."""
+    config = configs()[name]
+    with np.load(_FIXTURE) as fixture:
+        meta, values, largest = json.loads(str(fixture["meta"])), fixture[name], fixture[f"{name}|largest"]
+    sizes = {key: math.prod(shape) for key, shape in tensor_shapes(config).items()}
+    ends = np.cumsum([len(sample(size)) for size in sizes.values()])
+    assert ends[-1] == len(values)
+    gradients = dict(zip(sizes, np.split(values, ends[:-1]), strict=True))
+    targets = meta["targets"][: stages(config)]
+    bounds = dict(zip(sizes, largest.tolist(), strict=True))
+    rows = np.array(meta["rows"])
+    return Recorded(meta["seeds"][name], rows, targets, meta["weight"], meta["loss"][name], gradients, bounds)

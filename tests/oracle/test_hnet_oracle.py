@@ -1,15 +1,11 @@
 """The oracle itself: published sizes and identities that hold whatever an implementation does."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from oracle import hnet
 
 CONFIGS = hnet.configs()
-FIXTURE = Path(__file__).parent.parent / "interop" / "fixtures" / "hnet-gradients.npz"
 
 
 def row(seed: int = 0, seq: int = 20):
@@ -105,26 +101,19 @@ def test_ratio_loss_is_one_at_its_target():
 def test_recorded_gradients_are_finite_differences(name):
     """The numbers in the fixture come from automatic differentiation of another implementation, in PyTorch; here each
     tensor's are multiplied with the direction they point in and compared with the oracle's slope in that direction."""
-    config = CONFIGS[name]
-    with np.load(FIXTURE) as fixture:
-        meta = json.loads(str(fixture["meta"]))
-        grads = {key.split("|")[1]: fixture[key] for key in fixture.files if key.startswith(f"{name}|")}
-    tensors = hnet.random_tensors(config, meta["seeds"][name])
-    rows = np.array(meta["rows"])
-    near = [hnet.forward(tensors, config, r) for r in rows]
-    targets = meta["targets"][: hnet.stages(config)]
-    assert set(grads) == set(tensors)
-    # Signs, not the gradient itself, so that no large entry hides the small ones.
-    for key, sampled in grads.items():
+    config, batch = CONFIGS[name], hnet.recorded(name)
+    tensors = hnet.random_tensors(config, batch.seed)
+    near = [hnet.forward(tensors, config, r) for r in batch.rows]
+
+    def loss(tensors):
+        return hnet.total_loss(tensors, config, batch.rows, batch.targets, batch.weight, near=near)
+
+    assert loss(tensors) == pytest.approx(batch.loss, abs=1e-12)
+    for key, sampled in batch.gradients.items():
         direction = np.zeros(tensors[key].size)
-        direction[hnet.sample(tensors[key].size)] = np.sign(sampled)
-        step = 1e-5
-        up, down = (
-            hnet.total_loss(
-                tensors | {key: tensors[key].astype(np.float64) + sign * step * direction.reshape(tensors[key].shape)},
-                config, rows, targets, near=near,
-            )
-            for sign in (1.0, -1.0)
-        )  # fmt: skip
+        # Signs, not the gradient itself, so that no large entry hides the small ones.
+        direction[hnet.sample(direction.size)] = np.sign(sampled)
+        step = 1e-5 * direction.reshape(tensors[key].shape)
+        up, down = (loss(tensors | {key: tensors[key] + sign * step}) for sign in (1.0, -1.0))
         slope = np.abs(sampled.astype(np.float64)).sum()
-        np.testing.assert_allclose((up - down) / (2 * step), slope, rtol=1e-4, atol=1e-7, err_msg=key)
+        np.testing.assert_allclose((up - down) / 2e-5, slope, rtol=1e-4, atol=1e-7, err_msg=key)
