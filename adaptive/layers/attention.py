@@ -89,13 +89,15 @@ class Attention(nnx.Module):
         *,
         options: AttentionOptions = LLAMA,
         norm_eps: float = 1e-5,
+        out_std: float | None = None,
     ):
+        """out_std: of the output projection's initial weights; None: as the others."""
         q, k, v, o = jax.random.split(key, 4)
         projection = ("width", "heads", None)
         self.q = normal_param(q, (width, heads, head_dim), projection, std, stack)
         self.k = normal_param(k, (width, kv_heads, head_dim), projection, std, stack)
         self.v = normal_param(v, (width, kv_heads, head_dim), projection, std, stack)
-        self.o = normal_param(o, (heads, head_dim, width), ("heads", None, "width"), std, stack)
+        self.o = normal_param(o, (heads, head_dim, width), ("heads", None, "width"), std if out_std is None else out_std, stack)
 
         def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param | None:
             return nnx.Param(jnp.zeros((*stack, *shape)), axes=(None,) * len(stack) + axes) if options.bias else None

@@ -18,11 +18,21 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 class FeedForward(nnx.Module):
     """down(swiglu(gate(x), up(x))), no biases."""
 
-    def __init__(self, width: int, hidden: int, std: float, key: jax.Array, stack: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        std: float,
+        key: jax.Array,
+        stack: tuple[int, ...] = (),
+        *,
+        out_std: float | None = None,
+    ):
+        """out_std: of the last matrix's initial weights; None: as the others."""
         gate, up, down = jax.random.split(key, 3)
         self.gate = normal_param(gate, (width, hidden), ("width", "ff"), std, stack)
         self.up = normal_param(up, (width, hidden), ("width", "ff"), std, stack)
-        self.down = normal_param(down, (hidden, width), ("ff", "width"), std, stack)
+        self.down = normal_param(down, (hidden, width), ("ff", "width"), std if out_std is None else out_std, stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, width] -> [batch, seq, width]."""

@@ -21,8 +21,10 @@ def rope_at(positions: jax.Array, head_dim: int, theta: float) -> Rope:
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """x [batch, seq, heads, head_dim] rotated by its positions; same dtype."""
+    """x [batch, seq, heads, head_dim] rotated by its positions; same dtype. Tables of fewer columns than half a head
+    rotate the head's first channels alone."""
     cos = rope.cos.astype(x.dtype)[:, :, None, :]
     sin = rope.sin.astype(x.dtype)[:, :, None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -1,7 +1,7 @@
 """One forward pass over a model's layers: scans over stacks of them, and what routed ones decided on the way."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from flax import nnx
 from adaptive.layers.attention import KeyValues, Memory, Rows
 from adaptive.layers.decoder import DecoderLayer
 from adaptive.layers.moe.base import Context, RoutedLayer, Routing
+from adaptive.layers.remat import Remat, recomputed
 from adaptive.layers.site import Buffer
 from adaptive.models.config import TransformerConfig
 from adaptive.parallel.rules import gathered
 from adaptive.routing.types import Aux, AuxLosses, ExpertCalls
 
-Remat = Literal["none", "layer", "dots"]
 ROUTED = ("first", "block", "last")  # parts of a model whose layers may be routed, in the order they run
 
 
@@ -174,13 +174,7 @@ class Forward:
         return jax.tree.map(own, state, is_leaf=_is_variable)
 
     def _checkpointed(self, fn):
-        match self._remat:
-            case "none":
-                return fn
-            case "layer":
-                return jax.checkpoint(fn)
-            case "dots":
-                return jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        return recomputed(fn, self._remat)
 
 
 def segments(config: TransformerConfig) -> list[tuple[str, range, range]]:

@@ -1,30 +1,14 @@
 """Shapes and chunking of an H-Net: plain data, importable without jax."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 from adaptive.errors import RecipeError
-from adaptive.models.layout import Layout, parse_layout
+from adaptive.layers.layout import BlockShape, ChunkerKind, Layout, parse_layout
 
-Chunker = Literal["dynamic", "similarity", "stride", "space", "words", "none"]
-CHUNKERS: tuple[Chunker, ...] = ("dynamic", "similarity", "stride", "space", "words", "none")
+CHUNKERS: tuple[ChunkerKind, ...] = get_args(ChunkerKind)
 LEARNED = ("dynamic", "similarity")
-MULTIPLE = 128  # SwiGLU's hidden size is rounded up to it (released code, modules/mlp.py), and so are capacities
-
-
-class Shape(NamedTuple):
-    """Of the blocks at one stage. window: positions to the left that a query sees, -1: all."""
-
-    width: int
-    intermediate: int
-    heads: int
-    rotary_dim: int
-    window: int
-    expand: int
-    d_state: int
-    d_conv: int
-    ssm_head_dim: int
-    ssm_block: int
+MULTIPLE = 128  # capacities are rounded up to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +17,11 @@ class HNetConfig:
 
     Numbers in tuples belong to stages, stage 0 the bytes; a single one holds for all. An empty layout is no H-Net.
 
-    layout          nested list as JSON, see adaptive.models.layout
+    layout          nested list as JSON, see adaptive.layers.layout
     windows         positions to the left that attention sees; -1: all
     chunkers        what decides where a chunk begins, one per chunking stage:
                     dynamic     cosine of neighbours, learned (H-Net)
-                    similarity  the same from projections that start at random, flipped at random in training (ConceptMoE)
+                    similarity  the same from projections that start at random, with random flips in training (ConceptMoE)
                     stride      every `ratio_targets` positions
                     space       at a byte like a space after one that is not (SpaceByte); the first stage alone
                     words       where the batch says (data.boundaries=words: HAT's splitter); the first stage alone
@@ -82,11 +66,11 @@ class HNetConfig:
         """How many stages chunk; 0 for a byte-level stack without chunking and for no H-Net at all."""
         return self.parsed().stages if self.layout else 0
 
-    def shape(self, stage: int) -> Shape:
+    def shape(self, stage: int) -> BlockShape:
         """The blocks' shape at a stage, 0 the bytes."""
-        return Shape(*(_at(getattr(self, name), stage) for name in _PER_STAGE))
+        return BlockShape(*(_at(getattr(self, name), stage) for name in _PER_STAGE))
 
-    def chunker(self, stage: int) -> str:
+    def chunker(self, stage: int) -> ChunkerKind:
         return _at(self.chunkers, stage)
 
     def learned(self, stage: int) -> bool:
@@ -103,12 +87,12 @@ class HNetConfig:
         return min(positions, -(-max(1, int(fraction * positions)) // multiple) * multiple)
 
     def at_phase(self, phase: int) -> "HNetConfig":
-        """The configuration of steps from capacity_steps[phase - 1] on (phase 0: from the first), without a schedule."""
+        """The configuration from step capacity_steps[phase - 1] on (phase 0: from the first), without a schedule."""
         own = self.capacities[phase * self.stages : (phase + 1) * self.stages]
         return dataclasses.replace(self, capacities=own, capacity_steps=())
 
     def validate(self, *, inner_width: int) -> None:
-        """Raises RecipeError for the first setting that cannot work. inner_width: of the model inside, if it has one."""
+        """Raises RecipeError for the first setting that cannot work. inner_width: of the model inside, if there is."""
         if not self.layout:
             return
         layout = self.parsed()
@@ -148,9 +132,10 @@ class HNetConfig:
                 refuse(run.letter, f"it has a feed-forward, so model.hnet.intermediates must be above 0 at {stage}")
             if run.attends and shape.width % shape.heads:
                 refuse(run.letter, f"width {shape.width} is not a multiple of the {shape.heads} attention heads")
-            head_dim = shape.width // shape.heads
-            if run.attends and (shape.rotary_dim % 2 or not 0 <= shape.rotary_dim <= head_dim):
-                refuse(run.letter, f"rotary_dims={shape.rotary_dim} must be even and at most the head's {head_dim}")
+            if run.attends and (shape.rotary_dim % 2 or not 0 <= shape.rotary_dim <= shape.head_dim):
+                refuse(
+                    run.letter, f"rotary_dims={shape.rotary_dim} must be even and at most the head's {shape.head_dim}"
+                )
             if run.attends and shape.window < -1:
                 refuse(
                     run.letter, f"windows={shape.window} must be -1 (all) or how many positions to the left are seen"

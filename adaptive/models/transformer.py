@@ -18,7 +18,8 @@ from adaptive.layers.router import EXPANSION, Router
 from adaptive.layers.site import Buffer, Site
 from adaptive.models import recursion
 from adaptive.models.config import TransformerConfig
-from adaptive.models.forward import ROUTED, Forward, Remat, expert_losses
+from adaptive.layers.remat import Remat
+from adaptive.models.forward import ROUTED, Forward, expert_losses
 from adaptive.parallel.rules import constrain, gathered
 from adaptive.routing.losses import updated_bias
 from adaptive.routing.types import AuxLosses, Output

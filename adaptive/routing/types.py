@@ -9,8 +9,8 @@ import jax.numpy as jnp
 class Selection(NamedTuple):
     """Which positions of each sequence go through a module, with static shapes.
 
-    indices  i32[batch, capacity]   positions in the row, ascending and unique; a slot that holds nothing points at a
-                                    position that is not selected
+    indices  i32[batch, capacity]   positions in the row, unique and ascending; a slot that holds nothing points at a
+                                    position that is not selected. Of chunks, slots that hold something come first
     weights  f32[batch, capacity]   gate of each selected position; 0 where nothing is held
     valid    bool[batch, capacity]  whether the slot holds a position
 
@@ -80,10 +80,30 @@ class ExpertCalls(NamedTuple):
     per_token: jax.Array
 
 
+class StageTrace(NamedTuple):
+    """What a chunking stage of an H-Net decided about the positions [batch, n] that reached it.
+
+    With chunks packed per device, batch is the number of devices and n what the rows of one hold together.
+
+    boundary_prob  f32[batch, n]   probability that a chunk begins here (H-Net paper, equation 4)
+    boundary_mask  bool[batch, n]  whether one does
+    demoted        bool[batch, n]  whether one would, had there been a slot left
+    valid          bool[batch, n]  positions that exist
+    selection      the boundaries, weighted by their probabilities, slots that hold one first: [batch, capacity]
+    """
+
+    boundary_prob: jax.Array
+    boundary_mask: jax.Array
+    demoted: jax.Array
+    valid: jax.Array
+    selection: Selection
+
+
 class Trace(NamedTuple):
     """What was computed for each token. Metrics, the compute account, reports and analyses read it and nothing else.
 
-    depth       i32[batch, seq]         passes through the shared block, 1 for models without recursion
+    depth       i32[batch, seq]         passes through the shared block, 1 for models without recursion; 0 for positions
+                                        that never reach it, being no chunk of an H-Net's innermost stage
     selections  one Selection per recursion, () where every token takes every step
     scalars     named f32[] statistics of this batch's routing, means over the batch; None without a router
     scores      one f32[batch, seq] per recursion: the decision score in [0, 1] of every position, NaN where the
@@ -91,6 +111,7 @@ class Trace(NamedTuple):
     load        f32[recursions]         share of tokens per depth under token choice, None otherwise
     experts     by part of the model ("first", "block", "last"): calls of its routed feed-forwards, with the leading
                 axes of that part's buffers; {} where all are dense
+    stages      of an H-Net, from the bytes inwards; () otherwise
     """
 
     depth: jax.Array
@@ -99,6 +120,7 @@ class Trace(NamedTuple):
     scores: tuple[jax.Array, ...] = ()
     load: jax.Array | None = None
     experts: dict[str, ExpertCalls] = {}  # noqa: RUF012  # never changed in place
+    stages: tuple[StageTrace, ...] = ()
 
     def sums(self) -> dict[str, Any]:
         """What adds up over micro-batches and moves a model's buffers after a step."""

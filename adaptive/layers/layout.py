@@ -15,12 +15,44 @@ Beyond the release, the innermost network may be `["model"]`: whatever the rest 
 
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from adaptive.errors import RecipeError
 
+ChunkerKind = Literal["dynamic", "similarity", "stride", "space", "words", "none"]  # what decides where chunks begin
 LETTERS = "mMtT"
+SWIGLU_MULTIPLE = 128  # released code, modules/mlp.py
 HOUSE = "model"  # the innermost network that the other settings of the model describe
+
+
+class BlockShape(NamedTuple):
+    """Sizes of the blocks of one stage.
+
+    intermediate  hidden size of SwiGLU, rounded up to a multiple of 128 as the release does (`feed_forward`)
+    rotary_dim    channels of each attention head that rotate with the position
+    window        positions to the left that attention sees; -1: all
+    ssm_block     positions of a block of Mamba-2's parallel form, at most
+    """
+
+    width: int
+    intermediate: int
+    heads: int
+    rotary_dim: int
+    window: int
+    expand: int
+    d_state: int
+    d_conv: int
+    ssm_head_dim: int
+    ssm_block: int
+
+    @property
+    def feed_forward(self) -> int:
+        return -(-self.intermediate // SWIGLU_MULTIPLE) * SWIGLU_MULTIPLE
+
+    @property
+    def head_dim(self) -> int:
+        """Of attention."""
+        return self.width // self.heads
 
 
 class Run(NamedTuple):
@@ -47,7 +79,7 @@ Blocks = tuple[Run, ...]
 
 
 class Layout(NamedTuple):
-    """encoders, decoders: of every chunking stage, from the bytes inwards; main: the innermost, () where it is HOUSE."""
+    """encoders, decoders: of every chunking stage, from the bytes inwards; main: the innermost, () for HOUSE."""
 
     encoders: tuple[Blocks, ...]
     main: Blocks

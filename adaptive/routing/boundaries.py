@@ -1,0 +1,147 @@
+"""From chunk boundaries to a Selection with static shapes, and back to every position."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.routing.types import Selection
+from kernels_pallas.ema import ema
+
+LEAST = (
+    1e-4  # a boundary's probability is clipped to [LEAST, 1 - LEAST] before it smooths (released code, modules/dc.py)
+)
+NEAR_HALF = 0.05
+
+
+class Boundaries(NamedTuple):
+    """Where chunks begin: probability f32[batch, n] and decision bool[batch, n] of every position."""
+
+    prob: jax.Array
+    wanted: jax.Array
+
+
+def select_boundaries(boundaries: Boundaries, capacity: int) -> tuple[Selection, jax.Array]:
+    """(the first `capacity` wanted boundaries of each row, bool[batch, n] where they are).
+
+    The slots that hold a boundary come first. Those past the capacity are demoted: their positions join the last chunk
+    that found a slot. That is causal, since whether a slot is left depends on the past alone; to keep the most probable
+    ones would let a position see later ones.
+    """
+    wanted, n = boundaries.wanted, boundaries.wanted.shape[1]
+    rank = jnp.cumsum(wanted, axis=1, dtype=jnp.int32) - 1
+    mask = wanted & (rank < capacity)
+    count = mask.sum(1, keepdims=True, dtype=jnp.int32)
+    others = jnp.cumsum(~mask, axis=1, dtype=jnp.int32) - 1
+    slot = jnp.where(mask, rank, count + others)  # a permutation, so that no two slots share a position
+
+    @jax.vmap
+    def inverse(slot: jax.Array) -> jax.Array:
+        position = jnp.arange(n, dtype=jnp.int32)
+        return jnp.zeros(n, jnp.int32).at[slot].set(position, mode="promise_in_bounds", unique_indices=True)
+
+    indices = inverse(slot)[:, :capacity]
+    valid = jnp.arange(capacity, dtype=jnp.int32) < count
+    return Selection(indices, jnp.where(valid, gather(boundaries.prob, indices), 0.0), valid), mask
+
+
+@jax.vmap
+def gather(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """x [batch, n, ...] at i32[batch, k], unique within a row but in any order -> [batch, k, ...]."""
+    return x.at[indices].get(mode="promise_in_bounds", unique_indices=True)
+
+
+@jax.vmap
+def scatter(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """x [batch, n, ...] with the positions i32[batch, k], unique within a row, replaced by rows [batch, k, ...]."""
+    return x.at[indices].set(rows, mode="promise_in_bounds", unique_indices=True)
+
+
+def merged(x: jax.Array, selection: Selection, segments: jax.Array | None) -> jax.Array:
+    """[batch, capacity, width]: sums of x [batch, n, width] from behind the boundary before to each boundary itself, both
+    of one document (ConceptMoE, section on chunking)."""
+    total = jnp.cumsum(x.astype(jnp.float32), axis=1)
+    here = gather(total, selection.indices)
+    before = jnp.pad(here, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    if segments is not None:  # a document's first boundary is its first position
+        own = gather(segments, selection.indices)
+        starts = jnp.pad(own, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != own
+        before = jnp.where(starts[..., None], here - gather(x, selection.indices), before)
+    return (here - before).astype(x.dtype)
+
+
+def dechunk(
+    z: jax.Array,
+    selection: Selection,
+    mask: jax.Array,
+    *,
+    smooth: bool,
+    segments: jax.Array | None = None,
+    initial: jax.Array | None = None,
+) -> jax.Array:
+    """Every position reads the moving average of chunk vectors up to its own chunk (H-Net paper, equations 5 to 9).
+
+    z         [batch, capacity, width]  chunk vectors in the slots of `selection`
+    mask      bool[batch, n]            where chunks begin
+    smooth    average with the boundaries' probabilities as weights; False: each chunk's own vector
+    segments  i32[batch, n]             documents; a position none of whose document's boundaries found a slot reads 0
+    initial   f32[batch, width]         the average so far, which positions before the first boundary read; None: 0
+    returns   f32[batch, n, width]
+    """
+    z = z.astype(jnp.float32)
+    own = None if segments is None else gather(segments, selection.indices)
+    if smooth:
+        starts = None if own is None else jnp.pad(own, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != own
+        z = ema(z, jnp.clip(selection.weights, LEAST, 1 - LEAST), starts=starts, initial=initial)
+    chunk = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    there = jnp.maximum(chunk, 0)
+    out = _repeat(z, there)
+    none = chunk < 0
+    if segments is not None and own is not None:
+        none = none | (_repeat(own, there) != segments)
+    before = 0.0 if initial is None else initial[:, None]
+    return jnp.where(none[..., None], before, out)
+
+
+@jax.vmap
+def _repeat(z: jax.Array, chunk: jax.Array) -> jax.Array:
+    return z.at[chunk].get(mode="promise_in_bounds", indices_are_sorted=True)
+
+
+def straight_through(confidence: jax.Array) -> jax.Array:
+    """1, with the derivative of `confidence` (H-Net paper, section 2.2)."""
+    return 1.0 + (confidence - jax.lax.stop_gradient(confidence))
+
+
+def ratio_losses(boundaries: Boundaries, valid: jax.Array, target: float, shards: int) -> dict[str, jax.Array]:
+    """The ratio loss f32[] (H-Net paper, equation 10) over all of the batch ("global") and as the mean of each device's
+    own ("device"), of which there are `shards`. Demoted boundaries count as boundaries, so that the loss pushes back.
+
+    N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)), F the share of boundaries, G their mean probability, N the target.
+    """
+
+    def sums(values: jax.Array) -> jax.Array:
+        return jnp.where(valid, values, 0.0).astype(jnp.float32).reshape(shards, -1).sum(1)
+
+    def loss(boundary: jax.Array, prob: jax.Array, count: jax.Array) -> jax.Array:
+        f, g = boundary / jnp.maximum(count, 1.0), prob / jnp.maximum(count, 1.0)
+        return target / (target - 1) * ((target - 1) * f * g + (1 - f) * (1 - g))
+
+    parts = sums(boundaries.wanted), sums(boundaries.prob), sums(jnp.ones(valid.shape))
+    return {"global": loss(*(part.sum() for part in parts)), "device": loss(*parts).mean()}
+
+
+def chunk_statistics(boundaries: Boundaries, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+    """Of one stage, f32[] each: the share of positions that begin a chunk, positions per chunk, mean and spread of the
+    probabilities, the share of them within 0.05 of one half, and the share of boundaries that found no slot."""
+    mean = lambda values: jnp.where(valid, values, 0.0).sum() / jnp.maximum(valid.sum(), 1)  # noqa: E731
+    prob, kept = mean(boundaries.prob), mean(mask)
+    wanted = jnp.maximum(mean(boundaries.wanted), 1e-9)
+    return {
+        "kept": kept,
+        "positions_per_chunk": 1 / jnp.maximum(kept, 1e-9),
+        "probability": prob,
+        "probability_std": jnp.sqrt(jnp.maximum(mean(jnp.square(boundaries.prob - prob)), 0.0)),
+        "near_half": mean(jnp.abs(boundaries.prob - 0.5) < NEAR_HALF),
+        "overflow": mean(boundaries.wanted & ~mask) / wanted,
+    }
