@@ -67,16 +67,17 @@ def _check(
     if x.ndim != 4 or x.shape[1] < 1:
         raise ValueError(f"x is {x.shape}: must be [batch, seq, heads, dim] with at least one position")
     batch, seq, heads, dim = x.shape
-    expected = {"dt": (dt, (batch, seq, heads)), "a": (a, (heads,)), "b": (b, (batch, seq, *b.shape[2:3]))}
-    expected |= {
-        "c": (c, b.shape),
+    n = b.shape[-1]
+    expected: dict[str, tuple[jax.Array | None, tuple[int, ...]]] = {
+        "dt": (dt, (batch, seq, heads)),
+        "a": (a, (heads,)),
+        "b": (b, (batch, seq, n)),
+        "c": (c, (batch, seq, n)),
         "segments": (segments, (batch, seq)),
-        "state": (state, (batch, heads, dim, b.shape[-1])),
+        "state": (state, (batch, heads, dim, n)),
     }
     for name, (value, shape) in expected.items():
         if value is not None and value.shape != shape:
-            raise ValueError(f"{name} is {value.shape}, x {x.shape}, b {b.shape}: {name} must be {shape}")
-    if b.ndim != 3:
-        raise ValueError(f"b is {b.shape}: must be [batch, seq, n]")
+            raise ValueError(f"{name} is {value.shape}, x is {x.shape} and b {b.shape}: {name} must be {shape}")
     if block < 1:
         raise ValueError(f"block is {block}: must be at least 1")
