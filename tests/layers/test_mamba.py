@@ -1,0 +1,223 @@
+"""The Mamba-2 layer against the same written out in numpy, one position after another, and against itself in parts."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adaptive.layers.mamba import Mamba2, SSMOptions
+from adaptive.parallel.config import MeshConfig
+from adaptive.parallel.mesh import make_mesh
+from adaptive.parallel.rules import AxisRules, constrain_state, placement
+
+WIDTH, EPS = 12, 1e-3
+OPTIONS = SSMOptions(expand=2, d_state=5, d_conv=4, head_dim=6, block=8)
+BATCH, SEQ = 2, 21
+SEGMENTS = jnp.asarray([[3] * 2 + [1] * 9 + [3] * 1 + [2] * 9, [7] * 13 + [8] * 8], jnp.int32)
+
+
+def layer(options=OPTIONS, seed=0, width=WIDTH):
+    """A layer whose scales are all random, of a size that tells them apart."""
+    module = Mamba2(width, options, std=0.5, out_std=0.5, key=jax.random.key(seed), norm_eps=EPS)
+    rng = np.random.default_rng(seed)
+    for name in ("d", "norm", "dt_bias"):
+        param = getattr(module, name)
+        param[...] = param[...] + jnp.asarray(rng.normal(0, 0.5, param.shape), jnp.float32)
+    return module
+
+
+def inputs(seed=0, batch=BATCH, seq=SEQ, width=WIDTH):
+    return jax.random.normal(jax.random.key(seed), (batch, seq, width))
+
+
+def written_out(module, x, segments):
+    """float64 [n, width] -> (update [n, width], conv state, ssm state) of one row."""
+    p = {path[0]: np.asarray(param[...], np.float64) for path, param in nnx.to_flat_state(nnx.state(module))}
+    heads, dim = p["norm"].shape
+    n, taps = p["bc"].shape[1] // 2, p["conv_bc"].shape[0]
+    silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
+    flat = lambda v: v.reshape(*v.shape[:-2], heads * dim)  # noqa: E731
+    weights = np.concatenate([flat(p["conv_x"]), p["conv_bc"]], axis=-1)
+    bias = np.concatenate([flat(p["conv_x_bias"]), p["conv_bc_bias"]])
+    conv, state, first, out = np.zeros((taps, weights.shape[1])), np.zeros((heads, dim, n)), 0, []
+    for t, u in enumerate(np.asarray(x, np.float64)):
+        if t and segments[t] != segments[t - 1]:
+            state, first = np.zeros_like(state), t
+        mixed = np.concatenate([(u @ p["x"].reshape(len(u), -1)), u @ p["bc"]])
+        conv = np.concatenate([conv[1:], mixed[None]])
+        seen = np.arange(t - taps + 1, t + 1) >= first
+        active = silu((conv * weights * seen[:, None]).sum(0) + bias)
+        inner, b, c = np.split(active, [heads * dim, heads * dim + n])
+        inner = inner.reshape(heads, dim)
+        dt = np.log1p(np.exp(u @ p["dt"] + p["dt_bias"]))
+        decay = np.exp(-dt * np.exp(p["a_log"]))
+        state = decay[:, None, None] * state + dt[:, None, None] * inner[:, :, None] * b
+        y = state @ c + p["d"][:, None] * inner
+        gated = y * silu((u @ p["z"].reshape(len(u), -1)).reshape(heads, dim))
+        normed = gated / np.sqrt(np.mean(gated**2) + EPS) * p["norm"]
+        out.append(normed.reshape(-1) @ p["out"].reshape(heads * dim, -1))
+    return np.stack(out), conv, state
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS._replace(d_conv=1, expand=1, head_dim=3, block=256)])
+def test_equals_the_formulas(options, segments):
+    module, x = layer(options), inputs()
+    update, state = nnx.jit(lambda m, x: m(x, segments=segments, keep=True))(module, x)
+    ids = np.zeros((BATCH, SEQ), int) if segments is None else np.asarray(segments)
+    for row in range(BATCH):
+        expected, conv, ssm = written_out(module, x[row], ids[row])
+        np.testing.assert_allclose(update[row], expected, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(state.conv[row], conv, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.ssm[row], ssm, rtol=2e-4, atol=1e-5)
+
+
+@nnx.jit(static_argnames="keep")
+def run(module, x, segments=None, valid=None, state=None, keep=True):
+    return module(x, segments=segments, valid=valid, state=state, keep=keep)
+
+
+def close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("parts", [[1] * SEQ, [9] + [1] * (SEQ - 9), [2, 1, 3, 8, 7], [13, 8]], ids=str)
+def test_goes_on_where_it_left_off(parts):
+    module, x = layer(), inputs()
+    whole = run(module, x)
+    state, updates, first = module.empty_state(BATCH, x.dtype), [], 0
+    for n in parts:
+        update, state = run(module, x[:, first : first + n], state=state)
+        updates.append(update)
+        first += n
+    close((jnp.concatenate(updates, axis=1), state), whole)
+
+
+def test_a_segment_is_a_sequence_of_its_own():
+    module, x = layer(), inputs()
+    update, state = run(module, x, SEGMENTS)
+    for row, bounds in enumerate([[0, 2, 11, 12, SEQ], [0, 13, SEQ]]):
+        for first, end in itertools.pairwise(bounds):
+            own, last = run(module, x[row : row + 1, first:end])
+            close(update[row : row + 1, first:end], own)
+        close(state.ssm[row], last.ssm[0])
+
+
+def test_a_carried_state_is_of_the_first_segment():
+    module, x = layer(), inputs()
+    _, before = run(module, inputs(1))
+    update, _ = run(module, x, SEGMENTS, state=before)
+    close(update[0, :2], run(module, x[:, :2], state=before)[0][0])
+    close(update[0, 2:11], run(module, x[:, 2:11])[0][0])
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
+@pytest.mark.parametrize("lengths", [(5, 2), (1, SEQ), (3, 14)], ids=str)
+def test_rows_of_different_lengths(lengths, segments):
+    module, x = layer(), inputs()
+    _, before = run(module, inputs(1))
+    valid = jnp.arange(SEQ) < jnp.asarray(lengths)[:, None]
+    update, state = run(module, x, segments, valid, before)
+    assert np.isfinite(update).all()
+    for row, n in enumerate(lengths):
+        alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (x[:, :n], segments, before))
+        own = run(module, alone[0], None if segments is None else alone[1][:, :n], None, alone[2])
+        close((update[row : row + 1, :n], state.conv[row : row + 1], state.ssm[row : row + 1]), (own[0], *own[1]))
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_row_without_valid_positions_keeps_its_state_exactly(n):
+    module, x = layer(), inputs(seq=n)
+    _, before = run(module, inputs(1))
+    valid = jnp.asarray([[False] * n, [True] * n])
+    ids = jnp.asarray([[1, 2, 3, 4, 5, 6]] * BATCH)[:, :n]
+    for segments in (None, ids):
+        _, after = run(module, x, segments, valid, before)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after, before)
+        assert all(np.abs(a[1] - b[1]).max() > 1e-3 for a, b in zip(after, before, strict=True))
+
+
+def test_without_keep_there_is_no_state():
+    module, x = layer(), inputs()
+    update, state = run(module, x, keep=False)
+    assert state is None
+    close(update, run(module, x)[0])
+
+
+def test_bfloat16_keeps_a_float32_state():
+    module, x = layer(), inputs().astype(jnp.bfloat16)
+    update, state = run(module, x)
+    assert (update.dtype, state.conv.dtype, state.ssm.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    exact, exact_state = run(module, x.astype(jnp.float32))
+    assert np.abs(update.astype(jnp.float32) - exact).max() < 0.03 * np.abs(exact).max()
+    assert np.abs(state.ssm - exact_state.ssm).max() < 0.03 * np.abs(exact_state.ssm).max()
+
+
+def test_a_slow_decay_survives_bfloat16():
+    """Nothing is written, and a decay so close to 1 that bfloat16 cannot tell it from 1."""
+    module, x = layer(), jnp.zeros((BATCH, SEQ, WIDTH), jnp.bfloat16)
+    module.a_log[...] = jnp.full_like(module.a_log[...], np.log(1e-3))
+    module.dt_bias[...] = jnp.full_like(module.dt_bias[...], np.log(np.expm1(1.0)))
+    module.conv_x_bias[...] = jnp.zeros_like(module.conv_x_bias[...])
+    empty = module.empty_state(BATCH, x.dtype)
+    after = run(module, x, state=empty._replace(ssm=jnp.full_like(empty.ssm, 1000.0)))[1]
+    np.testing.assert_allclose(after.ssm, 1000 * np.exp(-1e-3 * SEQ), rtol=1e-5)
+
+
+def test_sharded_equals_unsharded():
+    """Rows over data, heads over tensor; gradients too, of parameters that are split and of those that are not."""
+    module = layer(OPTIONS._replace(head_dim=3), width=12)
+    x, target = inputs(batch=4), inputs(2, batch=4)
+    segments = jnp.concatenate([SEGMENTS, SEGMENTS])
+
+    def loss(module, x, target):
+        update, state = module(x, segments=segments, keep=True)
+        return (update * target).mean() + 0.1 * (state.ssm**2).mean()
+
+    plain = nnx.jit(nnx.value_and_grad(loss))(module, x, target)
+    mesh, rules = make_mesh(MeshConfig(data=2, tensor=4)), AxisRules()
+    with placement(mesh, rules):
+
+        @nnx.jit
+        def placed(module, x, target):
+            nnx.update(module, constrain_state(nnx.state(module)))
+            value, grads = nnx.value_and_grad(loss)(module, x, target)
+            return value, constrain_state(grads)
+
+        split = placed(module, x, target)
+    assert "tensor" in str(split[1]["out"][...].sharding.spec)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), split, plain)
+
+
+def test_starts_as_the_published_layer():
+    options = SSMOptions(d_state=16, head_dim=8)
+    module = Mamba2(64, options, std=0.02, out_std=0.005, key=jax.random.key(0), stack=(3,))
+    shapes = {path[0]: param.shape for path, param in nnx.to_flat_state(nnx.state(module))}
+    heads, dim, n = 16, 8, 16
+    assert shapes == {
+        "z": (3, 64, heads, dim), "x": (3, 64, heads, dim), "bc": (3, 64, 2 * n), "dt": (3, 64, heads),
+        "conv_x": (3, 4, heads, dim), "conv_x_bias": (3, heads, dim), "conv_bc": (3, 4, 2 * n),
+        "conv_bc_bias": (3, 2 * n), "dt_bias": (3, heads), "a_log": (3, heads), "d": (3, heads),
+        "norm": (3, heads, dim), "out": (3, heads, dim, 64),
+    }  # fmt: skip
+    for name in ("z", "x", "bc", "dt"):
+        assert np.std(getattr(module, name)[...]) == pytest.approx(0.02, rel=0.05)
+    assert np.std(module.out[...]) == pytest.approx(0.005, rel=0.05)
+    for name in ("conv_x", "conv_x_bias", "conv_bc", "conv_bc_bias"):
+        value = np.abs(getattr(module, name)[...])
+        assert value.max() <= 0.5 and value.mean() == pytest.approx(0.25, rel=0.15)
+    step = np.asarray(jax.nn.softplus(module.dt_bias[...]))
+    assert 1e-3 * 0.999 <= step.min() < 3e-3 and 3e-2 < step.max() <= 0.1 * 1.001
+    rate = np.exp(module.a_log[...])
+    assert 1 <= rate.min() < 4 and 13 < rate.max() <= 16.001
+    assert (module.d[...] == 1).all() and (module.norm[...] == 1).all()
+    for _, param in nnx.to_flat_state(nnx.state(module)):
+        assert len(param.get_metadata()["axes"]) == param.ndim
+
+
+def test_heads_must_divide_the_inner_channels():
+    with pytest.raises(ValueError, match="2 \\* 12 = 24 is not a multiple of head_dim=64"):
+        Mamba2(12, SSMOptions(), std=0.02, out_std=0.02, key=jax.random.key(0))
