@@ -35,6 +35,7 @@ OPTIONAL = {
     "tokenizers": ("bpe", "tokenizer.json files and training a BPE"),
     "pyarrow": ("hf", "Parquet files"),
     "zstandard": ("hf", "compressed jsonl files"),
+    "safetensors": ("hf", "*.safetensors files"),
     "datasets": ("hf", "data sets of the Hugging Face hub"),
     "wandb": ("wandb", "Weights & Biases"),
     "jax-cuda13-plugin": ("gpu", "NVIDIA GPUs"),
