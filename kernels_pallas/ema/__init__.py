@@ -1,12 +1,17 @@
 """Exponential moving average with a rate of its own at every position: what smooths the chunks of an H-Net.
 
-`reference` is the specification.
+`reference` is the specification. On TPUs `tpu`, on NVIDIA GPUs `gpu`, elsewhere `loop`: chosen when a program is
+lowered for its target, so that compiling for a machine from another chooses the same.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from kernels_pallas.ema import plain
+from kernels_pallas.ema import gpu, loop, tpu
 from kernels_pallas.grouped_matmul.varying import alike
 
 
@@ -19,43 +24,63 @@ def ema(z: jax.Array, p: jax.Array, *, starts: jax.Array | None = None, initial:
     initial  [batch, width]: out_{-1}, 0 unless given
     returns  f32[batch, n, width], computed in float32
 
-    Gradients are those of z, p and initial; the backward pass keeps z, p, starts and the result. Raises ValueError for
-    shapes that do not match.
+    Gradients are those of z, p and initial; the backward pass keeps these, starts and the result. On several TPUs or
+    GPUs it must be called inside `jax.shard_map`, as every kernel. Raises ValueError for shapes that do not match.
     """
     _check(z, p, starts, initial)
     batch, n, width = z.shape
-    if n == 0:
-        return jnp.zeros(z.shape, jnp.float32)
+    p = p.astype(jnp.float32)
     starts = jnp.zeros((batch, n), bool) if starts is None else starts
     initial = jnp.zeros((batch, width), jnp.float32) if initial is None else initial.astype(jnp.float32)
-    return _ema(*alike(z, p.astype(jnp.float32), starts, initial))
+    if n <= 1:  # a step of generation
+        return p[..., None] * z.astype(jnp.float32) + jnp.where(starts, 0, 1 - p)[..., None] * initial[:, None]
+    return _ema(*alike(z, p, starts, initial))
 
 
 @jax.custom_vjp
 def _ema(z: jax.Array, p: jax.Array, starts: jax.Array, initial: jax.Array) -> jax.Array:
-    return _recurrence(z, p, jnp.where(starts, 0, 1 - p), initial, reverse=False)
+    return lax.platform_dependent(
+        z,
+        p,
+        starts,
+        initial,
+        tpu=functools.partial(_forward_by, tpu.recurrence),
+        cuda=functools.partial(_forward_by, gpu.recurrence),
+        default=loop.forward,
+    )
 
 
-def _forward(z, p, starts, initial):
+def _ema_forward(z, p, starts, initial):
     out = _ema(z, p, starts, initial)
     return out, (z, p, starts, initial, out)
 
 
-def _backward(kept, d_out):
-    z, p, starts, initial, out = kept
+def _ema_backward(kept, d_out):
+    d_z, d_p, d_initial = lax.platform_dependent(
+        *kept,
+        d_out,
+        tpu=functools.partial(_backward_by, tpu.recurrence),
+        cuda=functools.partial(_backward_by, gpu.recurrence),
+        default=loop.backward,
+    )
+    return d_z, d_p, None, d_initial
+
+
+_ema.defvjp(_ema_forward, _ema_backward)
+
+
+def _forward_by(recurrence: Callable[..., jax.Array], z, p, starts, initial):
+    return recurrence(z, p, jnp.where(starts, 0, 1 - p), initial)
+
+
+def _backward_by(recurrence: Callable[..., jax.Array], z, p, starts, initial, out, d_out):
+    """The gradient of a linear recurrence is the same one backwards, over what later positions keep of this one."""
     keep = jnp.where(starts, 0, 1 - p)
-    after = jnp.pad(keep[:, 1:], ((0, 0), (0, 1)))  # how much of position k the position after it keeps
-    total = _recurrence(d_out, jnp.ones_like(p), after, jnp.zeros_like(initial), reverse=True)
+    after = jnp.pad(keep[:, 1:], ((0, 0), (0, 1)))
+    total = recurrence(d_out, jnp.ones_like(p), after, jnp.zeros_like(initial), reverse=True)
     past = jnp.where(starts[..., None], 0, jnp.concatenate([initial[:, None], out[:, :-1]], 1))
     d_p = (total * (z.astype(jnp.float32) - past)).sum(-1)
-    return (p[..., None] * total).astype(z.dtype), d_p, None, keep[:, :1] * total[:, 0]
-
-
-_ema.defvjp(_forward, _backward)
-
-
-def _recurrence(x: jax.Array, gain: jax.Array, keep: jax.Array, initial: jax.Array, *, reverse: bool) -> jax.Array:
-    return plain.by_steps(x, gain, keep, initial, reverse=reverse)
+    return (p[..., None] * total).astype(z.dtype), d_p, keep[:, :1] * total[:, 0]
 
 
 def _check(z: jax.Array, p: jax.Array, starts: jax.Array | None, initial: jax.Array | None) -> None:

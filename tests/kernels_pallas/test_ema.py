@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 
-from kernels_pallas.ema import ema, plain, reference
+from kernels_pallas.ema import _backward_by, ema, forms, gpu, reference, tpu
 
 FORMS = {
-    "steps": plain.by_steps,
-    "pairs": plain.by_pairs,
-    "blocks": functools.partial(plain.by_blocks, block=8),
+    "pairs": forms.by_pairs,
+    "blocks": functools.partial(forms.by_blocks, block=8),
+    "tpu": functools.partial(tpu.recurrence, interpret=True),
+    "gpu": functools.partial(gpu.recurrence, interpret=True),
 }
 
 
@@ -127,3 +130,59 @@ def test_shapes_that_do_not_match_are_refused():
     ):
         with pytest.raises(ValueError, match=says):
             ema(*args, **given)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks along both axes, the last ones cut short."""
+    monkeypatch.setattr(tpu, "ROWS", 8)
+    monkeypatch.setattr(tpu, "COLUMNS", 128)
+    monkeypatch.setattr(gpu, "ROWS", 4)
+    monkeypatch.setattr(gpu, "COLUMNS", 16)
+
+
+KERNELS = {
+    "tpu": functools.partial(tpu.recurrence, interpret=True),
+    # This one fills what lies outside of arrays with NaN and watches for reads of what is not yet written.
+    "tpu, strict": functools.partial(tpu.recurrence, interpret=pltpu.InterpretParams(uninitialized_memory="nan")),
+    "gpu": functools.partial(gpu.recurrence, interpret=True),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_forwards_and_backwards_over_cut_blocks(kernel, dtype, small_blocks):
+    z, p, starts, initial = draw(2, 21, 150)
+    z = jnp.asarray(z, dtype)
+    keep = jnp.where(starts, 0, 1 - p)
+    out, pull = jax.vjp(lambda z, p, initial: reference.ema(z, p, starts=starts, initial=initial), z, p, initial)
+    np.testing.assert_allclose(KERNELS[kernel](z, p, keep, initial), out, atol=2e-6)
+    d_out = jnp.asarray(np.random.default_rng(1).normal(size=out.shape), jnp.float32)
+    pulled = _backward_by(KERNELS[kernel], z, p, starts, initial, out, d_out)
+    for mine, theirs, close in zip(
+        pulled, pull(d_out), (2e-6 if dtype == "float32" else 2e-2, 1e-4, 2e-6), strict=True
+    ):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_allclose(mine.astype(jnp.float32), theirs.astype(jnp.float32), atol=close)
+
+
+def test_rows_split_over_devices_give_the_same():
+    z, p, starts, initial = draw(8, 10, 4)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+
+    def pulled(f, rates):
+        of = lambda z, p, initial: f(z, p, initial, starts)  # noqa: E731
+        return jax.jit(lambda *a: jax.vjp(of, *a)[1](jnp.ones(z.shape, jnp.float32)))(z, rates, initial)
+
+    def shared(z, p, initial, starts):
+        """The rates are the same on every device: their cotangents are summed."""
+        return ema(z, jnp.broadcast_to(p, z.shape[:2]), starts=starts, initial=initial)
+
+    def rows(z, p, initial, starts):
+        return ema(z, p, starts=starts, initial=initial)
+
+    for f, rates, spec in ((rows, p, split), (shared, p[:1], whole)):
+        mapped = jax.shard_map(f, mesh=mesh, in_specs=(split, spec, split, split), out_specs=split)
+        for mine, theirs in zip(pulled(mapped, rates), pulled(f, rates), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The linear recurrence behind the moving average, forwards or backwards, in plain jax.numpy; three forms of it.
+"""Other forms of the recurrence behind the moving average, which the benchmark sets beside the one in use.
 
 out_k = gain_k x_k + keep_k out_{k-1}, with out_{-1} = initial. With `reverse` k counts from the last position.
 
@@ -12,17 +12,6 @@ returns  f32[batch, n, width]
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-
-def by_steps(x: jax.Array, gain: jax.Array, keep: jax.Array, initial: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """One position after another."""
-
-    def step(past, at):
-        x, gain, keep = at
-        out = gain[:, None] * x.astype(jnp.float32) + keep[:, None] * past
-        return out, out
-
-    return lax.scan(step, initial, (x.swapaxes(0, 1), gain.T, keep.T), reverse=reverse)[1].swapaxes(0, 1)
 
 
 def by_pairs(x: jax.Array, gain: jax.Array, keep: jax.Array, initial: jax.Array, *, reverse: bool = False) -> jax.Array:
