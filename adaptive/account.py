@@ -1,5 +1,5 @@
 """What a model costs: parameters and matmul FLOPs, by arithmetic from its configuration. Only models with experts,
-whose routers know their own cost, import jax.
+whose routers know their own cost, import jax. H-Nets are counted in `adaptive.account_hnet`, in the same terms.
 
 A matmul of [m, k] by [k, n] counts 2 m k n FLOPs; nothing else counts (norms, softmax, rotary tables, gathers, the
 embedding lookup). Training does every forward matmul once and, for each, two more in the backward pass: the gradients
@@ -53,11 +53,16 @@ class Stage:
     layers, tokens    how many layers it runs, on how many tokens per sequence
     keys              keys that each query is multiplied with
     recursion         of the shared block, from 1; 0 outside it
-    projections       query, key, value and output projections, grouped queries counted as they are
+    projections       query, key, value and output projections, grouped queries counted as they are; of Mamba-2 layers
+                      too, and an H-Net's residual projection
     attention         scores and values over all pairs (executed); `attention_useful` over the causal pairs
-    router            of this recursion (token choice: all of it at the first) and of the experts in its layers;
-                      router_train: with its backward pass
-    ends_inside       whether another pass of the same layers follows within one unit of layer-wise recomputation
+    state_space       Mamba-2's scan in blocks, all pairs of a block and padding included; `state_space_useful` over the
+                      causal pairs of positions that exist; `state_space_again`: what its backward pass always computes
+                      a second time
+    router            of this recursion (token choice: all of it at the first) and of the experts in its layers; of an
+                      H-Net, the projections that decide where chunks begin; router_train: with its backward pass
+    last              of all these what layer-wise recomputation leaves out: matmuls at the end of its units, whose
+                      results no gradient needs, and those outside of any
     """
 
     name: str
@@ -65,33 +70,41 @@ class Stage:
     tokens: float
     keys: float
     recursion: int = 0
-    ends_inside: bool = False
     projections: float = 0.0
     attention: float = 0.0
     attention_useful: float = 0.0
+    state_space: float = 0.0
+    state_space_useful: float = 0.0
+    state_space_again: float = 0.0
     feed_forward: float = 0.0
     router: float = 0.0
     router_train: float = 0.0
     head: float = 0.0
+    last: float = 0.0
 
     @property
     def forward(self) -> float:
         """FLOPs of a forward pass as executed."""
-        return self.projections + self.attention + self.feed_forward + self.router + self.head
+        return self.projections + self.attention + self.state_space + self.feed_forward + self.router + self.head
 
     @property
     def useful(self) -> float:
-        """FLOPs of a forward pass with attention over causal pairs alone."""
-        return self.forward - self.attention + self.attention_useful
+        """FLOPs of a forward pass over causal pairs alone."""
+        return self.forward - self._idle
 
     @property
     def train(self) -> float:
-        """FLOPs of forward and backward as executed, nothing recomputed."""
-        return 3 * (self.forward - self.router) + self.router_train
+        """FLOPs of forward and backward as executed under remat "none"."""
+        return 3 * (self.forward - self.router) + self.router_train + self.state_space_again
 
     @property
     def train_useful(self) -> float:
-        return self.train - 3 * (self.attention - self.attention_useful)
+        """FLOPs of forward and backward over causal pairs alone, nothing computed twice."""
+        return self.train - self.state_space_again - 3 * self._idle
+
+    @property
+    def _idle(self) -> float:
+        return self.attention - self.attention_useful + self.state_space - self.state_space_useful
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +112,7 @@ class Account:
     """Forward matmul FLOPs per sequence of `seq_len` tokens, stage by stage."""
 
     parameters: Parameters
-    seq_len: int
+    seq_len: float
     stages: tuple[Stage, ...]
 
     @property
@@ -123,12 +136,12 @@ class Account:
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table as text, header first: stages and their sum, forward MFLOP per token of the sequence."""
-        header = ("stage", "layers", "tokens", "keys", "projections", "attention", "(causal)", "feed-forward", "router",
-                  "head", "total", "share")  # fmt: skip
+        header = ("stage", "layers", "tokens", "keys", "projections", "attention", "(causal)", "state space",
+                  "feed-forward", "router", "head", "total", "share")  # fmt: skip
         per_token = lambda value: f"{value / self.seq_len / 1e6:.3f}"  # noqa: E731
         table: list[tuple[str, ...]] = [header]
         for s in self.stages:
-            parts = (s.projections, s.attention, s.attention_useful, s.feed_forward, s.router, s.head, s.forward)
+            parts = (*(getattr(s, name) for name in _PARTS), s.forward)
             share = f"{s.forward / self.forward_flops:.1%}"
             table.append((s.name, str(s.layers), f"{s.tokens:g}", f"{s.keys:g}", *map(per_token, parts), share))
         sums = [sum(getattr(s, name) for s in self.stages) for name in _PARTS]
@@ -136,11 +149,13 @@ class Account:
         return [*table, ("all", layers, "", "", *map(per_token, (*sums, self.forward_flops)), "100.0%")]
 
 
-_PARTS = ("projections", "attention", "attention_useful", "feed_forward", "router", "head")
+_PARTS = ("projections", "attention", "attention_useful", "state_space", "feed_forward", "router", "head")
 
 
 def parameters(config: TransformerConfig) -> Parameters:
     """Numbers of parameters that a model of this configuration has."""
+    if config.hnet.layout:
+        return _hnet().parameters(config)
     c, r = config, config.router
     width, heads = c.hidden_size, (c.num_heads + c.num_kv_heads) * c.head_dim
     layer = 2 * width * heads + 2 * width
@@ -169,14 +184,32 @@ def parameters(config: TransformerConfig) -> Parameters:
     )
 
 
-def account(config: TransformerConfig, seq_len: int, taken: Sequence[float] | None = None) -> Account:
+def layer_counts(config: TransformerConfig) -> tuple[int, int]:
+    """(layers that are stored, layers of the unrolled network)."""
+    return _hnet().layers(config) if config.hnet.layout else (config.unique_layers, config.num_layers)
+
+
+def recursion_capacities(config: TransformerConfig, seq_len: int) -> tuple[int, ...]:
+    """Tokens per sequence that each recursion computes, of a model inside an H-Net chunks; () without a router."""
+    if config.router.kind == "none":
+        return ()
+    if not config.hnet.layout:
+        return config.capacities(seq_len)
+    chunks = _hnet().chunk_counts(config.hnet, seq_len)
+    return config.capacities(chunks[-1]) if config.hnet.parsed().house else ()
+
+
+def account(config: TransformerConfig, seq_len: float, taken: Sequence[float] | None = None) -> Account:
     """The account of one model on rows of `seq_len` tokens, under top-k selection as in training.
 
     taken  tokens per sequence that each recursion computes, fractions allowed (averages); None: the capacities of the
-           configuration, which under masked token choice are all tokens
+           configuration, which under masked token choice are all tokens. Of an H-Net, chunks per sequence that each
+           chunking stage passes on; see `account_hnet.account`
     """
+    if config.hnet.layout:
+        return _hnet().account(config, seq_len, taken)
     c = config
-    counts = tuple(c.capacities(seq_len) if taken is None else taken)
+    counts = tuple(c.capacities(int(seq_len)) if taken is None else taken)
     if len(counts) != c.recursions:
         raise RecipeError(f"{len(counts)} token counts for model.recursions={c.recursions}: give one per recursion")
     ends = 1 if c.unique_ends else 0
@@ -201,7 +234,7 @@ def account(config: TransformerConfig, seq_len: int, taken: Sequence[float] | No
                 recursion=r + 1,
                 router=stage.router + router,
                 router_train=stage.router_train + router_train,
-                ends_inside=inside,
+                last=0.0 if inside else stage.last,
             )
         )
     stages += [_layers(c, "last layer", [c.num_layers - 1], seq_len, seq_len, seq_len)] * ends
@@ -211,12 +244,16 @@ def account(config: TransformerConfig, seq_len: int, taken: Sequence[float] | No
 
 
 def dense_equivalent(config: TransformerConfig, seq_len: int) -> Account:
-    """The account were every token to take every recursion; keys, values and routers as configured."""
+    """The account were every token to take every recursion and every position a chunk; keys, values and routers as
+    configured."""
+    if config.hnet.layout:
+        return _hnet().dense_equivalent(config, seq_len)
     return account(config, seq_len, (seq_len,) * config.recursions)
 
 
 def at_depths(config: TransformerConfig, seq_len: int, shares: Sequence[float]) -> Account:
-    """The account were `shares[i]` of all tokens to take i + 1 recursions: what adaptive depth cost in fact.
+    """The account were `shares[i]` of all tokens to take i + 1 recursions: what adaptive depth cost in fact. The tokens
+    of a model inside an H-Net are its innermost chunks.
 
     Raises RecipeError unless there is one share per recursion and they sum to 1.
     """
@@ -224,7 +261,10 @@ def at_depths(config: TransformerConfig, seq_len: int, shares: Sequence[float]) 
         raise RecipeError(
             f"depth shares {', '.join(f'{s:g}' for s in shares)}: expected {config.recursions} that sum to 1"
         )
-    return account(config, seq_len, tuple(seq_len * sum(shares[r:]) for r in range(config.recursions)))
+    reached = tuple(sum(shares[r:]) for r in range(config.recursions))
+    if config.hnet.layout:
+        return _hnet().at_depths(config, seq_len, reached)
+    return account(config, seq_len, tuple(seq_len * share for share in reached))
 
 
 def paper_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
@@ -235,7 +275,11 @@ def paper_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
     keys and values leave out their 4 d^2 after the first recursion and scale attention by c. Token choice counts as
     expert choice, perfectly balanced. Reconstructed from the released step counts, all of which it gives within one
     step. The paper has no such figure for hybrid keys and values; here they cost their projections at capacity c.
+    H-Nets have the accounting of their own paper (`account_hnet.paper_flops_per_byte`), chunks as many as the ratio
+    targets ask for.
     """
+    if config.hnet.layout:
+        return _hnet().paper_flops_per_byte(config, seq_len)
     c, n = config, config.recursions
     d = c.hidden_size
     linear, attention = 8 * d * d + 6 * d * c.intermediate_size, 2 * d * seq_len
@@ -253,13 +297,20 @@ def paper_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
 # Parts
 
 
+def _hnet() -> Any:
+    """The module for H-Nets, which is made of this one's classes."""
+    from adaptive import account_hnet
+
+    return account_hnet
+
+
 def _layers(
     c: TransformerConfig,
     name: str,
     numbers: Sequence[int],
     tokens: float,
     keys: float,
-    seq_len: int,
+    seq_len: float,
     *,
     own_keys: bool = True,
 ) -> Stage:
@@ -271,6 +322,7 @@ def _layers(
         visible = reach - reach * (reach - 1) / (2 * max(keys, 1))
     dense, experts, router, router_train = _experts(c, numbers, tokens)
     heads, layers = c.num_heads * c.head_dim, len(numbers)
+    feed_forward = 6.0 * dense * tokens * c.hidden_size * c.intermediate_size + experts
     projected = 2 * heads + 2 * own_keys * c.num_kv_heads * c.head_dim
     per_pair = 4.0 * heads  # two matmuls: scores, and values
     return Stage(
@@ -281,9 +333,10 @@ def _layers(
         projections=2.0 * layers * tokens * c.hidden_size * projected,
         attention=layers * per_pair * tokens * keys,
         attention_useful=layers * per_pair * tokens * visible,
-        feed_forward=6.0 * dense * tokens * c.hidden_size * c.intermediate_size + experts,
+        feed_forward=feed_forward,
         router=router,
         router_train=router_train,
+        last=feed_forward / 3,
     )
 
 
@@ -347,11 +400,11 @@ def _learns(cfg: RouterConfig) -> bool:
 
 
 def _recomputed(stage: Stage, remat: str) -> float:
-    """FLOPs of the second forward pass: under "layer" all matmuls of the layers but the last of each unit, whose result
-    no gradient needs (of the three in the feed-forward); under "dots" the matmuls of attention, which are not kept."""
+    """FLOPs of the second forward pass: under "layer" all matmuls of the layers but `Stage.last`; under "dots" those of
+    attention and of the scans, which are not kept."""
     match remat:
         case "layer":
-            return stage.projections + stage.attention + stage.feed_forward * (1 if stage.ends_inside else 2 / 3)
+            return stage.projections + stage.attention + stage.state_space + stage.feed_forward - stage.last
         case "dots":
-            return stage.attention
+            return stage.attention + stage.state_space
     return 0.0

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from adaptive.account import account, dense_equivalent, paper_flops_per_token
+from adaptive.account import account, dense_equivalent, layer_counts, paper_flops_per_token, recursion_capacities
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.models.config import TransformerConfig
 from adaptive.training.report.schema import (
@@ -24,7 +24,7 @@ def plan_costs(
 ) -> dict[str, Any]:
     """The fields of a PlanRecord that follow from the model and the batch: its kind, sizes, capacities and FLOPs."""
     active, dense = account(config, seq_len), dense_equivalent(config, seq_len)
-    sizes = active.parameters
+    sizes, (unique_layers, layers) = active.parameters, layer_counts(config)
     ends = sizes.embedding + sizes.head + sizes.routers
     lines = (
         AccountLine(a.name, a.train_useful * batch_size, d.train_useful * batch_size)
@@ -36,10 +36,10 @@ def plan_costs(
         "unique_parameters": sizes.total,
         "embedding_parameters": sizes.embedding + sizes.head,
         "effective_parameters": sizes.effective + ends,
-        "unique_layers": config.unique_layers,
-        "effective_layers": config.num_layers,
+        "unique_layers": unique_layers,
+        "effective_layers": layers,
         "recursions": config.recursions,
-        "capacities": config.capacities(seq_len) if config.router.kind != "none" else (),
+        "capacities": recursion_capacities(config, seq_len),
         "seq_len": seq_len,
         "tokens_per_step": seq_len * batch_size,
         "flops_per_step": active.train_flops_per_token * seq_len * batch_size,

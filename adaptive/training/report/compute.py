@@ -52,7 +52,7 @@ def _account(run: Run) -> str:
     for part, active, dense in lines:
         saved = percent(1 - active / dense) if active < dense else "—"
         rows.append((part, compact(active, unit), compact(dense, unit), saved))
-    if plan.router == "none":
+    if plan.router == "none" and plan.family != "hnet":
         rows = [("per training step", "useful"), *(row[:2] for row in rows[1:])]
     notes = []
     if plan.executed_flops_per_step:
@@ -62,9 +62,12 @@ def _account(run: Run) -> str:
             text += f"; the compiled program holds {compact(plan.measured_flops_per_step, unit)} ({off:+.1%})"
         notes.append(f"{text}.")
     if plan.paper_flops_per_token:
-        notes.append(
-            f"In the accounting of the MoR paper (forward, per token): {compact(plan.paper_flops_per_token, unit)}."
+        paper = (
+            "H-Net paper (forward, per byte, at the target ratios)"
+            if plan.family == "hnet"
+            else "MoR paper (forward, per token)"
         )
+        notes.append(f"In the accounting of the {paper}: {compact(plan.paper_flops_per_token, unit)}.")
     lead = "Useful matrix multiplications, forward and backward; attention counts the pairs that causality allows."
     return (
         element("p", lead, kind="lead") + table(rows, kind="account", last_is_sum=True)

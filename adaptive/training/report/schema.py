@@ -36,7 +36,7 @@ class PlanRecord:
     unique_parameters     of the model as stored, embeddings included; `embedding_parameters` of them are embeddings
     effective_parameters  of the unrolled model, shared layers counted at every use
     flops_per_step        useful (adaptive.account), forward and backward, with the capacities that are computed
-    dense_flops_per_step  the same if every token took every layer
+    dense_flops_per_step  the same if every token took every layer, and every position of an H-Net were a chunk
     executed_flops_per_step  analytic, as executed: attention over all pairs, and what is recomputed
     measured_flops_per_step  matmul FLOPs of the compiled program, loops multiplied out; None: not measured
     paper_flops_per_token    forward FLOPs in the published accounting
@@ -47,7 +47,7 @@ class PlanRecord:
     """
 
     name: str = ""
-    family: str = ""  # vanilla | recursive | mor
+    family: str = ""  # vanilla | recursive | mor | hnet
     router: str = "none"  # none | expert_choice | token_choice
     unique_parameters: int = 0
     embedding_parameters: int = 0
