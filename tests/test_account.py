@@ -12,8 +12,8 @@ from hlo import matmul_flops
 from adaptive.account import account, at_depths, dense_equivalent, paper_flops_per_token, parameters
 from adaptive.errors import RecipeError
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.models.transformer import build_model
 from adaptive.peaks import peak_of
 from adaptive.training.loss import cross_entropy_sum
 

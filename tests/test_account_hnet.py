@@ -2,7 +2,10 @@
 
 import dataclasses
 
+import jax
 import pytest
+from hlo import matmul_flops
+from test_account import program, traced_flops
 
 from adaptive import account_hnet
 from adaptive.account import account, at_depths, dense_equivalent, paper_flops_per_token, parameters
@@ -225,3 +228,43 @@ def test_paper_accounting_of_the_token_baselines(width, intermediate, printed):
 def test_the_plan_counts_chunks_at_their_target():
     config = RELEASED["1stage_L"]
     assert paper_flops_per_token(config, 8192) == account_hnet.paper_flops_per_byte(config, 8192, (6,))
+
+
+# Against programs
+
+PROGRAMS = {
+    "one stage": tiny(capacities=(0.5,)),
+    "attention and feed-forwards": tiny('["T1M1", ["T2"], "t2"]', intermediates=(100, 120), capacities=(0.5,)),
+    "no chunking": hnet('["m1T1"]', vocab=V, **(TINY | SSM | {"widths": (D,), "intermediates": (100,)})),
+    "two stages": hnet('["m2", ["T1m1", ["T2"], "m1T1"], "m2"]', vocab=V, **(TINY | SSM | {
+        "widths": (D, D, E), "intermediates": (0, 60, 100), "windows": (-1,), "capacities": (0.8, 0.6)})),
+    "a rule, summed": tiny(chunkers=("space",), merge="sum", capacities=(0.5,)),
+    "similarity": tiny(chunkers=("similarity",), merge="sum", capacities=(0.5,)),
+    "around recursions": inside(router="expert_choice", capacities=(0.6,)),
+    "around a transformer": inside(capacities=(0.6,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_parameters_are_those_of_the_model(name):
+    _, (params, _, _) = program(PROGRAMS[name], seq=SEQ)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters(PROGRAMS[name]).total
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [(name, "none") for name in PROGRAMS]
+    + [(name, remat) for name in ("one stage", "two stages", "around recursions") for remat in ("layer", "dots")],
+)
+def test_traced_training_program_has_exactly_the_matmuls_of_the_account(name, remat):
+    config = PROGRAMS[name]
+    step, arguments = program(config, remat, seq=SEQ)
+    assert traced_flops(jax.make_jaxpr(step)(*arguments).jaxpr) == account(config, SEQ).train_flops(remat)
+
+
+@pytest.mark.parametrize("name", ["one stage", "two stages", "around recursions"])
+def test_compiled_training_program_has_the_matmuls_of_the_account(name):
+    """Positions that begin no chunk cost the inner network no matmul: nothing beyond the account, within 2%."""
+    step, arguments = program(PROGRAMS[name], batch=2, seq=SEQ)
+    compiled = jax.jit(step).lower(*arguments).compile()
+    assert matmul_flops(compiled.as_text()) == pytest.approx(2 * account(PROGRAMS[name], SEQ).train_flops(), rel=0.02)

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 
 from adaptive.data.windows import Batch
+from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import build_model
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, placement

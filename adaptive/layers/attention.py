@@ -97,7 +97,8 @@ class Attention(nnx.Module):
         self.q = normal_param(q, (width, heads, head_dim), projection, std, stack)
         self.k = normal_param(k, (width, kv_heads, head_dim), projection, std, stack)
         self.v = normal_param(v, (width, kv_heads, head_dim), projection, std, stack)
-        self.o = normal_param(o, (heads, head_dim, width), ("heads", None, "width"), std if out_std is None else out_std, stack)
+        out_std = std if out_std is None else out_std
+        self.o = normal_param(o, (heads, head_dim, width), ("heads", None, "width"), out_std, stack)
 
         def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param | None:
             return nnx.Param(jnp.zeros((*stack, *shape)), axes=(None,) * len(stack) + axes) if options.bias else None

@@ -1,4 +1,4 @@
-"""Stacks of Mamba-2 and attention blocks with a float32 residual stream and one final norm (H-Net paper, section 2.3)."""
+"""Stacks of Mamba-2 and attention blocks on a float32 residual stream, with one final norm (H-Net paper, section 2.3)."""
 
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class Block(nnx.Module):
     def __call__(
         self, stream: jax.Array, places: Places, dtype: Any, state: MixerState | None, keep: bool
     ) -> tuple[jax.Array, MixerState | None]:
-        """stream f32[batch, n, width] -> (stream, the state after it); one block of the run, sliced out of the stack."""
+        """stream f32[batch, n, width] -> (stream, the state after it); for one block, sliced out of the run."""
         x = self.norm(stream).astype(dtype)
         if isinstance(self.mixer, Attention):
             update, new = self._attend(self.mixer, x, places, state)

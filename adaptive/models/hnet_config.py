@@ -21,7 +21,7 @@ class HNetConfig:
     windows         positions to the left that attention sees; -1: all
     chunkers        what decides where a chunk begins, one per chunking stage:
                     dynamic     cosine of neighbours, learned (H-Net)
-                    similarity  the same from projections that start at random, with random flips in training (ConceptMoE)
+                    similarity  the same from projections that start at random; random flips in training (ConceptMoE)
                     stride      every `ratio_targets` positions
                     space       at a byte like a space after one that is not (SpaceByte); the first stage alone
                     words       where the batch says (data.boundaries=words: HAT's splitter); the first stage alone

@@ -70,25 +70,23 @@ class CachedSteps:
     """
 
     def __init__(
-        self, block: Block, config: TransformerConfig, caches: list[KeyValues], active: jax.Array, where: jax.Array
+        self, block: Block, config: TransformerConfig, caches: list[KeyValues], active: jax.Array, own: Selection
     ):
-        """where i32[batch, n]: places of the new tokens in the cache."""
+        """own: places of the new tokens [batch, n] in the cache, and which of them exist."""
         self._block, self._policy = block, config.kv
-        self.caches, self.active, self._where = list(caches), active, where
+        self.caches, self.active, self._own = list(caches), active, own
         length = active.shape[-1]
         index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), active.shape[1:])
         self._cache_rows = Rows(Rope(jnp.zeros(()), jnp.zeros(())), index)
 
     def __call__(self, r: int, x: jax.Array, rows: Rows, selection: Selection | None) -> jax.Array:
-        taken = jnp.ones(self._where.shape, bool) if selection is None else selection.valid
-        self.active = self.active.at[r, jnp.arange(len(taken))[:, None], self._where].set(taken)
-        everyone = Selection(self._where, jnp.ones(self._where.shape), jnp.ones(self._where.shape, bool))
+        where, everyone = self._own.indices, self._own
+        taken = everyone.valid if selection is None else selection.valid
+        self.active = self.active.at[r, jnp.arange(len(taken))[:, None], where].set(taken)
         if r > 0 and self._policy == "shared":
             return self._block(r, x, rows, Memory(self.caches[0], self._cache_rows), keep=False)[0]
         if r > 0 and self._policy == "hybrid":
-            new = jax.vmap(lambda kv: KeyValues(take_rows(kv.k, self._where), take_rows(kv.v, self._where)))(
-                self.caches[0]
-            )
+            new = jax.vmap(lambda kv: KeyValues(take_rows(kv.k, where), take_rows(kv.v, where)))(self.caches[0])
             base = jax.vmap(replaced, in_axes=(0, 0, None))(self.caches[r], new, everyone)
             memory = Memory(base, self._cache_rows, everyone._replace(valid=taken))
         else:
@@ -126,6 +124,7 @@ def expert_choice_top(
     rows: Rows,
     *,
     exists: jax.Array | None = None,
+    counts: jax.Array | None = None,
     step: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> Routed:
@@ -133,6 +132,7 @@ def expert_choice_top(
 
     x       [batch, seq, width]
     exists  bool[batch, seq]: positions that are no padding; None: all
+    counts  i32[batch]: positions of each row whose shares the capacities are; None: all of the row
     step    i32[]: training step while a capacity warm-up lasts; None: capacities as configured
     key     PRNG key of the random-router ablation
 
@@ -149,6 +149,8 @@ def expert_choice_top(
         limit = None
         if step is not None and warming:
             limit = expert_choice.capacity_limit(config.capacity_fractions[r], seq, step, cfg.capacity_warmup_steps)
+        if counts is not None:
+            limit = expert_choice.limit_of_counts(config.capacity_fractions[r], counts, seq, limit)
         gates, ranking = scores_of(logits, cfg.activation, cfg.alpha), None
         if cfg.random:
             ranking = jax.random.uniform(

@@ -58,8 +58,8 @@ def scatter(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def merged(x: jax.Array, selection: Selection, segments: jax.Array | None) -> jax.Array:
-    """[batch, capacity, width]: sums of x [batch, n, width] from behind the boundary before to each boundary itself, both
-    of one document (ConceptMoE, section on chunking)."""
+    """[batch, capacity, width]: sums of x [batch, n, width] from behind the boundary before up to each boundary, within
+    its document (ConceptMoE, section on chunking)."""
     total = jnp.cumsum(x.astype(jnp.float32), axis=1)
     here = gather(total, selection.indices)
     before = jnp.pad(here, ((0, 0), (1, 0), (0, 0)))[:, :-1]

@@ -36,6 +36,17 @@ def capacity_limit(fraction: float, seq_len: int, step: jax.Array, warmup_steps:
     return jnp.asarray(limits, jnp.int32)[jnp.minimum(step, warmup_steps - 1)]
 
 
+def limit_of_counts(fraction: float, counts: jax.Array, seq_len: int, warming: jax.Array | None) -> jax.Array:
+    """Positions i32[batch, 1] a recursion may take of rows of which `counts` i32[batch] of `seq_len` positions exist.
+
+    `max(1, int(fraction * count))`, as of a row of that length; during a warm-up the limit of a whole row, scaled.
+    """
+    if warming is not None:
+        return jnp.maximum(1, warming * counts // seq_len)[:, None]
+    limits = [max(1, int(fraction * count)) for count in range(seq_len + 1)]
+    return jnp.asarray(limits, jnp.int32)[counts][:, None]
+
+
 def _warm(fraction: float, progress: float) -> float:
     # In double precision ahead of the step: float32 would round some limits down to the next integer.
     return fraction + (1 - fraction) * 0.5 * (1 + math.cos(math.pi * progress))

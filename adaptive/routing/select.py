@@ -15,7 +15,7 @@ def select_top(
 
     scores   f32[batch, seq]  larger is better; -inf where a position must not be taken
     gates    f32[batch, seq]  what the selected positions are weighted by; keeps its gradient
-    limit    i32[] at most this many of the capacity are valid; None: all
+    limit    i32[] or i32[batch, 1]: at most this many of the capacity are valid; None: all
     returns  Selection of [batch, capacity]
 
     Ties go to the earlier position. A slot that holds nothing (its score is -inf, or it lies past `limit`) has weight

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from adaptive.data.windows import Batch
 from adaptive.errors import MeshError, RecipeError
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import build_model
+from adaptive.models.build import build_model
 from adaptive.optim.build import make_optimizer
 from adaptive.parallel.expert_cost import ExpertLoad, settle
 from adaptive.parallel.mesh import batch_sharding, divisors

@@ -11,8 +11,8 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.inference.duo_oracle import paths, search
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import build_model
 
 LAYERS = 2
 

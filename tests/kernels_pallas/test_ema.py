@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 
-from kernels_pallas.ema import _backward_by, ema, forms, gpu, reference, tpu
+from kernels_pallas.ema import ema, forms, gpu, linear, reference, tpu
 
 FORMS = {
     "pairs": forms.by_pairs,
@@ -158,7 +158,7 @@ def test_kernels_forwards_and_backwards_over_cut_blocks(kernel, dtype, small_blo
     out, pull = jax.vjp(lambda z, p, initial: reference.ema(z, p, starts=starts, initial=initial), z, p, initial)
     np.testing.assert_allclose(KERNELS[kernel](z, p, keep, initial), out, atol=2e-6)
     d_out = jnp.asarray(np.random.default_rng(1).normal(size=out.shape), jnp.float32)
-    pulled = _backward_by(KERNELS[kernel], z, p, starts, initial, out, d_out)
+    pulled = linear.backward(KERNELS[kernel], z, p, starts, initial, out, d_out)
     for mine, theirs, close in zip(
         pulled, pull(d_out), (2e-6 if dtype == "float32" else 2e-2, 1e-4, 2e-6), strict=True
     ):

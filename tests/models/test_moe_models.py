@@ -13,8 +13,8 @@ from flax import nnx
 from adaptive.account import account, parameters
 from adaptive.errors import RecipeError
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.models.transformer import build_model
 
 SEQ, VOCAB = 24, 40
 BASE = TransformerConfig(

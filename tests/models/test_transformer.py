@@ -14,9 +14,9 @@ from adaptive.layers.attention import Rows
 from adaptive.layers.moe.base import Context
 from adaptive.layers.rope import rope_at
 from adaptive.models import recursion
+from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.models.forward import Forward
-from adaptive.models.transformer import build_model
 
 SEQ, VOCAB = 24, 40
 # Weights larger than a real model's, so that attention and routers decide something at this size.

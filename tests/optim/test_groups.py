@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.models.transformer import build_model
+from adaptive.models.build import build_model
 from adaptive.optim.build import make_optimizer
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.optim.groups import decayed, names, rates, stage_of

@@ -14,8 +14,8 @@ from train_steps import RULES, compiled_step, packed_batch
 
 from adaptive.errors import MeshError
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.models.transformer import build_model
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, constrain, placement

@@ -17,8 +17,8 @@ import optax
 import pytest
 
 from adaptive.errors import CheckpointError
+from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.models.transformer import build_model
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules

@@ -12,8 +12,8 @@ from flax import nnx
 from train_steps import compiled_step, packed_batch
 
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.models.transformer import build_model
 from adaptive.optim.build import decayed, make_optimizer
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.optim.schedule import make_schedule, phases

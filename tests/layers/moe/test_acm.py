@@ -20,8 +20,8 @@ from adaptive.layers.moe.prefixes import (
     prefix_outputs,
 )
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import build_model
 
 BATCH, SEQ, WIDTH, SIZE, N = 2, 6, 8, 5, 4
 TRAINING = Context(training=True)

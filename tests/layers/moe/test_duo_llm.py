@@ -10,8 +10,8 @@ from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context
 from adaptive.layers.moe.layer import layer_from_weights
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import build_model
 
 BATCH, SEQ, WIDTH, HIDDEN, NARROW = 2, 6, 8, 16, 3
 

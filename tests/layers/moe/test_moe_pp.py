@@ -26,8 +26,8 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import build_model
 
 N, CONST, COPY, ZERO = 4, 2, 1, 1
 ALL = N + CONST + COPY + ZERO

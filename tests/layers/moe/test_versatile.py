@@ -11,8 +11,8 @@ from adaptive.layers.moe.base import Context
 from adaptive.layers.moe.layer import layer_from_weights
 from adaptive.layers.moe.routers.versatile import hidden_units
 from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import build_model
 
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, LOOPS = 2, 6, 8, 24, 8, 4
 TRAINING = Context(training=True)

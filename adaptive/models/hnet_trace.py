@@ -1,0 +1,74 @@
+"""What an H-Net's stages decided, gathered into auxiliary losses and one trace over the bytes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adaptive.models.hnet_config import HNetConfig
+from adaptive.routing.boundaries import Boundaries, chunk_statistics, ratio_losses, scatter
+from adaptive.routing.types import Aux, AuxLosses, Output, Selection, StageTrace, Trace
+
+
+class StageRecord(NamedTuple):
+    """One stage's decision. shape: (batch, n) of its positions before rows were packed, if they were."""
+
+    found: Boundaries
+    mask: jax.Array
+    exists: jax.Array
+    selection: Selection
+    shape: tuple[int, ...]
+
+
+def assemble(
+    config: HNetConfig,
+    records: Sequence[StageRecord],
+    inner: Output | None,
+    shape: tuple[int, ...],
+    valid: jax.Array | None,
+    shards: int,
+) -> tuple[AuxLosses, Trace]:
+    """Losses and trace of a pass over bytes [batch, seq] of this shape.
+
+    inner   of the innermost network, over chunks; None where it is a stack
+    valid   bool[batch, seq]: bytes that exist; None: all
+    shards  devices that the batch is split over
+    """
+    aux, scalars = AuxLosses({} if inner is None else inner.aux), {}
+    if inner is not None and inner.trace.scalars:
+        scalars |= inner.trace.scalars
+    for s, record in enumerate(records):
+        stats = chunk_statistics(record.found, record.mask, record.exists)
+        scalars |= {f"{name}_{s}": value for name, value in stats.items()}
+        if config.learned(s):
+            losses = ratio_losses(record.found, record.exists, config.target(s), shards)
+            aux[f"ratio_loss_{s}"] = Aux(losses[config.ratio_over], config.ratio_coefficient)
+            scalars |= {f"ratio_loss_{over}_{s}": value for over, value in losses.items()}
+    depth = jnp.ones(shape, jnp.int32) if inner is None and not records else _passes(records, inner)
+    count = depth.size if valid is None else jnp.maximum(valid.sum(), 1)
+    if records:
+        chunks = jnp.maximum(records[-1].mask.sum(), 1)
+        scalars["bytes_per_chunk"] = count / chunks
+    if "mean_depth" in scalars:
+        scalars["mean_depth"] = depth.sum() / count  # passes per byte, where the inner network counts per chunk
+    scores = () if inner is None else tuple(_spread(records, a, jnp.nan) for a in inner.trace.scores)
+    own = Trace(depth) if inner is None else inner.trace._replace(depth=depth, scores=scores)
+    stages = tuple(StageTrace(r.found.prob, r.mask, r.found.wanted & ~r.mask, r.exists, r.selection) for r in records)
+    return aux, own._replace(scalars=scalars or None, stages=stages)
+
+
+def _passes(records: Sequence[StageRecord], inner: Output | None) -> jax.Array:
+    innermost = records[-1].selection.valid
+    depth = innermost.astype(jnp.int32) if inner is None else jnp.where(innermost, inner.trace.depth, 0)
+    return _spread(records, depth, 0)
+
+
+def _spread(records: Sequence[StageRecord], values: jax.Array, nothing: float) -> jax.Array:
+    """Values of the innermost stage's chunks [batch, capacity] at the bytes [batch, seq] that they begin with."""
+    for record in reversed(records):
+        selection = record.selection
+        everywhere = jnp.full(record.mask.shape, nothing, values.dtype)
+        values = jnp.where(selection.valid, values, jnp.asarray(nothing, values.dtype))
+        values = scatter(everywhere, selection.indices, values).reshape(record.shape)
+    return values
