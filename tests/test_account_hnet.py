@@ -235,7 +235,7 @@ def test_the_plan_counts_chunks_at_their_target():
 PROGRAMS = {
     "one stage": tiny(capacities=(0.5,)),
     "attention and feed-forwards": tiny('["T1M1", ["T2"], "t2"]', intermediates=(100, 120), capacities=(0.5,)),
-    "no chunking": hnet('["m1T1"]', vocab=V, **(TINY | SSM | {"widths": (D,), "intermediates": (100,)})),
+    "no chunking": hnet('["m1T1"]', vocab=V, **(TINY | SSM | {"widths": (D,), "intermediates": (100,), "windows": (7,)})),
     "two stages": hnet('["m2", ["T1m1", ["T2"], "m1T1"], "m2"]', vocab=V, **(TINY | SSM | {
         "widths": (D, D, E), "intermediates": (0, 60, 100), "windows": (-1,), "capacities": (0.8, 0.6)})),
     "a rule, summed": tiny(chunkers=("space",), merge="sum", capacities=(0.5,)),
