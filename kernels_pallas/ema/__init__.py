@@ -5,13 +5,12 @@ lowered for its target, so that compiling for a machine from another chooses the
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.ema import gpu, loop, tpu
+from kernels_pallas.ema import gpu, linear, loop, tpu
 from kernels_pallas.grouped_matmul.varying import alike
 
 
@@ -44,8 +43,8 @@ def _ema(z: jax.Array, p: jax.Array, starts: jax.Array, initial: jax.Array) -> j
         p,
         starts,
         initial,
-        tpu=functools.partial(_forward_by, tpu.recurrence),
-        cuda=functools.partial(_forward_by, gpu.recurrence),
+        tpu=functools.partial(linear.forward, tpu.recurrence),
+        cuda=functools.partial(linear.forward, gpu.recurrence),
         default=loop.forward,
     )
 
@@ -59,28 +58,14 @@ def _ema_backward(kept, d_out):
     d_z, d_p, d_initial = lax.platform_dependent(
         *kept,
         d_out,
-        tpu=functools.partial(_backward_by, tpu.recurrence),
-        cuda=functools.partial(_backward_by, gpu.recurrence),
+        tpu=functools.partial(linear.backward, tpu.recurrence),
+        cuda=functools.partial(linear.backward, gpu.recurrence),
         default=loop.backward,
     )
     return d_z, d_p, None, d_initial
 
 
 _ema.defvjp(_ema_forward, _ema_backward)
-
-
-def _forward_by(recurrence: Callable[..., jax.Array], z, p, starts, initial):
-    return recurrence(z, p, jnp.where(starts, 0, 1 - p), initial)
-
-
-def _backward_by(recurrence: Callable[..., jax.Array], z, p, starts, initial, out, d_out):
-    """The gradient of a linear recurrence is the same one backwards, over what later positions keep of this one."""
-    keep = jnp.where(starts, 0, 1 - p)
-    after = jnp.pad(keep[:, 1:], ((0, 0), (0, 1)))
-    total = recurrence(d_out, jnp.ones_like(p), after, jnp.zeros_like(initial), reverse=True)
-    past = jnp.where(starts[..., None], 0, jnp.concatenate([initial[:, None], out[:, :-1]], 1))
-    d_p = (total * (z.astype(jnp.float32) - past)).sum(-1)
-    return (p[..., None] * total).astype(z.dtype), d_p, keep[:, :1] * total[:, 0]
 
 
 def _check(z: jax.Array, p: jax.Array, starts: jax.Array | None, initial: jax.Array | None) -> None:

@@ -1,13 +1,4 @@
-"""Other forms of the recurrence behind the moving average, which the benchmark sets beside the one in use.
-
-out_k = gain_k x_k + keep_k out_{k-1}, with out_{-1} = initial. With `reverse` k counts from the last position.
-
-x        [batch, n, width]
-gain     f32[batch, n]
-keep     f32[batch, n] in [0, 1]
-initial  f32[batch, width]
-returns  f32[batch, n, width]
-"""
+"""Other forms of the recurrence of `linear`, which the benchmark sets beside those in use."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +6,7 @@ from jax import lax
 
 
 def by_pairs(x: jax.Array, gain: jax.Array, keep: jax.Array, initial: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """A tree of depth log n over pairs of (factor, sum)."""
+    """A tree of depth log n over pairs of (factor, sum); see `linear`."""
 
     def join(before, after):
         return before[0] * after[0], after[0] * before[1] + after[1]
@@ -28,7 +19,7 @@ def by_pairs(x: jax.Array, gain: jax.Array, keep: jax.Array, initial: jax.Array,
 def by_blocks(
     x: jax.Array, gain: jax.Array, keep: jax.Array, initial: jax.Array, *, reverse: bool = False, block: int = 32
 ) -> jax.Array:
-    """Blocks of positions, each one matmul with the triangle of products of `keep`; one block after another."""
+    """Blocks of positions, one after another, each one matmul with the triangle of products of `keep`; see `linear`."""
     batch, n, width = x.shape
     count = -(-n // block)
     pad = count * block - n

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 
+from adaptive.benchmarks import ema as benchmark
 from kernels_pallas.ema import ema, forms, gpu, linear, reference, tpu
 
 FORMS = {
@@ -186,3 +187,17 @@ def test_rows_split_over_devices_give_the_same():
         mapped = jax.shard_map(f, mesh=mesh, in_specs=(split, spec, split, split), out_specs=split)
         for mine, theirs in zip(pulled(mapped, rates), pulled(f, rates), strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", benchmark.WAYS)
+def test_the_benchmark_compares_ways_to_the_same_result(way):
+    z, p, _, _ = draw(2, 37, 5)
+    (out, pull), (expected, pull_expected) = (jax.vjp(f, z, p) for f in (benchmark.WAYS[way], reference.ema))
+    np.testing.assert_allclose(out, expected, atol=5e-6)
+    for mine, theirs in zip(pull(expected), pull_expected(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
+def test_the_benchmark_runs():
+    costs = benchmark.measure((1, 4, 8), jnp.dtype("float32"), repeats=1)
+    assert set(costs) == set(benchmark.WAYS) and all(0 < forward and 0 < both for forward, both in costs.values())
