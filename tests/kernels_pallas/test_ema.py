@@ -192,7 +192,7 @@ def test_rows_split_over_devices_give_the_same():
 @pytest.mark.parametrize("way", benchmark.WAYS)
 def test_the_benchmark_compares_ways_to_the_same_result(way):
     z, p, _, _ = draw(2, 37, 5)
-    (out, pull), (expected, pull_expected) = (jax.vjp(f, z, p) for f in (benchmark.WAYS[way], reference.ema))
+    (out, pull), (expected, pull_expected) = (jax.vjp(jax.jit(f), z, p) for f in (benchmark.WAYS[way], reference.ema))
     np.testing.assert_allclose(out, expected, atol=5e-6)
     for mine, theirs in zip(pull(expected), pull_expected(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-4)
@@ -200,4 +200,4 @@ def test_the_benchmark_compares_ways_to_the_same_result(way):
 
 def test_the_benchmark_runs():
     costs = benchmark.measure((1, 4, 8), jnp.dtype("float32"), repeats=1)
-    assert set(costs) == set(benchmark.WAYS) and all(0 < forward and 0 < both for forward, both in costs.values())
+    assert set(costs) == set(benchmark.WAYS) and all(min(cost) > 0 for cost in costs.values())
