@@ -1,15 +1,22 @@
 """State space duality: the selective state space recurrence of Mamba-2, by matmuls within blocks of positions.
 
-`reference` is the specification, `chunked` computes it.
+`reference` is the specification. On TPUs `tpu`, on NVIDIA GPUs `gpu`, elsewhere `chunked`, which computes the gradients
+everywhere: chosen when a program is lowered for its target.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels_pallas.grouped_matmul.varying import alike
-from kernels_pallas.ssd import chunked, reference
+from kernels_pallas.ssd import chunked, gpu, reference, tpu
+from kernels_pallas.ssd.blocks import accumulator
 
 BLOCK = 256
+# Where it is computed in plain jax.numpy, a block holds at most so many positions: its matrices stay in the cache.
+PLAIN_BLOCK = 64
 
 
 def ssd(
@@ -39,11 +46,35 @@ def ssd(
     """
     _check(x, dt, a, b, c, segments, state, block)
     if state is None:
-        state = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[-1]), reference.accumulator(x))
+        state = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[-1]), accumulator(x))
     if x.shape[1] == 1:
         y, final = reference.step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
         return y[:, None], final
-    return chunked.forward(*alike(x, dt, a, b, c, _runs(x, segments), state), block=block)
+    return _ssd(block, *alike(x, dt, a, b, c, _runs(x, segments), state))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ssd(block: int, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return lax.platform_dependent(
+        *inputs,
+        tpu=tpu.forward,
+        cuda=gpu.forward,
+        default=functools.partial(chunked.forward, block=min(block, PLAIN_BLOCK)),
+    )
+
+
+def _ssd_forward(block, *inputs):
+    return _ssd(block, *inputs), inputs
+
+
+def _ssd_backward(block, inputs, cotangents):
+    pulled = functools.partial(chunked.backward, block=block)
+    plain = functools.partial(chunked.backward, block=min(block, PLAIN_BLOCK))
+    *d, d_state = lax.platform_dependent(*inputs, *cotangents, tpu=pulled, cuda=pulled, default=plain)
+    return *d, None, d_state
+
+
+_ssd.defvjp(_ssd_forward, _ssd_backward)
 
 
 def _runs(x: jax.Array, segments: jax.Array | None) -> jax.Array:

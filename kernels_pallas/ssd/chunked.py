@@ -1,8 +1,7 @@
 """The state space recurrence by matmuls: dense within blocks of positions, a recurrence only between blocks.
 
-Transformers are SSMs (Dao and Gu 2024), section 6. With l the running sum of dt * a within a block, position t reads
-what position s <= t of its block wrote times exp(l_t - l_s), and what the carried state holds times exp(l_t). No
-difference that is exponentiated is positive: later minus earlier, masked first.
+Transformers are SSMs (Dao and Gu 2024), section 6. No difference of sums that is exponentiated is positive: later minus
+earlier, masked first.
 """
 
 import functools
@@ -11,9 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.ssd.reference import accumulator
-
-Blocks = tuple[jax.Array, ...]
+from kernels_pallas.ssd.blocks import Inputs, accumulator, prepared
 
 
 def forward(
@@ -33,45 +30,56 @@ def forward(
     state  [batch, heads, dim, n]: belongs to run 0
     block  at most so many positions each; the blocks are equal and as few as that allows
     """
-    seq, kind = x.shape[1], accumulator(x)
+    seq = x.shape[1]
     size = block_of(seq, block)
-    values = pad(size, x, dt.astype(kind), b, c, runs)
-    log_decay = values[1] * a.astype(kind)
-    blocks = tuple(_split(value, size) for value in (values[0], values[1], log_decay, *values[2:]))
+    inputs = prepared(x, dt, a, b, c, runs, size)
     body = jax.checkpoint(one_block, prevent_cse=False)
-    carry = state.astype(kind), jnp.zeros_like(runs[:, 0])
-    (final, _), y = lax.scan(body, carry, blocks)
+    final, y = lax.scan(body, state.astype(accumulator(x)), _by_block(inputs, size))
     y = jnp.moveaxis(y, 0, 1)
     return y.reshape(x.shape[0], -1, *x.shape[2:])[:, :seq], final
 
 
-def one_block(carry: tuple[jax.Array, jax.Array], at: Blocks) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """The state and run after a block of q positions, and the block's y [batch, q, heads, dim].
+def backward(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    runs: jax.Array,
+    state: jax.Array,
+    d_y: jax.Array,
+    d_final: jax.Array,
+    *,
+    block: int,
+) -> tuple[jax.Array, ...]:
+    """Cotangents of x, dt, a, b, c and state for those of y and the final state.
 
-    carry  the state before it, and i32[batch]: the run this belongs to
-    at     x [batch, q, heads, dim], dt and dt * a [batch, q, heads], b and c [batch, q, n], runs [batch, q]
+    The states before each block are computed first, then block after block from the last, its matrices again.
     """
-    (state, run), (x, dt, log_decay, b, c, runs) = carry, at
-    kind = state.dtype
-    dot = functools.partial(jnp.einsum, preferred_element_type=kind)
-    total = jnp.cumsum(log_decay, axis=1).transpose(0, 2, 1)  # [batch, heads, q]
-    last = runs[:, -1]
-    written = (x.astype(kind) * dt[..., None]).transpose(0, 2, 1, 3)  # [batch, heads, q, dim]
 
-    q = x.shape[1]
-    sees = jnp.tril(jnp.ones((q, q), bool)) & (runs[:, :, None] == runs[:, None, :])
+    def run(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, state: jax.Array) -> tuple:
+        return forward(x, dt, a, b, c, runs, state, block=block)
+
+    _, pull = jax.vjp(run, x, dt, a, b, c, state)
+    return pull((d_y, d_final))
+
+
+def one_block(state: jax.Array, at: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The state [batch, heads, dim, n] after a block and its y [batch, size, heads, dim].
+
+    at  of one block: positions along axis 1 of x, b, c and runs and along axis 2 of the factors [batch, heads, size]
+    """
+    x, b, c, runs, total, dt, into, out_of = at
+    dot = functools.partial(jnp.einsum, preferred_element_type=state.dtype)
+    size = x.shape[1]
+    sees = jnp.tril(jnp.ones((size, size), bool)) & (runs[:, :, None] == runs[:, None, :])
     decay = jnp.exp(jnp.where(sees[:, None], total[..., :, None] - total[..., None, :], -jnp.inf))
-    scores = dot("btn,bsn->bts", c, b)[:, None] * decay
-    y = dot("bhts,bhsp->bhtp", scores.astype(x.dtype), written.astype(x.dtype))
-
-    into = jnp.where((runs == run[:, None])[:, None], jnp.exp(total), 0)
-    y += dot("btn,bhpn->bhtp", c.astype(kind), state) * into[..., None]
-
-    out_of = jnp.where((runs == last[:, None])[:, None], jnp.exp(total[..., -1:] - total), 0)
-    keeps = jnp.where((last == run)[:, None], jnp.exp(total[..., -1]), 0)
-    added = dot("bhsp,bsn->bhpn", (written * out_of[..., None]).astype(x.dtype), b)
-    state = keeps[..., None, None] * state + added
-    return (state, last), y.transpose(0, 2, 1, 3).astype(x.dtype)
+    scores = dot("btn,bsn->bts", c, b)[:, None] * decay * dt[..., None, :]
+    y = dot("bhts,bshp->bhtp", scores.astype(x.dtype), x)
+    y += into[..., None] * dot("btn,bhpn->bhtp", c, state.astype(c.dtype))
+    written = x * out_of.transpose(0, 2, 1)[..., None]
+    state = into[..., -1][..., None, None] * state + dot("bshp,bsn->bhpn", written.astype(x.dtype), b)
+    return state, y.transpose(0, 2, 1, 3).astype(x.dtype)
 
 
 def block_of(seq: int, most: int) -> int:
@@ -80,15 +88,8 @@ def block_of(seq: int, most: int) -> int:
     return seq if count == 1 else min(most, -(-seq // (count * 8)) * 8)
 
 
-def pad(size: int, x: jax.Array, dt: jax.Array, b: jax.Array, c: jax.Array, runs: jax.Array) -> Blocks:
-    """All with whole blocks of positions: those added have dt = 0, which neither decays nor writes."""
-    missing = -x.shape[1] % size
-    if not missing:
-        return x, dt, b, c, runs
-    after = lambda v: jnp.pad(v, ((0, 0), (0, missing)) + ((0, 0),) * (v.ndim - 2))  # noqa: E731
-    return after(x), after(dt), after(b), after(c), jnp.pad(runs, ((0, 0), (0, missing)), mode="edge")
-
-
-def _split(x: jax.Array, size: int) -> jax.Array:
-    """[batch, blocks * size, ...] -> [blocks, batch, size, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+def _by_block(inputs: Inputs, size: int) -> Inputs:
+    """The inputs with the block as their leading axis."""
+    positions = lambda v: jnp.moveaxis(v.reshape(v.shape[0], -1, size, *v.shape[2:]), 1, 0)  # noqa: E731
+    factors = lambda v: jnp.moveaxis(v, 2, 0)  # noqa: E731
+    return Inputs(*map(positions, inputs[:4]), *map(factors, inputs[4:]))

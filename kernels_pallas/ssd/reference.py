@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.ssd.blocks import accumulator
+
 
 def ssd(
     x: jax.Array,
@@ -51,8 +53,3 @@ def step(
     state = decay[..., None, None] * state + written
     y = (state * c.astype(kind)[:, None, None, :]).sum(-1)
     return y.astype(x.dtype), state
-
-
-def accumulator(x: jax.Array) -> jnp.dtype:
-    """The dtype of sums and states: float32, or x's own where that is wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
