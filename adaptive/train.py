@@ -91,7 +91,7 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
     from adaptive.training.program import Program, Steps, data_shard, keep_compilations
     from adaptive.training.run_folder import RunFolder
     from adaptive.training.stopping import StopRequest
-    from adaptive.training.watchdog import Watchdog
+    from adaptive.training.watchdog import COMPILE_S, Watchdog
 
     primary = jax.process_index() == 0
     say = print_now if primary else lambda text: None
@@ -121,10 +121,10 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
 
         watchdog, stop = Watchdog(), at_exit.enter_context(StopRequest(say))
         say(f"compiling the train step (kept in {compilations})")
-        with watchdog.limit("compiling", 4 * 3600):
+        with watchdog.limit("compiling", COMPILE_S):
             steps = Steps(program)
-        plan = plans.with_compiled(plan, steps.main)
-        say(f"compiled  in {steps.main.seconds:.1f} s")
+        plan = plans.with_compiled(plan, steps.first)
+        say(f"compiled  in {steps.first.seconds:.1f} s")
         say(plans.memory_line(plan.memory))
         if folder is None:
             say("dry run: stopping before the first step")

@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     positions    i32[batch, seq]   counted from the start of the document, or of the row where that cut the document
     segment_ids  i32[batch, seq]   which document of the row, from 1; 0 is padding
     mask         f32[batch, seq]   1 where the target counts: not padding and of the document of its input
+    boundaries   bool[batch, seq]  where chunks begin, as a splitter decides (data.boundaries); None: undecided
     """
 
     tokens: np.ndarray
@@ -26,6 +27,7 @@ class Batch(NamedTuple):
     positions: np.ndarray
     segment_ids: np.ndarray
     mask: np.ndarray
+    boundaries: np.ndarray | None = None
 
 
 class Split:

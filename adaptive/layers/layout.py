@@ -59,7 +59,7 @@ class Run(NamedTuple):
     """`count` equal blocks in a row."""
 
     letter: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
     @property
     def attends(self) -> bool:
@@ -118,7 +118,9 @@ def parse_layout(layout: str | list[Any], *, where: str = "model.hnet.layout") -
                 f"{where}={layout!r}: not a list (character {error.pos + 1}: {error.msg}); "
                 """write it as in ["m4", ["T22"], "m4"]"""
             ) from None
-    encoders, decoders, at = [], [], ""
+    encoders: list[Blocks] = []
+    decoders: list[Blocks] = []
+    at = ""
     while True:
         if not isinstance(layout, list) or len(layout) not in (1, 3):
             what = f"a list of {len(layout)}" if isinstance(layout, list) else repr(layout)

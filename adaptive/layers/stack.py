@@ -1,4 +1,4 @@
-"""Stacks of Mamba-2 and attention blocks on a float32 residual stream, with one final norm (H-Net paper, section 2.3)."""
+"""Stacks of Mamba-2 and attention blocks on a float32 residual stream, a norm at the end (H-Net paper, section 2.3)."""
 
 from typing import Any, NamedTuple
 
@@ -70,6 +70,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, MixerState | None]:
         """stream f32[batch, n, width] -> (stream, the state after it); for one block, sliced out of the run."""
         x = self.norm(stream).astype(dtype)
+        new: MixerState | None
         if isinstance(self.mixer, Attention):
             update, new = self._attend(self.mixer, x, places, state)
         else:

@@ -89,8 +89,8 @@ class Backbone(nnx.Module):
         """One forward pass without logits over the vectors x [batch, n, width].
 
         positions  i32[batch, n]   for the rotary embedding
-        valid      bool[batch, n]  positions that exist, the first of each row, of which capacities are shares; None: all,
-                                   or those of a segment above 0
+        valid      bool[batch, n]  positions that exist, the first of each row, of which capacities are shares; None:
+                                   all, or those of a segment above 0
         others     as in Transformer
         """
         rows = self._rows(positions, segment_ids)

@@ -68,6 +68,12 @@ class TransformerConfig:
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     hnet: HNetConfig = dataclasses.field(default_factory=HNetConfig)
 
+    def at_phase(self, phase: int) -> "TransformerConfig":
+        """The configuration with an H-Net's capacities of one phase of their schedule (-1: the last)."""
+        if not self.hnet.capacity_steps:
+            return self
+        return dataclasses.replace(self, hnet=self.hnet.at_phase(phase % (len(self.hnet.capacity_steps) + 1)))
+
     @property
     def family(self) -> Literal["vanilla", "recursive", "mor", "hnet"]:
         if self.hnet.layout:

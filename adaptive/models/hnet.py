@@ -271,8 +271,8 @@ class HNet(nnx.Module):
 
         valid       bool[batch, n]: bytes that exist, the first of each row; None: all. The cache needs room for all n
         boundaries  bool[batch, n]: where chunks of the first stage begin, for the chunker `words`
-        rows        of one byte each (n = 1): how many rows where a chunk begins the network inside computes together, until
-                    none is left; 0: all rows at once, and what those without a chunk give is thrown away
+        rows        of one byte each (n = 1): how many rows with a new chunk the network inside computes at once, until
+                    none is left; 0: all rows, and what those without a chunk give is thrown away
         """
         if reason := self.refuse_generation():
             raise RecipeError(reason)
@@ -281,6 +281,7 @@ class HNet(nnx.Module):
         level = Level(Places(number, None, valid, seen), tokens, boundaries)
         call = Call("threshold", True, None, None, limited=False, keep=True, rows=rows, records=[], inner=[])
         hidden, after = self._through(0, self._embed(tokens), level, cache, call)
+        assert after is not None
         return self._output(hidden, level, call, True), after
 
     def decode_step(
@@ -359,11 +360,11 @@ class HNet(nnx.Module):
         def apply(x: jax.Array, places: Places, cache: HNetCache) -> Any:
             own = call._replace(rows=0, records=[], inner=[])
             y, after = self._through(s, x, Level(places), cache, own)
-            records = [tuple(r)[:-1] for r in own.records]  # but for their shape, which is not an array
+            records = [(r.found, r.mask, r.exists, r.selection) for r in own.records]
             return y, after, (records, [out.trace.depth for out in own.inner])
 
         y, after, (records, depths) = in_groups(apply, x, level.places, cache, self._batch_axes(), call.rows)
-        call.records.extend(StageRecord(*arrays, shape=x.shape[:2]) for arrays in records)
+        call.records.extend(StageRecord(*record, shape=x.shape[:2]) for record in records)
         call.inner.extend(Output(y, None, AuxLosses(), Trace(depth)) for depth in depths)
         return y, after
 
@@ -380,10 +381,11 @@ class HNet(nnx.Module):
     def _main(
         self, x: jax.Array, level: Level, cache: HNetCache | None, call: Call
     ) -> tuple[jax.Array, HNetCache | None]:
-        places = level.places
+        places, before = level.places, None if cache is None else cache.main
+        state: State | Cache | None
         if isinstance(self.main, Stack):
-            assert cache is None or not isinstance(cache.main, Cache)
-            y, state = self.main(x, places, None if cache is None else cache.main, keep=call.keep)
+            assert not isinstance(before, Cache)
+            y, state = self.main(x, places, before, keep=call.keep)
         elif cache is None:
             out = self.main.apply(
                 x.astype(self.dtype),
@@ -398,8 +400,8 @@ class HNet(nnx.Module):
             call.inner.append(out)
             return out.hidden, None
         else:
-            assert isinstance(cache.main, Cache)
-            out, state = self.main.extend(x.astype(self.dtype), cache.main, places.valid)
+            assert isinstance(before, Cache)
+            out, state = self.main.extend(x.astype(self.dtype), before, places.valid)
             call.inner.append(out)
             y = out.hidden
         if cache is None:

@@ -1,7 +1,7 @@
 """Shapes and chunking of an H-Net: plain data, importable without jax."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from adaptive.errors import RecipeError
 from adaptive.layers.layout import BlockShape, ChunkerKind, Layout, parse_layout
@@ -188,7 +188,7 @@ _PER_STAGE = (
 )  # fmt: skip
 
 
-def _at(values, stage: int):
+def _at(values: tuple[Any, ...], stage: int) -> Any:
     """A stage's own of one value per stage, or the single one of all; 0 where none is given."""
     return 0 if not values else values[stage] if len(values) > 1 else values[0]
 

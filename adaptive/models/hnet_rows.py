@@ -25,14 +25,14 @@ def in_groups(
              not exist output and told are zero and the cache is as it was
     """
     assert places.valid is not None and places.seen is not None
-    rows = min(rows, len(x))
+    rows, seen = min(rows, len(x)), places.seen
     _, _, told = jax.eval_shape(apply, x, places, cache)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), told)
 
     def group(carry: Any) -> Any:
         pending, y, cache, told = carry
         order = jnp.argsort(~pending, stable=True)[:rows]  # after the pending ones others, which stay
-        own = Places(places.number[order], None, pending[order][:, None], places.seen[order])
+        own = Places(places.number[order], None, pending[order][:, None], seen[order])
         few = jax.tree.map(lambda a, axis: jnp.take(a, order, axis), cache, axes)
         new_y, new_cache, new_told = apply(x[order], own, few)
         there = pending[order]

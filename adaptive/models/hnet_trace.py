@@ -35,7 +35,8 @@ def assemble(
     valid   bool[batch, seq]: bytes that exist; None: all
     shards  devices that the batch is split over
     """
-    aux, scalars = AuxLosses({} if inner is None else inner.aux), {}
+    aux = AuxLosses({} if inner is None else inner.aux)
+    scalars: dict[str, jax.Array] = {}
     if inner is not None and inner.trace.scalars:
         scalars |= inner.trace.scalars
     for s, record in enumerate(records):

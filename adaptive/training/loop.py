@@ -31,7 +31,7 @@ from adaptive.training.run_folder import RunFolder
 from adaptive.training.state import TrainState
 from adaptive.training.stopping import PREEMPTED, StopRequest
 from adaptive.training.tracking import start_tracking
-from adaptive.training.watchdog import Watchdog
+from adaptive.training.watchdog import COMPILE_S, Watchdog
 
 Say = Callable[[str], None]
 FAILED = 1
@@ -127,6 +127,7 @@ class Loop:
         """(whether it was asked to stop, state, step)."""
         recipe, total = self.recipe, self.recipe.train.steps
         for step in range(begin, total):
+            self.prepare(step)
             with self.watchdog.limit(f"step {step + 1}", recipe.train.step_timeout_s), self.profile(step):
                 begin_wait = time.perf_counter()
                 batch = next(batches)
@@ -149,6 +150,15 @@ class Loop:
             if stopping and not last:
                 return True, state, done
         return False, state, total
+
+    def prepare(self, step: int) -> None:
+        """Compiles the program of a new phase of the run, where one begins."""
+        if not self.steps.due(step):
+            return
+        self.absorb(self.late.flush())
+        with self.meter.paused(), self.watchdog.limit("compiling", COMPILE_S):
+            compiled = self.steps.prepare(step)
+        self.say(f"step {step + 1} begins a new phase of the run: compiled its program in {compiled.seconds:.1f} s")
 
     def profile(self, step: int) -> contextlib.AbstractContextManager[None]:
         return profiled(step, self.recipe, self.folder.profile)

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from adaptive.data.windows import Batch
 from adaptive.errors import MeshError, RecipeError
-from adaptive.models.config import TransformerConfig
 from adaptive.models.build import build_model
+from adaptive.models.config import TransformerConfig
 from adaptive.optim.build import make_optimizer
 from adaptive.parallel.expert_cost import ExpertLoad, settle
 from adaptive.parallel.mesh import batch_sharding, divisors
@@ -137,6 +137,7 @@ class Program:
         self.rules = axis_rules(self.experts)
         self.tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
         self.graphdef, shapes = abstract_model(self.build)
+        self._phases = recipe.model.hnet.capacity_steps
         model = nnx.merge(self.graphdef, shapes)
         experts = model.experts()
         if experts is not None and (reason := experts.no_gradient()):
@@ -147,8 +148,10 @@ class Program:
         self.shardings = state_shardings(self.build, self.tx, mesh, self.rules)
         self._segmented = not recipe.data.cross_document
 
-    def build(self, key: jax.Array) -> Any:
-        return build_model(self.recipe.model, key=key, dtype=self.dtype, remat=self.recipe.train.remat)
+    def build(self, key: jax.Array, phase: int = -1) -> Any:
+        """The model, with the capacities of a phase of training (-1: the last)."""
+        config = self.recipe.model.at_phase(phase)
+        return build_model(config, key=key, dtype=self.dtype, remat=self.recipe.train.remat)
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """Where the model's code is to be traced."""
@@ -174,10 +177,14 @@ class Program:
         sharding = batch_sharding(self.mesh, self.rules)
         return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(a)) for a in batch))
 
-    def compile_train_step(self, *, warmup: bool = False) -> Compiled:
-        """The train step (state, batch) -> (state, metrics), its state argument donated."""
+    def compile_train_step(self, *, warmup: bool = False, phase: int = -1) -> Compiled:
+        """The train step (state, batch) -> (state, metrics), its state argument donated.
+
+        warmup  for the steps within a router's warm-up; phase: of the schedule of capacities, -1 the last
+        """
+        graphdef, _ = abstract_model(functools.partial(self.build, phase=phase)) if self._phases else (self.graphdef, 0)
         step = make_train_step(
-            self.graphdef,
+            graphdef,
             self.tx,
             accumulation=self.accumulation,
             loss_chunk=self.recipe.train.loss_chunk,
@@ -214,16 +221,32 @@ class Program:
 
 
 class Steps:
-    """The train step of each phase of a run: routers may warm up first, in a program of their own."""
+    """The train step of each phase of a run: routers may warm up first, and an H-Net's capacities may change, in
+    programs of their own. The first is compiled at once, each other when it is due (`prepare`)."""
 
     def __init__(self, program: Program):
-        self._until = warmup_steps(program.recipe.model)
-        self.main = program.compile_train_step()
-        self._warming = program.compile_train_step(warmup=True) if self._until else None
+        self._program = program
+        self._warming = warmup_steps(program.recipe.model)
+        self._capacity_steps = program.recipe.model.hnet.capacity_steps
+        self._compiled: dict[tuple[bool, int], Compiled] = {}
+        self.first = self.prepare(0)
+
+    def due(self, step: int) -> bool:
+        """Whether step `step` (from 0) needs a program that is not compiled yet."""
+        return self._phase(step) not in self._compiled
+
+    def prepare(self, step: int) -> Compiled:
+        """The program of step `step`, compiled if it is not yet."""
+        phase = self._phase(step)
+        if phase not in self._compiled:
+            self._compiled[phase] = self._program.compile_train_step(warmup=phase[0], phase=phase[1])
+        return self._compiled[phase]
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        compiled = self._warming if self._warming is not None and step < self._until else self.main
-        return compiled.call(state, batch)
+        return self.prepare(step).call(state, batch)
+
+    def _phase(self, step: int) -> tuple[bool, int]:
+        return step < self._warming, sum(step >= at for at in self._capacity_steps)
 
 
 def warmup_steps(config: TransformerConfig) -> int:

@@ -45,6 +45,7 @@ def make_train_step(
             batch.tokens,
             positions=batch.positions,
             segment_ids=batch.segment_ids if segmented else None,
+            **given(batch),
             deterministic=False,
             step=step if warmup else None,
             key=key,
@@ -135,6 +136,7 @@ def make_eval_step(
             batch.tokens,
             positions=batch.positions,
             segment_ids=batch.segment_ids if segmented else None,
+            **given(batch),
             selection=selection,
             logits=False,
         )
@@ -147,6 +149,11 @@ def make_eval_step(
         )  # fmt: skip
 
     return eval_step
+
+
+def given(batch: Batch) -> dict[str, Any]:
+    """What only some models take of a batch: the boundaries of chunks, where the data has them."""
+    return {} if batch.boundaries is None else {"boundaries": batch.boundaries}
 
 
 def expert_stats(parts: dict[str, Metrics]) -> Metrics:

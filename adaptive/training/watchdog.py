@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+COMPILE_S = 4 * 3600.0  # more than any compilation takes
 EXPIRED = 124  # the exit code of a run that the watchdog ended
 
 _POLL_S = 0.25
