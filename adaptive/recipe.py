@@ -22,7 +22,7 @@ from adaptive.parallel.config import MeshConfig
 from adaptive.training.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
 FORMAT_VERSION = 3  # 1: before experts, 2: before H-Net; the settings that these lack had what is now their default
-SHARED_MODULES = ("bases",)  # modules of recipes/ that hold what families share
+SHARED_MODULES = ("bases", "hnet_bases")  # modules of recipes/ that hold what families share
 
 
 @dataclasses.dataclass(frozen=True)

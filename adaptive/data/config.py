@@ -47,5 +47,11 @@ DATA_PRESETS: dict[str, dict[str, object]] = {
         "weights": (),
         "tokenizer": "HuggingFaceTB/SmolLM-360M",
     },
+    "fineweb_edu_bytes": {
+        "source": "huggingface",
+        "paths": ("HuggingFaceFW/fineweb-edu:sample-100BT",),
+        "weights": (),
+        "tokenizer": "hnet-bytes",
+    },
     "synthetic": {"source": "synthetic", "paths": ("uniform",), "weights": (), "tokenizer": "bytes"},
 }

@@ -1,0 +1,19 @@
+"""H-Net on bytes: two Mamba-2 layers before and after, four transformer layers inside on chunks of about 4.
+
+python -m adaptive.train --recipe hnet_tiny
+Numbers:  our own, for a CPU in minutes; kinds and training as in hnet_1stage_l
+Expect:   not measured
+Cost:     as many training FLOPs as bytes_tiny and hnet_2stage_tiny (the account says 9 TFLOPs); not yet timed
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import titled
+from recipes.hnet_bases import chunks, tiny
+
+
+def recipe() -> Recipe:
+    return titled(
+        tiny('["m2", ["T4"], "m2"]', (128, 192), (0, 512), *chunks("dynamic", (4,), (0.44,))),
+        "hnet_tiny",
+        "H-Net, one stage, on the embedded English text, for a CPU",
+    )

@@ -1,0 +1,19 @@
+"""Mamba-2 on bytes: 8 layers of width 128 without feed-forwards.
+
+python -m adaptive.train --recipe mambabyte_tiny
+Numbers:  our own, for a CPU in minutes; kinds as in mambabyte_l
+Expect:   not measured
+Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import titled
+from recipes.hnet_bases import tiny
+
+
+def recipe() -> Recipe:
+    return titled(
+        tiny('["m8"]', (128,), (0,)),
+        "mambabyte_tiny",
+        "Mamba-2 on the bytes of the embedded English text, for a CPU",
+    )
