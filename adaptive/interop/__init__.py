@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from adaptive.errors import UserError
-from adaptive.interop import hf_moe, official_mor
+from adaptive.interop import hf_moe, official_hnet, official_mor
 from adaptive.interop.hf_moe_config import KINDS
 
 
@@ -21,7 +21,10 @@ class _Kind(NamedTuple):
     write: Callable[[nnx.Module], dict[str, jax.Array]]
 
 
-_KINDS = {"mor": _Kind(official_mor.from_official, official_mor.to_official)} | {
+_KINDS = {
+    "mor": _Kind(official_mor.from_official, official_mor.to_official),
+    "hnet": _Kind(official_hnet.from_official, official_hnet.to_official),
+} | {
     kind: _Kind(functools.partial(hf_moe.from_official, kind), functools.partial(hf_moe.to_official, kind))
     for kind in KINDS
 }
@@ -30,8 +33,9 @@ _KINDS = {"mor": _Kind(official_mor.from_official, official_mor.to_official)} | 
 def from_official(kind: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> nnx.Module:
     """The model that official `tensors` and `config` describe.
 
-    kind     "mor": Mixture-of-Recursions as its authors released it (see adaptive.interop.official_mor); "mixtral",
-             "olmoe", "qwen3_moe": mixtures of experts under Hugging Face names (see adaptive.interop.hf_moe)
+    kind     "mor": Mixture-of-Recursions as its authors released it (see adaptive.interop.official_mor); "hnet":
+             H-Net (see adaptive.interop.official_hnet); "mixtral", "olmoe", "qwen3_moe": mixtures of experts under
+             Hugging Face names (see adaptive.interop.hf_moe)
     tensors  name -> array of any float dtype, under the official names; read as float32
     config   the official configuration (of Hugging Face models config.json), a plain dict
 

@@ -10,18 +10,25 @@ import numpy as np
 from flax import nnx
 
 from adaptive.errors import CheckpointError
+from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import Transformer
 
 Path = tuple[Hashable, ...]
 
 
 class Part(NamedTuple):
-    """One official tensor: its name, its shape, and whether ours is its transpose (with the heads split off)."""
+    """One official tensor: its name, its shape, whether ours is its transpose (with the heads split off), and which of
+    its rows are ours, first and one past the last; None: all."""
 
     name: str
     shape: tuple[int, ...]
     transposed: bool
+    rows: tuple[int, int] | None = None
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Of those rows."""
+        return self.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.shape[1:])
 
 
 class Leaf(NamedTuple):
@@ -40,25 +47,27 @@ def parts_of(layout: Layout) -> dict[str, Part]:
     return {part.name: part for leaf in layout.values() for part in leaf.parts}
 
 
-def built(config: TransformerConfig, layout: Layout, named: Mapping[str, jax.Array]) -> Transformer:
+def built(config: TransformerConfig, layout: Layout, named: Mapping[str, jax.Array]) -> Any:
     """The model that `config` describes, with the tensors `named` as its parameters. Nothing is drawn."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, key=jax.random.key(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0))))
     filled = [
         (path, leaf.replace(_parameter(layout[path], named, leaf.shape))) for path, leaf in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def taken_apart(model: Transformer, layout: Layout) -> dict[str, jax.Array]:
+def taken_apart(model: nnx.Module, layout: Layout) -> dict[str, jax.Array]:
     """The parameters of `model` as tensors f32 under their official names, each distinct one once."""
-    tensors: dict[str, jax.Array] = {}
+    found: dict[str, list[tuple[int, jax.Array]]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         parts = layout[path].parts
-        shape = parts[0].shape
+        shape = parts[0].own_shape
         value = leaf[...].reshape(-1, *(shape[::-1] if parts[0].transposed else shape))
-        pieces = value.swapaxes(1, 2) if parts[0].transposed else value
-        tensors |= {part.name: piece for piece, part in zip(pieces, parts, strict=True)}
-    return tensors
+        pieces = value.transpose(0, *range(len(shape), 0, -1)) if parts[0].transposed else value
+        for piece, part in zip(pieces, parts, strict=True):
+            found.setdefault(part.name, []).append((part.rows[0] if part.rows else 0, piece))
+    in_order = {name: [rows for _, rows in sorted(pieces, key=lambda p: p[0])] for name, pieces in found.items()}
+    return {name: rows[0] if len(rows) == 1 else jnp.concatenate(rows) for name, rows in in_order.items()}
 
 
 def checked(
@@ -121,5 +130,6 @@ def listed(names: Iterable[str]) -> str:
 
 def _parameter(leaf: Leaf, named: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """The parameter of shape `shape` that `leaf` describes."""
-    pieces = [named[part.name].T if part.transposed else named[part.name] for part in leaf.parts]
+    rows = [named[part.name][slice(*part.rows)] if part.rows else named[part.name] for part in leaf.parts]
+    pieces = [piece.T if part.transposed else piece for piece, part in zip(rows, leaf.parts, strict=True)]
     return (jnp.stack(pieces) if leaf.stack else pieces[0]).reshape(shape)
