@@ -169,13 +169,15 @@ class Program:
     def abstract_batch(self) -> Batch:
         shape = (self.recipe.train.batch_size, self.recipe.data.seq_len)
         sharding = batch_sharding(self.mesh, self.rules)
-        kinds: Any = Batch("int32", "int32", "int32", "int32", "float32")  # type: ignore[arg-type]
+        boundaries = None if self.recipe.data.boundaries == "none" else "bool"
+        kinds: Any = Batch("int32", "int32", "int32", "int32", "float32", boundaries)  # type: ignore[arg-type]
         return jax.tree.map(lambda kind: jax.ShapeDtypeStruct(shape, kind, sharding=sharding), kinds)
 
     def to_devices(self, batch: Batch) -> Batch:
         """This process's rows as arrays over the mesh."""
         sharding = batch_sharding(self.mesh, self.rules)
-        return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(a)) for a in batch))
+        place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))  # noqa: E731
+        return jax.tree.map(place, batch)
 
     def compile_train_step(self, *, warmup: bool = False, phase: int = -1) -> Compiled:
         """The train step (state, batch) -> (state, metrics), its state argument donated.
