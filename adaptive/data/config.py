@@ -27,6 +27,7 @@ class DataConfig:
     shuffle: bool = True
     shuffle_seed: int = 0
     cross_document: bool = False  # True: attend and predict across document boundaries (as the MoR release trains)
+    boundaries: Literal["none", "words"] = "none"  # where chunks of an H-Net begin: words as HAT splits them
     validation_every: int = 20  # document i is validation when i % every == every - 1; 0: nothing is held out
     prefetch: int = 4  # batches prepared ahead, per process
     cache_dir: str = ""  # where token stores are kept; "" is the user's cache directory
