@@ -133,7 +133,8 @@ def make_row(tokens: np.ndarray, openings: np.ndarray, seq_len: int, filler: int
 
 def stack(rows: list[Batch]) -> Batch:
     """Rows to a batch: a new leading axis."""
-    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+    fields = zip(*rows, strict=True)
+    return Batch(*(None if field[0] is None else np.stack(field) for field in fields))
 
 
 def padding_row(seq_len: int, filler: int) -> Batch:
