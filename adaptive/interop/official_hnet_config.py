@@ -38,20 +38,20 @@ def config_from_official(config: Mapping[str, Any]) -> TransformerConfig:
     ssm, attention = (_section(config, name) for name in ("ssm_cfg", "attn_cfg"))
     _known(ssm, _SSM, "ssm_cfg.")
     _known(attention, _ATTENTION, "attn_cfg.")
-    per_stage = {
+    per_stage: dict[str, Any] = {
         "widths": _integers(config["d_model"], stages, "d_model", low=1),
         "intermediates": _integers(config["d_intermediate"], stages, "d_intermediate", low=0),
     }
-    for name, ours in _ATTENTION.items():
+    for name, field in _ATTENTION.items():
         if name not in attention:
             raise RecipeError(f"official config: attn_cfg.{name} is missing")
-        per_stage[ours] = _integers(attention[name], stages, f"attn_cfg.{name}", low=-1)
+        per_stage[field] = _integers(attention[name], stages, f"attn_cfg.{name}", low=-1)
     # Stages without attention have been seen with zeros here.
     per_stage["heads"] = tuple(max(1, heads) for heads in per_stage["heads"])
-    for name, (ours, usual) in _SSM.items():
+    for name, (field, usual) in _SSM.items():
         value = ssm.get(name, usual)
         listed = value if isinstance(value, list | tuple) else [value]
-        per_stage[ours] = _integers(listed, stages if len(listed) > 1 else 1, f"ssm_cfg.{name}", low=1)
+        per_stage[field] = _integers(listed, stages if len(listed) > 1 else 1, f"ssm_cfg.{name}", low=1)
     ours = TransformerConfig(
         vocab_size=_integers([config["vocab_size"]], 1, "vocab_size", low=1)[0],
         norm_eps=NORM_EPS,

@@ -364,7 +364,7 @@ def configs() -> dict[str, dict]:
 
 # Gradients that another implementation's automatic differentiation gave.
 
-_FIXTURE = Path(__file__).parent.parent / "interop" / "fixtures" / "hnet-gradients.npz"
+_FIXTURE = Path(__file__).parent / "fixtures" / "hnet-gradients.npz"
 
 
 class Recorded(NamedTuple):
