@@ -282,6 +282,11 @@ def _check_combinations(r: Recipe) -> None:
     experts = r.model.moe.experts if r.model.moe.router != "none" else 0
     ragged = {"capacity": False, "ragged": True}.get(r.model.moe.execution)
     r.mesh.expert_parallel.validate(devices=r.mesh.expert, experts=experts, ragged=ragged)
+    if ("words" in r.model.hnet.chunkers and r.model.hnet.stages > 0) != (r.data.boundaries == "words"):
+        raise RecipeError(
+            f"model.hnet.chunkers={show(r.model.hnet.chunkers)} with data.boundaries={r.data.boundaries}: the chunker "
+            "words needs data.boundaries=words, and nothing else reads it"
+        )
     if not r.data.paths or not all(r.data.paths):
         raise RecipeError("data.paths is empty: name what to read, as in data.paths=corpus/ or data=embedded")
     if r.data.weights and len(r.data.weights) != len(r.data.paths):

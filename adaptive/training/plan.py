@@ -70,6 +70,7 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
         lines.append(
             f"routing   {recipe.model.router.kind}, {plan.recursions} recursions over {shares} of {plan.seq_len}"
         )
+    lines += _chunk_lines(recipe)
     if program.experts_described:
         lines.append(f"experts   {program.experts_described}")
         lines += [f"          {line}" for line in program.expert_lines]
@@ -84,6 +85,23 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     ]
     if plan.peak_flops_per_s is None:
         lines.append(f"MFU       not shown: {peak_of(plan.device_kind, plan.compute_dtype).why}")
+    return lines
+
+
+def _chunk_lines(recipe: Recipe) -> list[str]:
+    """One line per chunking stage of an H-Net: what decides, and the slots of every phase of the capacities."""
+    hnet, lines = recipe.model.hnet, []
+    phases = [hnet.at_phase(i) for i in range(len(hnet.capacity_steps) + 1)]
+    positions = [recipe.data.seq_len] * len(phases)
+    for stage in range(hnet.stages):
+        slots = [phase.capacity(stage, n) for phase, n in zip(phases, positions, strict=True)]
+        aim = f" of about {hnet.target(stage):g}" if hnet.learned(stage) else ""
+        room = ", ".join(
+            f"{slot} of {n}" + (f" from step {hnet.capacity_steps[i - 1]}" if i else "")
+            for i, (slot, n) in enumerate(zip(slots, positions, strict=True))
+        )
+        lines.append(f"chunks    stage {stage}: {hnet.chunker(stage)}{aim}; room for {room}")
+        positions = slots
     return lines
 
 
