@@ -12,7 +12,7 @@ from jax import lax
 
 from kernels_pallas.grouped_matmul.varying import alike
 from kernels_pallas.ssd import chunked, gpu, reference, tpu
-from kernels_pallas.ssd.blocks import accumulator
+from kernels_pallas.ssd.blocks import accumulator, runs_of
 
 BLOCK = 256
 # Where it is computed in plain jax.numpy, a block holds at most so many positions: its matrices stay in the cache.
@@ -50,17 +50,15 @@ def ssd(
     if x.shape[1] == 1:
         y, final = reference.step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
         return y[:, None], final
-    return _ssd(block, *alike(x, dt, a, b, c, _runs(x, segments), state))
+    return _ssd(block, *alike(x, dt, a, b, c, runs_of(x, segments), state))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(block: int, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return lax.platform_dependent(
-        *inputs,
-        tpu=tpu.forward,
-        cuda=gpu.forward,
-        default=functools.partial(chunked.forward, block=min(block, PLAIN_BLOCK)),
-    )
+    plain = functools.partial(chunked.forward, block=min(block, PLAIN_BLOCK))
+    if accumulator(inputs[0]) != jnp.float32:
+        return plain(*inputs)
+    return lax.platform_dependent(*inputs, tpu=tpu.forward, cuda=gpu.forward, default=plain)
 
 
 def _ssd_forward(block, *inputs):
@@ -75,14 +73,6 @@ def _ssd_backward(block, inputs, cotangents):
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
-
-
-def _runs(x: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """i32[batch, seq]: how often the segment changed up to each position."""
-    if segments is None:
-        return jnp.zeros(x.shape[:2], jnp.int32)
-    changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
-    return jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
 
 
 def _check(

@@ -53,3 +53,11 @@ def prepared(
 def accumulator(x: jax.Array) -> jnp.dtype:
     """The dtype of sums and states: float32, or x's own where that is wider."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def runs_of(x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """i32[batch, seq]: how often the segment changed up to each position."""
+    if segments is None:
+        return jnp.zeros(x.shape[:2], jnp.int32)
+    changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
+    return jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
