@@ -1,47 +1,272 @@
-"""Sampling a continuation with a cache."""
+"""Continuations of prompts, drawn with a cache: one loop for samples of training and for `adaptive.generate`."""
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adaptive.data.tokenizers import Tokenizer
+from adaptive.errors import DataError
+from adaptive.recipe import Recipe
+from adaptive.routing.stages import at_bytes
 
-def sample(
-    graphdef: nnx.GraphDef,
-    state: Any,
-    prompt: np.ndarray,
-    length: int,
-    key: jax.Array,
-    *,
-    temperature: float = 0.8,
-    vocab: int | None = None,
-) -> np.ndarray:
-    """`length` tokens i32[length] that continue `prompt` i32[n], drawn from softmax(logits / temperature).
+ROWS = 0  # rows that the network inside an H-Net decodes together; 0: all, whether a chunk begins there or not
+PIECE = 256  # positions of a prompt that are computed at once; shorter ones are padded to a power of two
+SHORTEST = 16
+ROOM = 256  # caches grow by so many positions: fewer lengths mean fewer compilations
 
-    graphdef, state  of a model with the generation contract (`init_cache`, `prefill`, `decode_step`)
+
+class Marker(Protocol):
+    """Decides byte by byte where chunks begin, for models that are told (the chunker `words`)."""
+
+    def push(self, byte: int) -> bool:
+        """Whether a chunk begins at this byte, which follows those pushed before."""
+        ...
+
+
+class Piece(NamedTuple):
+    """Some tokens of every row, of the prompts first and then of what continues them.
+
+    tokens      i32[batch, n]
+    valid       bool[batch, n]          tokens that belong to the row; none follows one that does not
+    boundaries  bool[stages, batch, n]  where a chunk of each stage of an H-Net begins; no stages in other models
+    prompt      whether these are the prompts' own
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    boundaries: np.ndarray
+    prompt: bool
+
+
+class Sampler:
+    """Draws continuations from a model with the generation contract (`init_cache`, `prefill`, `decode_step`).
+
+    graphdef, state  of the model
+    temperature      logits are divided by it; 0 takes the likeliest token
+    top_p            of the probabilities, after that, only the largest that together exceed it are drawn from
     vocab            ids from here on are never drawn (rows that pad the embedding); None: all may be
+    end              the token that ends a row; None: nothing does
+    rows             as `decode_step` of an H-Net takes it
+    marker           makes a Marker for a row; None: the model decides where chunks begin
 
     Routed models decide each token's depth causally, as their routers learned to.
     """
 
-    @jax.jit
-    def run(state: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        state: Any,
+        *,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        vocab: int | None = None,
+        end: int | None = None,
+        rows: int = ROWS,
+        marker: Callable[[], Marker] | None = None,
+    ):
+        self._graphdef, self._state, self._vocab, self._end = graphdef, state, vocab, end
+        self._draw = functools.partial(draw, temperature=temperature, top_p=top_p)
+        self._options = {"rows": rows} if rows else {}
+        self._marker = marker
+        self._empty = jax.jit(self._make_cache, static_argnums=(1, 2))
+        self._read = jax.jit(self._read_piece, donate_argnames=("cache",))
+        self._first = jax.jit(self._first_tokens)
+        self._write = jax.jit(self._write_tokens, static_argnames=("count",), donate_argnames=("cache",))
 
-        def draw(logits: jax.Array, key: jax.Array) -> jax.Array:
-            allowed = jnp.arange(logits.shape[-1]) < (vocab or logits.shape[-1])
-            return jax.random.categorical(key, jnp.where(allowed, logits / temperature, -jnp.inf)).astype(jnp.int32)
+    def __call__(
+        self, prompts: Sequence[np.ndarray], length: int, key: jax.Array, *, at_once: int = 32
+    ) -> Iterator[Piece]:
+        """Pieces of the prompts, then of at most `length` tokens after each, until every row has ended.
 
-        def step(carry, key):
-            token, cache = carry
-            out, cache = model.decode_step(token, cache)
-            return (draw(out.logits[:, -1], key), cache), token
+        prompts  i32[n] each, n at least 1
+        key      row r draws its i-th token with a key made of i and r, whatever else is drawn
+        at_once  tokens per call of the compiled step; more make fewer round trips, fewer make a stream smoother
+        """
+        at_once = 1 if self._marker else max(1, min(at_once, length))
+        markers = None if self._marker is None else [self._marker() for _ in prompts]
+        tokens, valid = _padded(prompts)
+        room = -(-(tokens.shape[1] + length + at_once) // ROOM) * ROOM
+        cache, last = self._empty(self._state, len(prompts), room), None
+        for begin in range(0, tokens.shape[1], PIECE):
+            part = slice(begin, begin + PIECE)
+            given = None if markers is None else _marked(markers, tokens[:, part], valid[:, part])
+            cache, last, stages = self._read(
+                self._state, tokens[:, part], valid[:, part], given, cache=cache, last=last
+            )
+            yield Piece(tokens[:, part], valid[:, part], np.asarray(stages), prompt=True)
+        token, alive = self._first(last, key)
+        yield from self._continued(token, alive, cache, length, key, at_once, markers)
 
-        out, cache = model.prefill(prompt[None], model.init_cache(1, len(prompt) + length))
-        keys = jax.random.split(key, length + 1)
-        _, tokens = jax.lax.scan(step, (draw(out.logits[:, -1], keys[0]), cache), keys[1:])
-        return tokens[:, 0]
+    def _continued(
+        self,
+        token: jax.Array,
+        alive: jax.Array,
+        cache: Any,
+        length: int,
+        key: jax.Array,
+        at_once: int,
+        markers: list[Marker] | None,
+    ) -> Iterator[Piece]:
+        waiting: tuple[jax.Array, ...] | None = None  # computed while the piece before is shown
+        for begin in range(0, length, at_once):
+            given = (
+                None if markers is None else _marked(markers, np.asarray(token)[:, None], np.asarray(alive)[:, None])
+            )
+            (token, alive), cache, made = self._write(
+                self._state, token, alive, given, key, np.int32(begin), count=at_once, cache=cache
+            )
+            if waiting is not None:
+                yield _piece(waiting, at_once)
+                if not waiting[1][:, -1].any():
+                    return
+            waiting = made
+        if waiting is not None:
+            yield _piece(waiting, length - begin)
 
-    return np.asarray(run(state, jnp.asarray(prompt, jnp.int32), key))
+    # Compiled
+
+    def _make_cache(self, state: Any, batch: int, room: int) -> Any:
+        return nnx.merge(self._graphdef, state).init_cache(batch, room)
+
+    def _read_piece(
+        self, state: Any, tokens: jax.Array, valid: jax.Array, given: jax.Array | None, *, cache: Any, last: Any
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """(cache, logits f32[batch, vocab] after each row's last token so far, boundaries bool[stages, batch, n])."""
+        model = nnx.merge(self._graphdef, state)
+        options = {} if given is None else {"boundaries": given}
+        out, cache = model.prefill(tokens, cache, valid, **options)
+        count = valid.sum(1)
+        logits = jax.vmap(lambda row, i: row[jnp.maximum(i - 1, 0)])(out.logits, count)
+        if last is not None:
+            logits = jnp.where((count > 0)[:, None], logits, last)
+        return cache, logits, _boundaries(out.trace, tokens.shape)
+
+    def _first_tokens(self, logits: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        token = self._next(logits, key, jnp.int32(0))
+        return token, self._goes_on(token)
+
+    def _write_tokens(
+        self,
+        state: Any,
+        token: jax.Array,
+        alive: jax.Array,
+        given: jax.Array | None,
+        key: jax.Array,
+        begin: jax.Array,
+        *,
+        count: int,
+        cache: Any,
+    ) -> tuple[tuple[jax.Array, jax.Array], Any, tuple[jax.Array, jax.Array, jax.Array]]:
+        """Reads `token` and `count - 1` that follow it, `token` being number `begin`: the token after them and whether
+        rows go on, the cache, and (tokens, valid, boundaries) as in Piece."""
+        model = nnx.merge(self._graphdef, state)
+        options = self._options if given is None else {**self._options, "boundaries": given}
+
+        def step(carry: Any, number: jax.Array) -> tuple[Any, Any]:
+            token, alive, cache = carry
+            if len(token) == 1:
+                at = {name: a[:, 0] if name == "boundaries" else a for name, a in options.items()}
+                out, cache = model.decode_step(token, cache, **at)
+            else:  # rows that have ended stay as they are, so that no chunk is computed for them
+                out, cache = model.prefill(token[:, None], cache, alive[:, None], **options)
+            new = self._next(out.logits[:, -1], key, number + 1)
+            made = token, alive, _boundaries(out.trace, (len(token), 1))[..., 0]
+            return (new, alive & self._goes_on(new), cache), made
+
+        numbers = begin + jnp.arange(count, dtype=jnp.int32)
+        (token, alive, cache), (tokens, valid, stages) = jax.lax.scan(step, (token, alive, cache), numbers)
+        return (token, alive), cache, (tokens.T, valid.T, jnp.moveaxis(stages, 0, -1))
+
+    def _next(self, logits: jax.Array, key: jax.Array, number: jax.Array) -> jax.Array:
+        """i32[batch]: the tokens that are number `number` of their rows."""
+        if self._vocab is not None:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab, logits, -jnp.inf)
+        rows = jnp.arange(len(logits))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), rows)
+        return jax.vmap(self._draw)(logits, keys)
+
+    def _goes_on(self, token: jax.Array) -> jax.Array:
+        return jnp.ones(token.shape, bool) if self._end is None else token != self._end
+
+
+def draw(logits: jax.Array, key: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
+    """One token i32[] from logits f32[vocab]: the likeliest at temperature 0, else from softmax(logits / temperature),
+    of which `top_p` below 1 leaves the likeliest tokens that together just exceed it (H-Net's released generate.py)."""
+    if temperature == 0:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_p < 1:
+        ordered = -jnp.sort(-logits)
+        probability = jax.nn.softmax(ordered)
+        before = jnp.cumsum(probability) - probability
+        least = jnp.where((before <= top_p), ordered, jnp.inf).min()
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def sample(
+    graphdef: nnx.GraphDef, state: Any, prompt: np.ndarray, length: int, key: jax.Array, **options: Any
+) -> np.ndarray:
+    """i32[length] tokens that continue `prompt` i32[n], fewer where one ends it; `options` are those of Sampler."""
+    pieces = Sampler(graphdef, state, **options)([prompt], length, key)
+    made = [piece.tokens[0, piece.valid[0]] for piece in pieces if not piece.prompt]
+    return np.concatenate(made) if made else np.zeros(0, np.int32)
+
+
+def prompt_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """i32[n] of a prompt: the begin token of the tokenizer's convention, where it has one, and the text's.
+
+    Raises DataError where that is nothing at all.
+    """
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])
+    if not len(ids):
+        raise DataError(f"the prompt is empty, and {tokenizer.name} has no token that begins a text: give some text")
+    return ids
+
+
+def marker_of(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[], Marker] | None:
+    """What tells a model where chunks begin, as it was told in training; None where it decides itself."""
+    if recipe.model.hnet.stages == 0 or recipe.model.hnet.chunker(0) != "words":
+        return None
+    from adaptive.data.words import WordMarker
+
+    return lambda: WordMarker(tokenizer.token_bytes)
+
+
+def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(i32[batch, n], bool[batch, n]): n a power of two, or a multiple of PIECE, that holds the longest."""
+    longest = max(len(prompt) for prompt in prompts)
+    n = SHORTEST
+    while n < min(longest, PIECE):
+        n *= 2
+    n = n if longest <= n else -(-longest // PIECE) * PIECE
+    tokens, valid = np.zeros((len(prompts), n), np.int32), np.zeros((len(prompts), n), bool)
+    for r, prompt in enumerate(prompts):
+        tokens[r, : len(prompt)], valid[r, : len(prompt)] = prompt, True
+    return tokens, valid
+
+
+def _marked(markers: Sequence[Marker], tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """bool[batch, n]: where chunks begin, as each row's marker says of the tokens [batch, n] that exist."""
+    out = np.zeros(tokens.shape, bool)
+    for r, marker in enumerate(markers):
+        for i in np.flatnonzero(valid[r]):
+            out[r, i] = marker.push(int(tokens[r, i]))
+    return out
+
+
+def _boundaries(trace: Any, shape: tuple[int, ...]) -> jax.Array:
+    """bool[stages, batch, n]."""
+    views = at_bytes(trace.stages, shape)
+    return jnp.stack([view.mask for view in views]) if views else jnp.zeros((0, *shape), bool)
+
+
+def _piece(made: tuple[jax.Array, ...], count: int) -> Piece:
+    tokens, valid, stages = (np.asarray(a)[..., :count] for a in jax.device_get(made))
+    return Piece(tokens, valid, stages, prompt=False)

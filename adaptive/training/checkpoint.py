@@ -396,19 +396,58 @@ def _read(manager: Any, folder: Path, step: int, abstract: TrainState) -> Restor
     return Restored(state, step, about["data_state"], about["recipe"], found)
 
 
+def read_part(folder: Path, step: int, part: Any) -> Any:
+    """Some fields of the TrainState of a checkpoint, the others left unread: parameters without optimizer states.
+
+    part  {field: tree of ShapeDtypeStructs with shardings}; the same with arrays is returned
+
+    Raises CheckpointError for a checkpoint that cannot be read, that is of a newer format or that holds other arrays.
+    Damage that shows in no error goes unseen, as the digest is of the whole.
+    """
+    _silence()
+    import orbax.checkpoint as ocp
+
+    where, wanted = Path(folder).absolute() / str(step), _named(part)
+    try:
+        about = ocp.JsonCheckpointHandler().restore(where / "about")
+        _check_version(about, where)
+        saved = {n: a for n, a in about["arrays"].items() if n.partition("/")[0] in part}
+        _check_arrays(saved, where, wanted)
+        into = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in wanted.items()}
+        nested = _nested(into)
+        args = ocp.args.PyTreeRestore(
+            nested, restore_args=ocp.checkpoint_utils.construct_restore_args(nested), partial_restore=True
+        )
+        tree = ocp.PyTreeCheckpointer().restore(where / "state", args=args)
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged files show as errors of many kinds
+        raise CheckpointError(f"{where} cannot be read: {_reason(error)}") from None
+    return jax.tree.unflatten(jax.tree.structure(part), [_leaf(tree, name) for name in wanted])
+
+
 def _check(about: Mapping[str, Any], where: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the checkpoint is of this format, random keys and arrays."""
+    _check_version(about, where)
+    if about["key_implementation"] != _key_implementation():
+        raise CheckpointError(
+            f"{where} holds a random key of {about['key_implementation']}, this run uses {_key_implementation()}: "
+            f"set JAX_DEFAULT_PRNG_IMPL={about['key_implementation']}"
+        )
+    _check_arrays(about["arrays"], where, wanted)
+
+
+def _check_version(about: Mapping[str, Any], where: Path) -> None:
     version = about["format_version"]
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{where} has checkpoint format {version}, this version of adaptive ({adaptive.__version__}) reads up to "
             f"{FORMAT_VERSION}; it was written by adaptive {about['program']['adaptive']}: update to read it"
         )
-    if about["key_implementation"] != _key_implementation():
-        raise CheckpointError(
-            f"{where} holds a random key of {about['key_implementation']}, this run uses {_key_implementation()}: "
-            f"set JAX_DEFAULT_PRNG_IMPL={about['key_implementation']}"
-        )
-    saved = {name: f"{dtype}{shape}" for name, (dtype, shape) in about["arrays"].items()}
+
+
+def _check_arrays(arrays: Mapping[str, Any], where: Path, wanted: Mapping[str, Any]) -> None:
+    saved = {name: f"{dtype}{shape}" for name, (dtype, shape) in arrays.items()}
     needed = {name: f"{np.dtype(a.dtype).name}{list(a.shape)}" for name, a in wanted.items()}
     differ = [
         f"  {name}: {saved.get(name, 'nothing')} in the checkpoint, {needed.get(name, 'nothing')} in the model"

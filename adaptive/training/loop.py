@@ -14,7 +14,7 @@ from flax import nnx
 
 from adaptive.data.pipeline import Data
 from adaptive.errors import NonFiniteError
-from adaptive.inference.sampling import sample
+from adaptive.inference.sampling import marker_of, prompt_tokens, sample
 from adaptive.optim.schedule import make_schedule
 from adaptive.training.checkpoint import Checkpoints, digest
 from adaptive.training.evaluation import Evaluator
@@ -114,7 +114,7 @@ class Loop:
             rows = self.log_steps()
             lost = f" ({rows - restored.step} later steps are repeated)" if rows > restored.step else ""
             self.say(f"resuming  {self.folder.path} from step {restored.step}{lost}")
-            return restored.state, restored.step, restored.data_state
+            return restored.state, restored.step, restored.data_state or None  # {}: converted weights have read nothing
         state = self.program.fresh_state()
         self.say(f"starting  {self.folder.path}, state digest {digest(state)}")
         return state, 0, None
@@ -235,14 +235,15 @@ class Loop:
             self.say(f"no sample: {reason}")
             return None
         tokenizer = self.data.tokenizer
-        prompt = np.asarray(tokenizer.encode(log.sample_prompt))
         params, buffers = jax.device_put((state.params, state.buffers), jax.local_devices()[0])
         ids = sample(
             self.program.graphdef,
             nnx.merge_state(params, buffers),
-            prompt,
+            prompt_tokens(tokenizer, log.sample_prompt),
             log.sample_tokens,
             jax.random.key(self.recipe.train.seed),
             vocab=tokenizer.vocab_size,
+            end=tokenizer.eos_id,
+            marker=marker_of(self.recipe, tokenizer),
         )
         return SampleRecord(log.sample_prompt, tokenizer.decode(ids))

@@ -1,0 +1,80 @@
+"""A trained model out of the folder of its run: recipe, parameters and tokenizer, on one device."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from adaptive.data.tokenizers import Tokenizer, load_tokenizer
+from adaptive.errors import CheckpointError
+from adaptive.models.build import build_model
+from adaptive.recipe import Recipe
+from adaptive.training.checkpoint import read_part
+from adaptive.training.program import compute_dtype
+from adaptive.training.run_folder import RunFolder
+from adaptive.training.state import abstract_model
+
+
+class Trained(NamedTuple):
+    """A model as training left it at `step`: nnx.merge(graphdef, state) is the module."""
+
+    recipe: Recipe
+    step: int
+    graphdef: nnx.GraphDef
+    state: Any
+    tokenizer: Tokenizer
+    refuse_generation: str  # why it cannot generate; empty where it can
+
+
+class Found(NamedTuple):
+    """A run with a checkpoint to read."""
+
+    recipe: Recipe
+    checkpoints: Path
+    step: int
+
+
+def find(workdir: str | Path, step: int | None = None) -> Found:
+    """The run in the folder and its newest checkpoint, or that of `step`; nothing of the model is read.
+
+    Raises CheckpointError where there is no run or no such checkpoint, RecipeError for a recipe that cannot be read.
+    """
+    folder = RunFolder(Path(workdir).expanduser())
+    if not folder.path.is_dir():
+        raise CheckpointError(f"--workdir {folder.path}: there is no such folder; give that of a run")
+    try:
+        text = folder.recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"--workdir {folder.path} holds no run: {folder.recipe.name}: {why}") from None
+    recipe = Recipe.from_json(text, where=str(folder.recipe))
+    steps = sorted(int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdecimal())
+    if not steps:
+        raise CheckpointError(
+            f"{folder.path} has no checkpoint yet; training saves every checkpoint.every={recipe.checkpoint.every} "
+            "steps, when it is stopped and at its end"
+        )
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder.path} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return Found(recipe, folder.checkpoints, steps[-1] if step is None else step)
+
+
+def load(found: Found) -> Trained:
+    """The model of a run with parameters alone, computing in what it was trained in on this kind of device.
+
+    Raises CheckpointError where they cannot be read.
+    """
+    recipe = found.recipe
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    graphdef, shapes = abstract_model(lambda key: build_model(recipe.model, key=key, dtype=compute_dtype(recipe)))
+    refuse = nnx.merge(graphdef, shapes).refuse_generation()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
+    params, buffers = nnx.split_state(placed, nnx.Param, ...)
+    part = {"params": params, "buffers": buffers}
+    if not jax.tree.leaves(buffers):
+        del part["buffers"]
+    read = read_part(found.checkpoints, found.step, part)
+    state = nnx.merge_state(read["params"], read.get("buffers", buffers))
+    return Trained(recipe, found.step, graphdef, state, tokenizer, refuse)
