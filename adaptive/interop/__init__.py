@@ -51,9 +51,14 @@ def to_official(kind: str, model: nnx.Module) -> dict[str, jax.Array]:
     return _kind(kind).write(model)
 
 
-def _kind(name: str) -> _Kind:
+def check_kind(name: str) -> None:
+    """Raises UserError for a kind that is unknown."""
     if name not in _KINDS:
         near = difflib.get_close_matches(str(name), _KINDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"interop: unknown kind {name!r}, known: {', '.join(_KINDS)}{hint}")
+
+
+def _kind(name: str) -> _Kind:
+    check_kind(name)
     return _KINDS[name]

@@ -1,0 +1,180 @@
+"""python -m adaptive.convert --kind KIND --tensors FILE --config FILE --workdir DIR [setting=value ...]
+python -m adaptive.convert --kind KIND --workdir DIR --export FILE.safetensors
+
+Released weights to the folder of a run, which every other command takes, and a run's model to released names.
+
+    --kind KIND       whose names: hnet, mor, mixtral, olmoe, qwen3_moe
+    --tensors FILE    *.safetensors, a PyTorch file, an index of several, or a folder of them
+    --config FILE     the released configuration (JSON)
+    --workdir DIR     the run's folder: a new one, or with --export that of a trained or converted model
+    --export FILE     where to write the model's tensors; of hnet its configuration too, beside it as *.json
+    --allow_pickle    read PyTorch files with torch, which runs whatever code is in them
+
+Settings are dotted, as in adaptive.train, and count where the model is trained further:
+`python -m adaptive.train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something cannot work.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from adaptive import doctor
+from adaptive.errors import CheckpointError, RecipeError, UserError
+from adaptive.recipe import Recipe
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("kind", "", "whose names the tensors have", flag_values=FLAGS)
+flags.DEFINE_string("tensors", "", "released weights", flag_values=FLAGS)
+flags.DEFINE_string("config", "", "released configuration, JSON", flag_values=FLAGS)
+flags.DEFINE_string("workdir", "", "folder of the run", flag_values=FLAGS)
+flags.DEFINE_string("export", "", "safetensors file to write", flag_values=FLAGS)
+flags.DEFINE_bool("allow_pickle", False, "let torch read PyTorch files", flag_values=FLAGS)
+flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=FLAGS)
+
+TOKENIZERS = {"hnet": "hnet-bytes"}  # of the kinds that know theirs
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        return run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+
+
+def run(argv: Sequence[str]) -> int:
+    settings = parse(argv)
+    if FLAGS.help:
+        print(__doc__)
+        return 0
+    needed = ("kind", "workdir", "export") if FLAGS.export else ("kind", "tensors", "config", "workdir")
+    if missing := [f"--{name}" for name in needed if not FLAGS[name].value]:
+        raise UserError(f"{', '.join(missing)} is missing (--help shows all options)")
+    print(doctor.check_versions())
+    if FLAGS.export:
+        export(FLAGS.kind, Path(FLAGS.workdir), Path(FLAGS.export))
+    else:
+        convert(FLAGS.kind, Path(FLAGS.tensors), Path(FLAGS.config), Path(FLAGS.workdir), settings)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Sets FLAGS from the command line; the settings that follow them, in any order with them."""
+    FLAGS.unparse_flags()
+    FLAGS.set_gnu_getopt(True)
+    try:
+        rest = FLAGS(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f"{error} (--help shows all options)") from None
+    if stray := [text for text in rest if "=" not in text]:
+        raise UserError(f"'{stray[0]}' is neither an option (--{stray[0]}) nor a setting (name=value)")
+    if rest and FLAGS.export:
+        raise UserError(f"'{rest[0]}': --export takes no settings")
+    return rest
+
+
+def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Sequence[str]) -> None:
+    """Makes `workdir` the folder of a run at step 0 whose model has the tensors."""
+    from adaptive.interop import check_kind, from_official
+    from adaptive.interop.files import read_tensors
+    from adaptive.training.run_folder import RunFolder
+
+    check_kind(kind)
+    official = read_config(config)
+    workdir = workdir.expanduser()
+    if RunFolder(workdir).recipe.exists():
+        raise CheckpointError(f"{workdir} holds a run already; choose another --workdir")
+    if kind not in TOKENIZERS and not any(text.startswith("data.tokenizer=") for text in settings):
+        raise RecipeError(f"--kind {kind} does not say how text becomes tokens: add data.tokenizer=NAME_OR_FILE")
+    named = read_tensors(tensors, allow_pickle=FLAGS.allow_pickle)
+    numbers = sum(value.size for value in named.values())
+    print(f"read      {tensors}: {len(named)} tensors, {numbers:,} numbers", flush=True)
+    model = from_official(kind, named, official)
+    recipe = Recipe(name_of(config), f"{kind} weights of {tensors.name}, converted", model.config)
+    defaults = [f"data.tokenizer={name}" for name in [TOKENIZERS.get(kind)] if name]
+    given = {text.partition("=")[0] for text in settings}
+    recipe = recipe.with_(*(text for text in defaults if text.partition("=")[0] not in given), *settings)
+    recipe.validate()
+    save(recipe, model, workdir)
+    print(f"wrote     {workdir}: a run at step 0; generate with python -m adaptive.generate --workdir {workdir}")
+
+
+def export(kind: str, workdir: Path, path: Path) -> None:
+    """Writes the model of a run's newest checkpoint to one safetensors file, under the names of `kind`."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"--export {path}: it is written as safetensors, so its name must end in .safetensors")
+    from flax import nnx
+
+    from adaptive.inference.load import find, load
+    from adaptive.interop import check_kind, to_official
+    from adaptive.interop.files import write_safetensors
+    from adaptive.interop.official_hnet_config import config_to_official
+
+    check_kind(kind)
+    trained = load(find(workdir))
+    tensors = to_official(kind, nnx.merge(trained.graphdef, trained.state))
+    write_safetensors(path, tensors)
+    print(f"wrote     {path}: {len(tensors)} tensors of step {trained.step}")
+    if kind == "hnet":
+        beside = path.with_suffix(".json")
+        beside.write_text(json.dumps(config_to_official(trained.recipe.model), indent=2) + "\n", encoding="utf-8")
+        print(f"wrote     {beside}")
+
+
+def save(recipe: Recipe, model: Any, workdir: Path) -> None:
+    """Makes the folder of a run of `recipe`, with `model` in a checkpoint of step 0."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from adaptive.parallel.mesh import make_mesh
+    from adaptive.training.checkpoint import Checkpoints
+    from adaptive.training.program import Program
+    from adaptive.training.run_folder import RunFolder
+    from adaptive.training.state import TrainState
+
+    program = Program(recipe, make_mesh(recipe.mesh))
+    params, buffers = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+    wanted, found = ({path: leaf.shape for path, leaf in nnx.to_flat_state(s)} for s in (
+        program.abstract_state().params, params))  # fmt: skip
+    if wrong := next((path for path in wanted | found if wanted.get(path) != found.get(path)), None):
+        raise RecipeError(f"the settings describe another model than the tensors: {'/'.join(map(str, wrong))} differs")
+
+    def whole(params: Any, buffers: Any) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        key = jax.random.key_data(jax.random.key(recipe.train.seed))
+        return TrainState(zero, zero, params, buffers, program.tx.init(params), key)
+
+    state = jax.jit(whole, out_shardings=program.shardings)(params, buffers)
+    with RunFolder.open(workdir, recipe) as folder:
+        checkpoints = Checkpoints(folder.checkpoints, recipe.checkpoint, json.loads(recipe.to_json()))
+        checkpoints.save(0, state, {})
+        checkpoints.close()
+        if checkpoints.failed:
+            raise CheckpointError(f"the checkpoint could not be written to {folder.checkpoints}")
+
+
+def name_of(config: Path) -> str:
+    """The model's name: that of its configuration file, or of the folder around one that is called config.json."""
+    stem = config.absolute().parent.name if config.stem == "config" else config.stem
+    return stem or "converted"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read --config {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"--config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"--config {path} must be a JSON object of settings, not a {type(config).__name__}")
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

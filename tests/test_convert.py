@@ -1,0 +1,105 @@
+"""The command as a user meets it: released weights in, a run that other commands take, and the weights out again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from oracle import hnet as oracle
+
+from adaptive import train
+from adaptive.convert import main
+from adaptive.inference.load import find, load
+from adaptive.interop.files import read_tensors, write_safetensors
+from adaptive.training.metrics import read_rows
+
+pytest.importorskip("safetensors")
+
+CONFIG = oracle.official(["m1", ["T1"], "m1"], [16, 24], vocab=256, ff=[0, 64], heads=[2, 3])
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch, capfd):
+    """Runs the command in a folder with a released model's files; (exit code, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(CONFIG))
+    write_safetensors(tmp_path / "small.safetensors", oracle.random_tensors(CONFIG, 0))
+
+    def call(*arguments: str) -> tuple[int, str]:
+        code = main(["convert", *arguments])
+        out, err = capfd.readouterr()
+        return code, out + err
+
+    return call
+
+
+IN = ("--kind", "hnet", "--tensors", "small.safetensors", "--config", "small.json", "--workdir", "run")
+OUT = ("--kind", "hnet", "--workdir", "run", "--export", "out/back.safetensors")
+
+
+def test_in_trained_further_and_out(convert, tmp_path, capfd):
+    settings = ("data.seq_len=16", "train.batch_size=8", "train.steps=1", "optimizer.learning_rate=1e-9",
+                "optimizer.weight_decay=0", "log.wandb=disabled", "eval.batches=1", "log.sample_tokens=0")  # fmt: skip
+    code, said = convert(*IN, *settings)
+    assert code == 0, said
+    tensors, text = oracle.random_tensors(CONFIG, 0), b"The cat sat on the mat."
+    trained = load(find("run"))
+    assert trained.step == 0 and trained.recipe.name == "small" and not trained.refuse_generation
+    assert trained.tokenizer.vocab_size == 256 and trained.recipe.model.hnet.capacities == ()
+    model = nnx.merge(trained.graphdef, trained.state)
+    tokens = np.frombuffer(text, np.uint8).astype(np.int32)
+    want = oracle.forward(tensors, CONFIG, tokens)
+    np.testing.assert_allclose(jax.jit(model)(tokens[None]).logits[0], want.logits, atol=1e-4, rtol=0)
+
+    code, said = convert(*OUT)
+    assert code == 0, said
+    back = read_tensors("out/back.safetensors")
+    assert set(back) == set(tensors) and json.loads((tmp_path / "out/back.json").read_text()) == CONFIG
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+    assert train.main(["train", "--recipe", "run/recipe.json", "--workdir", "run"]) == 0
+    assert "from step 0" in capfd.readouterr().out
+    assert find("run").step == 1
+    # A step of next to nothing from the released weights: had training started anew, nothing would be the same.
+    after = nnx.merge(trained.graphdef, load(find("run")).state)
+    np.testing.assert_allclose(after.embedding[...], tensors["embeddings.weight"], atol=1e-6)
+    assert read_rows("run")[0]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], ["--kind, --tensors, --config, --workdir is missing"]),
+        (["--kind", "hnet", "--export", "x.safetensors"], ["--workdir is missing"]),
+        (["--kinds", "hnet"], ["kinds"]),
+        ([*IN, "steps"], ["'steps' is neither"]),
+        ([*IN, "train.stpes=1"], ["train.stpes", "train.steps"]),
+        ([*IN, "--kind", "hent"], ["unknown kind 'hent'", "did you mean hnet"]),
+        ([*IN, "--tensors", "gone.safetensors"], ["no file gone.safetensors", "small.safetensors"]),
+        ([*IN, "--config", "gone.json"], ["cannot read --config gone.json", "No such file"]),
+        ([*IN, "--config", "small.safetensors"], ["is not JSON"]),
+        ([*IN, "--config", "other.json"], ["d_modell is unknown", "d_model"]),
+        ([*IN, "--config", "wider.json"], ["embeddings.weight has shape [256, 16], expected [256, 32]"]),
+        ([*IN, "--workdir", "taken"], ["taken holds a run already"]),
+        ([*IN, "--workdir", "full"], ["full is not the folder of a run"]),
+        ([*IN, "model.hnet.widths=16,48"], ["another model than the tensors"]),
+        ([*IN, "--kind", "mixtral"], ["--kind mixtral does not say how text becomes tokens", "data.tokenizer="]),
+        ([*OUT, "train.steps=3"], ["takes no settings"]),
+        ([*OUT, "--export", "x.pt"], ["must end in .safetensors"]),
+        ([*OUT, "--workdir", "gone"], ["gone", "no such folder"]),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else None,
+)
+def test_what_cannot_work_is_refused(convert, tmp_path, arguments, says):
+    (tmp_path / "other.json").write_text(json.dumps({"d_modell": [16]}))
+    (tmp_path / "wider.json").write_text(json.dumps(CONFIG | {"d_model": [32, 48]}))
+    for folder, file in (("taken", "recipe.json"), ("full", "thesis.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    code, output = convert(*arguments)
+    assert code == 2
+    assert all(text in output for text in says), output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
