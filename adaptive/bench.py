@@ -29,7 +29,7 @@ from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe, load
 from adaptive.training.program import Program
 
-OPERATIONS = ("ema", "experts", "grouped_matmul")  # modules of adaptive/benchmarks
+OPERATIONS = ("ema", "experts", "grouped_matmul", "ssd")  # modules of adaptive/benchmarks
 MATMUL_SIDE = {"cpu": 2048}  # of the square matmul that stands for the machine's peak, by platform
 ACCELERATOR_SIDE = 8192
 
@@ -187,13 +187,16 @@ def matmul_timer(device: jax.Device, dtype: jnp.dtype) -> Callable[[], float]:
 
 
 def random_batch(recipe: Recipe) -> Batch:
-    """Rows of uniformly random tokens, one document each, every target counted."""
+    """Rows of uniformly random tokens, one document each, every target counted.
+
+    Where the data has boundaries, every fifth token is one.
+    """
     rows, seq = recipe.train.batch_size, recipe.data.seq_len
     tokens = np.random.default_rng(0).integers(0, recipe.model.vocab_size, (rows, seq + 1), dtype=np.int32)
     positions = np.broadcast_to(np.arange(seq, dtype=np.int32), (rows, seq))
-    return Batch(
-        tokens[:, :-1], tokens[:, 1:], positions, np.ones((rows, seq), np.int32), np.ones((rows, seq), np.float32)
-    )
+    ones = np.ones((rows, seq), np.int32)
+    boundaries = None if recipe.data.boundaries == "none" else positions % 5 == 0
+    return Batch(tokens[:, :-1], tokens[:, 1:], positions, ones, ones.astype(np.float32), boundaries)
 
 
 # Command

@@ -38,6 +38,7 @@ OPTIONAL = {
     "safetensors": ("hf", "*.safetensors files"),
     "datasets": ("hf", "data sets of the Hugging Face hub"),
     "wandb": ("wandb", "Weights & Biases"),
+    "regex": ("words", "chunks of an H-Net that are words"),
     "jax-cuda13-plugin": ("gpu", "NVIDIA GPUs"),
     "libtpu": ("tpu", "Cloud TPUs"),
 }

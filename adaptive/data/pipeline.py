@@ -17,6 +17,7 @@ from adaptive.data.streaming import StreamedData
 from adaptive.data.synthetic import SyntheticRows
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.data.windows import Batch, Split, Windows, padding_row, stack
+from adaptive.data.words import row_marker
 from adaptive.errors import DataError
 
 _READ_THREADS = 2
@@ -133,6 +134,7 @@ class IndexedData:
         self._config = config
         self.sources = sources
         self._shard = shard
+        self._mark = row_marker(config.boundaries, tokenizer)
         weights = config.weights or [float(len(source.train)) for source in sources]
         self._weights = [weight / sum(weights) for weight in weights]
         self.fingerprint = digest(
@@ -142,6 +144,7 @@ class IndexedData:
                 "seq_len": config.seq_len,
                 "shuffle_seed": config.shuffle_seed if config.shuffle else None,
                 "validation_every": config.validation_every,
+                **({} if config.boundaries == "none" else {"boundaries": config.boundaries}),
             }
         )
 
@@ -155,7 +158,8 @@ class IndexedData:
         for i, source in enumerate(self.sources):
             rows = grain.MapDataset.source(source.train).seed(self._config.shuffle_seed + i)
             parts.append((rows.shuffle() if self._config.shuffle else rows).repeat())
-        return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=self._weights)
+        rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=self._weights)
+        return rows if self._config.boundaries == "none" else rows.map(self._mark)
 
     def validation(self, batches: int = 0) -> Iterator[Batch]:
         ends = np.cumsum([len(source.held_out) for source in self.sources])
@@ -173,7 +177,7 @@ class IndexedData:
 
         for first in range(0, count, self._shard.batch_size):
             mine = range(first + self._shard.index, first + self._shard.batch_size, self._shard.count)
-            yield stack([row(i) for i in mine])
+            yield stack([self._mark(row(i)) for i in mine])
 
     def validation_passage(self, length: int) -> np.ndarray:
         held_out = next((source.held_out for source in self.sources if len(source.held_out)), ())
@@ -212,12 +216,15 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}: set "
             f"model.vocab_size={tokenizer.vocab_size} or more, or choose another data.tokenizer"
         )
+    row_marker(config.boundaries, tokenizer)  # a missing package is told before text is prepared
     if config.source == "huggingface":
         from adaptive.data.huggingface import HubDocuments
 
         streams = [HubDocuments(path, config.text_key) for path in config.paths]
         return StreamedData(config, tokenizer, streams, rows)
     if config.source == "synthetic":
+        if config.boundaries != "none":
+            raise DataError(f"data.boundaries={config.boundaries} needs text; synthetic tasks are none: set it to none")
         sources = [_synthetic_source(config, path, vocab_size) for path in config.paths]
     else:
         sources = [_stored_source(config, path, tokenizer) for path in config.paths]

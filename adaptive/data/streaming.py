@@ -16,6 +16,7 @@ from adaptive.data.files import digest
 from adaptive.data.shards import Shard, check_fingerprint
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.data.windows import Batch, make_row, padding_row, stack
+from adaptive.data.words import row_marker
 from adaptive.errors import DataError
 
 HELD_OUT_DOCUMENTS = 4096  # the first documents of a stream; later ones would take long to reach at each start
@@ -151,6 +152,7 @@ class StreamedData:
         self._config = config
         self._streams = streams
         self._shard = shard
+        self._mark = row_marker(config.boundaries, tokenizer)
         self._held_out = HELD_OUT_DOCUMENTS if config.validation_every else 0
         self._held_rows: list[Batch] = []  # fetched once, as reaching them again means streaming again
         self._held_source = self._held_out_rows()
@@ -163,6 +165,7 @@ class StreamedData:
                 "seq_len": config.seq_len,
                 "shuffle_seed": config.shuffle_seed if config.shuffle else None,
                 "held_out": self._held_out,
+                **({} if config.boundaries == "none" else {"boundaries": config.boundaries}),
             }
         )
 
@@ -180,11 +183,11 @@ class StreamedData:
     def row(self, tokens: np.ndarray, openings: np.ndarray) -> Batch:
         """The window as a row."""
         openings = openings[:1] if self._config.cross_document else openings
-        return make_row(tokens, openings, self._config.seq_len, self.tokenizer.eos_id)
+        return self._mark(make_row(tokens, openings, self._config.seq_len, self.tokenizer.eos_id))
 
     def validation(self, batches: int = 0) -> Iterator[Batch]:
         size = self._shard.batch_size
-        filler = padding_row(self._config.seq_len, self.tokenizer.eos_id)
+        filler = self._mark(padding_row(self._config.seq_len, self.tokenizer.eos_id))
         number = 0
         while not batches or number < batches:
             rows = self._first_held_out((number + 1) * size)[number * size :]

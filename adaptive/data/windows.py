@@ -4,7 +4,7 @@ stream    the documents of one split, end to end
 window w  tokens [w S, w S + S + 1) of the stream: S inputs and, one further, S targets
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -133,8 +133,8 @@ def make_row(tokens: np.ndarray, openings: np.ndarray, seq_len: int, filler: int
 
 def stack(rows: list[Batch]) -> Batch:
     """Rows to a batch: a new leading axis."""
-    fields = zip(*rows, strict=True)
-    return Batch(*(None if field[0] is None else np.stack(field) for field in fields))
+    fields: Any = (None if field[0] is None else np.stack(field) for field in zip(*rows, strict=True))
+    return Batch(*fields)
 
 
 def padding_row(seq_len: int, filler: int) -> Batch:

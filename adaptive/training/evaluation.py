@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from adaptive.data.pipeline import Batch, Data
+from adaptive.data.words import row_marker
 from adaptive.training.experts import ExpertSums, routed_layers
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
@@ -69,15 +70,11 @@ class Evaluator:
         if len(ids) < seq + 1:
             return ()
         rows = self._recipe.train.batch_size // self._processes
-        same = lambda a, kind: np.broadcast_to(a.astype(kind), (rows, seq))  # noqa: E731
-        ones = np.ones(seq)
-        batch = Batch(
-            same(ids[:-1], np.int32),
-            same(ids[1:], np.int32),
-            same(np.arange(seq), np.int32),
-            same(ones, np.int32),
-            same(ones, np.float32),
-        )
+        ones = np.ones(seq, np.int32)
+        tokens = ids.astype(np.int32)
+        row = Batch(tokens[:-1], tokens[1:], np.arange(seq, dtype=np.int32), ones, ones.astype(np.float32))
+        row = row_marker(self._recipe.data.boundaries, self._data.tokenizer)(row)
+        batch = jax.tree.map(lambda a: np.broadcast_to(a, (rows, seq)), row)
         out = jax.device_get(self._steps[self.selection](state, batch))
         losses: list[float | None] = [None, *map(float, out.token_nll[0, :-1])]
         return passage_tokens(self._data.tokenizer, ids[:-1].tolist(), out.depth[0].tolist(), losses)
