@@ -1,0 +1,120 @@
+"""The state space recurrence of Mamba-2 by blocks, against one step after another and for several lengths of a block.
+
+All ways of a case run in turns, so that what slows the machine slows each; of every way the fastest run counts.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from kernels_pallas.ssd import chunked, reference, ssd
+from kernels_pallas.ssd.blocks import runs_of
+
+CASES = ((8, 32, 4), (4, 256, 8), (2, 1024, 8), (1, 4096, 8))  # batch, positions, heads
+DIM, STATE = 64, 128
+BLOCKS = (16, 32, 64, 128, 256)
+
+Arrays = tuple[jax.Array, ...]
+Way = Callable[..., Arrays]  # (x, dt, a, b, c) -> y and the final state
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds of the forward pass, of forward and backward pass, and bytes of temporaries of the latter."""
+
+    forward_s: float
+    both_s: float
+    temporaries: int
+
+
+def by_blocks(block: int, x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array) -> Arrays:
+    """The form by blocks in plain jax.numpy, differentiated as it stands: it keeps the state before each block."""
+    state = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[-1]), jnp.float32)
+    return chunked.forward(x, dt, a, b, c, runs_of(x, None), state, block=block)
+
+
+def ways(seq: int) -> dict[str, Way]:
+    """The ways to compute it for sequences of this length, "ssd" first."""
+    blocks = [block for block in BLOCKS if block < 2 * seq]
+    forms = {f"blocks of {block}": functools.partial(by_blocks, block) for block in blocks}
+    return {"ssd": ssd, **forms, "one after another": reference.ssd}
+
+
+def measure(batch: int, seq: int, heads: int, dtype: jnp.dtype, repeats: int) -> dict[str, Cost]:
+    """Cost of each way on random inputs, step sizes and decays as a layer starts with."""
+    keys = iter(jax.random.split(jax.random.key(0), 7))
+    draw = lambda *shape: jax.random.normal(next(keys), shape, dtype)  # noqa: E731
+    dt = jnp.exp(jax.random.uniform(next(keys), (batch, seq, heads), minval=math.log(1e-3), maxval=math.log(0.1)))
+    a = -jax.random.uniform(next(keys), (heads,), minval=1, maxval=16)
+    inputs = draw(batch, seq, heads, DIM), dt, a, draw(batch, seq, STATE), draw(batch, seq, STATE)
+    d_out = draw(batch, seq, heads, DIM), jnp.zeros((batch, heads, DIM, STATE), jnp.float32)
+    programs = {name: _programs(way, inputs, d_out) for name, way in ways(seq).items()}
+    least: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
+    for _ in range(repeats + 1):  # the first touches memory for the first time and is never the fastest
+        for name, (runs, _) in programs.items():
+            least[name] = [min(best, _seconds(run)) for best, run in zip(least[name], runs, strict=True)]
+    return {name: Cost(least[name][0], least[name][1], bytes_) for name, (_, bytes_) in programs.items()}
+
+
+def _programs(way: Way, inputs: Arrays, d_out: Arrays) -> tuple[list[Callable[[], object]], int]:
+    def both(inputs: Arrays, d_out: Arrays) -> tuple[Arrays, Arrays]:
+        out, pull = jax.vjp(way, *inputs)
+        return out, pull(d_out)
+
+    forward = jax.jit(way).lower(*inputs).compile()
+    trained = jax.jit(both).lower(inputs, d_out).compile()
+    memory = trained.memory_analysis()
+    return [lambda: forward(*inputs), lambda: trained(inputs, d_out)], memory.temp_size_in_bytes if memory else 0
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+# Command
+
+
+def add_rows(table: Table, case: str, costs: dict[str, Cost]) -> None:
+    """The milliseconds of `ssd`, and the times of the others over it."""
+    base = costs["ssd"]
+    for name, cost in costs.items():
+        shown = [f"{cost.forward_s / base.forward_s:.2f}", f"{cost.both_s / base.both_s:.2f}"]
+        if name == "ssd":
+            shown = [f"{cost.forward_s * 1e3:.2f} ms", f"{cost.both_s * 1e3:.2f} ms"]
+        table.add_row(case if name == "ssd" else "", name, *shown, f"{cost.temporaries / 2**20:.1f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description="The state space recurrence by blocks, against one step at a time.")
+    parser.add_argument("--repeats", type=int, default=10, help="how often each way is measured (default 10)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}: must be at least 1")
+    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    console = Console()
+    title = f"state space recurrence in {dtype}, heads of {DIM}, states of {STATE}; times over those of ssd"
+    table = Table("batch x positions x heads", "way", "forward", "with backward", "MiB of temporaries", title=title)
+    with console.status("") as status:
+        for case in CASES:
+            name = " x ".join(map(str, case))
+            status.update(name)
+            add_rows(table, name, measure(*case, dtype, args.repeats))
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
