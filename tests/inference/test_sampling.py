@@ -1,0 +1,142 @@
+"""Continuations against the plain forward pass, for rows of different lengths and models of every kind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adaptive.data.tokenizers import load_tokenizer
+from adaptive.errors import DataError
+from adaptive.inference import sampling
+from adaptive.inference.sampling import Sampler, draw, marker_of, prompt_tokens, sample
+from adaptive.models.build import build_model
+from adaptive.recipe import Recipe
+from adaptive.routing.stages import at_bytes
+
+PLAIN = (
+    "model.hidden_size=16", "model.intermediate_size=32", "model.num_heads=2", "model.num_kv_heads=2",
+    "model.head_dim=8", "model.num_layers=5", "model.vocab_size=320",
+)  # fmt: skip
+HNET = (
+    'model.hnet.layout=["m1", ["T1", ["T1"], "m1"], "m1"]', "model.hnet.widths=16,16,32",
+    "model.hnet.intermediates=0,32,32", "model.vocab_size=256", "model.tie_embeddings=false", "model.hnet.heads=2",
+    "model.hnet.rotary_dims=4", "model.hnet.d_state=8", "model.hnet.ssm_head_dim=8", "model.hnet.ssm_block=16",
+    "model.hnet.ratio_targets=3", "data.tokenizer=hnet-bytes",
+)  # fmt: skip
+ROUTED = (*PLAIN, "model.recursions=3", "model.sharing=middle_cycle",
+          "model.router.kind=expert_choice", "model.router.capacities=1,0.6,0.3")  # fmt: skip
+PROMPTS = [np.frombuffer(text, np.uint8).astype(np.int32) for text in (b"the cat sat on the mat", b"a", b"words and")]
+
+
+def made(*settings: str):
+    """(graphdef, state) of a model whose routers and chunkers decide this and that."""
+    recipe = Recipe(name="x").with_(*settings)
+    recipe.validate()
+    graphdef, state = nnx.split(build_model(recipe.model, key=jax.random.key(0)))
+    noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(len(str(path))), a.shape)  # noqa: E731
+    return graphdef, jax.tree_util.tree_map_with_path(noise, state)
+
+
+def rows_of(pieces):
+    """(tokens i32[n], boundaries bool[stages, n]) of each row of the continuation alone."""
+    made = [piece[:3] for piece in pieces if not piece.prompt]
+    tokens, valid, stages = (np.concatenate(arrays, -1) for arrays in zip(*made, strict=True))
+    return [(tokens[r, valid[r]], stages[:, r, valid[r]]) for r in range(len(tokens))]
+
+
+@pytest.mark.parametrize("settings", [PLAIN, ROUTED, HNET], ids=["plain", "routed", "hnet"])
+def test_the_likeliest_tokens_are_those_of_the_forward_pass(settings):
+    graphdef, state = made(*settings)
+    forward = jax.jit(lambda state, t: nnx.merge(graphdef, state)(t, selection="threshold"))
+    found = rows_of(Sampler(graphdef, state, temperature=0)(PROMPTS, 9, jax.random.key(1), at_once=4))
+    for prompt, (tokens, stages) in zip(PROMPTS, found, strict=True):
+        whole = np.concatenate([prompt, tokens])
+        padded = np.pad(whole, (0, 32 - len(whole)))  # what comes after changes nothing before
+        out = forward(state, padded[None])
+        assert len(tokens) == 9
+        assert (np.asarray(out.logits[0, len(prompt) - 1 : len(whole) - 1].argmax(-1)) == tokens).all()
+        views = at_bytes(out.trace.stages, (1, 32))
+        assert stages.shape == (len(views), 9)
+        for s, view in enumerate(views):
+            assert (np.asarray(view.mask[0, len(prompt) : len(whole)]) == stages[s]).all()
+    if settings is HNET:
+        shares = np.mean([stages.mean(1) for _, stages in found], 0)
+        assert 0 < shares[1] < shares[0] < 1
+
+
+def test_neither_the_size_of_pieces_nor_other_rows_change_a_row(monkeypatch):
+    graphdef, state = made(*HNET)
+    once = Sampler(graphdef, state, temperature=1.3, top_p=0.8)
+    key = jax.random.key(3)
+    alone = rows_of(once(PROMPTS[:1], 10, key, at_once=10))
+    monkeypatch.setattr(sampling, "PIECE", 16)  # the first prompt is read in two
+    several = rows_of(once(PROMPTS, 10, key, at_once=4))
+    assert (several[0][0] == alone[0][0]).all() and (several[0][1] == alone[0][1]).all()
+    few = rows_of(Sampler(graphdef, state, temperature=1.3, top_p=0.8, rows=1)(PROMPTS, 10, key, at_once=4))
+    assert all((a == b).all() for x, y in zip(few, several, strict=True) for a, b in zip(x, y, strict=True))
+    assert any(len(set(tokens)) > 1 for tokens, _ in few)
+
+
+def test_a_row_ends_at_the_end_token_while_others_go_on():
+    graphdef, state = made(*PLAIN)
+    free = rows_of(Sampler(graphdef, state, vocab=256)(PROMPTS, 10, jax.random.key(0)))
+    end = int(free[0][0][4])
+    expected = [tokens[: list(tokens).index(end)] if end in tokens else tokens for tokens, _ in free]
+    assert {len(tokens) for tokens in expected} != {10}
+    ended = rows_of(Sampler(graphdef, state, vocab=256, end=end)(PROMPTS, 10, jax.random.key(0), at_once=3))
+    assert all((a == b).all() and len(a) == len(b) for a, (b, _) in zip(expected, ended, strict=True))
+    assert all(tokens.max() < 256 for tokens in expected)
+    pieces = list(Sampler(graphdef, state, vocab=256, end=end)(PROMPTS[:1], 60, jax.random.key(0), at_once=3))
+    assert sum(not piece.prompt for piece in pieces) <= 3  # nothing is computed for long after the end
+    assert (sample(graphdef, state, PROMPTS[0], 10, jax.random.key(0), vocab=256, end=end) == expected[0]).all()
+
+
+class EveryThird:
+    def __init__(self):
+        self.seen = []
+
+    def push(self, byte: int) -> bool:
+        self.seen.append(byte)
+        return len(self.seen) % 3 == 1
+
+
+def test_a_marker_says_where_chunks_begin():
+    settings = [text for text in HNET if "layout" not in text and "widths" not in text and "intermediates" not in text]
+    graphdef, state = made(
+        'model.hnet.layout=["m1", ["T1"], "m1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=0,32",
+        "model.hnet.chunkers=words", "data.boundaries=words", *settings,
+    )  # fmt: skip
+    pieces = list(Sampler(graphdef, state, temperature=0, marker=EveryThird)(PROMPTS, 7, jax.random.key(0)))
+    whole = [
+        (np.concatenate([p.tokens[r, p.valid[r]] for p in pieces]),
+         np.concatenate([p.boundaries[0, r, p.valid[r]] for p in pieces]))
+        for r in range(3)
+    ]  # fmt: skip
+    forward = jax.jit(lambda state, t, b: nnx.merge(graphdef, state)(t, boundaries=b).logits)
+    for prompt, (tokens, marks) in zip(PROMPTS, whole, strict=True):
+        assert (marks == (np.arange(len(tokens)) % 3 == 0)).all()
+        pad = (0, 32 - len(tokens))
+        logits = forward(state, np.pad(tokens, pad)[None], np.pad(marks, pad)[None])[0]
+        assert (np.asarray(logits[len(prompt) - 1 : len(tokens) - 1].argmax(-1)) == tokens[len(prompt) :]).all()
+
+
+def test_draws_follow_temperature_and_nucleus():
+    logits = jnp.log(jnp.array([0.1, 0.5, 0.05, 0.3, 0.05]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    counts = lambda **o: np.bincount(jax.vmap(lambda k: draw(logits, k, **o))(keys), minlength=5) / 4000  # noqa: E731
+    assert np.abs(counts(temperature=1.0, top_p=1.0) - [0.1, 0.5, 0.05, 0.3, 0.05]).max() < 0.03
+    assert np.abs(counts(temperature=1.0, top_p=0.7) - [0, 0.625, 0, 0.375, 0]).max() < 0.03
+    assert counts(temperature=1.0, top_p=1e-6)[1] == 1
+    assert counts(temperature=0.0, top_p=1.0)[1] == 1
+    squared = np.array([0.1, 0.5, 0.05, 0.3, 0.05]) ** 2
+    assert np.abs(counts(temperature=0.5, top_p=1.0) - squared / squared.sum()).max() < 0.03
+
+
+def test_prompts_begin_as_the_tokenizer_says():
+    assert prompt_tokens(load_tokenizer("hnet-bytes"), "ab").tolist() == [254, 97, 98]
+    assert prompt_tokens(load_tokenizer("hnet-bytes"), "").tolist() == [254]
+    assert prompt_tokens(load_tokenizer("bytes"), "ab").tolist() == [97, 98]
+    with pytest.raises(DataError, match="empty"):
+        prompt_tokens(load_tokenizer("bytes"), "")
+    assert marker_of(Recipe(name="x"), load_tokenizer("bytes")) is None
