@@ -24,8 +24,10 @@ from adaptive.models.hnet_config import HNetConfig
 from adaptive.models.hnet_rows import in_groups
 from adaptive.models.hnet_trace import StageRecord, assemble
 from adaptive.parallel.rules import batch_shards, constrain, gathered
+from adaptive.parallel.shard import sharded
 from adaptive.routing.boundaries import dechunk, gather, merged, select_boundaries, straight_through
 from adaptive.routing.types import AuxLosses, Output, Trace
+from kernels_pallas.ema import ema
 
 
 class StageState(NamedTuple):
@@ -345,6 +347,7 @@ class HNet(nnx.Module):
             smooth=stage.chunker.learned,
             segments=segments,
             initial=None if state is None else state.value,
+            average=_average,
         )
         confidence = jnp.where(mask, found.prob, 1 - found.prob)
         y = z * straight_through(confidence)[..., None] if stage.chunker.learned else z
@@ -463,6 +466,14 @@ class HNet(nnx.Module):
     def _logits(self, hidden: jax.Array) -> jax.Array:
         weight = use(self.embedding if self.head is None else self.head, hidden.dtype)
         return jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _average(z: jax.Array, p: jax.Array, *, starts: jax.Array | None, initial: jax.Array | None) -> jax.Array:
+    """`ema`, each device computing its own rows."""
+    rows = ("batch",)
+    apply = lambda z, p, starts, initial: ema(z, p, starts=starts, initial=initial)  # noqa: E731
+    names = [rows, rows, None if starts is None else rows, None if initial is None else rows]
+    return sharded(apply, names, rows)(z, p, starts, initial)
 
 
 def _pad(config: HNetConfig, stage: int) -> nnx.Param | None:

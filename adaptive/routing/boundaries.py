@@ -1,5 +1,6 @@
 """From chunk boundaries to a Selection with static shapes, and back to every position."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -78,6 +79,7 @@ def dechunk(
     smooth: bool,
     segments: jax.Array | None = None,
     initial: jax.Array | None = None,
+    average: Callable[..., jax.Array] = ema,
 ) -> jax.Array:
     """Every position reads the moving average of chunk vectors up to its own chunk (H-Net paper, equations 5 to 9).
 
@@ -86,13 +88,14 @@ def dechunk(
     smooth    average with the boundaries' probabilities as weights; False: each chunk's own vector
     segments  i32[batch, n]             documents; a position none of whose document's boundaries found a slot reads 0
     initial   f32[batch, width]         the average so far, which positions before the first boundary read; None: 0
+    average   computes the moving average, as `kernels_pallas.ema.ema` does
     returns   f32[batch, n, width]
     """
     z = z.astype(jnp.float32)
     own = None if segments is None else gather(segments, selection.indices)
     if smooth:
         starts = None if own is None else jnp.pad(own, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != own
-        z = ema(z, jnp.clip(selection.weights, LEAST, 1 - LEAST), starts=starts, initial=initial)
+        z = average(z, jnp.clip(selection.weights, LEAST, 1 - LEAST), starts=starts, initial=initial)
     chunk = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     there = jnp.maximum(chunk, 0)
     out = _repeat(z, there)
