@@ -1,0 +1,162 @@
+"""The command as a user meets it: texts, marks, refusals."""
+
+import io
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from adaptive import generate
+from adaptive.data.tokenizers import load_tokenizer
+from adaptive.inference.load import find, load
+from adaptive.inference.marks import Writer
+from adaptive.models.build import build_model
+from adaptive.optim.build import make_optimizer
+from adaptive.recipe import Recipe
+from adaptive.training.checkpoint import Checkpoints
+from adaptive.training.state import initial_state
+
+HNET = (
+    'model.hnet.layout=["T1", ["T1"], "T1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=16",
+    "model.vocab_size=256", "model.tie_embeddings=false", "model.hnet.heads=2", "model.hnet.rotary_dims=4",
+    "data.tokenizer=hnet-bytes", "data.seq_len=64",
+)  # fmt: skip
+PLAIN = (
+    "model.hidden_size=16", "model.intermediate_size=16", "model.num_heads=2", "model.num_kv_heads=2",
+    "model.head_dim=8", "model.num_layers=4", "model.recursions=2",
+)  # fmt: skip
+
+
+def made(folder, *settings: str, steps=(3, 7)):
+    """A folder as training leaves it, with a different model at each step."""
+    recipe = Recipe(name="made").with_("train.compute_dtype=float32", *settings)
+    recipe.validate()
+    folder.mkdir()
+    (folder / "recipe.json").write_text(recipe.to_json())
+    build = lambda key: build_model(recipe.model, key=key)  # noqa: E731
+    tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
+    start = jax.jit(lambda key: initial_state(build, tx, key))
+    checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint, {})
+    states = {step: start(jax.random.key(step)) for step in steps}
+    for step, state in states.items():
+        checkpoints.save(step, state, {})
+    checkpoints.close()
+    return states
+
+
+@pytest.fixture(scope="module")
+def hnet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "hnet"
+    made(folder, *HNET)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command: (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = generate.main(["generate", *map(str, arguments)])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_parameters_are_those_of_the_checkpoint(tmp_path):
+    states = made(tmp_path / "run", *PLAIN)
+    for step in (3, 7):
+        trained = load(find(tmp_path / "run", step))
+        assert trained.step == step and len(jax.tree.leaves(trained.state)[0].sharding.device_set) == 1
+        same = jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), trained.state, states[step].params)
+        assert all(jax.tree.leaves(same))
+    assert find(tmp_path / "run").step == 7
+
+
+def test_texts_are_continued_alone_and_together(run, hnet, tmp_path):
+    code, alone, told = run("--workdir", hnet, "--prompt", "Grüße ", "--tokens", 12, "--temperature", 0)
+    assert code == 0 and alone.startswith("Grüße ") and "per chunk: stage 0" in told and "12 tokens" in told
+    file = tmp_path / "text"
+    file.write_text("A cat")
+    options = ("--prompt", "Grüße ", "--prompt_file", file, "--tokens", 12, "--temperature", 0)
+    code, several, _ = run("--workdir", hnet, *options)
+    assert code == 0 and f"--- 1 of 2\n{alone}" in several and "--- 2 of 2\nA cat" in several
+    assert run("--workdir", hnet, *options, "--rows", 1)[1] == several
+    assert run("--workdir", hnet, *options, "--step", 3)[1] != several
+
+
+def test_marks_leave_the_text_as_it_is(run, hnet):
+    options = ("--workdir", hnet, "--prompt", "Grüße, wörld", "--tokens", 20, "--seed", 5)
+    _, plain, _ = run(*options)
+    code, marked, _ = run(*options, "--show_chunks")
+    legend, _, text = marked.partition("\n\n")
+    assert code == 0 and "| stage 0" in legend
+    assert text.replace("|", "") == plain.replace("|", "") and text.count("|") > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "which run?"),
+        (["--workdir", "nowhere"], "no such folder"),
+        (["--workdir", "{empty}"], "holds no run"),
+        (["--workdir", "{hnet}", "--step", "5"], "there are 3, 7"),
+        (["--workdir", "{hnet}", "--promt", "x"], "prompt"),
+        (["--workdir", "{hnet}", "Once upon"], "--prompt 'Once upon'"),
+        (["--workdir", "{hnet}", "--tokens", "0"], "tokens"),
+        (["--workdir", "{hnet}", "--temperature", "-1"], "temperature"),
+        (["--workdir", "{hnet}", "--top_p", "0"], "--top_p=0"),
+        (["--workdir", "{hnet}", "--prompt_file", "missing"], "missing"),
+        (["--workdir", "{hnet}", "--prompt_file", "{bytes}"], "not UTF-8 text: byte 1"),
+        (["--workdir", "{plain}", "--show_chunks"], "show_chunks is for H-Nets"),
+        (["--workdir", "{plain}", "--rows", "2"], "rows is for H-Nets"),
+        (["--workdir", "{new}"], "no checkpoint yet"),
+        (["--workdir", "{plain}", "--prompt", ""], "prompt is empty"),
+        (["--workdir", "{stuck}"], "cannot generate"),
+    ],
+)
+def test_what_cannot_work_is_refused(run, hnet, places, arguments, says):
+    code, out, err = run(*(text.format(hnet=hnet, **places) for text in arguments))
+    assert code == 2 and says in err and err.startswith("error: ") and not out
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    for name in ("empty", "new"):
+        (folder / name).mkdir()
+    (folder / "new" / "recipe.json").write_text(Recipe(name="new").to_json())
+    (folder / "bytes").write_bytes(b"a\xff")
+    made(folder / "plain", *PLAIN, steps=(1,))
+    made(folder / "stuck", *PLAIN, "model.sharing=sequence", steps=(1,))
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def test_an_interrupt_leaves_what_there_is(run, hnet, monkeypatch):
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if len(self.getvalue()) > 40:
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    stream = Interrupted()
+    monkeypatch.setattr(sys, "stdout", stream)
+    code, _, told = run("--workdir", hnet, "--prompt", "x" * 39, "--tokens", 200, "--temperature", 0.9)
+    assert code == generate.INTERRUPTED and "interrupted: " in told
+    assert stream.getvalue().startswith("x" * 39)
+
+
+def test_a_mark_is_put_before_the_character_it_falls_into():
+    tokenizer = load_tokenizer("hnet-bytes")
+    writer = Writer(tokenizer, marks=True)
+    tokens = np.array([254, *"aüb€".encode()])
+    stages = np.zeros((2, len(tokens)), bool)
+    stages[0, [0, 1, 3, 5]] = True  # the begin token, a, the second byte of ü, the first of €
+    stages[1, [0, 6]] = True
+    stages[0, 6] = True
+    shown = [writer.push(tokens[i : i + 1], stages[:, i : i + 1]) for i in range(len(tokens))]
+    assert shown == ["", "|a", "", "|ü", "b", "", "", "\u2016€"]
+    assert writer.tally() == (7, (4, 1))
+    coloured = Writer(tokenizer, marks=True, colour=True)
+    assert coloured.push(tokens, stages).count("\x1b[0m") == 3
