@@ -1,0 +1,19 @@
+"""H-Net on words: hnet_tiny's network, a chunk where the splitter of Hierarchical Autoregressive Transformers cuts.
+
+python -m adaptive.train --recipe hnet_words_tiny
+Numbers:  our own, for a CPU in minutes; network and capacity as in hnet_tiny, words as in arXiv 2501.10322
+Expect:   not measured
+Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
+"""
+
+from adaptive.recipe import Recipe
+from recipes.bases import titled
+from recipes.hnet_bases import chunks, tiny
+
+
+def recipe() -> Recipe:
+    return titled(
+        tiny('["m2", ["T4"], "m2"]', (128, 192), (0, 512), *chunks("words", (6,), (0.44,)), "data.boundaries=words"),
+        "hnet_words_tiny",
+        "H-Net on the words of the embedded English text, for a CPU",
+    )
