@@ -11,7 +11,6 @@ class Inputs(NamedTuple):
 
     x       [batch, blocks * size, heads, dim]
     b, c    [batch, blocks * size, n]
-    runs    i32[batch, blocks * size]
     total   [batch, heads, blocks, size]: running sum of dt * a within the block, so that position t reads what position
             s <= t of its run wrote times exp(total_t - total_s)
     dt      likewise: what is written is times dt
@@ -24,7 +23,6 @@ class Inputs(NamedTuple):
     x: jax.Array
     b: jax.Array
     c: jax.Array
-    runs: jax.Array
     total: jax.Array
     dt: jax.Array
     into: jax.Array
@@ -34,11 +32,8 @@ class Inputs(NamedTuple):
 def prepared(
     x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, runs: jax.Array, size: int
 ) -> Inputs:
-    """The inputs in blocks of `size`. Positions that are added have dt = 0: they neither decay nor write."""
-    missing = -x.shape[1] % size
-    if missing:
-        x, dt, b, c = (jnp.pad(v, ((0, 0), (0, missing)) + ((0, 0),) * (v.ndim - 2)) for v in (x, dt, b, c))
-        runs = jnp.pad(runs, ((0, 0), (0, missing)), mode="edge")
+    """The inputs in blocks of `size`; runs in whole blocks already. Positions added neither decay nor write: dt = 0."""
+    x, dt, b, c = (whole(v, size) for v in (x, dt, b, c))
     kind = accumulator(x)
     dt = dt.astype(kind).reshape(dt.shape[0], -1, size, dt.shape[2]).transpose(0, 3, 1, 2)
     total = jnp.cumsum(dt * a.astype(kind)[:, None, None], axis=-1)
@@ -47,12 +42,13 @@ def prepared(
     before = jnp.pad(last[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
     into = jnp.where(run == before, jnp.exp(total), 0)
     out_of = jnp.where(run == last, dt * jnp.exp(total[..., -1:] - total), 0)
-    return Inputs(x, b, c, runs, total, dt, into, out_of)
+    return Inputs(x, b, c, total, dt, into, out_of)
 
 
-def accumulator(x: jax.Array) -> jnp.dtype:
-    """The dtype of sums and states: float32, or x's own where that is wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+def whole(x: jax.Array, size: int, mode: str = "constant") -> jax.Array:
+    """x [batch, seq, ...] with positions added for whole blocks: 0, or with mode "edge" like the last."""
+    missing = -x.shape[1] % size
+    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), mode=mode) if missing else x
 
 
 def runs_of(x: jax.Array, segments: jax.Array | None) -> jax.Array:
@@ -61,3 +57,8 @@ def runs_of(x: jax.Array, segments: jax.Array | None) -> jax.Array:
         return jnp.zeros(x.shape[:2], jnp.int32)
     changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
     return jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
+
+
+def accumulator(x: jax.Array) -> jnp.dtype:
+    """The dtype of sums and states: float32, or x's own where that is wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.ssd.blocks import prepared
+from kernels_pallas.ssd.blocks import prepared, whole
 
 BLOCK = 64
 LEAST = 16  # the side of a matrix that Triton's dot takes
@@ -35,9 +35,10 @@ def forward(
     (batch, seq, heads, dim), n = x.shape, b.shape[-1]
     size = min(BLOCK, _side(seq))
     x, b, c, state = _widened(x, 1), _widened(b, 1), _widened(c, 1), _widened(state, 2)
+    runs = whole(runs, size, "edge")
     inputs = prepared(x, dt, a, b, c, runs, size)
     blocks = inputs.x.shape[1] // size
-    factors = [factor.reshape(batch, heads, -1) for factor in inputs[4:]]
+    factors = [factor.reshape(batch, heads, -1) for factor in inputs[3:]]
     like = jax.typeof(x).manual_axis_type
     y, final = pl.pallas_call(
         functools.partial(_kernel, size=size, blocks=blocks),
@@ -49,7 +50,7 @@ def forward(
         compiler_params=PARAMS,
         interpret=interpret,
         name="ssd",
-    )(inputs.x, inputs.b, inputs.c, inputs.runs, *factors, state.astype(jnp.float32))
+    )(inputs.x, inputs.b, inputs.c, runs, *factors, state.astype(jnp.float32))
     return y[:, :seq, :, :dim], final[:, :, :dim, :n]
 
 

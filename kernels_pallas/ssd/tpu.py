@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.ssd.blocks import prepared
+from kernels_pallas.ssd.blocks import prepared, whole
 
 BLOCK, HEADS, LANES = 128, 8, 128  # positions and heads of a visit; the width of a register
 FACTORS = 4
@@ -32,11 +32,12 @@ def forward(
     """y and the final state, as `chunked.forward` gives them."""
     (batch, seq, heads, dim), n = x.shape, b.shape[-1]
     size = min(BLOCK, seq)
+    runs = whole(runs, size, "edge")
     inputs = prepared(x, dt, a, b, c, runs, size)
     blocks = inputs.x.shape[1] // size
     group = HEADS if heads % HEADS == 0 and HEADS * dim % LANES == 0 else heads
 
-    factors = [factor.reshape(batch, heads, -1) for factor in inputs[4:]]
+    factors = [factor.reshape(batch, heads, -1) for factor in inputs[3:]]
     per_head = pl.BlockSpec((None, group, size), lambda i, j, k: (i, j, k))
     shared = pl.BlockSpec((None, size, n), lambda i, j, k: (i, k, 0))
     channels = pl.BlockSpec((None, size, group * dim), lambda i, j, k: (i, k, j))
@@ -61,7 +62,7 @@ def forward(
         inputs.x.reshape(batch, -1, heads * dim),
         inputs.b,
         inputs.c,
-        inputs.runs[:, None],
+        runs[:, None],
         *factors,
         state.astype(jnp.float32),
     )
