@@ -17,6 +17,7 @@ from adaptive.errors import NonFiniteError
 from adaptive.inference.sampling import marker_of, prompt_tokens, sample
 from adaptive.optim.schedule import make_schedule
 from adaptive.training.checkpoint import Checkpoints, digest
+from adaptive.training.chunk_alarm import ChunkAlarm
 from adaptive.training.evaluation import Evaluator
 from adaptive.training.expert_alarm import ExpertAlarm
 from adaptive.training.experts import routed_layers
@@ -57,7 +58,7 @@ class Loop:
         self.primary = jax.process_index() == 0
         self.say = say
         self.evaluator = Evaluator(program, data)
-        self.expert_alarm = ExpertAlarm(self.recipe.model.moe.router)
+        self.alarms = ExpertAlarm(self.recipe.model.moe.router), ChunkAlarm(self.recipe.model.hnet)
         self.late, self.bad_in_row = OneStepLate(), 0
         self.first_row = True  # the first step of an attempt is logged, so that there is something to see at once
         self.schedule = make_schedule(
@@ -183,8 +184,9 @@ class Loop:
         self.log.write(row)
         self.progress.row(row)
         self.tracker.log(row)
-        for warning in self.expert_alarm(row):
-            self.say(f"warning: {warning}")
+        for alarm in self.alarms:
+            for warning in alarm(row):
+                self.say(f"warning: {warning}")
 
     def not_finite(self, step: int, metrics: Mapping[str, Any]) -> str:
         bad = ((name, value) for name, value in metrics.items() if np.ndim(value) == 0 and not np.isfinite(value))

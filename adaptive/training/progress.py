@@ -117,6 +117,8 @@ def evaluation_line(row: Mapping[str, Any], total: int) -> str:
         match name.split("/"):
             case ["eval", selection, "bits_per_byte"] if value is not None:
                 parts.append(f"({selection} {value:.4f})")
+    if row.get("eval/routing/bytes_per_chunk") is not None:
+        parts.append(f"{row['eval/routing/bytes_per_chunk']:.2f} bytes/chunk")
     if row.get("eval/routing/accuracy") is not None:
         parts.append(f"routing accuracy {percent(row['eval/routing/accuracy'])}")
     return "  ".join(parts)
@@ -130,6 +132,11 @@ def _measures(row: Mapping[str, Any]) -> Iterator[str]:
         yield "loss not finite"
     if row.get("bits_per_byte") is not None:
         yield f"{row['bits_per_byte']:.3f} bits/byte"
+    if row.get("routing/bytes_per_chunk") is not None:
+        yield f"{row['routing/bytes_per_chunk']:.2f} bytes/chunk"
+    lost = [value or 0.0 for name, value in row.items() if name.startswith("routing/overflow_")]
+    if max(lost, default=0.0) > 0.005:
+        yield f"overflow {max(lost):.0%}"
     if row.get("tokens_per_s") is not None:
         yield f"{compact(row['tokens_per_s'])} tok/s"
     if row.get("mfu_active") is not None:

@@ -11,6 +11,7 @@ from flax import nnx
 from adaptive.data.windows import Batch
 from adaptive.models.forward import ROUTED
 from adaptive.parallel.rules import batch_shards, constrain, constrain_state, gathered
+from adaptive.routing.stages import StageView, at_bytes
 from adaptive.routing.types import Output
 from adaptive.training.loss import chunk_length, cross_entropy_sum
 from adaptive.training.state import TrainState
@@ -103,7 +104,8 @@ class Evaluation(NamedTuple):
     """Sums over one held-out batch.
 
     nll f32[], tokens f32[], bytes f32[]; token_nll f32[batch, seq]; depth i32[batch, seq]; scores per recursion
-    f32[batch, seq]; scalars means over the batch; experts the sums of routed feed-forwards (`expert_stats`)
+    f32[batch, seq]; scalars means over the batch; experts the sums of routed feed-forwards (`expert_stats`); stages
+    where chunks of an H-Net begin
     """
 
     nll: jax.Array
@@ -114,6 +116,7 @@ class Evaluation(NamedTuple):
     scores: tuple[jax.Array, ...]
     scalars: Metrics
     experts: Metrics
+    stages: tuple[StageView, ...]
 
 
 def make_eval_step(
@@ -144,9 +147,9 @@ def make_eval_step(
         text = (byte_lengths[batch.targets] * batch.mask).sum()
         trace = out.trace
         experts = expert_stats({part: calls.stats for part, calls in trace.experts.items()})
-        return Evaluation(
-            nll, batch.mask.sum(), text, token_nll, trace.depth, trace.scores, _routing(out), experts
-        )  # fmt: skip
+        stages = at_bytes(trace.stages, batch.tokens.shape)
+        count = batch.mask.sum()
+        return Evaluation(nll, count, text, token_nll, trace.depth, trace.scores, _routing(out), experts, stages)
 
     return eval_step
 

@@ -18,7 +18,7 @@ def test_an_alarm_of_experts_is_said_when_its_row_is_recorded():
         log=MetricsLog(None),
         progress=Progress(10, enabled=False),
         tracker=NoTracker(),
-        expert_alarm=ExpertAlarm("token_choice"),
+        alarms=(ExpertAlarm("token_choice"),),
         say=said.append,
     )
     row = {"step": 1, "experts/by_layer/layer": [0], "experts/by_layer/dropped_fraction": [0.3]}

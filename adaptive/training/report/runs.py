@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from adaptive.errors import RecipeError, UserError
 from adaptive.recipe import Recipe, difference, leaves, load, show
+from adaptive.training.chunk_alarm import ChunkAlarm
 from adaptive.training.expert_alarm import ExpertAlarm
 from adaptive.training.metrics import METRICS_FILE, Row, health_warnings, read_rows
 from adaptive.training.report.schema import (
@@ -85,11 +86,14 @@ class Run:
         progress = self.step / self.plan.steps if self.plan.steps else 1.0
         skipped = sum(row.get("skipped") or 0 for row in self.training)
         newest = [{**self.last, "skipped": skipped}, self.last_evaluation]
-        alarm = ExpertAlarm(self.recipe.model.moe.router if self.recipe else "")
-        for row in (*self.training, *self.evaluations):
-            alarm(row)
+        alarms: list[ExpertAlarm | ChunkAlarm] = [ExpertAlarm(self.recipe.model.moe.router if self.recipe else "")]
+        if self.recipe:
+            alarms.append(ChunkAlarm(self.recipe.model.hnet))
+        for row in sorted((*self.training, *self.evaluations), key=lambda row: row["step"]):
+            for alarm in alarms:
+                alarm(row)
         found = [text for row in newest for text in health_warnings(row, progress)]
-        return list(dict.fromkeys(found + alarm.standing()))
+        return list(dict.fromkeys(found + [text for alarm in alarms for text in alarm.standing()]))
 
     def settings(self) -> list[tuple[str, str]]:
         """(dotted path, value) of every setting of the recipe."""
