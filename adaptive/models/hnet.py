@@ -367,7 +367,8 @@ class HNet(nnx.Module):
             return y, after, (records, [out.trace.depth for out in own.inner])
 
         y, after, (records, depths) = in_groups(apply, x, level.places, cache, self._batch_axes(), call.rows)
-        call.records.extend(StageRecord(*record, shape=x.shape[:2]) for record in records)
+        for found, mask, exists, selection in records:
+            call.records.append(StageRecord(found, mask, exists, selection, x.shape[:2]))
         call.inner.extend(Output(y, None, AuxLosses(), Trace(depth)) for depth in depths)
         return y, after
 

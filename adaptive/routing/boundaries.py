@@ -91,14 +91,13 @@ def dechunk(
     average   computes the moving average, as `kernels_pallas.ema.ema` does
     returns   f32[batch, n, width]
     """
-    z = z.astype(jnp.float32)
     own = None if segments is None else gather(segments, selection.indices)
     if smooth:
         starts = None if own is None else jnp.pad(own, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != own
         z = average(z, jnp.clip(selection.weights, LEAST, 1 - LEAST), starts=starts, initial=initial)
     chunk = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     there = jnp.maximum(chunk, 0)
-    out = _repeat(z, there)
+    out = _repeat(z.astype(jnp.float32), there)
     none = chunk < 0
     if segments is not None and own is not None:
         none = none | (_repeat(own, there) != segments)
