@@ -94,6 +94,7 @@ def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Seq
     numbers = sum(value.size for value in named.values())
     print(f"read      {tensors}: {len(named)} tensors, {numbers:,} numbers", flush=True)
     model = from_official(kind, named, official)
+    del named  # as large as the model, and so is much of what follows
     recipe = Recipe(name_of(config), f"{kind} weights of {tensors.name}, converted", model.config)
     defaults = [f"data.tokenizer={name}" for name in [TOKENIZERS.get(kind)] if name]
     given = {text.partition("=")[0] for text in settings}
@@ -144,12 +145,13 @@ def save(recipe: Recipe, model: Any, workdir: Path) -> None:
     if wrong := next((path for path in wanted | found if wanted.get(path) != found.get(path)), None):
         raise RecipeError(f"the settings describe another model than the tensors: {'/'.join(map(str, wrong))} differs")
 
-    def whole(params: Any, buffers: Any) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        key = jax.random.key_data(jax.random.key(recipe.train.seed))
-        return TrainState(zero, zero, params, buffers, program.tx.init(params), key)
-
-    state = jax.jit(whole, out_shardings=program.shardings)(params, buffers)
+    into = program.shardings
+    params, buffers = jax.device_put(params, into.params), jax.device_put(buffers, into.buffers)
+    zero = jnp.zeros((), jnp.int32)
+    key = jax.random.key_data(jax.random.key(recipe.train.seed))
+    step, skipped, key = jax.device_put((zero, zero, key), (into.step, into.skipped, into.key))
+    opt = jax.jit(program.tx.init, out_shardings=into.opt)(params)
+    state = TrainState(step, skipped, params, buffers, opt, key)
     with RunFolder.open(workdir, recipe) as folder:
         checkpoints = Checkpoints(folder.checkpoints, recipe.checkpoint, json.loads(recipe.to_json()))
         checkpoints.save(0, state, {})
