@@ -93,7 +93,7 @@ def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Seq
     named = read_tensors(tensors, allow_pickle=FLAGS.allow_pickle)
     numbers = sum(value.size for value in named.values())
     print(f"read      {tensors}: {len(named)} tensors, {numbers:,} numbers", flush=True)
-    model = from_official(kind, named, official)
+    model: Any = from_official(kind, named, official)
     del named  # as large as the model, and so is much of what follows
     recipe = Recipe(name_of(config), f"{kind} weights of {tensors.name}, converted", model.config)
     defaults = [f"data.tokenizer={name}" for name in [TOKENIZERS.get(kind)] if name]
