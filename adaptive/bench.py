@@ -1,5 +1,5 @@
 """python -m adaptive.bench train --recipe NAME [--against NAME] [group.name=value ...]: what a training step costs.
-python -m adaptive.bench ema | experts | grouped_matmul: what one layer or operation costs beside its baseline.
+python -m adaptive.bench ema | experts | grouped_matmul | ssd: what one layer or operation costs beside its baseline.
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats.

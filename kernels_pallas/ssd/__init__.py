@@ -15,8 +15,9 @@ from kernels_pallas.ssd import chunked, gpu, reference, tpu
 from kernels_pallas.ssd.blocks import accumulator, runs_of
 
 BLOCK = 256
-# Where it is computed in plain jax.numpy, a block holds at most so many positions: its matrices stay in the cache.
-PLAIN_BLOCK = 64
+# Positions of a block at most, whatever is asked for: in plain jax.numpy, where its matrices must fit the cache, and in
+# the backward pass of accelerators, where they go through memory.
+PLAIN_BLOCK, ACCELERATOR_BLOCK = 64, 128
 
 
 def ssd(
@@ -38,7 +39,7 @@ def ssd(
     b, c      [batch, seq, n]: what all heads write to and read from
     segments  i32[batch, seq]: the state restarts from 0 where the id changes; None: one segment per row
     state     f32[batch, heads, dim, n] before the first position, of the same segment; None: 0
-    block     positions of a block, at most
+    block     positions of a block, at most; the forms for a machine use fewer where that is faster on it
     returns   y [batch, seq, heads, dim] in x's dtype, and the state f32[batch, heads, dim, n] after the last position
 
     Sums and states are float32. `seq` is any length from 1; one position is one step of the recurrence. Gradients reach
@@ -66,7 +67,7 @@ def _ssd_forward(block, *inputs):
 
 
 def _ssd_backward(block, inputs, cotangents):
-    pulled = functools.partial(chunked.backward, block=block)
+    pulled = functools.partial(chunked.backward, block=min(block, ACCELERATOR_BLOCK))
     plain = functools.partial(chunked.backward, block=min(block, PLAIN_BLOCK))
     *d, d_state = lax.platform_dependent(*inputs, *cotangents, tpu=pulled, cuda=pulled, default=plain)
     return *d, None, d_state
