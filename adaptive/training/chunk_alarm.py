@@ -103,8 +103,8 @@ class ChunkAlarm:
         noise = ", or lower model.hnet.flip_temperature" if self._hnet.chunker(stage) == "similarity" else ""
         message = (
             f"stage {stage} of the H-Net puts {held_out:.2f} positions in a chunk on held-out text and {training:.2f} "
-            f"in training, in {EVALUATIONS} evaluations in a row: what is held out is of another kind, or the model has "
-            f"learnt its training text by heart; look at data.paths and how many passes train.steps makes{noise}"
+            f"in training, in {EVALUATIONS} evaluations in a row: what is held out is of another kind, or the model "
+            f"has learnt its training text by heart; look at data.paths and how many passes train.steps makes{noise}"
         )
         return _Finding(f"apart {stage}", ratio > APART, ratio > (1 + APART) / 2, EVALUATIONS, message)
 

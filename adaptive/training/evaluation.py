@@ -46,7 +46,7 @@ class Evaluator:
                 out = jax.device_get(step(state, batch))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
                 present = _everywhere(batch.segment_ids) > 0
-                counter.add(out.depth, out.scores, present)
+                counter.add(out.depth, out.scores, present, [stage.mask for stage in out.stages])
                 scalars.append(out.scalars)
                 experts.add(out.experts)
             if not tokens:
@@ -64,7 +64,7 @@ class Evaluator:
         return row, first or RoutingCounter("none", 1)
 
     def passage(self, state: TrainState) -> tuple[TokenRecord, ...]:
-        """The beginning of the held-out text with each token's depth and loss, under the first way of selecting."""
+        """The beginning of the held-out text, each token's depth, loss and chunks under the first way of selecting."""
         ids = np.asarray(self._data.validation_passage(self._recipe.data.seq_len + 1))
         seq = self._recipe.data.seq_len
         if len(ids) < seq + 1:
@@ -77,7 +77,8 @@ class Evaluator:
         batch = jax.tree.map(lambda a: np.broadcast_to(a, (rows, seq)), row)
         out = jax.device_get(self._steps[self.selection](state, batch))
         losses: list[float | None] = [None, *map(float, out.token_nll[0, :-1])]
-        return passage_tokens(self._data.tokenizer, ids[:-1].tolist(), out.depth[0].tolist(), losses)
+        stages = [(stage.mask[0], stage.prob[0]) for stage in out.stages]
+        return passage_tokens(self._data.tokenizer, ids[:-1].tolist(), out.depth[0].tolist(), losses, stages)
 
 
 def _everywhere(local: np.ndarray) -> np.ndarray:

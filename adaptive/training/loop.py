@@ -26,7 +26,7 @@ from adaptive.training.plan import cost_of
 from adaptive.training.program import Program, Steps, profiled
 from adaptive.training.progress import Progress
 from adaptive.training.report.page import write_report
-from adaptive.training.report.passage import print_passage
+from adaptive.training.report.passage import print_chunks, print_passage
 from adaptive.training.report.schema import PlanRecord, SampleRecord, save_record
 from adaptive.training.run_folder import RunFolder
 from adaptive.training.state import TrainState
@@ -218,6 +218,10 @@ class Loop:
             return
         save_record(self.counter.record(step, self.evaluator.selection, self.passage, continuation), self.folder.path)
         report = write_report(self.folder.path)
+        stages = self.recipe.model.hnet.stages
+        if stages and self.passage:
+            print("\nheld-out text and its chunks:\n")
+            print_chunks(self.passage, stages, sys.stdout)
         if self.recipe.model.recursions > 1 and self.passage:
             print("\nheld-out text, shaded by how many times each token went through the shared block:\n")
             print_passage(self.passage, self.recipe.model.recursions, sys.stdout)

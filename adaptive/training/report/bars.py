@@ -6,6 +6,7 @@ from adaptive.training.report.numbers import compact
 from adaptive.training.report.svg import element, figure, label, legend, picture, rule, ticks
 
 WIDTH = 360
+_MOST_BARS = 40  # of a histogram
 _WIDE, _TALL, _ROW = 560, 240, 62  # of bar charts: as line charts, rows at most so high
 
 
@@ -59,6 +60,43 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str]], note: str = ""
         out.append(_bar(left, middle - 0.32 * row, max(1.0, length), 0.64 * row, 1, f"{name}: {text}"))
         out.append(label(text, left + length + 10, middle, "name", middle=True))
     return figure(title, picture(title, "".join(out), _WIDE, row * len(bars) + 8), note=note)
+
+
+def histogram(title: str, counts: Sequence[int], *, x: str, colour: int = 1, note: str = "") -> str:
+    """Upright bars of the shares of 1, 2, 3, ...; "" if nothing was counted.
+
+    counts  how many have each size, the last with that size or a larger one
+    x       unit of the sizes
+    """
+    total = sum(counts)
+    if not total:
+        return ""
+    last = max(i for i, n in enumerate(counts) if n) + 1
+    group = -(-last // _MOST_BARS)
+    grouped = [sum(counts[i : i + group]) / total for i in range(0, last, group)]
+    left, right, top, bottom = 46, 12, 12, 36
+    bar, scale = (_WIDE - left - right) / len(grouped), (_TALL - top - bottom) / max(grouped)
+    floor, out = _TALL - bottom, []
+    for value in ticks(0.0, max(grouped), 4):
+        at = floor - value * scale
+        out += [
+            rule("grid", left, _WIDE - right, at, at),
+            label(f"{value:.0%}", left - 6, at, "tick", "end", middle=True),
+        ]
+    for i, share in enumerate(grouped):
+        first, final = i * group + 1, min(last, (i + 1) * group)
+        name = f"{first}" if first == final else f"{first} to {final}"
+        name += " or more" if final == len(counts) else ""
+        if share:
+            size = max(0.7, share * scale)
+            tip = f"{name} {x}: {share:.1%}"
+            out.append(_bar(left + i * bar + 0.08 * bar, floor - size, 0.84 * bar, size, colour, tip))
+    out.append(rule("axis", left, _WIDE - right, floor, floor))
+    every = max(1, round(len(grouped) / 12))
+    for i in range(every - 1 if every > 1 else 0, len(grouped), every):
+        out.append(label(str(i * group + 1), left + (i + 0.5) * bar, floor + 17, "tick", "middle"))
+    out.append(label(x, _WIDE - right, floor + 33, "label", "end"))
+    return figure(title, picture(title, "".join(out), _WIDE, _TALL), note=note)
 
 
 def _bar(x: float, y: float, width: float, height: float, colour: int, tip: str) -> str:

@@ -10,8 +10,10 @@ from adaptive.data.tokenizers import Tokenizer
 from adaptive.models.config import TransformerConfig
 from adaptive.training.report.schema import (
     END_MARK,
+    MOST_BYTES,
     SCORE_BINS,
     AccountLine,
+    ChunkRecord,
     RecursionRecord,
     RoutingRecord,
     SampleRecord,
@@ -64,17 +66,26 @@ class RoutingCounter:
         self._candidates = np.zeros(recursions, np.int64)
         self._depths = np.zeros(recursions + 1, np.int64)
         self._rows = 0
+        self._chunks = ChunkCounter()
         self._reached: np.ndarray | float = 0.0
         self._present: np.ndarray | float = 0.0
 
-    def add(self, depth: np.ndarray, scores: Sequence[np.ndarray], present: np.ndarray) -> None:
+    def add(
+        self,
+        depth: np.ndarray,
+        scores: Sequence[np.ndarray],
+        present: np.ndarray,
+        boundaries: Sequence[np.ndarray] = (),
+    ) -> None:
         """One batch.
 
         depth    i32[batch, seq]   passes each position took
         scores   f32[batch, seq] per recursion (Trace.scores); empty without a router
         present  bool[batch, seq]  positions that hold a token
+        boundaries  bool[batch, seq] per stage of an H-Net: where chunks begin
         """
         depth, present = np.asarray(depth), np.asarray(present, bool)
+        self._chunks.add(boundaries, present)
         self._depths += np.bincount(depth[present], minlength=self._n + 1)[: self._n + 1]
         self._rows += depth.shape[0]
         self._reached = self._reached + ((depth == self._n) & present).sum(0)
@@ -119,6 +130,7 @@ class RoutingCounter:
             rows=self._rows,
             dead_token_ratio=dead,
             dead_token_ratio_by_chance=chance,
+            chunks=self._chunks.records(),
             passage=tuple(passage),
             sample=sample,
         )
@@ -144,16 +156,51 @@ class RoutingCounter:
         return float(np.mean(rate == 0)), float(chance)
 
 
+class ChunkCounter:
+    """Lengths of an H-Net's chunks over held-out batches."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, np.ndarray] = {}
+        self._sums: dict[int, np.ndarray] = {}  # of each stage: bytes, chunks
+
+    def add(self, boundaries: Sequence[np.ndarray], present: np.ndarray) -> None:
+        """One batch: bool[batch, seq] per stage and of what exists. A row's last chunk may be cut off by the row's end
+        and is left out."""
+        for stage, begins in enumerate(boundaries):
+            begins = np.asarray(begins, bool) & present
+            row, at = np.nonzero(begins)
+            whole = row[1:] == row[:-1]
+            lengths = (at[1:] - at[:-1])[whole]
+            counts = np.bincount(np.minimum(lengths, MOST_BYTES), minlength=MOST_BYTES + 1)[1:]
+            self._lengths[stage] = self._lengths.get(stage, 0) + counts
+            self._sums[stage] = self._sums.get(stage, 0) + np.array([lengths.sum(), lengths.size])
+
+    def records(self) -> tuple[ChunkRecord, ...]:
+        return tuple(
+            ChunkRecord(stage, tuple(counts.tolist()), float(self._sums[stage][0] / max(1, self._sums[stage][1])))
+            for stage, counts in sorted(self._lengths.items())
+        )
+
+
 def passage_tokens(
-    tokenizer: Tokenizer, ids: Sequence[int], depth: Sequence[int], loss: Sequence[float | None]
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    depth: Sequence[int],
+    loss: Sequence[float | None],
+    stages: Sequence[tuple[Sequence[bool], Sequence[float]]] = (),
 ) -> tuple[TokenRecord, ...]:
     """The passage `ids` with each token's text, depth and loss (nats, as a target; None for the first).
+
+    stages  of an H-Net, each (where chunks begin, probabilities of it, NaN where the stage sees no position)
 
     A character whose bytes are spread over several tokens is the text of the last of them.
     """
     stream = tokenizer.stream()
     records = []
-    for token, passes, nats in zip(ids, depth, loss, strict=True):
+    for i, (token, passes, nats) in enumerate(zip(ids, depth, loss, strict=True)):
         text = stream.push(int(token)) if tokenizer.token_bytes(int(token)) else END_MARK
-        records.append(TokenRecord(text, int(passes), None if nats is None else round(float(nats), 4)))
+        begins = sum(bool(mask[i]) for mask, _ in stages)
+        seen = tuple(round(float(prob[i]), 3) for _, prob in stages if np.isfinite(prob[i]))
+        loss_here = None if nats is None else round(float(nats), 4)
+        records.append(TokenRecord(text, int(passes), loss_here, begins, seen))
     return tuple(records)

@@ -57,6 +57,7 @@ def _rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         ("held-out bits per byte", lambda r: _number(r.last_evaluation.get("eval/bits_per_byte"))),
         ("with causal routing", lambda r: _number(r.last_evaluation.get("eval/threshold/bits_per_byte"))),
         ("held-out loss", lambda r: _number(r.last_evaluation.get("eval/loss"))),
+        ("bytes per chunk", lambda r: _number(r.last_evaluation.get("eval/routing/bytes_per_chunk"), 2)),
         ("parameters", lambda r: compact(r.plan.unique_parameters or None)),
         ("layers stored / effective", lambda r: f"{r.plan.unique_layers} / {r.plan.effective_layers}"),
         ("tokens", lambda r: compact(r.last.get("tokens"))),

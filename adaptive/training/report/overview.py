@@ -4,6 +4,7 @@ import html
 from typing import Any
 
 from adaptive.training.report.charts import Series, line_chart
+from adaptive.training.report.chunks import size_tile
 from adaptive.training.report.layout import grid, section, smooth, table
 from adaptive.training.report.numbers import compact, duration, percent
 from adaptive.training.report.runs import Run
@@ -23,6 +24,8 @@ def tiles(run: Run) -> str:
         entries.append(("held-out bits per byte", f"{held_out[-1][1]:.3f}", detail))
     elif last.get("bits_per_byte") is not None:
         entries.append(("training bits per byte", f"{last['bits_per_byte']:.3f}", "no evaluation yet"))
+    if (size := size_tile(run)) is not None:
+        entries.append(size)
     if plan.unique_parameters:
         detail = f"{plan.unique_layers} layers"
         if plan.effective_parameters > plan.unique_parameters:

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from adaptive.training.metrics import write_atomically
+from adaptive.training.report.chunks import chunks
 from adaptive.training.report.compare import comparison
 from adaptive.training.report.compute import compute
 from adaptive.training.report.experts import experts
@@ -39,6 +40,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
             _alerts(run),
             comparison((run, *others)) if others else "",
             learning(run),
+            chunks(run),
             deep_tokens(run),
             routing(run),
             experts(run),
@@ -79,6 +81,7 @@ def _asset(name: str) -> str:
 
 def _header(run: Run) -> str:
     kinds = {"vanilla": "Transformer", "recursive": "Recursive transformer", "mor": "Mixture-of-Recursions"}
+    kinds["hnet"] = "H-Net"
     routers = {"expert_choice": "expert choice", "token_choice": "token choice"}
     plan = run.plan
     facts = [kinds.get(plan.family, ""), routers.get(plan.router, "")]

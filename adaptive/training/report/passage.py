@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from adaptive.inference.marks import legend, mark
 from adaptive.training.report.schema import TokenRecord
 from adaptive.training.report.svg import element
 
@@ -28,12 +29,55 @@ def passage_html(passage: Sequence[TokenRecord], deepest: int, deepest_loss: flo
     spans = []
     for token in passage:
         depth = level(token.depth, deepest)
-        loss = 0.0 if token.loss is None else min(1.0, max(0.0, token.loss / deepest_loss))
-        text = html.escape(token.text).replace("\n", f'<i class="nl">{_NEWLINE}</i>\n')
+        loss = _share(token.loss, deepest_loss)
+        text = _text(token)
         kind = " ".join(("t", *("deep",) * (depth > 0.6), *("high",) * (loss > 0.6), *("part",) * (not token.text)))
         told = {"data_d": token.depth} | ({} if token.loss is None else {"data_l": f"{token.loss:.2f}"})
         spans.append(element("span", text, kind=kind, style=f"--d:{depth:.2f};--l:{loss:.2f}", **told))
     return "".join(spans)
+
+
+def chunks_html(
+    passage: Sequence[TokenRecord], sizes: Sequence[Sequence[int]], learned: Sequence[bool], deepest_loss: float
+) -> str:
+    """Spans of the page, one per token: a mark of class b1, b2, ... where so many stages begin a chunk, class `o` in
+    every other innermost chunk, and what is told of the token when pointed at.
+
+    sizes    per stage, the bytes of the chunk that each token is in (`chunk_sizes`)
+    learned  per stage, whether a router decides, so that its probability tells something
+    """
+    spans, chunk = [], 0
+    for i, token in enumerate(passage):
+        chunk += token.begins >= len(sizes)
+        loss = _share(token.loss, deepest_loss)
+        marks = (f"b{token.begins}",) if token.begins else ()
+        odd = ("o",) * (chunk % 2)
+        kind = " ".join(("t", *marks, *odd, *("high",) * (loss > 0.6), *("part",) * (not token.text)))
+        told = [_told(s, token, sizes[s][i], learned[s]) for s in range(len(sizes))]
+        data = {"data_c": "\n".join(told)} | ({} if token.loss is None else {"data_l": f"{token.loss:.2f}"})
+        spans.append(element("span", _text(token), kind=kind, style=f"--l:{loss:.2f}", **data))
+    return "".join(spans)
+
+
+def chunk_sizes(passage: Sequence[TokenRecord], stage: int) -> list[int]:
+    """For every token, how many tokens the chunk of this stage has that it is in."""
+    starts = [i for i, token in enumerate(passage) if token.begins > stage or i == 0]
+    return [b - a for a, b in zip(starts, [*starts[1:], len(passage)], strict=True) for _ in range(a, b)]
+
+
+def _told(stage: int, token: TokenRecord, size: int, learned: bool) -> str:
+    here = "begins a chunk of" if token.begins > stage else "in a chunk of"
+    known = learned and stage < len(token.probabilities)
+    chance = f", p {token.probabilities[stage]:.2f}" if known else ""
+    return f"stage {stage}: {here} {size} byte{'s' * (size != 1)}{chance}"
+
+
+def _text(token: TokenRecord) -> str:
+    return html.escape(token.text).replace("\n", f'<i class="nl">{_NEWLINE}</i>\n')
+
+
+def _share(loss: float | None, deepest: float) -> float:
+    return 0.0 if loss is None else min(1.0, max(0.0, loss / deepest))
 
 
 def level(depth: int, deepest: int) -> float:
@@ -64,6 +108,23 @@ def passage_shaded(passage: Sequence[TokenRecord], deepest: int) -> Text:
     for token in passage:
         out.append(token.text.replace("\n", f"{_NEWLINE}\n"), _style(token.depth, deepest))
     return out
+
+
+def print_chunks(passage: Sequence[TokenRecord], stages: int, stream: TextIO | None = None) -> None:
+    """Prints the passage with marks where the chunks of an H-Net begin, in colours where the stream shows them."""
+    console = Console(file=stream or sys.stdout, highlight=False)
+    colour = console.is_terminal and not console.is_dumb_terminal and not console.no_color
+    console.print(Text.from_ansi(legend(stages, colour)), soft_wrap=True)
+    console.print()
+    out, begins = Text(), 0
+    for token in passage:
+        begins = max(begins, token.begins)  # of a character, wherever within it
+        if token.text:
+            if begins:
+                out.append_text(Text.from_ansi(mark(begins - 1, colour)))
+            out.append(token.text.replace("\n", f"{_NEWLINE}\n"))
+            begins = 0
+    console.print(out, soft_wrap=True)
 
 
 def passage_digits(passage: Sequence[TokenRecord], width: int) -> list[str]:

@@ -44,8 +44,8 @@ def routing(run: Run) -> str:
 def deep_tokens(run: Run) -> str:
     """The passage and the continuation."""
     record = run.routing
-    parts = []
-    if record.passage:
+    parts, shown = [], bool(record.passage) and (record.router != "none" or not record.chunks)
+    if shown:
         deepest = max(run.plan.recursions, len(record.depth_counts) - 1, *(t.depth for t in record.passage))
         losses = sorted(t.loss for t in record.passage if t.loss is not None)
         high = losses[int(0.95 * (len(losses) - 1))] if losses else 1.0
@@ -56,9 +56,12 @@ def deep_tokens(run: Run) -> str:
     parts.append(grid(_depths(run), _by_position(run)))
     if record.sample:
         prompt = element("b", html.escape(record.sample.prompt))
-        parts.append(element("h3", "The model goes on writing") + element("p", "The prompt is bold.", kind="lead"))
+        heading = element("h3", "The model goes on writing") if shown else ""
+        parts.append(heading + element("p", "The prompt is bold.", kind="lead"))
         parts.append(element("div", prompt + html.escape(record.sample.text), kind="passage sample"))
     title = "Which tokens went deep" if record.recursions else "A held-out passage"
+    if not shown:
+        return section("The model goes on writing", *parts)
     how = f"; depth chosen {_SELECTIONS[record.selection]}" if record.recursions else ""
     lead = f"Held-out text at step {record.step:,}{how}."
     return section(title, *parts, lead=lead)
@@ -95,7 +98,7 @@ def _routing_curves(run: Run) -> list[str]:
     ]
     aux = [
         Series(name.removeprefix("aux/").replace("_", " "), smooth(run.points(name, "tokens")), 1 + i % COLOURS)
-        for i, name in enumerate(sorted(n for n in names if n.startswith("aux/")))
+        for i, name in enumerate(sorted(n for n in names if n.startswith("aux/") and "ratio_loss" not in n))
     ]
     dead = [
         Series("dead positions", run.points("eval/dead_token_ratio", "tokens"), 2, "dots"),

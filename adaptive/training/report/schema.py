@@ -15,6 +15,7 @@ from adaptive.training.metrics import write_atomically
 PLAN_FILE, ROUTING_FILE, RECIPE_FILE, REPORT_FILE = "plan.json", "routing.json", "recipe.json", "report.html"
 FORMAT_VERSION = 1
 SCORE_BINS = 20  # of equal width over [0, 1]
+MOST_BYTES = 64  # chunks of so many bytes or more are counted together
 END_MARK = "∎"  # stands for a token without text, such as the end of a document
 
 T = TypeVar("T")
@@ -97,11 +98,30 @@ class RecursionRecord:
 @dataclasses.dataclass(frozen=True)
 class TokenRecord:
     """One token of the passage: its text ("" for all but the last byte of a character), the passes it took through the
-    shared block, and its loss in nats as the target of the token before; None where there is none."""
+    shared block, and its loss in nats as the target of the token before; None where there is none.
+
+    begins         of an H-Net: how many stages begin a chunk here, stage 0 first
+    probabilities  that a chunk of each stage begins here; ends before the first stage that never sees this position
+    """
 
     text: str
     depth: int
     loss: float | None = None
+    begins: int = 0
+    probabilities: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRecord:
+    """Chunks of one stage of an H-Net on held-out text.
+
+    lengths  how many have 1, 2, 3, ... bytes; the last number is of those with so many or more
+    mean     bytes per chunk, all chunks counted in full
+    """
+
+    stage: int
+    lengths: tuple[int, ...] = ()
+    mean: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +140,7 @@ class RoutingRecord:
     rows                  held-out sequences counted
     dead_token_ratio      share of positions that reached the last recursion in none of them
     dead_token_ratio_by_chance  what that share would be if every position were as likely as any other
+    chunks                of each stage of an H-Net
     """
 
     step: int = 0
@@ -131,6 +152,7 @@ class RoutingRecord:
     rows: int = 0
     dead_token_ratio: float | None = None
     dead_token_ratio_by_chance: float | None = None
+    chunks: tuple[ChunkRecord, ...] = ()
     passage: tuple[TokenRecord, ...] = ()
     sample: SampleRecord | None = None
     version: int = FORMAT_VERSION
@@ -164,6 +186,7 @@ def load_record(kind: type[T], workdir: str | Path) -> T | None:
 _NESTED: dict[tuple[type, str], type] = {
     (PlanRecord, "account"): AccountLine,
     (RoutingRecord, "recursions"): RecursionRecord,
+    (RoutingRecord, "chunks"): ChunkRecord,
     (RoutingRecord, "passage"): TokenRecord,
     (RoutingRecord, "sample"): SampleRecord,
 }

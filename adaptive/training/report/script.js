@@ -47,8 +47,9 @@ for (const passage of document.querySelectorAll(".passage")) {
   passage.addEventListener("pointermove", (event) => {
     const token = event.target.closest(".t");
     if (!token) return hide();
-    const { d, l } = token.dataset;
-    show(`${d} pass${d === "1" ? "" : "es"}` + (l === undefined ? "" : `, loss ${l} nats`), event);
+    const { c, d, l } = token.dataset;
+    const first = c === undefined ? `${d} pass${d === "1" ? "" : "es"}, ` : `${c}\n`;
+    show((first + (l === undefined ? "" : `loss ${l} nats`)).replace(/(, |\n)$/, ""), event);
   });
   passage.addEventListener("pointerleave", hide);
 }
@@ -57,7 +58,7 @@ for (const button of document.querySelectorAll(".toggle button")) {
   button.addEventListener("click", () => {
     const controls = button.closest(".controls");
     for (const part of [controls, controls.nextElementSibling]) {
-      part.classList.remove("by-depth", "by-loss");
+      part.classList.remove("by-chunk", "by-depth", "by-loss");
       part.classList.add(`by-${button.dataset.by}`);
     }
     for (const other of controls.querySelectorAll("button")) other.setAttribute("aria-pressed", other === button);
