@@ -17,6 +17,8 @@ from adaptive.layers.layout import Blocks, BlockShape, Run
 from adaptive.models.config import TransformerConfig
 from adaptive.models.hnet_config import HNetConfig
 
+SCAN_BLOCK = 64  # positions of a block of the scan at most, as `kernels_pallas.ssd` has it in plain jax.numpy
+
 
 def parameters(config: TransformerConfig) -> Parameters:
     """Numbers of parameters; `layer` is 0, since layers of several kinds make up the network. `routers` is what decides
@@ -224,17 +226,17 @@ def _visible(tokens: float, window: int) -> float:
 def _scan(shape: BlockShape, tokens: float) -> tuple[float, float, float]:
     """FLOPs of one Mamba-2 layer's scan: as executed, over causal pairs alone, and what its backward pass repeats.
 
-    In blocks of q positions (`kernels_pallas.ssd.chunked`): which position reads which [q, q], once for all heads; what
-    they read [q, q] by [q, dim] for each; reading from the state and writing to it. The backward pass keeps each
-    block's inputs, and of its results needs the first and the third again.
+    In blocks of q positions (`kernels_pallas.ssd.chunked`; on accelerators q is 64 or 128): which position reads which
+    [q, q], once for all heads; what they read [q, q] by [q, dim] for each; reading from the state and writing to it.
+    The backward pass keeps the inputs alone: it computes the states again, and of each block the first and the third.
     """
     (inner, _), n = _inner(shape), shape.d_state
-    q = block_of(math.ceil(tokens), shape.ssm_block)
+    q = block_of(math.ceil(tokens), min(shape.ssm_block, SCAN_BLOCK))
     blocks = math.ceil(tokens / q)
     match_, mixed, state = 2.0 * q * q * n, 2.0 * q * q * inner, 2.0 * q * inner * n
     pairs = tokens * (q + 1) / 2
     causal = 2.0 * pairs * (n + inner) + 4.0 * tokens * inner * n
-    return blocks * (match_ + mixed + 2 * state), causal, blocks * (match_ + state)
+    return blocks * (match_ + mixed + 2 * state), causal, blocks * (match_ + 2 * state)
 
 
 def block_of(positions: int, most: int) -> int:

@@ -196,9 +196,13 @@ def program(config: TransformerConfig, remat="none", batch: int = 1, seq: int = 
 
 
 def traced_flops(jaxpr) -> int:
-    """2 m n k of every dot_general of a jaxpr, scans multiplied out."""
+    """2 m n k of every dot_general of a jaxpr, scans multiplied out. Where the platform decides, that of the default,
+    which comes last."""
     total = 0
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "cond":
+            total += traced_flops(eqn.params["branches"][-1].jaxpr)
+            continue
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 from hlo import matmul_flops
+from jax.interpreters import partial_eval
 from test_account import program, traced_flops
 
 from adaptive import account_hnet
@@ -12,6 +13,7 @@ from adaptive.account import account, at_depths, dense_equivalent, paper_flops_p
 from adaptive.errors import RecipeError
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.models.hnet_config import HNetConfig
+from kernels_pallas import ssd
 from kernels_pallas.ssd import chunked
 
 
@@ -144,13 +146,14 @@ def test_useful_flops_count_pairs_in_the_window_and_in_the_block():
 
 def test_training_repeats_a_part_of_the_scan():
     stage = account(tiny(), SEQ).stages[0]
-    assert stage.state_space_again == 2 * 3 * (2 * 16 * 16 * 6 + 2 * 16 * 2 * D * 6)
+    assert stage.state_space_again == 2 * 3 * (2 * 16 * 16 * 6 + 2 * 2 * 16 * 2 * D * 6)
     assert stage.train == 3 * stage.forward + stage.state_space_again
 
 
 @pytest.mark.parametrize("positions", [1, 5, 16, 17, 40, 48, 100, 129])
 def test_blocks_are_those_of_the_scan(positions):
     assert account_hnet.block_of(positions, 16) == chunked.block_of(positions, 16)
+    assert account_hnet.SCAN_BLOCK == ssd.PLAIN_BLOCK
 
 
 def test_two_stages_chunk_chunks():
@@ -235,7 +238,8 @@ def test_the_plan_counts_chunks_at_their_target():
 PROGRAMS = {
     "one stage": tiny(capacities=(0.5,)),
     "attention and feed-forwards": tiny('["T1M1", ["T2"], "t2"]', intermediates=(100, 120), capacities=(0.5,)),
-    "no chunking": hnet('["m1T1"]', vocab=V, **(TINY | SSM | {"widths": (D,), "intermediates": (100,), "windows": (7,)})),
+    "no chunking": hnet('["m1T1"]', vocab=V, **(TINY | SSM | {
+        "widths": (D,), "intermediates": (100,), "windows": (7,)})),
     "two stages": hnet('["m2", ["T1m1", ["T2"], "m1T1"], "m2"]', vocab=V, **(TINY | SSM | {
         "widths": (D, D, E), "intermediates": (0, 60, 100), "windows": (-1,), "capacities": (0.8, 0.6)})),
     "a rule, summed": tiny(chunkers=("space",), merge="sum", capacities=(0.5,)),
@@ -259,7 +263,10 @@ def test_parameters_are_those_of_the_model(name):
 def test_traced_training_program_has_exactly_the_matmuls_of_the_account(name, remat):
     config = PROGRAMS[name]
     step, arguments = program(config, remat, seq=SEQ)
-    assert traced_flops(jax.make_jaxpr(step)(*arguments).jaxpr) == account(config, SEQ).train_flops(remat)
+    traced = jax.make_jaxpr(step)(*arguments).jaxpr
+    # Differentiating a block of the scan computes its results again, which XLA leaves out where no gradient needs them.
+    needed, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    assert traced_flops(needed) == account(config, SEQ).train_flops(remat)
 
 
 @pytest.mark.parametrize("name", ["one stage", "two stages", "around recursions"])
