@@ -67,7 +67,7 @@ def mark(stage: int, colour: bool) -> str:
 
 def legend(stages: int, colour: bool) -> str:
     names = ", ".join(f"{mark(s, colour)} stage {s}" for s in range(stages))
-    nested = "; a chunk of a deeper stage begins one of each stage before it too" if stages > 1 else ""
+    nested = "; the mark of a deeper stage stands for those before it as well" if stages > 1 else ""
     return f"where chunks begin: {names}{nested}"
 
 

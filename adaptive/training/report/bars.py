@@ -86,7 +86,7 @@ def histogram(title: str, counts: Sequence[int], *, x: str, colour: int = 1, not
     for i, share in enumerate(grouped):
         first, final = i * group + 1, min(last, (i + 1) * group)
         name = f"{first}" if first == final else f"{first} to {final}"
-        name += " or more" if final == len(counts) else ""
+        name = f"{first} or more" if final == len(counts) else name
         if share:
             size = max(0.7, share * scale)
             tip = f"{name} {x}: {share:.1%}"

@@ -20,7 +20,8 @@ def tiles(run: Run) -> str:
     held_out = run.points("eval/bits_per_byte", "step")
     if held_out:
         causal = final.get("eval/threshold/bits_per_byte")
-        detail = f"causal routing: {causal:.3f}" if causal is not None else f"at first {held_out[0][1]:.2f}"
+        how = "as generated" if plan.family == "hnet" else "causal routing"
+        detail = f"{how}: {causal:.3f}" if causal is not None else f"at first {held_out[0][1]:.2f}"
         entries.append(("held-out bits per byte", f"{held_out[-1][1]:.3f}", detail))
     elif last.get("bits_per_byte") is not None:
         entries.append(("training bits per byte", f"{last['bits_per_byte']:.3f}", "no evaluation yet"))
@@ -37,7 +38,8 @@ def tiles(run: Run) -> str:
     if run.flops_saved is not None:
         spent = f"{compact(plan.flops_per_step * run.step, 'FLOP')} spent"
         if run.flops_saved > 5e-4:
-            entries.append(("FLOPs saved by routing", percent(run.flops_saved), spent))
+            what = "FLOPs saved" if plan.family == "hnet" else "FLOPs saved by routing"
+            entries.append((what, percent(run.flops_saved), spent))
         elif plan.flops_per_step:
             entries.append(("training compute", compact(plan.flops_per_step * run.step, "FLOP"), _work(run)))
     if run.seconds is not None:
@@ -97,7 +99,8 @@ def _held_out(run: Run, measure: str, x: str) -> list[Series]:
     }
     found = [Series("held-out", run.points(f"eval/{measure}", x), 2, "dots")]
     for i, (selection, name) in enumerate(others.items()):
-        found.append(Series(f"held-out, {_SELECTIONS.get(selection, selection)}", run.points(name, x), 3 + i, "dashed"))
+        how = "as generated" if run.plan.family == "hnet" else _SELECTIONS.get(selection, selection)
+        found.append(Series(f"held-out, {how}", run.points(name, x), 3 + i, "dashed"))
     return found
 
 

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from adaptive.training.metrics import write_atomically
-from adaptive.training.report.chunks import chunks
+from adaptive.training.report.chunks import chunks, stages_of
 from adaptive.training.report.compare import comparison
 from adaptive.training.report.compute import compute
 from adaptive.training.report.experts import experts
@@ -80,11 +80,15 @@ def _asset(name: str) -> str:
 
 
 def _header(run: Run) -> str:
-    kinds = {"vanilla": "Transformer", "recursive": "Recursive transformer", "mor": "Mixture-of-Recursions"}
-    kinds["hnet"] = "H-Net"
+    kinds = {
+        "vanilla": "Transformer", "recursive": "Recursive transformer", "mor": "Mixture-of-Recursions",
+        "hnet": "H-Net",
+    }  # fmt: skip
     routers = {"expert_choice": "expert choice", "token_choice": "token choice"}
     plan = run.plan
     facts = [kinds.get(plan.family, ""), routers.get(plan.router, "")]
+    if stages := stages_of(run):
+        facts.append(f"{len(stages)} chunking stage{'s' * (len(stages) > 1)}")
     if plan.recursions > 1:
         facts.append(f"{plan.recursions} recursions")
     moe = run.recipe.model.moe if run.recipe else None
