@@ -21,6 +21,7 @@ from adaptive.layers.stack import Places, Stack, State
 from adaptive.models.backbone import Backbone, Cache, Selecting
 from adaptive.models.config import TransformerConfig
 from adaptive.models.hnet_config import HNetConfig
+from adaptive.models.hnet_places import Level, begins, inner_places, numbered, packed, shifted
 from adaptive.models.hnet_rows import in_groups
 from adaptive.models.hnet_trace import StageRecord, assemble
 from adaptive.parallel.rules import batch_shards, constrain, gathered
@@ -55,18 +56,6 @@ class HNetCache(NamedTuple):
     stages: tuple[StageState, ...]
     main: State | Cache
     seen: jax.Array
-
-
-class Level(NamedTuple):
-    """The positions [batch, n] that reach a stage.
-
-    places   where they stand, for attention and Mamba-2
-    tokens, given  i32[batch, n], bool[batch, n]: the bytes, and boundaries that came with the batch; stage 0 alone
-    """
-
-    places: Places
-    tokens: jax.Array | None = None
-    given: jax.Array | None = None
 
 
 class Call(NamedTuple):
@@ -205,7 +194,7 @@ class HNet(nnx.Module):
             segment_ids = valid.astype(jnp.int32) if segment_ids is None else jnp.where(valid, segment_ids, 0)
         exists = None if segment_ids is None else segment_ids > 0
         if positions is None:
-            positions = _numbered(tokens.shape, segment_ids)
+            positions = numbered(tokens.shape, segment_ids)
         level = Level(Places(positions, segment_ids, exists), tokens, boundaries)
         call = Call(
             selection, deterministic, step, key, limited=selection == "topk", keep=False, records=[], inner=[]
@@ -331,14 +320,14 @@ class HNet(nnx.Module):
         found = found._replace(wanted=found.wanted & exists)
         segments = places.segments
         if self.hnet.packing == "device" and cache is None:
-            found, exists, segments, h = _packed(found, exists, segments, h)
+            found, exists, segments, h = packed(found, exists, segments, h)
         n = h.shape[1]
         selection, mask = select_boundaries(found, self.hnet.capacity(s, n) if call.limited else n)
         call.records.append(StageRecord(found, mask, exists, selection, shape[:2]))
         chunks = gather(h, selection.indices) if self.hnet.merge == "boundary" else merged(h, selection, segments)
         chunks = constrain(chunks, "batch", "seq", None)
         seen = None if cache is None else (cache.stages[s + 1].seen if s + 1 < len(cache.stages) else cache.seen)
-        inner = Level(_inner_places(selection.valid, segments, selection.indices, seen))
+        inner = Level(inner_places(selection.valid, segments, selection.indices, seen))
         z, after = self._inside(s + 1, chunks, inner, cache, call)
         z = dechunk(
             z,
@@ -423,13 +412,13 @@ class HNet(nnx.Module):
         elif places.segments is None:
             first = jnp.broadcast_to(first, h.shape[:2])
         else:
-            first = _begins(places.segments)
+            first = begins(places.segments)
         earlier = None
         if level.tokens is not None:
-            earlier = _shifted(level.tokens, None if state is None else state.token)
+            earlier = shifted(level.tokens, None if state is None else state.token)
         return Heard(
             hidden=h,
-            before=_shifted(h, None if state is None else state.last),
+            before=shifted(h, None if state is None else state.last),
             first=first,
             number=places.number,
             tokens=level.tokens,
@@ -488,43 +477,3 @@ def _widened(x: jax.Array, pad: nnx.Param | None) -> jax.Array:
         return x
     own = jnp.broadcast_to(pad[...].astype(x.dtype), (*x.shape[:2], pad.shape[0]))
     return jnp.concatenate([x, own], axis=-1)
-
-
-def _shifted(x: jax.Array, last: jax.Array | None) -> jax.Array:
-    """[batch, n, ...]: each position holds the one before it, the first of all `last` (None: zeros)."""
-    first = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
-    return jnp.concatenate([first, x[:, :-1]], axis=1)
-
-
-def _begins(segments: jax.Array) -> jax.Array:
-    """bool[batch, n]: the first position of every document."""
-    return jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != segments
-
-
-def _numbered(shape: tuple[int, ...], segments: jax.Array | None) -> jax.Array:
-    """i32[batch, n]: places in the documents."""
-    position = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    if segments is None:
-        return position
-    return position - jax.lax.cummax(jnp.where(_begins(segments), position, 0), axis=1)
-
-
-def _inner_places(
-    valid: jax.Array, segments: jax.Array | None, indices: jax.Array, seen: jax.Array | None
-) -> Places:  # fmt: skip
-    """Where chunks stand among the chunks of their documents."""
-    if segments is not None:
-        own = jnp.where(valid, gather(segments, indices), 0)
-        return Places(_numbered(valid.shape, own), own, valid)
-    number = _numbered(valid.shape, None)
-    return Places(number if seen is None else number + seen[:, None], None, valid, seen)
-
-
-def _packed(found: Any, exists: jax.Array, segments: jax.Array | None, h: jax.Array) -> tuple[Any, ...]:
-    """All rows of a device as one, their documents told apart: capacities are shared, so less room is needed."""
-    shards, (rows, n) = batch_shards(), exists.shape
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None] % (rows // shards)
-    own = jnp.ones_like(exists, jnp.int32) if segments is None else jnp.cumsum(_begins(segments), axis=1)
-    segments = jnp.where(exists, own + row * (n + 1), 0)  # 0 remains padding
-    join = lambda a: constrain(a.reshape(shards, -1, *a.shape[2:]), "batch", "seq", *(None,) * (a.ndim - 2))  # noqa: E731
-    return jax.tree.map(join, found), join(exists), join(segments), join(h)
