@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -17,35 +16,16 @@ from adaptive.optim.groups import decayed, names, rates, stage_of
 from adaptive.optim.schedule import make_schedule
 from adaptive.recipe import Recipe, load
 
-ONES = jnp.ones((2, 3))
+HNET = ('model.hnet.layout=["m1", ["T1m1", ["T1"], "t1"], "m1"]', "model.hnet.widths=8,8,16", "model.hnet.heads=2",
+        "model.hnet.intermediates=16", "model.hnet.d_state=4", "model.hnet.ssm_head_dim=4")  # fmt: skip
+RATES = (3.0, 1.7, 0.9)
 
 
-def mamba(**more):
-    names = ("z", "x", "bc", "dt", "conv_x", "conv_bc", "conv_x_bias", "conv_bc_bias", "dt_bias", "a_log", "d", "out")
-    return dict.fromkeys(names, ONES) | {"norm": ONES} | more
-
-
-def block(mixer):
-    return {"norm1": {"weight": ONES}, "mixer": mixer, "norm2": {"weight": ONES}, "mlp": {"gate": ONES, "down": ONES}}
-
-
-# The parameters of an H-Net of two chunking stages, by name.
-PARAMS = {
-    "embedding": ONES,
-    "head": ONES,
-    "stages": [
-        {
-            "pad": ONES,
-            "encoder": {"runs": [block(mamba())], "norm": {"weight": ONES}},
-            "decoder": {"runs": [block({"q": ONES, "o": ONES})], "norm": {"weight": ONES}},
-            "chunker": {"q": ONES, "k": ONES},
-            "residual": {"weight": ONES, "bias": ONES},
-        }
-        for _ in range(2)
-    ],
-    "main": {"runs": [block({"q": ONES, "o": ONES})], "norm": {"weight": ONES}},
-    "main_pad": ONES,
-}
+@pytest.fixture(scope="module")
+def params() -> nnx.State:
+    """The parameters of an H-Net of two chunking stages."""
+    config = Recipe(name="").with_(*HNET, "model.tie_embeddings=false").model
+    return nnx.state(build_model(config, key=jax.random.key(0)), nnx.Param)
 
 
 def left_out(mask) -> set[str]:
@@ -54,22 +34,23 @@ def left_out(mask) -> set[str]:
     return {".".join(name for name in names(path) if not name.isdigit()) for path, value in flat if not value}
 
 
-def test_nothing_one_dimensional_is_decayed():
-    assert left_out(decayed(PARAMS)) == {
-        "stages.pad", "stages.residual.bias", "main_pad",
-        "stages.encoder.norm.weight", "stages.decoder.norm.weight", "main.norm.weight",
-        *(f"stages.{part}.runs.{norm}.weight" for part in ("encoder", "decoder") for norm in ("norm1", "norm2")),
-        "main.runs.norm1.weight", "main.runs.norm2.weight",
-        *(f"stages.encoder.runs.mixer.{name}" for name in (
-            "conv_x_bias", "conv_bc_bias", "dt_bias", "a_log", "d", "norm"
-        )),
+MAMBA = ("conv_x_bias", "conv_bc_bias", "norm")
+
+
+def test_nothing_one_dimensional_is_decayed(params):
+    blocks = ("stages.encoder.runs", "stages.decoder.runs", "main.runs")
+    assert left_out(decayed(params)) == {
+        "main_pad", "stages.residual.bias", "stages.encoder.norm.weight", "stages.decoder.norm.weight",
+        "main.norm.weight", "stages.encoder.runs.feed_forward_norm.weight", "main.runs.feed_forward_norm.weight",
+        *(f"{block}.norm.weight" for block in blocks),
+        *(f"{block}.mixer.{name}" for block in blocks[:2] for name in (*MAMBA, "dt_bias", "a_log", "d")),
     }  # fmt: skip
 
 
-def test_the_release_leaves_three_kinds_out_of_decay():
-    assert left_out(decayed(PARAMS, "official")) == {
+def test_the_release_leaves_three_kinds_out_of_decay(params):
+    assert left_out(decayed(params, "official")) == {
         "stages.residual.bias",
-        *(f"stages.encoder.runs.mixer.{name}" for name in ("conv_x_bias", "conv_bc_bias", "norm")),
+        *(f"stages.{part}.runs.mixer.{name}" for part in ("encoder", "decoder") for name in MAMBA),
     }
 
 
@@ -100,25 +81,27 @@ def test_paths_of_modules_are_attributes_and_places():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_a_stage_moves_as_if_the_learning_rate_were_its_own(weight_decay):
-    gradients = jax.tree.map(lambda x: 0.3 * x, PARAMS)
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=weight_decay, stage_rates=(3.0, 1.7, 0.9))
+def test_a_stage_moves_as_if_the_learning_rate_were_its_own(params, weight_decay):
+    gradients = jax.tree.map(lambda x: 0.3 + 0.1 * x, params)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=weight_decay, stage_rates=RATES)
 
     def moved(config):
         tx = make_optimizer(config, ScheduleConfig(kind="constant"), 10)
-        params, state = PARAMS, tx.init(PARAMS)
+        after, state = params, tx.init(params)
         for _ in range(2):
-            updates, state = tx.update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
+            updates, state = tx.update(gradients, state, after)
+            after = optax.apply_updates(after, updates)
+        return jax.tree.leaves(after)
 
-    staged, rate = moved(config), rates(PARAMS, config)
-    for each in (3.0, 1.7, 0.9):
+    rate = rates(params, config)
+    of = jax.tree.leaves(rate)
+    assert set(of) == set(RATES)
+    assert (rate["embedding"].get_raw_value(), rate["main_pad"].get_raw_value()) == (3.0, 0.9)
+    staged = moved(config)
+    for each in RATES:
         alone = moved(dataclasses.replace(config, learning_rate=0.1 * each, stage_rates=()))
-        same = jax.tree.map(lambda a, b, r, each=each: r != each or np.allclose(a, b, atol=1e-6), staged, alone, rate)
-        assert all(jax.tree.leaves(same))
-    assert set(jax.tree.leaves(rate)) == {3.0, 1.7, 0.9}
-    assert (rate["embedding"], rate["stages"][1]["pad"], rate["main_pad"]) == (3.0, 1.7, 0.9)
+        for a, b, own in zip(staged, alone, of, strict=True):
+            assert np.allclose(a, b, atol=1e-6) == (own == each)
 
 
 def test_square_root_decay_is_steep_at_first():
@@ -129,17 +112,13 @@ def test_square_root_decay_is_steep_at_first():
     np.testing.assert_allclose([rate(t) for t in (0, 5, 10, 79)], [0, 1, 2, 2])
 
 
-HNET = ('model.hnet.layout=["m2", ["T2"], "m2"]', "model.hnet.widths=64", "model.hnet.heads=2",
-        "model.hnet.intermediates=128")  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("optimizer.stage_rates=1,2",), "stage_rates=1.0,2.0 is for H-Nets"),
         (("optimizer.decay=official",), "decay=official is for H-Nets"),
-        ((*HNET, "optimizer.stage_rates=1,2,3"), "3 numbers for the 2 stages"),
-        ((*HNET, "optimizer.stage_rates=1,0"), "must be above 0"),
+        ((*HNET, "optimizer.stage_rates=1,2"), "2 numbers for the 3 stages"),
+        ((*HNET, "optimizer.stage_rates=1,1,0"), "must be above 0"),
     ],
 )
 def test_rates_that_do_not_fit_are_refused(overrides, message):
@@ -148,4 +127,4 @@ def test_rates_that_do_not_fit_are_refused(overrides, message):
 
 
 def test_rates_that_fit_are_accepted():
-    Recipe(name="").with_(*HNET, "optimizer.stage_rates=2,1", "optimizer.decay=official").validate()
+    Recipe(name="").with_(*HNET, "optimizer.stage_rates=2,1.5,1", "optimizer.decay=official").validate()
