@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 
 class Sampler:
-    """Draws continuations from a model with the generation contract (`init_cache`, `prefill`, `decode_step`).
+    """Draws continuations from a model with the generation contract (`init_cache`, `prefill`).
 
     graphdef, state  of the model
     temperature      logits are divided by it; 0 takes the likeliest token
@@ -165,15 +165,15 @@ class Sampler:
         """Reads `token` and `count - 1` that follow it, `token` being number `begin`: the token after them and whether
         rows go on, the cache, and (tokens, valid, boundaries) as in Piece."""
         model = nnx.merge(self._graphdef, state)
-        options = self._options if given is None else {**self._options, "boundaries": given}
+        options: dict[str, Any] = dict(self._options)
+        if given is not None:
+            options["boundaries"] = given
 
         def step(carry: Any, number: jax.Array) -> tuple[Any, Any]:
             token, alive, cache = carry
-            if len(token) == 1:
-                at = {name: a[:, 0] if name == "boundaries" else a for name, a in options.items()}
-                out, cache = model.decode_step(token, cache, **at)
-            else:  # rows that have ended stay as they are, so that no chunk is computed for them
-                out, cache = model.prefill(token[:, None], cache, alive[:, None], **options)
+            # Of several rows those that have ended stay as they are, so that no chunk is computed for them.
+            exists = alive[:, None] if len(token) > 1 else None
+            out, cache = model.prefill(token[:, None], cache, exists, **options)
             new = self._next(out.logits[:, -1], key, number + 1)
             made = token, alive, _boundaries(out.trace, (len(token), 1))[..., 0]
             return (new, alive & self._goes_on(new), cache), made

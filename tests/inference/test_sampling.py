@@ -19,8 +19,8 @@ PLAIN = (
     "model.head_dim=8", "model.num_layers=5", "model.vocab_size=320",
 )  # fmt: skip
 HNET = (
-    'model.hnet.layout=["m1", ["T1", ["T1"], "m1"], "m1"]', "model.hnet.widths=16,16,32",
-    "model.hnet.intermediates=0,32,32", "model.vocab_size=256", "model.tie_embeddings=false", "model.hnet.heads=2",
+    'model.hnet.layout=["m1", ["T1", ["T1"], "T1"], "T1"]', "model.hnet.widths=16,16,32",
+    "model.hnet.intermediates=32", "model.vocab_size=256", "model.tie_embeddings=false", "model.hnet.heads=2",
     "model.hnet.rotary_dims=4", "model.hnet.d_state=8", "model.hnet.ssm_head_dim=8", "model.hnet.ssm_block=16",
     "model.hnet.ratio_targets=3", "data.tokenizer=hnet-bytes",
 )  # fmt: skip
@@ -104,7 +104,7 @@ class EveryThird:
 def test_a_marker_says_where_chunks_begin():
     settings = [text for text in HNET if "layout" not in text and "widths" not in text and "intermediates" not in text]
     graphdef, state = made(
-        'model.hnet.layout=["m1", ["T1"], "m1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=0,32",
+        'model.hnet.layout=["m1", ["T1"], "T1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=32",
         "model.hnet.chunkers=words", "data.boundaries=words", *settings,
     )  # fmt: skip
     pieces = list(Sampler(graphdef, state, temperature=0, marker=EveryThird)(PROMPTS, 7, jax.random.key(0)))

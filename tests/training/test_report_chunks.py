@@ -93,6 +93,14 @@ def test_the_passage_knows_its_chunks_and_survives_its_file(tmp_path, passage):
     assert sum({i: n for i, n in enumerate(chunk_sizes(passage, 0)) if passage[i].begins}.values()) == len(passage)
 
 
+def test_bytes_inside_a_chunk_go_as_deep_as_it_does():
+    ids = np.array([254, *TEXT.encode()])
+    stages = stages_of_text(ids)
+    depth = np.where(stages[1][0], 3, 0)
+    found = passage_tokens(load_tokenizer("hnet-bytes"), ids, depth, [None] * len(ids), stages)
+    assert {token.depth for token in found} == {3}
+
+
 def _saved(folder, passage):
     save_record(RoutingRecord(passage=passage), folder)
     return folder
@@ -100,7 +108,13 @@ def _saved(folder, passage):
 
 def test_the_page_shows_passage_lengths_and_curves(tmp_path, passage):
     page = Page(write_report(write_run(tmp_path / "run", passage)).read_text())
-    wanted = ("Where chunks begin", "Stage 0", "Stage 1", "Bytes per chunk", "Positions kept", "Mean probability")
+    wanted = (
+        "Where chunks begin",
+        "Lengths of held-out chunks, stage 0",
+        "Bytes per chunk",
+        "Positions kept",
+        "Mean probability",
+    )
     assert {*wanted, "Undecided", "Boundaries without a slot", "Ratio losses"} <= set(page.titles)
     assert "Auxiliary losses" not in page.titles and "A held-out passage" not in page.titles
     assert "None" not in page.text and "nan" not in re.sub(r"<script>.*?</script>", "", page.text, flags=re.S).lower()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from adaptive.models.hnet_config import HNetConfig
 from adaptive.training.report.bars import histogram
@@ -33,10 +34,7 @@ def chunks(run: Run) -> str:
     return section(
         "Where chunks begin",
         _passage(run, len(stages)),
-        element("h3", "Length of chunks on held-out text") if held_out else "",
-        grid(*(_histogram(record, run) for record in held_out)),
-        element("h3", "How chunking went"),
-        grid(*_curves(run, stages)),
+        grid(*(_histogram(record, run) for record in held_out), *_curves(run, stages)),
         lead=when + _lead(run, len(stages)),
     )
 
@@ -113,13 +111,14 @@ def _histogram(record: ChunkRecord, run: Run) -> str:
     target = math.prod(config.target(s) for s in range(record.stage + 1)) if config else 0.0
     pulled = f", target {target:g}" if config and config.learned(record.stage) else ""
     note = f"mean {record.mean:.2f} bytes{pulled}; nine in ten have at most {tenth}"
-    return histogram(f"Stage {record.stage}", record.lengths, x="bytes", colour=1 + record.stage % COLOURS, note=note)
+    title = f"Lengths of held-out chunks, stage {record.stage}"
+    return histogram(title, record.lengths, x="bytes", colour=1 + record.stage % COLOURS, note=note)
 
 
 def _curves(run: Run, stages: Sequence[int]) -> list[str]:
     config = _config(run)
     learned = [s for s in stages if config is None or config.learned(s)]
-    share = {"x": "tokens", "y_range": (0, None), "percent": True}
+    share: dict[str, Any] = {"x": "tokens", "y_range": (0, None), "percent": True}
     sizes = [series for s in stages for series in _sizes(run, stages, s)]
     near = [series for s in learned for series in _both(run, f"near_half_{s}", f"stage {s}", s)]
     return [

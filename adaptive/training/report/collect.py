@@ -196,10 +196,12 @@ def passage_tokens(
     A character whose bytes are spread over several tokens is the text of the last of them.
     """
     stream = tokenizer.stream()
-    records = []
+    records: list[TokenRecord] = []
     for i, (token, passes, nats) in enumerate(zip(ids, depth, loss, strict=True)):
         text = stream.push(int(token)) if tokenizer.token_bytes(int(token)) else END_MARK
         begins = sum(bool(mask[i]) for mask, _ in stages)
+        if begins < len(stages) and records:  # bytes inside a chunk go as deep as it does
+            passes = records[-1].depth
         seen = tuple(round(float(prob[i]), 3) for _, prob in stages if np.isfinite(prob[i]))
         loss_here = None if nats is None else round(float(nats), 4)
         records.append(TokenRecord(text, int(passes), loss_here, begins, seen))

@@ -72,7 +72,8 @@ def _depths(run: Run) -> str:
     total = sum(counts)
     if not run.routing.recursions or not total:
         return ""
-    bars = [(_passes(d), n / total, percent(n / total)) for d, n in enumerate(counts) if d or n]
+    name = lambda d: _passes(d) if d or not run.routing.chunks else "no chunk"  # noqa: E731
+    bars = [(name(d), n / total, percent(n / total)) for d, n in enumerate(counts) if d or n]
     mean = sum(d * n for d, n in enumerate(counts)) / total
     return bar_chart("Depth of tokens", bars, note=f"{mean:.2f} passes on average, over all held-out text")
 
