@@ -1,6 +1,5 @@
 """Small H-Nets with weights drawn by numpy, for tests: nothing is compiled to make them, and nothing is at rest."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -84,7 +83,7 @@ def split_model(config: TransformerConfig, **options: Any) -> tuple[Any, Any]:
     abstract = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0), **options))
     graphdef, params, buffers = nnx.split(abstract, nnx.Param, ...)
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), buffers)
-    return nnx.split(nnx.merge(graphdef, filled(params), zeros))
+    return nnx.split(nnx.merge(graphdef, *jax.tree.map(jnp.asarray, (filled(params), zeros))))
 
 
 @functools.cache
@@ -99,12 +98,5 @@ def forward(config: TransformerConfig, **options: Any):
 
 def random_bytes(seed: int = 1, batch: int = BATCH, seq: int = SEQ) -> np.ndarray:
     """Letters, digits, spaces and UTF-8, so that every chunker finds boundaries."""
-    return (
-        np.random.default_rng(seed)
-        .choice(np.frombuffer("abcde  ,1é東\n".encode(), np.uint8), (batch, seq))
-        .astype(np.int32)
-    )
-
-
-def unlimited(config: TransformerConfig) -> TransformerConfig:
-    return dataclasses.replace(config, hnet=dataclasses.replace(config.hnet, capacities=()))
+    letters = np.frombuffer("abcde  ,1é東\n".encode(), np.uint8)
+    return np.random.default_rng(seed).choice(letters, (batch, seq)).astype(np.int32)

@@ -40,10 +40,10 @@ class Cache(NamedTuple):
     last: KeyValues | None
     active: jax.Array
 
-    @staticmethod
-    def batch_axes() -> "Cache":
-        """A cache's tree with the number of the axis of rows in the place of every array."""
-        return Cache(0, 0, 1, 0, 1)  # type: ignore[arg-type]
+    def batch_axes(self) -> "Cache":
+        """The same tree with the number of the axis of rows in the place of every array."""
+        of = lambda tree, axis: jax.tree.map(lambda _: axis, tree)  # noqa: E731
+        return Cache(0, of(self.first, 0), of(self.block, 1), of(self.last, 0), 1)  # type: ignore[arg-type]
 
 
 class Backbone(nnx.Module):

@@ -26,7 +26,7 @@ from adaptive.models.hnet_rows import in_groups
 from adaptive.models.hnet_trace import StageRecord, assemble
 from adaptive.parallel.rules import batch_shards, constrain, gathered
 from adaptive.parallel.shard import sharded
-from adaptive.routing.boundaries import dechunk, gather, merged, select_boundaries, straight_through
+from adaptive.routing.boundaries import behind, dechunk, gather, merged, select_boundaries, straight_through
 from adaptive.routing.types import AuxLosses, Output, Trace
 from kernels_pallas.ema import ema
 
@@ -39,6 +39,7 @@ class StageState(NamedTuple):
     last     [batch, width]     the encoder's output at the last position
     token    i32[batch]         the last byte; of the first stage alone
     value    f32[batch, width]  the moving average in the last chunk
+    behind   f32[batch, width]  sum of the encoder's outputs behind the last boundary, where chunks are sums
     """
 
     seen: jax.Array
@@ -47,6 +48,7 @@ class StageState(NamedTuple):
     last: jax.Array
     token: jax.Array
     value: jax.Array
+    behind: jax.Array
 
 
 class HNetCache(NamedTuple):
@@ -243,6 +245,7 @@ class HNet(nnx.Module):
                 last=jnp.zeros((batch, width), self.dtype),
                 token=zeros,
                 value=jnp.zeros((batch, width), jnp.float32),
+                behind=jnp.zeros((batch, width), jnp.float32),
             )
 
         inside = self.main
@@ -298,21 +301,21 @@ class HNet(nnx.Module):
             _widened(x, stage.pad), level.places, None if state is None else state.encoder, keep=call.keep
         )
         around = stage.residual(h)
-        z, value, after = self._chunked(s, h, level, cache, call)
+        z, value, mask, after = self._chunked(s, h, level, cache, call)
         y, decoder = stage.decoder(
             (z + around).astype(self.dtype), level.places, None if state is None else state.decoder, keep=call.keep
         )
         if state is not None and after is not None:
             assert encoder is not None and decoder is not None
-            own = self._advanced(state, level, h, value)._replace(encoder=encoder, decoder=decoder)
+            own = self._advanced(state, level, h, value, mask)._replace(encoder=encoder, decoder=decoder)
             after = after._replace(stages=(*after.stages[:s], own, *after.stages[s + 1 :]))
         return y[..., :outside], after
 
     def _chunked(
         self, s: int, h: jax.Array, level: Level, cache: HNetCache | None, call: Call
-    ) -> tuple[jax.Array, jax.Array, HNetCache | None]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array, HNetCache | None]:
         """The encoder's output h [batch, n, width] -> what the decoder reads of the chunks, f32 of the same shape; that
-        before the straight-through estimator; and the cache after all inside."""
+        before the straight-through estimator; where chunks begin; and the cache after all inside."""
         stage, state = self.stages[s], None if cache is None else cache.stages[s]
         found = stage.chunker(self._heard(h, level, state, None if call.deterministic else call.key, s))
         places, shape = level.places, h.shape
@@ -324,7 +327,10 @@ class HNet(nnx.Module):
         n = h.shape[1]
         selection, mask = select_boundaries(found, self.hnet.capacity(s, n) if call.limited else n)
         call.records.append(StageRecord(found, mask, exists, selection, shape[:2]))
-        chunks = gather(h, selection.indices) if self.hnet.merge == "boundary" else merged(h, selection, segments)
+        if self.hnet.merge == "boundary":
+            chunks = gather(h, selection.indices)
+        else:
+            chunks = merged(h, selection, segments, None if state is None else state.behind)
         chunks = constrain(chunks, "batch", "seq", None)
         seen = None if cache is None else (cache.stages[s + 1].seen if s + 1 < len(cache.stages) else cache.seen)
         inner = Level(inner_places(selection.valid, segments, selection.indices, seen))
@@ -340,7 +346,7 @@ class HNet(nnx.Module):
         )
         confidence = jnp.where(mask, found.prob, 1 - found.prob)
         y = z * straight_through(confidence)[..., None] if stage.chunker.learned else z
-        return y.reshape(shape), z.reshape(shape), after
+        return y.reshape(shape), z.reshape(shape), mask, after
 
     def _inside(
         self, s: int, x: jax.Array, level: Level, cache: HNetCache | None, call: Call
@@ -368,7 +374,7 @@ class HNet(nnx.Module):
         stages = tuple(
             of(state, 0)._replace(encoder=of(state.encoder, 1), decoder=of(state.decoder, 1)) for state in shapes.stages
         )
-        main = Cache.batch_axes() if isinstance(self.main, Backbone) else of(shapes.main, 1)
+        main = shapes.main.batch_axes() if isinstance(shapes.main, Cache) else of(shapes.main, 1)
         return HNetCache(stages, main, 0)  # type: ignore[arg-type]
 
     def _main(
@@ -427,8 +433,11 @@ class HNet(nnx.Module):
             key=None if key is None else jax.random.fold_in(key, s),
         )
 
-    def _advanced(self, state: StageState, level: Level, h: jax.Array, value: jax.Array) -> StageState:
-        """The state but for the stacks after positions with encoder outputs h and averages value [batch, n, width]."""
+    def _advanced(
+        self, state: StageState, level: Level, h: jax.Array, value: jax.Array, mask: jax.Array
+    ) -> StageState:  # fmt: skip
+        """The state but for the stacks after positions with encoder outputs h and averages value [batch, n, width], of
+        which mask bool[batch, n] says where chunks begin."""
         n, valid = h.shape[1], level.places.valid
         count = jnp.full(len(h), n, jnp.int32) if valid is None else valid.sum(1, dtype=jnp.int32)
 
@@ -442,6 +451,7 @@ class HNet(nnx.Module):
             last=latest(h, state.last),
             token=state.token if level.tokens is None else latest(level.tokens, state.token),
             value=latest(value, state.value),
+            behind=state.behind if self.hnet.merge == "boundary" else behind(h, mask, valid, state.behind),
         )
 
     def _output(self, hidden: jax.Array, level: Level, call: Call, logits: bool) -> Output:

@@ -58,10 +58,14 @@ def scatter(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     return x.at[indices].set(rows, mode="promise_in_bounds", unique_indices=True)
 
 
-def merged(x: jax.Array, selection: Selection, segments: jax.Array | None) -> jax.Array:
+def merged(
+    x: jax.Array, selection: Selection, segments: jax.Array | None, initial: jax.Array | None = None
+) -> jax.Array:  # fmt: skip
     """[batch, capacity, width]: sums of x [batch, n, width] from behind the boundary before up to each boundary, within
-    its document (ConceptMoE, section on chunking)."""
+    its document (ConceptMoE, section on chunking). initial f32[batch, width]: sum since a boundary before the first."""
     total = jnp.cumsum(x.astype(jnp.float32), axis=1)
+    if initial is not None:
+        total = total + initial[:, None]
     here = gather(total, selection.indices)
     before = jnp.pad(here, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     if segments is not None:  # a document's first boundary is its first position
@@ -69,6 +73,15 @@ def merged(x: jax.Array, selection: Selection, segments: jax.Array | None) -> ja
         starts = jnp.pad(own, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != own
         before = jnp.where(starts[..., None], here - gather(x, selection.indices), before)
     return (here - before).astype(x.dtype)
+
+
+def behind(x: jax.Array, mask: jax.Array, valid: jax.Array | None, initial: jax.Array) -> jax.Array:
+    """f32[batch, width]: the sum of x [batch, n, width] behind the last boundary of `mask` bool[batch, n], of positions
+    that exist; with `initial` f32[batch, width], that of a call before, in rows without a boundary."""
+    last = jnp.cumsum(mask, axis=1) == mask.sum(1, keepdims=True)
+    own = last & ~mask if valid is None else last & ~mask & valid
+    total = jnp.where(own[..., None], x, 0).sum(1, dtype=jnp.float32)
+    return total + jnp.where(mask.any(1, keepdims=True), 0.0, initial)
 
 
 def dechunk(

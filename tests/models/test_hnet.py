@@ -18,7 +18,7 @@ from adaptive.models.hnet_config import HNetConfig
 
 LENGTHS = [7, 11, 6]
 SEGMENTS = np.repeat([1, 2, 3], LENGTHS)[None].repeat(BATCH, 0).astype(np.int32)
-TIGHT = {1: (0.3,), 2: (0.3, 1.0), 3: (0.6, 0.6, 1.0)}  # slots: 8; 8 and 8; 16, 8 and 8 of 24 positions
+TIGHT = {1: (0.3,), 2: (0.3, 1.0), 3: (0.3, 1.0, 1.0)}  # 8 slots for the chunks of 24 bytes
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_positions_given_count_for_strides(tokens):
 
 
 def test_words_need_boundaries(tokens):
-    with pytest.raises(RecipeError, match="data.boundaries=words"):
+    with pytest.raises(RecipeError, match=r"data\.boundaries=words"):
         forward(hnet(chunkers=("words",)))(tokens)
 
 

@@ -1,0 +1,185 @@
+"""Generation with a cache equals the full forward pass: in pieces, by rows of any lengths, however rows are grouped."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hnet_models import QUICK, composed, forward, hnet, random_bytes, split_model
+
+from adaptive.errors import RecipeError
+from adaptive.models.config import RouterConfig
+
+BATCH, SEQ, ROOM = 3, 16, 20
+LENGTHS = np.array([10, 4, 7])
+EXPERT = RouterConfig(kind="expert_choice", alpha=1.0)
+TOKEN = RouterConfig(kind="token_choice", activation="softmax", alpha=1.0)
+CASES = {
+    "no chunking": hnet(0),
+    "one stage": hnet(1),
+    "one stage, windows": hnet(1, windows=(3,)),
+    "two stages": hnet(2),
+    "two stages, capacities": hnet(2, capacities=(0.3, 0.5)),
+    "sum": hnet(2, merge="sum"),
+    "similarity": hnet(2, chunkers=("similarity",)),
+    "stride": hnet(2, chunkers=("stride",)),
+    "space": hnet(1, chunkers=("space",)),
+    "words": hnet(1, chunkers=("words",)),
+    "expert choice": composed(EXPERT),
+    "expert choice, shared keys": composed(EXPERT, kv="shared"),
+    "expert choice, cycle": composed(EXPERT, sharing="cycle", num_layers=3),
+    "token choice": composed(TOKEN),
+    "token choice, shared keys": composed(TOKEN, kv="shared"),
+}
+
+
+@functools.cache
+def appended(config, rows=0):
+    """(tokens, cache, **arrays) -> (logits, depth, the stages' boundaries, cache)."""
+    graphdef, state = split_model(config)
+
+    def run(state, tokens, cache, arrays):
+        out, cache = nnx.merge(graphdef, state).prefill(tokens, cache, rows=rows, **arrays)
+        masks = tuple((stage.boundary_mask, stage.boundary_prob) for stage in out.trace.stages)
+        return out.logits, out.trace.depth, masks, cache
+
+    compiled = jax.jit(run, compiler_options=QUICK)
+    return lambda tokens, cache, **arrays: compiled(state, jnp.asarray(tokens), cache, arrays)
+
+
+def empty(config):
+    return nnx.merge(*split_model(config)).init_cache(BATCH, ROOM)
+
+
+def inputs(name):
+    """Tokens and what else comes with them."""
+    words = np.random.default_rng(5).random((BATCH, SEQ)) < 0.4
+    return random_bytes(batch=BATCH, seq=SEQ), {"boundaries": words} if "words" in name else {}
+
+
+@functools.cache
+def at_once(name):
+    tokens, arrays = inputs(name)
+    return forward(CASES[name], selection="threshold")(tokens, **arrays)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pieces_equal_the_full_forward_pass(name):
+    """A prompt of 6 bytes, one of 6 more, and single bytes."""
+    tokens, arrays = inputs(name)
+    full, cache, logits, depth = at_once(name), empty(CASES[name]), [], []
+    for start, stop in [(0, 6), (6, 12), *((i, i + 1) for i in range(12, SEQ))]:
+        own = {key: value[:, start:stop] for key, value in arrays.items()}
+        y, d, masks, cache = appended(CASES[name])(tokens[:, start:stop], cache, **own)
+        logits.append(y)
+        depth.append(d)
+        if masks:
+            np.testing.assert_array_equal(masks[0][0], full.trace.stages[0].boundary_mask[:, start:stop])
+            np.testing.assert_allclose(masks[0][1], full.trace.stages[0].boundary_prob[:, start:stop], atol=1e-4)
+    np.testing.assert_array_equal(np.concatenate(depth, 1), full.trace.depth)
+    np.testing.assert_allclose(np.concatenate(logits, 1), full.logits, atol=2e-4)
+    for s, stage in enumerate(full.trace.stages):
+        assert cache.stages[s].seen.tolist() == np.asarray(stage.valid).sum(1).tolist()
+        assert cache.seen.tolist() == np.asarray(stage.boundary_mask).sum(1).tolist() or s + 1 < len(cache.stages)
+    if CASES[name].router.kind != "none":
+        assert len(np.unique(full.trace.depth)) > 2, "the example should use several depths"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("one stage", 1), ("two stages", 0), ("two stages", 1), ("two stages", 2), ("sum", 2), ("space", 1), ("words", 2),
+     ("expert choice", 0), ("expert choice", 2), ("token choice, shared keys", 1)],
+)  # fmt: skip
+def test_rows_of_different_lengths(name, rows):
+    """Prompts of 10, 4 and 7 bytes and six single ones: each row as if alone, its chunks begin when they do."""
+    config, full = CASES[name], at_once(name)
+    tokens, arrays = inputs(name)
+    valid = np.arange(10) < LENGTHS[:, None]
+    own = {key: value[:, :10] for key, value in arrays.items()}
+    y, d, _, cache = appended(config)(np.where(valid, tokens[:, :10], 0), empty(config), valid=valid, **own)
+    for row, n in enumerate(LENGTHS):
+        np.testing.assert_allclose(y[row, :n], full.logits[row, :n], atol=2e-4)
+        np.testing.assert_array_equal(d[row, :n], full.trace.depth[row, :n])
+        assert not np.any(np.asarray(d)[row, n:])
+    began = []
+    for step in range(6):
+        at = (np.arange(BATCH), LENGTHS + step)
+        own = {key: value[at][:, None] for key, value in arrays.items()}
+        y, d, masks, cache = appended(config, rows)(tokens[at][:, None], cache, **own)
+        np.testing.assert_allclose(y[:, 0], full.logits[at], atol=2e-4)
+        np.testing.assert_array_equal(d[:, 0], np.asarray(full.trace.depth)[at])
+        began.append(np.asarray(masks[0][0])[:, 0])
+    assert cache.stages[0].seen.tolist() == (LENGTHS + 6).tolist()
+    assert len({tuple(row) for row in began}) > 1 and not all(len(set(row)) == 1 for row in began)
+
+
+@pytest.mark.parametrize("name", ["two stages", "expert choice"])
+def test_groups_of_rows_leave_the_same_cache(name):
+    """All rows at once, one at a time, two, more than there are: logits and what is remembered agree."""
+    tokens, _ = inputs(name)
+    _, _, _, cache = appended(CASES[name])(tokens[:, :8], empty(CASES[name]))
+    want = None
+    for rows in (0, 1, 2, 9):
+        y, depth, _, after = appended(CASES[name], rows)(tokens[:, 8:9], cache)
+        got = y, depth, _meaningful(after)
+        if want is not None:
+            assert jax.tree.structure(got) == jax.tree.structure(want)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-4)
+        want = got
+
+
+def _meaningful(cache):
+    """The cache without keys and values that no position owns, which nothing reads."""
+    room = np.arange(ROOM)
+
+    def own(state, seen, axis=1):
+        def one(a):
+            live = (room < np.asarray(seen)[:, None]).reshape((1,) * axis + (BATCH, ROOM) + (1,) * (a.ndim - axis - 2))
+            return np.where(live, a, 0) if a.ndim > axis + 1 and a.shape[axis + 1] == ROOM else a
+
+        return jax.tree.map(one, state)
+
+    stages = tuple(s._replace(encoder=own(s.encoder, s.seen), decoder=own(s.decoder, s.seen)) for s in cache.stages)
+    main = cache.main
+    if hasattr(main, "active"):
+        ends = {part: own(getattr(main, part), cache.seen, axis=0) for part in ("first", "last", "length")}
+        main = main._replace(block=own(main.block, cache.seen), active=own(main.active, cache.seen), **ends)
+    else:
+        main = own(main, cache.seen)
+    return cache._replace(stages=stages, main=main)
+
+
+def test_a_row_without_new_bytes_keeps_its_state():
+    config = CASES["two stages"]
+    tokens, _ = inputs("two stages")
+    _, _, _, cache = appended(config)(tokens[:, :10], empty(config))
+    valid = np.zeros((BATCH, 10), bool)
+    valid[1] = True
+    _, _, _, after = appended(config)(tokens[:, :10], cache, valid=valid)
+    assert after.stages[0].seen.tolist() == [10, 20, 10]
+    for before, now in zip(cache.stages, after.stages, strict=True):
+        for name in ("last", "value", "token", "seen"):
+            for row in (0, 2):
+                np.testing.assert_array_equal(getattr(now, name)[row], getattr(before, name)[row])
+
+
+def test_one_step_at_a_time_is_decode_step():
+    config = CASES["one stage"]
+    tokens, _ = inputs("one stage")
+    model = nnx.merge(*split_model(config))
+    step = jax.jit(lambda token, cache: model.decode_step(token, cache), compiler_options=QUICK)
+    cache = empty(config)
+    for t in range(3):
+        out, cache = step(tokens[:, t], cache)
+        np.testing.assert_allclose(out.logits[:, 0], at_once("one stage").logits[:, t], atol=2e-4)
+
+
+def test_what_cannot_generate_says_so():
+    config = composed(recursions=3, sharing="sequence", num_layers=3)
+    model = nnx.merge(*split_model(config))
+    assert "contiguous block" in model.refuse_generation() and model.selections() == ("topk",)
+    with pytest.raises(RecipeError, match="cycle or middle_cycle"):
+        model.prefill(jnp.zeros((1, 4), jnp.int32), model.init_cache(1, 4))
