@@ -1,6 +1,17 @@
 """The state space recurrence of Mamba-2 by blocks, against one step after another and for several lengths of a block.
 
 All ways of a case run in turns, so that what slows the machine slows each; of every way the fastest run counts.
+
+Measured on a busy machine, hence in processor time, on an AMD EPYC, in float32 with jax 0.10.2; 2 rows of 1024
+positions, 8 heads:
+
+| blocks of                          | 16    | 32    | 64    | 128   | 256    |
+| ---------------------------------- | ----- | ----- | ----- | ----- | ------ |
+| forward                            | 9 ms  | 9 ms  | 14 ms | 16 ms | 25 ms  |
+| with backward, keeping the inputs  | 76 ms | 56 ms | 46 ms | 56 ms | 123 ms |
+| with backward, keeping matrices    | 72 ms | 55 ms | 57 ms | 67 ms | 128 ms |
+
+One position after another took about twice as long forward, 24 times with backward, and 1.1 GiB of temporaries.
 """
 
 import argparse
@@ -37,7 +48,7 @@ class Cost:
 
 
 def by_blocks(block: int, x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array) -> Arrays:
-    """The form by blocks in plain jax.numpy, differentiated as it stands: it keeps the state before each block."""
+    """The form by blocks in plain jax.numpy, differentiated as it stands: it keeps the matrices of each block."""
     state = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[-1]), jnp.float32)
     return chunked.forward(x, dt, a, b, c, runs_of(x, None), state, block=block)
 
