@@ -11,7 +11,8 @@ positions, 8 heads:
 | with backward, keeping the inputs  | 76 ms | 56 ms | 46 ms | 56 ms | 123 ms |
 | with backward, keeping matrices    | 72 ms | 55 ms | 57 ms | 67 ms | 128 ms |
 
-One position after another took about twice as long forward, 24 times with backward, and 1.1 GiB of temporaries.
+One position after another took by the clock about twice as long forward, 13 to 30 times with backward, and 1.1 GiB of
+temporaries.
 """
 
 import argparse
