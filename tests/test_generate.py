@@ -9,6 +9,7 @@ import pytest
 
 from adaptive import generate
 from adaptive.data.tokenizers import load_tokenizer
+from adaptive.errors import CheckpointError
 from adaptive.inference.load import find, load
 from adaptive.inference.marks import Writer
 from adaptive.models.build import build_model
@@ -71,6 +72,9 @@ def test_the_parameters_are_those_of_the_checkpoint(tmp_path):
         same = jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), trained.state, states[step].params)
         assert all(jax.tree.leaves(same))
     assert find(tmp_path / "run").step == 7
+    (tmp_path / "run" / "checkpoints" / "7" / "about" / "metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"7 cannot be read: .*; there are also --step 3"):
+        load(find(tmp_path / "run"))
 
 
 def test_texts_are_continued_alone_and_together(run, hnet, tmp_path):

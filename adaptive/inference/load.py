@@ -28,11 +28,12 @@ class Trained(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A run with a checkpoint to read."""
+    """A run with a checkpoint to read, and the steps of all it has."""
 
     recipe: Recipe
     checkpoints: Path
     step: int
+    steps: tuple[int, ...]
 
 
 def find(workdir: str | Path, step: int | None = None) -> Found:
@@ -57,7 +58,7 @@ def find(workdir: str | Path, step: int | None = None) -> Found:
         )
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder.path} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    return Found(recipe, folder.checkpoints, steps[-1] if step is None else step)
+    return Found(recipe, folder.checkpoints, steps[-1] if step is None else step, tuple(steps))
 
 
 def load(found: Found) -> Trained:
@@ -75,6 +76,10 @@ def load(found: Found) -> Trained:
     part = {"params": params, "buffers": buffers}
     if not jax.tree.leaves(buffers):
         del part["buffers"]
-    read = read_part(found.checkpoints, found.step, part)
+    try:
+        read = read_part(found.checkpoints, found.step, part)
+    except CheckpointError as error:
+        others = ", ".join(f"--step {step}" for step in found.steps if step != found.step)
+        raise CheckpointError(f"{error}{f'; there are also {others}' if others else ''}") from None
     state = nnx.merge_state(read["params"], read.get("buffers", buffers))
     return Trained(recipe, found.step, graphdef, state, tokenizer, refuse)

@@ -91,7 +91,7 @@ class Sampler:
         markers = None if self._marker is None else [self._marker() for _ in prompts]
         tokens, valid = _padded(prompts)
         room = -(-(tokens.shape[1] + length + at_once) // ROOM) * ROOM
-        cache, last = self._empty(self._state, len(prompts), room), None
+        cache, last = self._empty(self._state, len(prompts), room)
         for begin in range(0, tokens.shape[1], PIECE):
             part = slice(begin, begin + PIECE)
             given = None if markers is None else _marked(markers, tokens[:, part], valid[:, part])
@@ -130,8 +130,10 @@ class Sampler:
 
     # Compiled
 
-    def _make_cache(self, state: Any, batch: int, room: int) -> Any:
-        return nnx.merge(self._graphdef, state).init_cache(batch, room)
+    def _make_cache(self, state: Any, batch: int, room: int) -> tuple[Any, jax.Array]:
+        """(an empty cache, logits f32[batch, vocab] before any token)."""
+        model = nnx.merge(self._graphdef, state)
+        return model.init_cache(batch, room), jnp.zeros((batch, model.head_weight().shape[0]))
 
     def _read_piece(
         self, state: Any, tokens: jax.Array, valid: jax.Array, given: jax.Array | None, *, cache: Any, last: Any
@@ -142,8 +144,7 @@ class Sampler:
         out, cache = model.prefill(tokens, cache, valid, **options)
         count = valid.sum(1)
         logits = jax.vmap(lambda row, i: row[jnp.maximum(i - 1, 0)])(out.logits, count)
-        if last is not None:
-            logits = jnp.where((count > 0)[:, None], logits, last)
+        logits = jnp.where((count > 0)[:, None], logits, last)
         return cache, logits, _boundaries(out.trace, tokens.shape)
 
     def _first_tokens(self, logits: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

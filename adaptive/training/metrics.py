@@ -9,6 +9,7 @@ A row is one flat JSON object. Rows of training steps hold
     mfu_active, mfu_dense_equivalent where the device's peak is known
     aux/NAME, routing/NAME           auxiliary losses before their coefficients; router statistics
     experts/NAME                     what experts did, below
+    routing/NAME_S                   of H-Nets: what chunking stage S did, below
 
 and rows of evaluations hold step, tokens, flops, seconds and eval/loss, eval/bits_per_byte, eval/dead_token_ratio,
 eval/routing/NAME, eval/experts/NAME; a second way of selecting is named in between, as in eval/threshold/loss. Values
@@ -33,6 +34,16 @@ over the calls of such layers (a layer that several recursions share is called i
     experts/by_layer/layer           their layers' numbers in the unrolled network, from 0
     experts/by_layer/experts_per_token   [calls][n]: share of tokens with 0, 1, ... experts (16: 16 or more)
     experts/load                     [calls][experts]: each expert's share of the load; null for a call without tokens
+
+H-Nets have, for each chunking stage S from 0, the bytes, inwards, means over the batch:
+
+    routing/kept_S                   share of its positions that begin a chunk
+    routing/positions_per_chunk_S    one over it
+    routing/bytes_per_chunk          bytes per chunk of the innermost stage
+    routing/probability_S            mean boundary probability; routing/probability_std_S: its spread over positions
+    routing/near_half_S              share of positions whose probability is within 0.05 of one half
+    routing/overflow_S               share of boundaries that found no slot (model.hnet.capacities)
+    routing/ratio_loss_global_S      ratio loss over the whole batch; routing/ratio_loss_device_S: mean of each device's
 """
 
 import contextlib
