@@ -14,6 +14,7 @@ from adaptive.training.report.runs import Run
 from adaptive.training.report.schema import MOST_BYTES, ChunkRecord
 from adaptive.training.report.svg import element
 
+_MOST_OVERSHOOT = 3.0  # times the highest target that the chart of chunk sizes shows
 _SELECTIONS = {"topk": "with the capacities of training", "threshold": "without capacities, as in generation"}
 _RULES = {
     "stride": "every so many positions",
@@ -122,7 +123,7 @@ def _curves(run: Run, stages: Sequence[int]) -> list[str]:
     sizes = [series for s in stages for series in _sizes(run, stages, s)]
     near = [series for s in learned for series in _both(run, f"near_half_{s}", f"stage {s}", s)]
     return [
-        line_chart("Bytes per chunk", sizes, x="tokens", y="bytes per chunk", y_range=(0, None)),
+        line_chart("Bytes per chunk", sizes, x="tokens", y="bytes per chunk", y_range=(0, _highest(sizes))),
         line_chart("Positions kept", _against_target(run, "kept", stages), y="share that begins a chunk", **share),
         line_chart(
             "Mean probability", _against_target(run, "probability", learned), y="of a boundary", **share,
@@ -160,6 +161,13 @@ def _sizes(run: Run, stages: Sequence[int], stage: int) -> list[Series]:
     return found
 
 
+def _highest(series: Sequence[Series]) -> float | None:
+    """Where to cut off curves that overshoot their targets by far at first; None: nowhere."""
+    targets = [value for s in series if s.style == "dashed" for _, value in s.points]
+    limit = _MOST_OVERSHOOT * max(targets, default=math.inf)
+    return limit if any(value > limit for s in series for _, value in s.points) else None
+
+
 def _against_target(run: Run, name: str, stages: Sequence[int]) -> list[Series]:
     config, found = _config(run), []
     for s in stages:
@@ -195,7 +203,7 @@ def _ratio_losses(run: Run, stages: Sequence[int]) -> str:
     config = _config(run)
     used = f"; trained: {'whole batch' if config.ratio_over == 'global' else 'by device'}" if config else ""
     same = "" if apart else "; both are the same here"
-    note = f"before their coefficient, 1 at the target{used}{same}"
+    note = f"1 at the target{used}{same}"
     return line_chart("Ratio losses", series, x="tokens", y="mean over the interval", note=note)
 
 
@@ -207,5 +215,5 @@ def size_tile(run: Run) -> tuple[str, str, str] | None:
     if not sizes:
         return None
     each = " \u00d7 ".join(f"{b / a:.2f}" for a, b in zip([1.0, *sizes], sizes, strict=False))
-    kept = f"{percent(1 / sizes[-1])} of bytes begin one"
+    kept = f"one at {percent(1 / sizes[-1])} of bytes"
     return "bytes per chunk", f"{sizes[-1]:.2f}", f"{each} by stage" if len(sizes) > 1 else kept
