@@ -49,8 +49,7 @@ def assemble(
     depth = jnp.ones(shape, jnp.int32) if inner is None and not records else _passes(records, inner)
     count = depth.size if valid is None else jnp.maximum(valid.sum(), 1)
     if records:
-        chunks = jnp.maximum(records[-1].mask.sum(), 1)
-        scalars["bytes_per_chunk"] = count / chunks
+        scalars["chunks_per_byte"] = records[-1].mask.sum() / count
     if "mean_depth" in scalars:
         scalars["mean_depth"] = depth.sum() / count  # passes per byte, where the inner network counts per chunk
     scores = () if inner is None else tuple(_spread(records, a, jnp.nan) for a in inner.trace.scores)

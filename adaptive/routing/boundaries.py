@@ -147,14 +147,13 @@ def ratio_losses(boundaries: Boundaries, valid: jax.Array, target: float, shards
 
 
 def chunk_statistics(boundaries: Boundaries, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-    """Of one stage, f32[] each: the share of positions that begin a chunk, positions per chunk, mean and spread of the
-    probabilities, the share of them within 0.05 of one half, and the share of boundaries that found no slot."""
+    """Of one stage, f32[] each: the share of positions that begin a chunk, mean and spread of the probabilities, the
+    share of them within 0.05 of one half, and the share of boundaries that found no slot."""
     mean = lambda values: jnp.where(valid, values, 0.0).sum() / jnp.maximum(valid.sum(), 1)  # noqa: E731
     prob, kept = mean(boundaries.prob), mean(mask)
     wanted = jnp.maximum(mean(boundaries.wanted), 1e-9)
     return {
         "kept": kept,
-        "positions_per_chunk": 1 / jnp.maximum(kept, 1e-9),
         "probability": prob,
         "probability_std": jnp.sqrt(jnp.maximum(mean(jnp.square(boundaries.prob - prob)), 0.0)),
         "near_half": mean(jnp.abs(boundaries.prob - 0.5) < NEAR_HALF),

@@ -9,6 +9,7 @@ import numpy as np
 from adaptive.data.pipeline import Batch, Data
 from adaptive.data.words import row_marker
 from adaptive.training.experts import ExpertSums, routed_layers
+from adaptive.training.metrics import chunk_sizes
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
 from adaptive.training.report.schema import TokenRecord
@@ -57,6 +58,7 @@ class Evaluator:
                 row[f"{prefix}bits_per_byte"] = nll / math.log(2) / text
             for name in scalars[0]:
                 row[f"{prefix}{name}"] = float(np.mean([s[name] for s in scalars]))
+            row |= chunk_sizes(row, prefix)
             row |= {f"{prefix}{name}": value for name, value in experts.columns().items()}
             if first is None:
                 first = counter

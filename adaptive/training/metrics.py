@@ -38,8 +38,7 @@ over the calls of such layers (a layer that several recursions share is called i
 H-Nets have, for each chunking stage S from 0, the bytes, inwards, means over the batch:
 
     routing/kept_S                   share of its positions that begin a chunk
-    routing/positions_per_chunk_S    one over it
-    routing/bytes_per_chunk          bytes per chunk of the innermost stage
+    routing/chunks_per_byte          chunks of the innermost stage; routing/bytes_per_chunk: one over that
     routing/probability_S            mean boundary probability; routing/probability_std_S: its spread over positions
     routing/near_half_S              share of positions whose probability is within 0.05 of one half
     routing/overflow_S               share of boundaries that found no slot (model.hnet.capacities)
@@ -249,7 +248,7 @@ class Meter:
             means["skipped"] = int(self._sums.get("skipped", 0))
         if "ce" in means:
             means["bits_per_byte"] = bits_per_byte(means["ce"], self._cost.bytes_per_token)
-        row = {**self.position(step), **means, **self._experts.columns(), **more, **self._rates()}
+        row = {**self.position(step), **means, **chunk_sizes(means), **self._experts.columns(), **more, **self._rates()}
         self._begin_interval()
         return row
 
@@ -268,6 +267,12 @@ class Meter:
             rates["mfu_active"] = cost.flops / per_step / cost.peak
             rates["mfu_dense_equivalent"] = cost.dense_flops / per_step / cost.peak
         return rates
+
+
+def chunk_sizes(means: Mapping[str, float], place: str = "") -> Row:
+    """Bytes per chunk of an H-Net, from mean counts: the mean of sizes themselves would be that of the largest."""
+    chunks = means.get(f"{place}routing/chunks_per_byte")
+    return {} if chunks is None else {f"{place}routing/bytes_per_chunk": 1 / chunks if chunks else math.nan}
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

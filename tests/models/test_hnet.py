@@ -58,7 +58,7 @@ def test_shapes_and_trace(stages, tokens):
         assert np.flatnonzero(out.trace.depth[row]).tolist() == inner.tolist()
     assert np.asarray(out.trace.depth).max() == 1
     if stages:
-        assert out.trace.scalars["bytes_per_chunk"] == pytest.approx(BATCH * SEQ / np.asarray(out.trace.depth).sum())
+        assert out.trace.scalars["chunks_per_byte"] == pytest.approx(np.asarray(out.trace.depth).mean())
 
 
 def test_a_ratio_loss_for_every_learned_stage(tokens):
@@ -140,7 +140,7 @@ def test_padding_is_a_shorter_sequence(tokens):
     assert not np.any(np.asarray(first.boundary_mask) & ~valid) and not np.any(np.asarray(padded.trace.depth)[~valid])
     f, g = (np.asarray(a)[valid].mean() for a in (first.boundary_mask, first.boundary_prob))
     assert padded.aux["ratio_loss_0"].value == pytest.approx(1.5 * (2 * f * g + (1 - f) * (1 - g)), rel=1e-5)
-    assert padded.trace.scalars["bytes_per_chunk"] == pytest.approx(33 / np.asarray(padded.trace.depth).sum())
+    assert padded.trace.scalars["chunks_per_byte"] == pytest.approx(np.asarray(padded.trace.depth).sum() / 33)
     same = run(np.where(valid, tokens, 65), segment_ids=valid.astype(np.int32))
     np.testing.assert_array_equal(padded.logits, same.logits)
 

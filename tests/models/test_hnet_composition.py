@@ -108,7 +108,7 @@ def test_chunks_of_an_hnet_are_such_a_sequence(name):
         np.testing.assert_allclose(scores[:, ::4], exact, atol=1e-5)
         assert np.isnan(np.delete(np.asarray(scores), np.s_[::4], axis=1)).all()
     assert out.trace.scalars["mean_depth"] == pytest.approx(np.asarray(want.trace.depth).sum() / tokens.size)
-    assert out.trace.scalars["bytes_per_chunk"] == 4
+    assert out.trace.scalars["chunks_per_byte"] == 1 / 4
 
 
 @pytest.mark.parametrize("name", ["expert", "token", "token in slots"])

@@ -268,7 +268,7 @@ def test_statistics_of_a_stage():
     got = {k: float(v) for k, v in chunk_statistics(Boundaries(prob, wanted), mask, valid).items()}
     own = prob[valid]
     want = {
-        "kept": 6 / 10, "positions_per_chunk": 10 / 6, "probability": own.mean(), "probability_std": own.std(),
+        "kept": 6 / 10, "probability": own.mean(), "probability_std": own.std(),
         "near_half": 1 / 10, "overflow": 1 / 7,
     }  # fmt: skip
     assert got == pytest.approx(want, rel=1e-5)

@@ -51,7 +51,7 @@ def write_run(folder, passage, hnet=TWO, capacities=()):
         far = {"step": step, "tokens": step * 100, "flops": step * 1e6, "seconds": step / 10}
         columns = {"bytes_per_chunk": 6.0}
         for s in range(2):
-            columns |= {f"kept_{s}": 0.4, f"positions_per_chunk_{s}": 2.5, f"probability_{s}": 0.42}
+            columns |= {f"kept_{s}": 0.4, f"probability_{s}": 0.42}
             columns |= {f"near_half_{s}": 0.1, f"overflow_{s}": 0.02, f"probability_std_{s}": 0.2}
             columns |= {f"ratio_loss_global_{s}": 1.02, f"ratio_loss_device_{s}": 1.02 + 1e-3 * s}
         logged = {f"routing/{name}": value for name, value in columns.items()}

@@ -51,10 +51,10 @@ def bytes_per_chunk(row: Mapping[str, float | None], stages: Sequence[int], plac
     """Of each stage, counted from the bytes; as many as are known."""
     out, product = [], 1.0
     for stage in stages:
-        value = row.get(f"{place}routing/positions_per_chunk_{stage}")
-        if value is None:
+        kept = row.get(f"{place}routing/kept_{stage}")
+        if not kept:
             break
-        out.append(product := product * value)
+        out.append(product := product / kept)
     return out
 
 
