@@ -356,12 +356,15 @@ class HNet(nnx.Module):
             return self._through(s, x, level, cache, call)
 
         def apply(x: jax.Array, places: Places, cache: HNetCache) -> Any:
-            own = call._replace(rows=0, records=[], inner=[])
+            own = call._replace(records=[], inner=[])
             y, after = self._through(s, x, Level(places), cache, own)
             records = [(r.found, r.mask, r.exists, r.selection) for r in own.records]
             return y, after, (records, [out.trace.depth for out in own.inner])
 
-        y, after, (records, depths) = in_groups(apply, x, level.places, cache, self._batch_axes(), call.rows)
+        # Stages around stay as they are, so the loop does not carry them.
+        inner, axes = (c._replace(stages=((None,) * s + c.stages[s:])) for c in (cache, self._batch_axes()))
+        y, after, (records, depths) = in_groups(apply, x, level.places, inner, axes, call.rows)
+        after = after._replace(stages=cache.stages[:s] + after.stages[s:])
         for found, mask, exists, selection in records:
             call.records.append(StageRecord(found, mask, exists, selection, x.shape[:2]))
         call.inner.extend(Output(y, None, AuxLosses(), Trace(depth)) for depth in depths)

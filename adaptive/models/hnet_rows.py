@@ -26,11 +26,16 @@ def in_groups(
     """
     assert places.valid is not None and places.seen is not None
     rows, seen = min(rows, len(x)), places.seen
+    everyone = rows == len(x)
     _, _, told = jax.eval_shape(apply, x, places, cache)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), told)
 
     def group(carry: Any) -> Any:
         pending, y, cache, told = carry
+        if everyone:  # nothing to pick out, and rows that do not exist stay as they are
+            y, cache, told = apply(x, places, cache)
+            live = lambda a: jnp.where(pending.reshape(-1, *(1,) * (a.ndim - 1)), a, jnp.zeros_like(a))  # noqa: E731
+            return jnp.zeros_like(pending), live(y), cache, jax.tree.map(live, told)
         order = jnp.argsort(~pending, stable=True)[:rows]  # after the pending ones others, which stay
         own = Places(places.number[order], None, pending[order][:, None], seen[order])
         few = jax.tree.map(lambda a, axis: jnp.take(a, order, axis), cache, axes)
