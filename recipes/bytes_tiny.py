@@ -1,8 +1,8 @@
 """A byte-level transformer of 5 layers, width 128: what the tiny H-Nets are compared with.
 
 python -m adaptive.train --recipe bytes_tiny
-Numbers:  our own, for a CPU in minutes; the network of vanilla_tiny at the best rate tried, which learned faster than one
-          with the blocks and initialisation of the H-Nets (2.24 bits per byte against 2.29 after 580 steps)
+Numbers:  our own, for a CPU in minutes; the network of vanilla_tiny at the best rate tried. It learned faster than one
+          with the H-Nets' blocks and initialisation (2.24 bits per byte against 2.29 after 580 steps)
 Expect:   not measured
 Cost:     as many training FLOPs as hnet_tiny and hnet_2stage_tiny (the account says 9 TFLOPs); not yet timed
 """
