@@ -1,5 +1,5 @@
 """python -m adaptive.bench train --recipe NAME [--against NAME] [group.name=value ...]: what a training step costs.
-python -m adaptive.bench ema | experts | grouped_matmul | ssd: what one layer or operation costs beside its baseline.
+python -m adaptive.bench ema | experts | grouped_matmul | hnet | ssd: what one layer or model costs beside its baseline.
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats.
@@ -29,7 +29,7 @@ from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe, load
 from adaptive.training.program import Program
 
-OPERATIONS = ("ema", "experts", "grouped_matmul", "ssd")  # modules of adaptive/benchmarks
+OPERATIONS = ("ema", "experts", "grouped_matmul", "hnet", "ssd")  # modules of adaptive/benchmarks
 MATMUL_SIDE = {"cpu": 2048}  # of the square matmul that stands for the machine's peak, by platform
 ACCELERATOR_SIDE = 8192
 

@@ -362,7 +362,8 @@ class HNet(nnx.Module):
             return y, after, (records, [out.trace.depth for out in own.inner])
 
         # Stages around stay as they are, so the loop does not carry them.
-        inner, axes = (c._replace(stages=((None,) * s + c.stages[s:])) for c in (cache, self._batch_axes()))
+        around: Any = (None,) * s
+        inner, axes = (c._replace(stages=around + c.stages[s:]) for c in (cache, self._batch_axes()))
         y, after, (records, depths) = in_groups(apply, x, level.places, inner, axes, call.rows)
         after = after._replace(stages=cache.stages[:s] + after.stages[s:])
         for found, mask, exists, selection in records:
