@@ -76,4 +76,5 @@ def _build(config: TransformerConfig) -> Build:
 @functools.cache
 def _initial(build: Build, tx: optax.GradientTransformation) -> TrainState:
     """Made once, on the host: compiling the initialisation for every mesh would cost more than the tests."""
-    return jax.tree.map(np.asarray, jax.jit(lambda key: initial_state(build, tx, key), compiler_options=QUICK)(jax.random.key(0)))
+    make = jax.jit(lambda key: initial_state(build, tx, key), compiler_options=QUICK)
+    return jax.tree.map(np.asarray, make(jax.random.key(0)))

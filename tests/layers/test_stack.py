@@ -22,9 +22,8 @@ LAYOUT = "T1m2M1t1"
 @functools.cache
 def split_stack(blocks=LAYOUT, shape=SHAPE, dtype=jnp.float32):
     # Weights larger than a real model's, so that every block says something at this size.
-    make = lambda: Stack(  # noqa: E731
-        parse_layout([blocks]).main, shape, std=0.3, out_std=0.3, key=jax.random.key(0), eps=1e-5, theta=1e4, dtype=dtype
-    )  # fmt: skip
+    main, key = parse_layout([blocks]).main, jax.random.key(0)
+    make = lambda: Stack(main, shape, std=0.3, out_std=0.3, key=key, eps=1e-5, theta=1e4, dtype=dtype)  # noqa: E731
     return nnx.split(nnx.eval_shape(make))[0], jax.jit(lambda: nnx.state(make()))()
 
 
