@@ -2,7 +2,8 @@
 
 python -m adaptive.train --recipe hnet_2stage_tiny
 Numbers:  our own, for a CPU in minutes; kinds and training as in hnet_2stage_l
-Expect:   held-out bits per byte 2.47 at step 200 and 2.17 at the end, 8.1 bytes per chunk (2026-11-21, one CPU device, jax 0.10.2)
+Expect:   held-out bits per byte 2.47 at step 200 and 2.17 at the end, 8.1 bytes per chunk
+          (2026-11-21, one CPU device, jax 0.10.2)
 Cost:     as many training FLOPs as bytes_tiny and hnet_tiny (the account says 9 TFLOPs); not yet timed
 """
 
