@@ -9,7 +9,8 @@
     --top_p 1.0        draws from the likeliest tokens that make up this share of the probability
     --seed 0           of the draws
     --show_chunks      marks where the chunks of an H-Net begin
-    --rows 0           how many rows the network inside an H-Net decodes together; 0: all, chunk or not
+    --rows N           how many rows the network inside an H-Net decodes together; 0: all, chunk or not (default: 1 for
+                       a single text or on a CPU, otherwise 0)
 
 One text is shown as it is made, several when all are done. Ctrl-C ends with what there is.
 Exit codes: 0 done, 2 something asked for cannot work, 130 interrupted.
@@ -83,7 +84,7 @@ def run(begin: float) -> int:
     import jax
 
     from adaptive.inference.load import find, load
-    from adaptive.inference.sampling import ROWS, Sampler, marker_of, prompt_tokens
+    from adaptive.inference.sampling import Sampler, marker_of, prompt_tokens
     from adaptive.training.program import keep_compilations
 
     found = find(FLAGS.workdir, FLAGS.step)
@@ -108,12 +109,19 @@ def run(begin: float) -> int:
         top_p=FLAGS.top_p,
         vocab=trained.tokenizer.vocab_size,
         end=trained.tokenizer.eos_id,
-        rows=ROWS if FLAGS.rows is None else FLAGS.rows,
+        rows=rows_at_once(stages, len(ids)) if FLAGS.rows is None else FLAGS.rows,
         marker=marker_of(found.recipe, trained.tokenizer),
     )
     at_once = STREAMED if len(ids) == 1 and sys.stdout.isatty() else 32
     pieces = sampler(ids, FLAGS.tokens, jax.random.key(FLAGS.seed), at_once=at_once)
     return Show(trained, len(ids), begin).all(pieces)
+
+
+def rows_at_once(stages: int, texts: int) -> int:
+    """Of H-Nets: on a CPU one row after another is fastest; an accelerator would wait for each of many."""
+    import jax
+
+    return int(stages > 0 and (texts == 1 or jax.local_devices()[0].platform == "cpu"))
 
 
 class Show:

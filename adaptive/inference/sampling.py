@@ -14,7 +14,6 @@ from adaptive.errors import DataError
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
 
-ROWS = 0  # rows that the network inside an H-Net decodes together; 0: all, whether a chunk begins there or not
 PIECE = 256  # positions of a prompt that are computed at once; shorter ones are padded to a power of two
 SHORTEST = 16
 ROOM = 256  # caches grow by so many positions: fewer lengths mean fewer compilations
@@ -66,7 +65,7 @@ class Sampler:
         top_p: float = 1.0,
         vocab: int | None = None,
         end: int | None = None,
-        rows: int = ROWS,
+        rows: int = 0,
         marker: Callable[[], Marker] | None = None,
     ):
         self._graphdef, self._state, self._vocab, self._end = graphdef, state, vocab, end

@@ -221,8 +221,9 @@ class Backbone(nnx.Module):
         bias = None if self.router_bias is None else self.router_bias[...]
         routers = recursion.Routers(list(self.routers), list(self.aux_routers), bias)
         if c.router.kind == "token_choice":
+            exact = selection == "threshold"
             return recursion.token_choice_depths(
-                steps, c, routers, x, rows, exists=exists, step=step, key=key, exact=selection == "threshold"
+                steps, c, routers, x, rows, exists=exists, counts=counts, step=step, key=key, exact=exact
             )
         if c.router.kind == "expert_choice" and selection == "threshold":
             return recursion.expert_choice_causal(steps, c, routers, x, rows, exists=exists)

@@ -15,6 +15,7 @@ from adaptive.layers.rope import Rope
 from adaptive.layers.router import Router
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.routing import expert_choice, token_choice
+from adaptive.routing.losses import mean_over
 from adaptive.routing.rows import add_rows, membership, take_rows
 from adaptive.routing.scores import passes, scores_of
 from adaptive.routing.select import select_first
@@ -215,6 +216,7 @@ def token_choice_depths(
     rows: Rows,
     *,
     exists: jax.Array | None = None,
+    counts: jax.Array | None = None,
     step: jax.Array | None = None,
     key: jax.Array | None = None,
     exact: bool = False,
@@ -225,6 +227,7 @@ def token_choice_depths(
     `masked` execution runs every position under a mask: exact, saves nothing. `capacity` execution computes at most the
     capacities of the recipe, first come first served along the sequence; a token that finds no slot stops at its last
     completed recursion, and is counted. `exact` asks for masked execution whatever the recipe says (generation).
+    Other arguments as in `expert_choice_top`.
     """
     cfg, n = config.router, config.recursions
     logits = routers.main[0](x)
@@ -234,8 +237,10 @@ def token_choice_depths(
     decided = token_choice.decide(
         logits, scores_of(logits, cfg.activation, cfg.alpha), routers.bias, where=exists, full_depth=full_depth
     )
-    run = _token_choice_masked if exact or cfg.execution == "masked" else _token_choice_capacity
-    out, depth, selections, overflow = run(steps, config, decided, x, rows, exists)
+    if exact or cfg.execution == "masked":
+        out, depth, selections, overflow = _token_choice_masked(steps, config, decided, x, rows, exists)
+    else:
+        out, depth, selections, overflow = _token_choice_capacity(steps, config, decided, x, rows, exists, counts)
     aux = AuxLosses()
     if cfg.balancing == "loss":
         aux["balancing_loss"] = Aux(decided.losses["balancing_loss"], cfg.balance_coefficient)
@@ -262,7 +267,7 @@ def _token_choice_masked(steps, config, decided, x, rows, exists):
     return out, decided.depth + 1, tuple(selections), jnp.zeros((), jnp.float32)
 
 
-def _token_choice_capacity(steps, config, decided, x, rows, exists):
+def _token_choice_capacity(steps, config, decided, x, rows, exists, counts):
     gate = decided.gate if config.router.gating == "weighted" else jnp.ones_like(decided.gate)
     seq = x.shape[1]
     wants, out, h, reached = decided.depth, x, x, jnp.zeros(x.shape[:2], jnp.int32)
@@ -270,14 +275,16 @@ def _token_choice_capacity(steps, config, decided, x, rows, exists):
     selections, overflow = [], jnp.zeros((), jnp.float32)
     for r, capacity in enumerate(config.capacities(seq)):
         asked = present & (wants >= r) & (reached == r)
-        selection = select_first(asked, decided.gate, capacity)
+        fraction = config.capacity_fractions[r]
+        limit = None if counts is None else expert_choice.limit_of_counts(fraction, counts, seq, None)
+        selection = select_first(asked, decided.gate, capacity, limit)
         got = membership(selection, seq)
         new = steps(r, take_rows(h, selection.indices), rows_at(rows, selection.indices, selection.valid), selection)
         h = add_rows(
             h, selection.indices, jnp.where(selection.valid[..., None], new - take_rows(h, selection.indices), 0)
         )
         reached = reached + got
-        overflow = overflow + (asked & ~got).mean(dtype=jnp.float32)
+        overflow = overflow + mean_over((asked & ~got).astype(jnp.float32), exists)
         selections.append(selection)
     done = (x.astype(jnp.float32) + gate[..., None] * h.astype(jnp.float32)).astype(x.dtype)
     out = jnp.where((reached > 0)[..., None], done, out)

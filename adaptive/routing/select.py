@@ -35,14 +35,16 @@ def select_top(
     return _gated(where, jnp.take_along_axis(gates, where, axis=-1, mode="promise_in_bounds"), valid)
 
 
-def select_first(allowed: jax.Array, gates: jax.Array, capacity: int) -> Selection:
+def select_first(
+    allowed: jax.Array, gates: jax.Array, capacity: int, limit: jax.Array | int | None = None
+) -> Selection:  # fmt: skip
     """The first `capacity` allowed positions of each sequence: a causal choice, whatever follows.
 
-    allowed bool[batch, seq], gates f32[batch, seq] -> Selection of [batch, capacity].
+    allowed bool[batch, seq], gates f32[batch, seq] -> Selection of [batch, capacity]; limit as in `select_top`.
     """
     seq = allowed.shape[-1]
     earlier_is_better = jnp.where(allowed, -jnp.arange(seq, dtype=jnp.float32), -jnp.inf)
-    return select_top(earlier_is_better, gates, capacity)
+    return select_top(earlier_is_better, gates, capacity, limit)
 
 
 def _gated(indices: jax.Array, weights: jax.Array, valid: jax.Array) -> Selection:

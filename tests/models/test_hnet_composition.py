@@ -19,7 +19,9 @@ EXPERT = RouterConfig(kind="expert_choice", alpha=1.0, z_coefficient=0.1)
 AUXILIARY = RouterConfig(kind="expert_choice", sampling="aux_router", alpha=1.0)
 TOKEN = RouterConfig(kind="token_choice", activation="softmax", alpha=1.0, z_coefficient=0.1)
 FREE = RouterConfig(kind="token_choice", activation="sigmoid", alpha=1.0, balancing="loss_free")
-CAPPED = RouterConfig(kind="token_choice", activation="softmax", alpha=1.0, execution="capacity", capacities=(1.0,) * 3)
+CAPPED = RouterConfig(
+    kind="token_choice", activation="softmax", alpha=1.0, execution="capacity", capacities=(1.0, 0.5, 0.34)
+)
 ROUTERS = {
     "recursive": RouterConfig(), "expert": EXPERT, "auxiliary": AUXILIARY, "token": TOKEN, "loss-free": FREE,
     "token in slots": CAPPED,
