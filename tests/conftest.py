@@ -16,9 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # device that finds none never arrives.
 os.environ.setdefault("NPROC", "32")
 
-MOST_MAPPINGS = 20_000  # Linux allows a process 65,530; each compiled program takes about a dozen while it lives
-    20_000  # Linux allows a process 65,530; each compiled program takes about a dozen for as long as it lives
-)
+MOST_MAPPINGS = 20_000  # Linux allows a process 65,530; a compiled program takes about a dozen while it lives
 MAPPINGS = Path("/proc/self/maps")
 
 
