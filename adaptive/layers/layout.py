@@ -137,15 +137,6 @@ def parse_layout(layout: str | list[Any], *, where: str = "model.hnet.layout") -
         layout, at = layout[1], f"{at}[1]"
 
 
-def spelled(layout: Layout) -> str:
-    """The JSON text that `parse_layout` reads."""
-    blocks = lambda runs: "".join(f"{run.letter}{run.count}" for run in runs)  # noqa: E731
-    text: list[Any] = [blocks(layout.main) or HOUSE]
-    for encoder, decoder in zip(reversed(layout.encoders), reversed(layout.decoders), strict=True):
-        text = [blocks(encoder), text, blocks(decoder)]
-    return json.dumps(text)
-
-
 def _blocks(text: Any, where: str) -> Blocks:
     if not isinstance(text, str):
         raise RecipeError(f"{where}: {json.dumps(text)} is no text of blocks, as in m4 or T1m4")
