@@ -183,7 +183,7 @@ class Show:
             self._report_chunks()
 
     def _report_chunks(self) -> None:
-        from adaptive.account_hnet import account, dense_equivalent
+        from adaptive.account import account, dense_equivalent
         from adaptive.inference.marks import together
 
         total = together([writer.tally() for writer in self._writers])

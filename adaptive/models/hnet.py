@@ -21,12 +21,13 @@ from adaptive.layers.stack import Places, Stack, State
 from adaptive.models.backbone import Backbone, Cache, Selecting
 from adaptive.models.config import TransformerConfig
 from adaptive.models.hnet_config import HNetConfig
-from adaptive.models.hnet_places import Level, begins, inner_places, numbered, packed, shifted
+from adaptive.models.hnet_places import Level, inner_places, packed, shifted
 from adaptive.models.hnet_rows import in_groups
 from adaptive.models.hnet_trace import StageRecord, assemble
 from adaptive.parallel.rules import batch_shards, constrain, gathered
 from adaptive.parallel.shard import sharded
 from adaptive.routing.boundaries import behind, dechunk, gather, merged, select_boundaries, straight_through
+from adaptive.routing.chunks import begins, numbered
 from adaptive.routing.types import AuxLosses, Output, Trace
 from kernels_pallas.ema import ema
 
@@ -326,7 +327,7 @@ class HNet(nnx.Module):
             found, exists, segments, h = packed(found, exists, segments, h)
         n = h.shape[1]
         selection, mask = select_boundaries(found, self.hnet.capacity(s, n) if call.limited else n)
-        call.records.append(StageRecord(found, mask, exists, selection, shape[:2]))
+        call.records.append(StageRecord(found, mask, exists, selection))
         if self.hnet.merge == "boundary":
             chunks = gather(h, selection.indices)
         else:
@@ -358,16 +359,14 @@ class HNet(nnx.Module):
         def apply(x: jax.Array, places: Places, cache: HNetCache) -> Any:
             own = call._replace(records=[], inner=[])
             y, after = self._through(s, x, Level(places), cache, own)
-            records = [(r.found, r.mask, r.exists, r.selection) for r in own.records]
-            return y, after, (records, [out.trace.depth for out in own.inner])
+            return y, after, (own.records, [out.trace.depth for out in own.inner])
 
         # Stages around stay as they are, so the loop does not carry them.
         around: Any = (None,) * s
         inner, axes = (c._replace(stages=around + c.stages[s:]) for c in (cache, self._batch_axes()))
         y, after, (records, depths) = in_groups(apply, x, level.places, inner, axes, call.rows)
         after = after._replace(stages=cache.stages[:s] + after.stages[s:])
-        for found, mask, exists, selection in records:
-            call.records.append(StageRecord(found, mask, exists, selection, x.shape[:2]))
+        call.records.extend(records)
         call.inner.extend(Output(y, None, AuxLosses(), Trace(depth)) for depth in depths)
         return y, after
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from adaptive.layers.stack import Places
 from adaptive.parallel.rules import batch_shards, constrain
 from adaptive.routing.boundaries import gather
+from adaptive.routing.chunks import begins, numbered
 
 
 class Level(NamedTuple):
@@ -26,19 +27,6 @@ def shifted(x: jax.Array, last: jax.Array | None) -> jax.Array:
     """[batch, n, ...]: each position holds the one before it, the first of all `last` (None: zeros)."""
     first = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
     return jnp.concatenate([first, x[:, :-1]], axis=1)
-
-
-def begins(segments: jax.Array) -> jax.Array:
-    """bool[batch, n]: the first position of every document."""
-    return jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != segments
-
-
-def numbered(shape: tuple[int, ...], segments: jax.Array | None) -> jax.Array:
-    """i32[batch, n]: places in the documents."""
-    position = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    if segments is None:
-        return position
-    return position - jax.lax.cummax(jnp.where(begins(segments), position, 0), axis=1)
 
 
 def inner_places(

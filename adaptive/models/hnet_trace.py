@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.models.hnet_config import HNetConfig
-from adaptive.routing.boundaries import Boundaries, chunk_statistics, ratio_losses, scatter
+from adaptive.routing.boundaries import Boundaries, chunk_statistics, ratio_losses
+from adaptive.routing.stages import outwards
 from adaptive.routing.types import Aux, AuxLosses, Output, Selection, StageTrace, Trace
 
 
 class StageRecord(NamedTuple):
-    """One stage's decision. shape: (batch, n) of its positions before rows were packed, if they were."""
+    """One stage's decision about the positions [batch, n] that reached it; of packed rows, as they were packed."""
 
     found: Boundaries
     mask: jax.Array
     exists: jax.Array
     selection: Selection
-    shape: tuple[int, ...]
 
 
 def assemble(
@@ -46,29 +46,20 @@ def assemble(
             losses = ratio_losses(record.found, record.exists, config.target(s), shards)
             aux[f"ratio_loss_{s}"] = Aux(losses[config.ratio_over], config.ratio_coefficient)
             scalars |= {f"ratio_loss_{over}_{s}": value for over, value in losses.items()}
-    depth = jnp.ones(shape, jnp.int32) if inner is None and not records else _passes(records, inner)
+    stages = tuple(StageTrace(r.found.prob, r.mask, r.found.wanted & ~r.mask, r.exists, r.selection) for r in records)
+    depth = _passes(stages, inner, shape) if stages else jnp.ones(shape, jnp.int32)
     count = depth.size if valid is None else jnp.maximum(valid.sum(), 1)
     if records:
         scalars["chunks_per_byte"] = records[-1].mask.sum() / count
     if "mean_depth" in scalars:
         scalars["mean_depth"] = depth.sum() / count  # passes per byte, where the inner network counts per chunk
-    scores = () if inner is None else tuple(_spread(records, a, jnp.nan) for a in inner.trace.scores)
+    chunks = () if inner is None else inner.trace.scores
+    scores = tuple(outwards(stages, a, jnp.nan).reshape(shape) for a in chunks)
     own = Trace(depth) if inner is None else inner.trace._replace(depth=depth, scores=scores)
-    stages = tuple(StageTrace(r.found.prob, r.mask, r.found.wanted & ~r.mask, r.exists, r.selection) for r in records)
     return aux, own._replace(scalars=scalars or None, stages=stages)
 
 
-def _passes(records: Sequence[StageRecord], inner: Output | None) -> jax.Array:
-    innermost = records[-1].selection.valid
-    depth = innermost.astype(jnp.int32) if inner is None else jnp.where(innermost, inner.trace.depth, 0)
-    return _spread(records, depth, 0)
-
-
-def _spread(records: Sequence[StageRecord], values: jax.Array, nothing: float) -> jax.Array:
-    """Values of the innermost stage's chunks [batch, capacity] at the bytes [batch, seq] that they begin with."""
-    for record in reversed(records):
-        selection = record.selection
-        everywhere = jnp.full(record.mask.shape, nothing, values.dtype)
-        values = jnp.where(selection.valid, values, jnp.asarray(nothing, values.dtype))
-        values = scatter(everywhere, selection.indices, values).reshape(record.shape)
-    return values
+def _passes(stages: Sequence[StageTrace], inner: Output | None, shape: tuple[int, ...]) -> jax.Array:
+    innermost = stages[-1].selection.valid
+    depth = innermost.astype(jnp.int32) if inner is None else inner.trace.depth
+    return outwards(stages, depth, 0).reshape(shape)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adaptive.routing.chunks import begins
 from adaptive.routing.types import Selection
 from kernels_pallas.ema import ema
 
@@ -70,8 +71,7 @@ def merged(
     before = jnp.pad(here, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     if segments is not None:  # a document's first boundary is its first position
         own = gather(segments, selection.indices)
-        starts = jnp.pad(own, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != own
-        before = jnp.where(starts[..., None], here - gather(x, selection.indices), before)
+        before = jnp.where(begins(own)[..., None], here - gather(x, selection.indices), before)
     return (here - before).astype(x.dtype)
 
 
@@ -106,7 +106,7 @@ def dechunk(
     """
     own = None if segments is None else gather(segments, selection.indices)
     if smooth:
-        starts = None if own is None else jnp.pad(own, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != own
+        starts = None if own is None else begins(own)
         z = average(z, jnp.clip(selection.weights, LEAST, 1 - LEAST), starts=starts, initial=initial)
     chunk = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     there = jnp.maximum(chunk, 0)

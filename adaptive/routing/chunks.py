@@ -24,6 +24,20 @@ class Chunks(NamedTuple):
         return jax.vmap(lambda of, row: zeros.at[of].add(row))(self.of, values)
 
 
+def begins(segments: jax.Array) -> jax.Array:
+    """bool[batch, n]: the first position of every document of segments i32[batch, n]."""
+    first = jnp.ones((len(segments), 1), bool)
+    return jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
+
+
+def numbered(shape: tuple[int, ...], segments: jax.Array | None) -> jax.Array:
+    """i32[batch, n]: places of the positions of (batch, n) in their documents; segments None: one per row."""
+    position = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if segments is None:
+        return position
+    return position - jax.lax.cummax(jnp.where(begins(segments), position, 0), axis=1)
+
+
 def neighbours(shape: tuple[int, ...], present: jax.Array | None, segments: jax.Array | None) -> jax.Array:
     """bool[batch, seq - 1]: whether a position of (batch, seq) and the next hold tokens of one document.
 
@@ -38,14 +52,11 @@ def neighbours(shape: tuple[int, ...], present: jax.Array | None, segments: jax.
 def chunks(shape: tuple[int, ...], length: int, present: jax.Array | None, segments: jax.Array | None) -> Chunks:
     """The chunks of `length` that each document is cut into from its start; arguments as for `neighbours`."""
     batch, seq = shape
-    position = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), shape)
+    inside = numbered(shape, segments)
     where = jnp.ones(shape) if present is None else present.astype(jnp.float32)
     if segments is None:
-        of, number = position // length, -(-seq // length)
+        of, number = inside // length, -(-seq // length)
     else:
-        first = jnp.ones((batch, 1), bool)
-        starts = jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=1)
-        inside = position - jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
         of, number = jnp.cumsum(inside % length == 0, axis=1, dtype=jnp.int32) - 1, seq
     own = Chunks(of, jnp.zeros((batch, number)), length)
     return own._replace(tokens=own.sum(where))

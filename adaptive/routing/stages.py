@@ -26,11 +26,16 @@ def at_bytes(stages: Sequence[StageTrace], shape: tuple[int, ...]) -> tuple[Stag
     views = []
     for depth, stage in enumerate(stages):
         mask, prob = stage.boundary_mask & stage.valid, jnp.where(stage.valid, stage.boundary_prob, jnp.nan)
-        for outer in reversed(stages[:depth]):
-            indices, valid = outer.selection.indices, outer.selection.valid
-            held = mask.reshape(valid.shape) & valid
-            known = jnp.where(valid, prob.reshape(valid.shape), jnp.nan)
-            mask = scatter(jnp.zeros(outer.boundary_mask.shape, bool), indices, held)
-            prob = scatter(jnp.full(outer.boundary_prob.shape, jnp.nan, known.dtype), indices, known)
+        mask, prob = outwards(stages[:depth], mask, False), outwards(stages[:depth], prob, jnp.nan)
         views.append(StageView(mask.reshape(shape), prob.reshape(shape)))
     return tuple(views)
+
+
+def outwards(stages: Sequence[StageTrace], values: jax.Array, nothing: float | bool) -> jax.Array:
+    """Values of the chunks that the last of `stages` passes on, at the positions of the first that they begin with, and
+    `nothing` at all others. Without stages the values themselves."""
+    for stage in reversed(stages):
+        indices, valid = stage.selection.indices, stage.selection.valid
+        held = jnp.where(valid, values.reshape(valid.shape), nothing)
+        values = scatter(jnp.full(stage.boundary_mask.shape, nothing, held.dtype), indices, held)
+    return values
