@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quick
 from flax import nnx
 
 from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.models.hnet_config import HNetConfig
 
-# Unoptimised machine code: these programs run a few times. The programs themselves are the same.
-QUICK = {"xla_backend_optimization_level": "0"}
 BATCH, SEQ = 2, 24
 LAYOUTS = {
     0: '["M1t1"]',
@@ -90,9 +89,7 @@ def split_model(config: TransformerConfig, **options: Any) -> tuple[Any, Any]:
 def forward(config: TransformerConfig, **options: Any):
     """(tokens, **arrays) -> Output, compiled once per config, options and names of arrays."""
     graphdef, state = split_model(config)
-    run = jax.jit(
-        lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays), compiler_options=QUICK
-    )
+    run = quick.jit(lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays))
     return lambda tokens, **arrays: run(state, tokens, arrays)
 
 

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import quick
 
 from adaptive import generate
 from adaptive.data.tokenizers import load_tokenizer
@@ -37,7 +38,7 @@ def made(folder, *settings: str, steps=(3, 7)):
     (folder / "recipe.json").write_text(recipe.to_json())
     build = lambda key: build_model(recipe.model, key=key)  # noqa: E731
     tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
-    start = jax.jit(lambda key: initial_state(build, tx, key))
+    start = quick.jit(lambda key: initial_state(build, tx, key))
     checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint, {})
     states = {step: start(jax.random.key(step)) for step in steps}
     for step, state in states.items():

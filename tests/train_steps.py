@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import optax
+import quick
 
 from adaptive.data.windows import Batch
 from adaptive.models.build import build_model
@@ -18,8 +19,6 @@ from adaptive.training.state import Build, TrainState, abstract_model, initial_s
 from adaptive.training.step import Metrics, make_train_step
 
 RULES = AxisRules()
-# Unoptimised machine code: these programs run once. The programs themselves are the same.
-QUICK = {"xla_backend_optimization_level": "0"}
 
 
 def packed_batch(rows: int, seq: int, vocab: int, seed: int = 0) -> Batch:
@@ -65,7 +64,7 @@ def compiled_step(
     with placement(devices, RULES):
         batch = jax.device_put(packed_batch(rows, seq, config.vocab_size), batch_sharding(devices, RULES))
         lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(program.state(), batch)
-        return dataclasses.replace(program, compiled=lowered.compile(QUICK))
+        return dataclasses.replace(program, compiled=lowered.compile(quick.OPTIONS))
 
 
 @functools.cache
@@ -76,5 +75,5 @@ def _build(config: TransformerConfig) -> Build:
 @functools.cache
 def _initial(build: Build, tx: optax.GradientTransformation) -> TrainState:
     """Made once, on the host: compiling the initialisation for every mesh would cost more than the tests."""
-    make = jax.jit(lambda key: initial_state(build, tx, key), compiler_options=QUICK)
+    make = quick.jit(lambda key: initial_state(build, tx, key))
     return jax.tree.map(np.asarray, make(jax.random.key(0)))

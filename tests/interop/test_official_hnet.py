@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 from oracle import hnet as oracle
 
@@ -20,7 +21,6 @@ CONFIGS = oracle.configs()
 # Gradients where a letter, a depth or an option is new; of the rest, values alone.
 GRADIENTS = {"one-same-width", "one-hybrid", "one-lists", "two-widening", "three"}
 # Optimised little, because compiling is most of the time here.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def cross_entropy(logits, rows):
@@ -60,7 +60,7 @@ def test_equals_the_oracle(name):
 
     graded = name in GRADIENTS
     run = jax.value_and_grad(loss, has_aux=True) if graded else lambda tensors: (loss(tensors), None)
-    (total, out), grads = jax.jit(run, compiler_options=QUICK)({key: jnp.asarray(v) for key, v in tensors.items()})
+    (total, out), grads = quick.jit(run)({key: jnp.asarray(v) for key, v in tensors.items()})
     assert out.logits.dtype == jnp.float32
     for i, theirs in enumerate(want):
         check_stages(out.trace, i, theirs)
@@ -96,7 +96,7 @@ def test_packed_sequences_are_separate_ones(name):
             pieces.append((i, start, start + length))
             start += length
     model = from_official("hnet", tensors, config)
-    out = jax.jit(lambda m, t, s: m(t, segment_ids=s), compiler_options=QUICK)(model, rows, ids)
+    out = quick.jit(lambda m, t, s: m(t, segment_ids=s))(model, rows, ids)
     want = [oracle.forward(tensors, config, rows[i, first:last]) for i, first, last in pieces]
     assert min(w.margin for w in want) > 1e-5
     for (i, first, last), theirs in zip(pieces, want, strict=True):
@@ -118,8 +118,8 @@ def test_decoding_byte_by_byte(name):
     config, tensors, batch, want = case(name)
     rows, seq = jnp.asarray(batch.rows, jnp.int32), batch.rows.shape[1]
     model = from_official("hnet", tensors, config)
-    prefill = jax.jit(lambda m, t, c, v: m.prefill(t, c, v), compiler_options=QUICK)
-    step = jax.jit(lambda m, t, c: m.decode_step(t, c), compiler_options=QUICK)
+    prefill = quick.jit(lambda m, t, c, v: m.prefill(t, c, v))
+    step = quick.jit(lambda m, t, c: m.decode_step(t, c))
     for lengths in ((9, 4), (0, 0)):
         cache = model.init_cache(2, seq + 9)
         if any(lengths):

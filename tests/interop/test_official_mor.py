@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 from oracle import mor as oracle
 
@@ -66,7 +67,7 @@ def compiled(name):
     def run(tensors, step):
         return measured(name, ours)(tensors, config, deterministic=step is None, step=step)
 
-    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    return quick.jit(run)
 
 
 def compare(name, call=None):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 
 from adaptive.errors import UserError
@@ -57,7 +58,7 @@ def loss_and_output(tensors, name):
 
 def compiled(function):
     """Optimised little, because compiling is most of the time here."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return quick.jit(function)
 
 
 def test_there_are_recordings_of_every_kind():

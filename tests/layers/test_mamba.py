@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 
 from adaptive.layers.mamba import Mamba2, SSMOptions
@@ -66,7 +67,7 @@ def written_out(module, x, segments):
 @pytest.mark.parametrize("options", [OPTIONS, OPTIONS._replace(d_conv=1, expand=1, head_dim=3, block=256)])
 def test_equals_the_formulas(options, segments):
     module, x = layer(options), inputs()
-    update, state = nnx.jit(lambda m, x: m(x, segments=segments, keep=True))(module, x)
+    update, state = quick.jit(lambda m, x: m(x, segments=segments, keep=True))(module, x)
     ids = np.zeros((BATCH, SEQ), int) if segments is None else np.asarray(segments)
     for row in range(BATCH):
         expected, conv, ssm = written_out(module, x[row], ids[row])
@@ -75,7 +76,7 @@ def test_equals_the_formulas(options, segments):
         np.testing.assert_allclose(state.ssm[row], ssm, rtol=2e-4, atol=1e-5)
 
 
-@nnx.jit(static_argnames="keep")
+@quick.jit(static_argnames="keep")
 def run(module, x, segments=None, valid=None, state=None, keep=True):
     return module(x, segments=segments, valid=valid, state=state, keep=keep)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 
 from adaptive.layers.layout import BlockShape, parse_layout
@@ -24,13 +25,13 @@ def split_stack(blocks=LAYOUT, shape=SHAPE, dtype=jnp.float32):
     # Weights larger than a real model's, so that every block says something at this size.
     main, key = parse_layout([blocks]).main, jax.random.key(0)
     make = lambda: Stack(main, shape, std=0.3, out_std=0.3, key=key, eps=1e-5, theta=1e4, dtype=dtype)  # noqa: E731
-    return nnx.split(nnx.eval_shape(make))[0], jax.jit(lambda: nnx.state(make()))()
+    return nnx.split(nnx.eval_shape(make))[0], quick.jit(lambda: nnx.state(make()))()
 
 
 @functools.cache
 def compiled(keep=False, **options):
     graphdef, state = split_stack(**options)
-    run = jax.jit(lambda state, x, places, before: nnx.merge(graphdef, state)(x, places, before, keep=keep))
+    run = quick.jit(lambda state, x, places, before: nnx.merge(graphdef, state)(x, places, before, keep=keep))
     return lambda x, places, before=None: run(state, x, places, before)
 
 

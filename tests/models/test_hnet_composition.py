@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
-from hnet_models import BATCH, QUICK, SEQ, composed, forward, hnet, random_bytes, split_model
+from hnet_models import BATCH, SEQ, composed, forward, hnet, random_bytes, split_model
 
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Buffer
@@ -39,7 +40,7 @@ def backbone(config, selection):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         return nnx.merge(graphdef, state).main.apply(x, positions, selection=selection, **arrays)
 
-    compiled = jax.jit(run, compiler_options=QUICK)
+    compiled = quick.jit(run)
     return lambda x, **arrays: compiled(state, x, arrays)
 
 
@@ -94,7 +95,7 @@ def test_chunks_of_an_hnet_are_such_a_sequence(name):
     out = forward(config)(tokens)
     graphdef, state = split_model(config)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @quick.jit
     def chunks(state):
         model = nnx.merge(graphdef, state)
         places = Places(jnp.broadcast_to(jnp.arange(SEQ, dtype=jnp.int32), tokens.shape))
@@ -155,7 +156,7 @@ def test_everything_learns_and_buffers_move():
     graphdef, params, buffers = nnx.split(nnx.merge(*split_model(config)), nnx.Param, ...)
     tokens = random_bytes()
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @quick.jit
     def step(params):
         def loss(params):
             out = nnx.merge(graphdef, params, buffers)(tokens, deterministic=False, key=jax.random.key(0))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 
 from adaptive.account import account, parameters
@@ -68,7 +69,7 @@ def split_model(config: TransformerConfig):
 @functools.cache
 def forward(config: TransformerConfig, selection: str):
     graphdef, state = split_model(config)
-    run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens, selection=selection))
+    run = quick.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens, selection=selection))
     return lambda tokens: run(state, tokens)
 
 
@@ -101,7 +102,7 @@ def test_generation_equals_the_full_forward(name, tokens):
     config = MODELS[name]
     graphdef, state = split_model(config)
     full = forward(config, "threshold")(tokens)
-    extend = jax.jit(lambda state, tokens, cache: nnx.merge(graphdef, state).prefill(tokens, cache))
+    extend = quick.jit(lambda state, tokens, cache: nnx.merge(graphdef, state).prefill(tokens, cache))
     cache = nnx.merge(graphdef, state).init_cache(4, SEQ)
     logits = []
     for start, stop in ((0, 20), *((i, i + 1) for i in range(20, SEQ))):
@@ -152,7 +153,7 @@ def test_every_expert_and_router_learns(tokens):
         graphdef, state = split_model(MODELS[name])
         params, buffers = nnx.split_state(state, nnx.Param, ...)
         loss = lambda p: (nnx.merge(graphdef, p, buffers)(tokens).logits ** 2).mean()  # noqa: B023, E731
-        grads = jax.jit(jax.grad(loss))(params)
+        grads = quick.jit(jax.grad(loss))(params)
         for path, grad in nnx.to_flat_state(grads):
             if "feed_forward" in path:
                 assert np.all(np.abs(grad[...]).max((-2, -1)) > 0), path

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 
 from adaptive.errors import RecipeError
@@ -61,7 +62,7 @@ def split_model(config: TransformerConfig):
 def forward(config: TransformerConfig, **options):
     """tokens, **arrays -> Output, compiled once per config and options."""
     graphdef, state = split_model(config)
-    run = jax.jit(lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays))
+    run = quick.jit(lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays))
     return lambda tokens, **arrays: run(state, tokens, arrays)
 
 
@@ -102,7 +103,7 @@ def test_sharing_equals_the_layers_written_out(sharing, tokens):
     vanilla, flat = unrolled(config, state)
     flat_graphdef, _ = split_model(vanilla)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @quick.jit(static_argnums=0)
     def logits_and_grads(graphdef, state):
         def loss(state):
             logits = nnx.merge(graphdef, state)(tokens).logits
@@ -296,7 +297,7 @@ def test_generation_with_a_cache_equals_the_full_forward_pass(name, tokens):
     config = CAUSAL[name]
     graphdef, state = split_model(config)
     full = forward(config, selection="threshold")(tokens)
-    extend = jax.jit(lambda state, tokens, cache: nnx.merge(graphdef, state).prefill(tokens, cache))
+    extend = quick.jit(lambda state, tokens, cache: nnx.merge(graphdef, state).prefill(tokens, cache))
     cache = nnx.merge(graphdef, state).init_cache(2, SEQ + 4)
     logits, depth = [], []
     for start, stop in [(0, 10), *((i, i + 1) for i in range(10, SEQ))]:
@@ -375,7 +376,7 @@ def test_capacity_warm_up_takes_the_published_numbers(tokens):
     assert got == want
     config = model_config(dataclasses.replace(EXPERT, capacity_warmup_steps=4), recursions=3)
     graphdef, state = split_model(config)
-    run = jax.jit(lambda state, step: nnx.merge(graphdef, state)(tokens, deterministic=False, step=step).trace)
+    run = quick.jit(lambda state, step: nnx.merge(graphdef, state)(tokens, deterministic=False, step=step).trace)
     for t in (0, 1, 6):
         trace = run(state, jnp.asarray(t))
         limits = [int(capacity_limit(c, SEQ, jnp.asarray(t), 4)) for c in (1, 2 / 3, 1 / 3)]
@@ -395,7 +396,7 @@ def test_loss_free_bias_moves_towards_the_underloaded():
 def test_auxiliary_routers_learn_apart(tokens):
     graphdef, state = split_model(model_config(AUXILIARY, recursions=2, sharing="cycle"))
 
-    @jax.jit
+    @quick.jit
     def grads(state):
         def parts(state):
             out = nnx.merge(graphdef, state)(tokens)
@@ -418,5 +419,5 @@ def test_routers_learn_through_the_gate(tokens):
         router = dataclasses.replace(EXPERT, sampling="none", gating=gating)
         graphdef, state = split_model(model_config(router, recursions=2, sharing="cycle"))
         loss = lambda s, g=graphdef: nnx.merge(g, s)(tokens).logits.std()  # noqa: E731
-        grads = jax.jit(jax.grad(loss))(state)
+        grads = quick.jit(jax.grad(loss))(state)
         assert [bool(np.any(g)) for g in jax.tree.leaves(grads["routers"])] == [reached] * 2

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from jax.sharding import NamedSharding
 
 from adaptive.errors import MeshError, RecipeError
@@ -19,7 +20,6 @@ from adaptive.routing.dispatch import Dispatch, by_expert, by_token, to_rows, to
 
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, K = 8, 4, 8, 16, 8, 2
 AXES = {"up": ("experts", "width", "expert_ff"), "down": ("experts", "expert_ff", "width")}
-QUICK = {"xla_backend_optimization_level": "0"}
 
 
 def feed_forward(weights, rows, group_sizes):
@@ -83,14 +83,14 @@ def loss(x, scale, weights, dispatch, direction, ragged):
 def computed(dispatch, ragged, mesh=None, settings=None):
     """(y, lost, gradients of x, of the combine weights and of the matrices)."""
     x, weights, direction = arrays()
-    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnames="ragged")
+    step = quick.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnames="ragged")
     args = (x, dispatch.weights, weights, dispatch, direction)
     if mesh is None:
-        grads, (y, lost) = step.lower(*args, ragged=ragged).compile(QUICK)(*args)
+        grads, (y, lost) = step(*args, ragged=ragged)
     else:
         devices = jax.devices()[: int(np.prod(mesh))]
         with placement(make_mesh(MeshConfig(*mesh), devices), axis_rules(settings), settings):
-            grads, (y, lost) = step.lower(*args, ragged=ragged).compile(QUICK)(*args)
+            grads, (y, lost) = step(*args, ragged=ragged)
     return jax.tree.map(np.asarray, (y, lost, *grads))
 
 
@@ -204,13 +204,13 @@ def collectives(settings: ExpertParallel, mesh, ragged=False) -> dict[str, int]:
     m, rules = make_mesh(MeshConfig(*mesh)), axis_rules(settings)
     with placement(m, rules, settings):
         put = lambda a, *names: jax.device_put(a, NamedSharding(m, rules.spec(*names)))  # noqa: E731
-        forward = jax.jit(lambda x, d, w: run(x, d, w, AXES, to_rows if ragged else to_slots, feed_forward))
+        forward = quick.jit(lambda x, d, w: run(x, d, w, AXES, to_rows if ragged else to_slots, feed_forward))
         whole = {name: tuple(None if n == "width" else n for n in AXES[name]) for name in AXES}
         args = (
             put(x, "batch"), jax.tree.map(lambda a: put(a, "batch"), dispatch),
             {name: put(w, *whole[name]) for name, w in weights.items()},
         )  # fmt: skip
-        return hlo.collectives(forward.lower(*args).compile(QUICK).as_text())
+        return hlo.collectives(forward.lower(*args).compile().as_text())
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+import quick
 from flax import nnx
-from hnet_models import QUICK
 from train_steps import compiled_step, packed_batch
 
 from adaptive.models.config import RouterConfig, TransformerConfig
@@ -98,9 +98,8 @@ def test_a_ratio_loss_of_each_device(mesh, rows):
     state, batch = program.state(), packed_batch(ROWS, SEQ, 64)
     graphdef = nnx.split(nnx.eval_shape(lambda: program.build(jax.random.key(0))))[0]
     params = jax.tree.map(np.asarray, state.params)
-    trace = jax.jit(
+    trace = quick.jit(
         lambda params: nnx.merge(graphdef, params)(batch.tokens, segment_ids=batch.segment_ids).trace,
-        compiler_options=QUICK,
     )(params)
     f, g = (
         np.asarray(a, np.float64).reshape(-1, rows * SEQ).mean(1)

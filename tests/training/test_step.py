@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from flax import nnx
 from train_steps import compiled_step, packed_batch
 
@@ -47,7 +48,7 @@ def test_loss_is_the_mean_over_counted_targets():
     program = compiled_step(VANILLA, GRADIENT, ONE, ROWS, SEQ)
     graphdef, _ = abstract_model(lambda key: build_model(VANILLA, key=key))
 
-    @jax.jit
+    @quick.jit
     def logits_of(params, batch):
         model = nnx.merge(graphdef, params)
         return model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids).logits

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from expert_oracle import (
     Decision,
     best,
@@ -165,7 +166,7 @@ def test_a_model_carries_the_residual_from_layer_to_layer():
         out = nnx.merge(graphdef, state)(tokens)
         return out.aux.total() + out.logits.std()
 
-    grads = jax.jit(jax.grad(loss))(state)
+    grads = quick.jit(jax.grad(loss))(state)
     by_layer = np.abs(np.asarray(grads["block"]["feed_forward"]["router"]["residual"][...])).max((1, 2))
     assert by_layer[0] == 0  # nothing below the first layer
     assert (by_layer[1:] > 0).all()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 
 from adaptive.errors import RecipeError
@@ -68,7 +69,7 @@ def generation(name: str):
     assert not moe.refuse_generation()
     graphdef, state = nnx.split(moe)
 
-    @jax.jit
+    @quick.jit
     def run(state, x):
         y, routing = nnx.merge(graphdef, state).routed(x, Context(selection="threshold"))
         return y, routing.stats
