@@ -4,9 +4,9 @@ whose routers know their own cost, import jax. H-Nets are counted in `adaptive.a
 A matmul of [m, k] by [k, n] counts 2 m k n FLOPs; nothing else counts (norms, softmax, rotary tables, gathers, the
 embedding lookup). Training does every forward matmul once and, for each, two more in the backward pass: the gradients
 of its two inputs. That holds for projections, feed-forward, the two matmuls of attention and the output head, whose
-loss is computed with its gradient (`adaptive.training.loss`), so a compiled train step contains three matmuls for each
-forward one. The exceptions are small and counted: an auxiliary router's first matmul has no input gradient, and a
-router without any gradient has its forward alone.
+loss is computed with its gradient (`adaptive.objectives.cross_entropy`), so a compiled train step contains three
+matmuls for each forward one. The exceptions are small and counted: an auxiliary router's first matmul has no input
+gradient, and a router without any gradient has its forward alone.
 
 Attention has two costs. "Executed" multiplies all queries by all keys, as the reference implementation runs it.
 "Useful" counts the (query, key) pairs that causality and a window allow, at most about half: what a perfect kernel

@@ -81,7 +81,7 @@ def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Seq
     """Makes `workdir` the folder of a run at step 0 whose model has the tensors."""
     from adaptive.interop import check_kind, from_official
     from adaptive.interop.files import read_tensors
-    from adaptive.training.run_folder import RunFolder
+    from adaptive.runs.folder import RunFolder
 
     check_kind(kind)
     official = read_config(config)
@@ -110,10 +110,10 @@ def export(kind: str, workdir: Path, path: Path) -> None:
         raise CheckpointError(f"--export {path}: it is written as safetensors, so its name must end in .safetensors")
     from flax import nnx
 
-    from adaptive.inference.load import find, load
     from adaptive.interop import check_kind, to_official
     from adaptive.interop.files import write_safetensors
     from adaptive.interop.official_hnet_config import config_to_official
+    from adaptive.runs.load import find, load
 
     check_kind(kind)
     trained = load(find(workdir))
@@ -133,10 +133,10 @@ def save(recipe: Recipe, model: Any, workdir: Path) -> None:
     from flax import nnx
 
     from adaptive.parallel.mesh import make_mesh
-    from adaptive.training.checkpoint import Checkpoints
+    from adaptive.runs.checkpoint import Checkpoints
+    from adaptive.runs.folder import RunFolder
+    from adaptive.runs.state import TrainState
     from adaptive.training.program import Program
-    from adaptive.training.run_folder import RunFolder
-    from adaptive.training.state import TrainState
 
     program = Program(recipe, make_mesh(recipe.mesh))
     params, buffers = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))

@@ -83,9 +83,9 @@ def run(begin: float) -> int:
     prompts = read_prompts()
     import jax
 
-    from adaptive.inference.load import find, load
     from adaptive.inference.sampling import Sampler, marker_of, prompt_tokens
-    from adaptive.training.program import keep_compilations
+    from adaptive.runs.load import find, load
+    from adaptive.runs.platform import keep_compilations
 
     found = find(FLAGS.workdir, FLAGS.step)
     texts = prompts or [found.recipe.log.sample_prompt]

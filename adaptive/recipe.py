@@ -19,7 +19,8 @@ from adaptive.models.config import TransformerConfig
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.overrides import leaf_kinds, leaf_values, nearest, parse, read, with_leaf
 from adaptive.parallel.config import MeshConfig
-from adaptive.training.config import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+from adaptive.runs.config import CheckpointConfig
+from adaptive.training.config import EvalConfig, LogConfig, TrainConfig
 
 FORMAT_VERSION = 3  # 1: before experts, 2: before H-Net; the settings that these lack had what is now their default
 SHARED_MODULES = ("bases", "hnet_bases")  # modules of recipes/ that hold what families share

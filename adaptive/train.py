@@ -87,9 +87,10 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
     from adaptive.data.huggingface import HubError
     from adaptive.data.pipeline import open_data
     from adaptive.parallel.mesh import make_mesh
+    from adaptive.runs.folder import RunFolder
+    from adaptive.runs.platform import keep_compilations
     from adaptive.training import plan as plans
-    from adaptive.training.program import Program, Steps, data_shard, keep_compilations
-    from adaptive.training.run_folder import RunFolder
+    from adaptive.training.program import Program, Steps, data_shard
     from adaptive.training.stopping import StopRequest
     from adaptive.training.watchdog import COMPILE_S, Watchdog
 

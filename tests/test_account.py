@@ -14,8 +14,8 @@ from adaptive.errors import RecipeError
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.objectives.cross_entropy import cross_entropy_sum
 from adaptive.peaks import peak_of
-from adaptive.training.loss import cross_entropy_sum
 
 D, F, V, H, K, HD, S = 32, 48, 64, 4, 2, 8, 24
 BASE = TransformerConfig(

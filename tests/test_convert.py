@@ -10,8 +10,8 @@ from oracle import hnet as oracle
 
 from adaptive import train
 from adaptive.convert import main
-from adaptive.inference.load import find, load
 from adaptive.interop.files import read_tensors, write_safetensors
+from adaptive.runs.load import find, load
 from adaptive.training.metrics import read_rows
 
 pytest.importorskip("safetensors")

@@ -11,13 +11,13 @@ import quick
 from adaptive import generate
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.errors import CheckpointError
-from adaptive.inference.load import find, load
 from adaptive.inference.marks import Writer
 from adaptive.models.build import build_model
 from adaptive.optim.build import make_optimizer
 from adaptive.recipe import Recipe
-from adaptive.training.checkpoint import Checkpoints
-from adaptive.training.state import initial_state
+from adaptive.runs.checkpoint import Checkpoints
+from adaptive.runs.load import find, load
+from adaptive.runs.state import initial_state
 
 HNET = (
     'model.hnet.layout=["T1", ["T1"], "T1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=16",

@@ -15,7 +15,7 @@ from adaptive.models.config import TransformerConfig
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, placement
-from adaptive.training.state import Build, TrainState, abstract_model, initial_state, state_shardings
+from adaptive.runs.state import Build, TrainState, abstract_model, initial_state, state_shardings
 from adaptive.training.step import Metrics, make_train_step
 
 RULES = AxisRules()

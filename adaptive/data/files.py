@@ -57,6 +57,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes `text` to `path` in UTF-8, as `write_atomically` does."""
+    write_atomically(path, text.encode("utf-8"))
+
+
 @contextlib.contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
     """Turns an OSError inside the block (no permission, disk full) into a DataError: `what` failed, `remedy`."""

@@ -15,7 +15,7 @@ from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.routers.duo_llm import BIG, SMALL, Forced, Layer
-from adaptive.training.loss import chunk_length, cross_entropy_sum
+from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
 
 
 class Oracle(NamedTuple):

@@ -25,13 +25,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = 100  # steps; 0: only at the end
-    keep_last: int = 2
-    keep_every: int = 0  # also keep each checkpoint whose step is a multiple; 0: none
-
-
-@dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between rows of metrics.jsonl
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is present

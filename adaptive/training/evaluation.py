@@ -8,12 +8,12 @@ import numpy as np
 
 from adaptive.data.pipeline import Batch, Data
 from adaptive.data.words import row_marker
+from adaptive.runs.state import TrainState
 from adaptive.training.experts import ExpertSums, routed_layers
 from adaptive.training.metrics import chunk_sizes
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
 from adaptive.training.report.schema import TokenRecord
-from adaptive.training.state import TrainState
 
 Row = dict[str, Any]
 

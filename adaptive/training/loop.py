@@ -16,7 +16,9 @@ from adaptive.data.pipeline import Data
 from adaptive.errors import NonFiniteError
 from adaptive.inference.sampling import marker_of, prompt_tokens, sample
 from adaptive.optim.schedule import make_schedule
-from adaptive.training.checkpoint import Checkpoints, digest
+from adaptive.runs.checkpoint import Checkpoints, digest
+from adaptive.runs.folder import RunFolder
+from adaptive.runs.state import TrainState
 from adaptive.training.chunk_alarm import ChunkAlarm
 from adaptive.training.evaluation import Evaluator
 from adaptive.training.expert_alarm import ExpertAlarm
@@ -28,8 +30,6 @@ from adaptive.training.progress import Progress
 from adaptive.training.report.page import write_report
 from adaptive.training.report.passage import print_chunks, print_passage
 from adaptive.training.report.schema import PlanRecord, SampleRecord, save_record
-from adaptive.training.run_folder import RunFolder
-from adaptive.training.state import TrainState
 from adaptive.training.stopping import PREEMPTED, StopRequest
 from adaptive.training.tracking import start_tracking
 from adaptive.training.watchdog import COMPILE_S, Watchdog

@@ -56,12 +56,12 @@ from typing import Any
 
 import jax
 
-from adaptive.data import files
+from adaptive.data.files import write_text_atomically
 from adaptive.errors import UserError
+from adaptive.runs.folder import METRICS_FILE
 from adaptive.training.experts import PREFIX as EXPERTS
 from adaptive.training.experts import ExpertSums
 
-METRICS_FILE = "metrics.jsonl"
 Row = dict[str, Any]
 
 
@@ -86,7 +86,7 @@ class MetricsLog:
         path = Path(workdir) / METRICS_FILE
         try:
             kept = [row for row in _rows(path) if row.get("step", 0) <= resume_step]
-            write_atomically(path, "".join(map(_line, kept)))
+            write_text_atomically(path, "".join(map(_line, kept)))
             return cls(path, kept[-1] if kept else None)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --workdir") from None
@@ -105,11 +105,6 @@ class MetricsLog:
 def read_rows(workdir: str | Path) -> list[Row]:
     """The rows of WORKDIR/metrics.jsonl in order, whole lines alone; none where there is no file."""
     return list(_rows(Path(workdir) / METRICS_FILE))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file so that a reader, or a kill, sees the old or the new text and nothing between."""
-    files.write_atomically(path, text.encode("utf-8"))
 
 
 def _rows(path: Path) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,28 +24,9 @@ from adaptive.parallel.expert_cost import ExpertLoad, settle
 from adaptive.parallel.mesh import batch_sharding, divisors
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.recipe import Recipe
-from adaptive.training.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
+from adaptive.runs.platform import compute_dtype
+from adaptive.runs.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
-
-
-def keep_compilations() -> Path:
-    """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine; its path.
-
-    JAX_COMPILATION_CACHE_DIR moves it.
-    """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "adaptive" / "compiled")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_raise_persistent_cache_errors", False)
-    return folder
-
-
-def compute_dtype(recipe: Recipe) -> jnp.dtype:
-    """What layers compute in: as the recipe says, or bfloat16 on accelerators and float32 on CPU."""
-    if recipe.train.compute_dtype != "auto":
-        return jnp.dtype(recipe.train.compute_dtype)
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def accumulation_of(recipe: Recipe, shards: int) -> int:

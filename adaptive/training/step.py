@@ -10,11 +10,11 @@ from flax import nnx
 
 from adaptive.data.windows import Batch
 from adaptive.models.forward import ROUTED
+from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
 from adaptive.parallel.rules import batch_shards, constrain, constrain_state, gathered
 from adaptive.routing.stages import StageView, at_bytes
 from adaptive.routing.types import Output
-from adaptive.training.loss import chunk_length, cross_entropy_sum
-from adaptive.training.state import TrainState
+from adaptive.runs.state import TrainState
 
 Metrics = dict[str, jax.Array]
 

@@ -19,7 +19,7 @@ from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, constrain, placement
-from adaptive.training.state import state_shardings
+from adaptive.runs.state import state_shardings
 
 ROWS, SEQ = 8, 16
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)]  # data, fsdp, expert, tensor

@@ -13,9 +13,9 @@ from train_steps import compiled_step, packed_batch
 
 from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.runs.state import abstract_model
 from adaptive.training.experts import ExpertSums, routed_layers, scalar_columns
 from adaptive.training.metrics import Meter, MetricsLog, StepCost, read_rows
-from adaptive.training.state import abstract_model
 from adaptive.training.step import make_eval_step
 
 TOKENS, EXPERTS, CHOICES = 40, 4, 6

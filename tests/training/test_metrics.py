@@ -18,7 +18,6 @@ from adaptive.training.metrics import (
     bits_per_byte,
     health_warnings,
     read_rows,
-    write_atomically,
 )
 
 
@@ -60,14 +59,6 @@ def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="workdir"):
         MetricsLog.open(tmp_path / "file", 0)
-
-
-def test_a_failed_replacement_leaves_the_old_text(tmp_path):
-    path = tmp_path / "f"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "\ud800")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_metrics_come_one_step_late():

@@ -18,7 +18,7 @@ from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.optim.build import decayed, make_optimizer
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.optim.schedule import make_schedule, phases
-from adaptive.training.state import abstract_model
+from adaptive.runs.state import abstract_model
 
 ROWS, SEQ, ONE = 4, 8, (1, 1, 1, 1)
 GRADIENT = optax.sgd(1.0)

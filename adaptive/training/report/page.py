@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from adaptive.training.metrics import write_atomically
+from adaptive.data.files import write_text_atomically
 from adaptive.training.report.chunks import chunks, stages_of
 from adaptive.training.report.compare import comparison
 from adaptive.training.report.compute import compute
@@ -27,7 +27,7 @@ def write_report(workdir: str | Path, compare: Sequence[str | Path] = ()) -> Pat
     """
     run, *others = [load_run(path) for path in (workdir, *compare)]
     target = Path(workdir) / REPORT_FILE
-    write_atomically(target, page(run, others))
+    write_text_atomically(target, page(run, others))
     return target
 
 

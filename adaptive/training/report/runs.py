@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from adaptive.errors import RecipeError, UserError
 from adaptive.recipe import Recipe, difference, leaves, load, show
+from adaptive.runs.folder import METRICS_FILE, RECIPE_FILE
 from adaptive.training.chunk_alarm import ChunkAlarm
 from adaptive.training.expert_alarm import ExpertAlarm
-from adaptive.training.metrics import METRICS_FILE, Row, health_warnings, read_rows
+from adaptive.training.metrics import Row, health_warnings, read_rows
 from adaptive.training.report.schema import (
     PLAN_FILE,
-    RECIPE_FILE,
     ROUTING_FILE,
     PlanRecord,
     RoutingRecord,

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adaptive.data.files import write_text_atomically
 from adaptive.errors import UserError
-from adaptive.training.metrics import write_atomically
 
-PLAN_FILE, ROUTING_FILE, RECIPE_FILE, REPORT_FILE = "plan.json", "routing.json", "recipe.json", "report.html"
+PLAN_FILE, ROUTING_FILE, REPORT_FILE = "plan.json", "routing.json", "report.html"
 FORMAT_VERSION = 1
 SCORE_BINS = 20  # of equal width over [0, 1]
 MOST_BYTES = 64  # chunks of so many bytes or more are counted together
@@ -161,7 +161,7 @@ class RoutingRecord:
 def save_record(record: PlanRecord | RoutingRecord, workdir: str | Path) -> None:
     """Writes plan.json or routing.json into the workdir, atomically."""
     text = json.dumps(dataclasses.asdict(record), ensure_ascii=False)
-    write_atomically(Path(workdir) / _file_of(type(record)), text + "\n")
+    write_text_atomically(Path(workdir) / _file_of(type(record)), text + "\n")
 
 
 def load_record(kind: type[T], workdir: str | Path) -> T | None:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adaptive.data.files import write_text_atomically
 from adaptive.errors import CheckpointError, RecipeError
 from adaptive.recipe import Recipe, difference, identity_difference
-from adaptive.training.metrics import METRICS_FILE, write_atomically
 
 RECIPE_FILE = "recipe.json"
+METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 
@@ -82,7 +83,7 @@ class RunFolder:
         try:
             run_id = _run_id(path)
             if saved != recipe:
-                write_atomically(path / RECIPE_FILE, recipe.to_json())
+                write_text_atomically(path / RECIPE_FILE, recipe.to_json())
         except OSError as error:
             lock.release()
             raise CheckpointError(
@@ -158,7 +159,7 @@ def _run_id(path: Path) -> str:
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
     run_id = secrets.token_hex(4)
-    write_atomically(file, json.dumps({"run_id": run_id}) + "\n")
+    write_text_atomically(file, json.dumps({"run_id": run_id}) + "\n")
     return run_id
 
 

@@ -10,10 +10,10 @@ from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.errors import CheckpointError
 from adaptive.models.build import build_model
 from adaptive.recipe import Recipe
-from adaptive.training.checkpoint import read_part
-from adaptive.training.program import compute_dtype
-from adaptive.training.run_folder import RunFolder
-from adaptive.training.state import abstract_model
+from adaptive.runs.checkpoint import read_part
+from adaptive.runs.folder import RunFolder
+from adaptive.runs.platform import compute_dtype
+from adaptive.runs.state import abstract_model
 
 
 class Trained(NamedTuple):

@@ -24,8 +24,8 @@ import numpy as np
 import adaptive
 from adaptive.errors import CheckpointError
 from adaptive.parallel.cluster import anywhere
-from adaptive.training.config import CheckpointConfig
-from adaptive.training.state import TrainState
+from adaptive.runs.config import CheckpointConfig
+from adaptive.runs.state import TrainState
 
 FORMAT_VERSION = 1
 MAX_FAILURES = 3  # failed saves in a row after which a run stops

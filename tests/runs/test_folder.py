@@ -12,8 +12,8 @@ import pytest
 
 from adaptive.errors import CheckpointError
 from adaptive.recipe import Recipe
-from adaptive.training import run_folder
-from adaptive.training.run_folder import RunFolder
+from adaptive.runs import folder
+from adaptive.runs.folder import RunFolder
 
 RECIPE = Recipe(name="here")
 
@@ -112,7 +112,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path):
     program = f"""
 import os, signal
 from adaptive.recipe import Recipe
-from adaptive.training.run_folder import RunFolder
+from adaptive.runs.folder import RunFolder
 RunFolder.open({str(tmp_path)!r}, Recipe(name="here"))
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -126,7 +126,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_claim_from_another_host_holds_as_long_as_it_is_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "SILENCE_S", 0.5)
+    monkeypatch.setattr(folder, "SILENCE_S", 0.5)
     RunFolder.open(tmp_path, RECIPE).close()
     file = os.open(tmp_path / "run.lock", os.O_RDWR)
     done = threading.Event()
@@ -155,7 +155,7 @@ def test_a_claim_from_another_host_holds_as_long_as_it_is_renewed(tmp_path, monk
 
 
 def test_a_running_process_renews_its_claim(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "BEAT_S", 0.02)
+    monkeypatch.setattr(folder, "BEAT_S", 0.02)
     with RunFolder.open(tmp_path, RECIPE):
         first = (tmp_path / "run.lock").read_bytes()
         due = time.monotonic() + 30

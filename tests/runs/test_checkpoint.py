@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 
 from adaptive.errors import CheckpointError
 from adaptive.models.build import build_model
@@ -23,10 +22,10 @@ from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules
-from adaptive.training import checkpoint
-from adaptive.training.checkpoint import FORMAT_VERSION, Checkpoints, digest
-from adaptive.training.config import CheckpointConfig
-from adaptive.training.state import TrainState, fresh_state
+from adaptive.runs import checkpoint
+from adaptive.runs.checkpoint import FORMAT_VERSION, Checkpoints, digest
+from adaptive.runs.config import CheckpointConfig
+from adaptive.runs.state import TrainState, fresh_state
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_1"
 MODEL = TransformerConfig(
@@ -147,7 +146,7 @@ def test_training_may_go_on_in_the_saved_arrays_at_once(tmp_path):
     """The next step takes the state's memory (donation) while the save still writes."""
     state = small(1.0)
     before, kept = digest(state), jax.tree.map(np.array, state)
-    step = quick.jit(lambda s: jax.tree.map(lambda a: a + jnp.ones((), a.dtype), s), donate_argnums=0)
+    step = jax.jit(lambda s: jax.tree.map(lambda a: a + jnp.ones((), a.dtype), s), donate_argnums=0)
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         for _ in range(20):
@@ -167,8 +166,8 @@ def test_the_checkpoint_of_every_released_format_loads():
 def test_a_fresh_run_does_not_wait_for_orbax(tmp_path):
     program = f"""
 import sys
-from adaptive.training.checkpoint import Checkpoints
-from adaptive.training.config import CheckpointConfig
+from adaptive.runs.checkpoint import Checkpoints
+from adaptive.runs.config import CheckpointConfig
 assert Checkpoints({str(tmp_path / "none")!r}, CheckpointConfig(), {{}}).restore(None) is None
 assert not any(name.startswith("orbax") for name in sys.modules)
 """

@@ -7,7 +7,7 @@ import optax
 import pytest
 import quick
 
-from adaptive.training.loss import LOGITS_BUDGET, chunk_length, cross_entropy_sum
+from adaptive.objectives.cross_entropy import LOGITS_BUDGET, chunk_length, cross_entropy_sum
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from adaptive.parallel import cluster
 job = cluster.join(limit_s=60)
 import jax, numpy as np
 from test_checkpoint import MeshConfig, abstract, full_disk, open_checkpoints, state_on
-from adaptive.training import checkpoint
-from adaptive.training.checkpoint import digest
+from adaptive.runs import checkpoint
+from adaptive.runs.checkpoint import digest
 from adaptive.training.stopping import StopRequest
 
 checkpoint.SAVE_LIMIT_S = 8

@@ -1,0 +1,1 @@
+"""What training, inference and conversion all read: the folder of a run, its checkpoints and its state."""
