@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive.account import account
-from adaptive.data.windows import Batch
+from adaptive.data.batch import Batch
 from adaptive.errors import UserError
 from adaptive.parallel.mesh import make_mesh
 from adaptive.peaks import peak_of

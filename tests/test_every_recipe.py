@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from adaptive.data.windows import Batch
+from adaptive.data.batch import Batch
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe, list_recipes, load

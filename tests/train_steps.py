@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import quick
 
-from adaptive.data.windows import Batch
+from adaptive.data.batch import Batch
 from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
 from adaptive.parallel.config import MeshConfig

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adaptive.data.streaming import Group
+from adaptive.data.batch import Group
 from adaptive.errors import DataError
 
 _REACH_WITHIN_S = 4.0
@@ -65,7 +65,7 @@ def hub_tokenizer(name: str) -> Path:
 
 
 class HubDocuments:
-    """Documents of a hub data set, streamed in groups; see `streaming.DocumentStream`.
+    """Documents of a hub data set, streamed in groups; see `batch.DocumentStream`.
 
     repo      "owner/name" or "owner/name:config"; its split `train` is read
     text_key  the field with the text

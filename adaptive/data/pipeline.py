@@ -8,15 +8,17 @@ from typing import Protocol
 import grain
 import numpy as np
 
+from adaptive.data.batch import Batch, padding_row, stack
 from adaptive.data.config import DataConfig
 from adaptive.data.files import digest
 from adaptive.data.foreign import open_tokens
+from adaptive.data.huggingface import HubDocuments
 from adaptive.data.prepare import cached_store, source_files
 from adaptive.data.shards import Shard, check_fingerprint
 from adaptive.data.streaming import StreamedData
 from adaptive.data.synthetic import SyntheticRows
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
-from adaptive.data.windows import Batch, Split, Windows, padding_row, stack
+from adaptive.data.windows import Split, Windows
 from adaptive.data.words import row_marker
 from adaptive.errors import DataError
 
@@ -218,8 +220,6 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
         )
     row_marker(config.boundaries, tokenizer)  # a missing package is told before text is prepared
     if config.source == "huggingface":
-        from adaptive.data.huggingface import HubDocuments
-
         streams = [HubDocuments(path, config.text_key) for path in config.paths]
         return StreamedData(config, tokenizer, streams, rows)
     if config.source == "synthetic":

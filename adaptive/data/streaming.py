@@ -6,42 +6,19 @@ the saved position do not depend on the number of processes; the price is that e
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
 
+from adaptive.data.batch import Batch, DocumentStream, Group, make_row, padding_row, stack
 from adaptive.data.config import DataConfig
 from adaptive.data.files import digest
 from adaptive.data.shards import Shard, check_fingerprint
 from adaptive.data.tokenizers import Tokenizer
-from adaptive.data.windows import Batch, make_row, padding_row, stack
 from adaptive.data.words import row_marker
 from adaptive.errors import DataError
 
 HELD_OUT_DOCUMENTS = 4096  # the first documents of a stream; later ones would take long to reach at each start
-
-
-class Group(NamedTuple):
-    """Consecutive documents of a stream.
-
-    position  JSON from which `groups` continues with this very group
-    first     index of its first document in the stream
-    texts     the documents
-    """
-
-    position: dict
-    first: int
-    texts: list[str]
-
-
-class DocumentStream(Protocol):
-    """Documents in a fixed order, from any position met before."""
-
-    name: str
-
-    def groups(self, position: dict | None) -> Iterator[Group]:
-        """Groups from `position` (None: the beginning) to the end of the data set."""
 
 
 class Packer:

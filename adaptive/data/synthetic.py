@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive.data.windows import Batch
+from adaptive.data.batch import Batch
 from adaptive.errors import DataError
 
 OPEN, ASK, FIRST_SYMBOL = 0, 1, 2

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from adaptive.data.corpus import embedded_file
+from adaptive.data.huggingface import hub_tokenizer
 from adaptive.errors import DataError
 
 BUILT_IN = ("bytes", "hnet-bytes", "bpe-4096")
@@ -179,8 +180,6 @@ def load_tokenizer(name: str) -> Tokenizer:
         return JsonTokenizer(name, path)
     if _looks_like_a_path(name):
         raise DataError(f"data.tokenizer={name}: no file {path}. Give a tokenizer.json, or one of {_choices()}")
-    from adaptive.data.huggingface import hub_tokenizer
-
     return JsonTokenizer(name, hub_tokenizer(name))
 
 

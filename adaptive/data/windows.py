@@ -4,30 +4,12 @@ stream    the documents of one split, end to end
 window w  tokens [w S, w S + S + 1) of the stream: S inputs and, one further, S targets
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from adaptive.data.batch import Batch, make_row
 from adaptive.data.store import TokenStore
-
-
-class Batch(NamedTuple):
-    """Rows of tokens; on a process, its own rows of the global batch.
-
-    tokens       i32[batch, seq]   inputs
-    targets      i32[batch, seq]   the token after each input
-    positions    i32[batch, seq]   counted from the start of the document, or of the row where that cut the document
-    segment_ids  i32[batch, seq]   which document of the row, from 1; 0 is padding
-    mask         f32[batch, seq]   1 where the target counts: not padding and of the document of its input
-    boundaries   bool[batch, seq]  where chunks begin, as a splitter decides (data.boundaries); None: undecided
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    mask: np.ndarray
-    boundaries: np.ndarray | None = None
 
 
 class Split:
@@ -104,44 +86,6 @@ class Windows:
             first = np.searchsorted(bounds, start, side="right")
             opening = np.concatenate([[start], bounds[first : np.searchsorted(bounds, stop, side="left")]])
         return make_row(tokens, opening - start, self._seq_len, self._filler)
-
-
-def make_row(tokens: np.ndarray, openings: np.ndarray, seq_len: int, filler: int) -> Batch:
-    """A row (fields without the batch axis) of up to seq_len + 1 tokens.
-
-    openings  i64[segments] ascending, the first 0: where in `tokens` each segment begins
-    """
-    used = len(tokens)
-    segments = np.zeros(seq_len + 1, np.int32)
-    segments[openings] = 1
-    segments = np.cumsum(segments, dtype=np.int32)
-    positions = np.arange(seq_len + 1) - openings[segments - 1]
-    segments[used:] = 0
-    padded = np.full(seq_len + 1, filler, np.int32)
-    padded[:used] = tokens
-    mask = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
-    inputs = segments[:-1].copy()
-    inputs[used - 1 :] = 0  # the last token of a short window has no target
-    return Batch(
-        tokens=padded[:-1],
-        targets=padded[1:],
-        positions=np.where(inputs > 0, positions[:-1], 0).astype(np.int32),
-        segment_ids=inputs,
-        mask=mask.astype(np.float32),
-    )
-
-
-def stack(rows: list[Batch]) -> Batch:
-    """Rows to a batch: a new leading axis."""
-    fields: Any = (None if field[0] is None else np.stack(field) for field in zip(*rows, strict=True))
-    return Batch(*fields)
-
-
-def padding_row(seq_len: int, filler: int) -> Batch:
-    """A row that counts for nothing."""
-    zeros = np.zeros(seq_len, np.int32)
-    tokens = np.full(seq_len, filler, np.int32)
-    return Batch(tokens, tokens, zeros, zeros, zeros.astype(np.float32))
 
 
 def _cut_tail(bounds: np.ndarray, cut: int, tail: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from adaptive.data.batch import Batch
 from adaptive.data.tokenizers import Tokenizer
-from adaptive.data.windows import Batch
 from adaptive.errors import DataError
 
 TokenBytes = Callable[[int], bytes]

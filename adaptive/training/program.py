@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adaptive.data.windows import Batch
+from adaptive.data.batch import Batch
 from adaptive.errors import MeshError, RecipeError
 from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig

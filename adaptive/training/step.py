@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from adaptive.data.windows import Batch
+from adaptive.data.batch import Batch
 from adaptive.models.forward import ROUTED
 from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
 from adaptive.parallel.rules import batch_shards, constrain, constrain_state, gathered

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from adaptive.data import huggingface, streaming
+from adaptive.data.batch import Group
 from adaptive.data.config import DATA_PRESETS, DataConfig
 from adaptive.data.huggingface import HubDocuments, HubError
 from adaptive.data.pipeline import open_data
 from adaptive.data.shards import Shard
-from adaptive.data.streaming import Group, Packer, StreamedData
+from adaptive.data.streaming import Packer, StreamedData
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.errors import DataError
 

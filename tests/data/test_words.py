@@ -209,8 +209,9 @@ def test_rows_carry_boundaries_on_request(tmp_path):
 
 
 def test_rows_of_streams_carry_boundaries(monkeypatch):
+    from adaptive.data.batch import Group
     from adaptive.data.shards import Shard
-    from adaptive.data.streaming import Group, StreamedData
+    from adaptive.data.streaming import StreamedData
 
     class Stream:
         name = "test"
