@@ -11,7 +11,8 @@ Released weights to the folder of a run, which every other command takes, and a 
     --allow_pickle    read PyTorch files with torch, which runs whatever code is in them
 
 Settings are dotted, as in adaptive.train, and count where the model is trained further:
-`python -m adaptive.train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something cannot work.
+`python -m adaptive.train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something cannot work,
+130 interrupted.
 """
 
 import json
@@ -22,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from adaptive import doctor
+from adaptive import command, doctor
 from adaptive.errors import CheckpointError, RecipeError, UserError
 from adaptive.recipe import Recipe
 
@@ -38,19 +39,17 @@ flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=F
 TOKENIZERS = {"hnet": "hnet-bytes"}  # of the kinds that know theirs
 
 
-def main(argv: Sequence[str]) -> int:
-    try:
-        return run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+def main(arguments: Sequence[str]) -> int:
+    return command.exit_code(run, arguments)
 
 
-def run(argv: Sequence[str]) -> int:
-    settings = parse(argv)
+def run(arguments: Sequence[str]) -> int:
+    settings = command.parse_with_settings(FLAGS, arguments)
     if FLAGS.help:
         print(__doc__)
         return 0
+    if settings and FLAGS.export:
+        raise UserError(f"'{settings[0]}': --export takes no settings")
     needed = ("kind", "workdir", "export") if FLAGS.export else ("kind", "tensors", "config", "workdir")
     if missing := [f"--{name}" for name in needed if not FLAGS[name].value]:
         raise UserError(f"{', '.join(missing)} is missing (--help shows all options)")
@@ -60,21 +59,6 @@ def run(argv: Sequence[str]) -> int:
     else:
         convert(FLAGS.kind, Path(FLAGS.tensors), Path(FLAGS.config), Path(FLAGS.workdir), settings)
     return 0
-
-
-def parse(argv: Sequence[str]) -> list[str]:
-    """Sets FLAGS from the command line; the settings that follow them, in any order with them."""
-    FLAGS.unparse_flags()
-    FLAGS.set_gnu_getopt(True)
-    try:
-        rest = FLAGS(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(f"{error} (--help shows all options)") from None
-    if stray := [text for text in rest if "=" not in text]:
-        raise UserError(f"'{stray[0]}' is neither an option (--{stray[0]}) nor a setting (name=value)")
-    if rest and FLAGS.export:
-        raise UserError(f"'{rest[0]}': --export takes no settings")
-    return rest
 
 
 def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Sequence[str]) -> None:
@@ -179,4 +163,4 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(command.start(main))

@@ -3,8 +3,10 @@
 import importlib.metadata
 import re
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from adaptive import command
 from adaptive.errors import UserError
 
 
@@ -91,7 +93,11 @@ def order(version: str) -> tuple[int, ...]:
     return tuple(map(int, leading.group().split("."))) if leading else ()
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
+    return command.exit_code(run, arguments)
+
+
+def run(_: Sequence[str]) -> int:
     try:
         print(check_versions())
         code = 0
@@ -114,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.start(main))

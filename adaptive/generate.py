@@ -19,12 +19,12 @@ Exit codes: 0 done, 2 something asked for cannot work, 130 interrupted.
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
+from adaptive import command
 from adaptive.errors import UserError
 
 FLAGS = flags.FlagValues()
@@ -41,36 +41,27 @@ flags.DEFINE_integer("rows", None, "rows decoded together", lower_bound=0, flag_
 flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=FLAGS)
 
 STREAMED = 4  # tokens per call while text is watched: smooth, and not much slower than many
-INTERRUPTED = 130
 
 
-def main(argv: Sequence[str]) -> int:
-    begin = time.perf_counter()
+def main(arguments: Sequence[str]) -> int:
     try:
-        parse(argv)
-        if FLAGS.help:
-            print(__doc__)
-            return 0
-        return run(begin)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("interrupted before the first token", file=sys.stderr)
-        return INTERRUPTED
+        return command.exit_code(run, arguments, interrupted="interrupted before the first token")
     except BrokenPipeError:  # whoever read the text has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def parse(argv: Sequence[str]) -> None:
-    """Sets FLAGS from the command line. Raises UserError for what is no option and for options without sense."""
-    FLAGS.unparse_flags()
-    FLAGS.set_gnu_getopt(True)
-    try:
-        rest = FLAGS(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(f"{error} (--help shows all options)") from None
+def run(arguments: Sequence[str]) -> int:
+    begin = time.perf_counter()
+    check(command.parse(FLAGS, arguments))
+    if FLAGS.help:
+        print(__doc__)
+        return 0
+    return generate(begin)
+
+
+def check(rest: Sequence[str]) -> None:
+    """Raises UserError for words that are no options, and for options without sense."""
     if rest:
         raise UserError(f"'{rest[0]}' is no option (--help shows all); a text to continue is --prompt '{rest[0]}'")
     if not FLAGS.help and not FLAGS.workdir:
@@ -79,11 +70,12 @@ def parse(argv: Sequence[str]) -> None:
         raise UserError("--top_p=0 leaves nothing to draw from: above 0, or --temperature 0 for the likeliest token")
 
 
-def run(begin: float) -> int:
+def generate(begin: float) -> int:
     prompts = read_prompts()
     import jax
 
     from adaptive.inference.sampling import Sampler, marker_of, prompt_tokens
+    from adaptive.inference.show import Show, tell
     from adaptive.runs.load import find, load
     from adaptive.runs.platform import keep_compilations
 
@@ -114,87 +106,18 @@ def run(begin: float) -> int:
     )
     at_once = STREAMED if len(ids) == 1 and sys.stdout.isatty() else 32
     pieces = sampler(ids, FLAGS.tokens, jax.random.key(FLAGS.seed), at_once=at_once)
-    return Show(trained, len(ids), begin).all(pieces)
+    show = Show(trained, len(ids), begin, marks=FLAGS.show_chunks)
+    return command.INTERRUPTED if show.all(pieces) else 0
 
 
 def rows_at_once(stages: int, texts: int) -> int:
-    """Of H-Nets: on a CPU one row after another is fastest; an accelerator would wait for each of many."""
+    """How many rows an H-Net decodes together by default: one on a CPU, where that is fastest; all on an accelerator.
+
+    0 stands for all.
+    """
     import jax
 
     return int(stages > 0 and (texts == 1 or jax.local_devices()[0].platform == "cpu"))
-
-
-class Show:
-    """Prints what comes and tells at the end what it took."""
-
-    def __init__(self, trained: Any, rows: int, begin: float):
-        from adaptive.inference.marks import Writer
-
-        self._trained, self._begin = trained, begin
-        self._stages = trained.recipe.model.hnet.stages
-        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        self._writers = [Writer(trained.tokenizer, marks=FLAGS.show_chunks, colour=self._colour) for _ in range(rows)]
-        self._texts = [""] * rows
-        self._made: list[tuple[float, int]] = []  # when a piece came, and its tokens
-
-    def all(self, pieces: Iterator[Any]) -> int:
-        code = 0
-        if FLAGS.show_chunks:
-            from adaptive.inference.marks import legend
-
-            print(legend(self._stages, self._colour) + "\n", flush=True)
-        try:
-            for piece in pieces:
-                self._add(piece)
-        except KeyboardInterrupt:
-            code = INTERRUPTED
-        for r, writer in enumerate(self._writers):
-            self._put(r, writer.finish())
-        if len(self._writers) == 1:
-            print(flush=True)
-        else:
-            print("\n\n".join(f"--- {r + 1} of {len(self._texts)}\n{t}" for r, t in enumerate(self._texts)), flush=True)
-        self._report(interrupted=code != 0)
-        return code
-
-    def _add(self, piece: Any) -> None:
-        if not piece.prompt:
-            self._made.append((time.perf_counter(), int(piece.valid.sum())))
-        for r, writer in enumerate(self._writers):
-            there = piece.valid[r]
-            self._put(r, writer.push(piece.tokens[r, there], piece.boundaries[:, r, there]))
-
-    def _put(self, row: int, text: str) -> None:
-        if len(self._writers) == 1:
-            print(text, end="", flush=True)
-        else:
-            self._texts[row] += text
-
-    def _report(self, interrupted: bool) -> None:
-        first = self._made[0][0] if self._made else time.perf_counter()
-        line = f"{sum(n for _, n in self._made)} tokens, the first after {first - self._begin:.1f} s"
-        later, seconds = sum(n for _, n in self._made[1:]), self._made[-1][0] - first if self._made else 0.0
-        if later and seconds > 0:
-            line += f", then {later / seconds:.0f} per second"
-            if len(self._writers) > 1:
-                line += f" over {len(self._writers)} rows"
-        tell(("interrupted: " if interrupted else "") + line)
-        if self._stages:
-            self._report_chunks()
-
-    def _report_chunks(self) -> None:
-        from adaptive.account import account, dense_equivalent
-        from adaptive.inference.marks import together
-
-        total = together([writer.tally() for writer in self._writers])
-        if not total.bytes or not all(total.chunks):
-            return
-        sizes = ", ".join(f"stage {s} {total.bytes / n:.2f}" for s, n in enumerate(total.chunks))
-        model, length = self._trained.recipe.model, total.bytes / len(self._writers)
-        taken = [n / len(self._writers) for n in total.chunks]
-        cost = account(model, round(length), taken).forward_flops_per_token
-        whole = dense_equivalent(model, round(length)).forward_flops_per_token
-        tell(f"bytes per chunk: {sizes}; {cost / 1e6:.3g} MFLOP per byte, {cost / whole:.0%} of a chunk at every byte")
 
 
 def read_prompts() -> list[str]:
@@ -211,11 +134,5 @@ def read_prompts() -> list[str]:
     return texts
 
 
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(main(sys.argv))
+    sys.exit(command.start(main))

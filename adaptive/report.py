@@ -8,24 +8,25 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 
+from adaptive import command
 from adaptive.errors import UserError
 from adaptive.training.report.page import write_report
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
+    return command.exit_code(run, arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m adaptive.report", description="Make the report of a run.")
     parser.add_argument("workdir", help="folder of the run, as given to --workdir")
     parser.add_argument("--compare", nargs="+", default=[], metavar="WORKDIR", help="runs to show against it")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     try:
         path = write_report(args.workdir, args.compare)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
     except OSError as error:
-        print(f"error: cannot write the report: {error}", file=sys.stderr)
-        return UserError.code
+        raise UserError(f"cannot write the report: {error}") from None
     print(path)
     if args.open:
         webbrowser.open(path.resolve().as_uri())
@@ -33,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.start(main))

@@ -8,7 +8,7 @@
 
 Settings are dotted: train.steps=100 mesh.fsdp=4. `data=embedded` sets all that a preset of data sets.
 Exit codes: 0 done, 1 failed, 2 something asked for cannot work, 3 not finite, 75 stopped when asked and saved,
-124 a wait had no end.
+124 a step or a save exceeded its time limit, 130 interrupted.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from absl import flags
 
-from adaptive import doctor
-from adaptive.errors import NonFiniteError, UserError
+from adaptive import command, doctor
+from adaptive.errors import UserError
 from adaptive.parallel import cluster
 from adaptive.recipe import Recipe, describe, list_recipes, load
 
@@ -34,19 +34,12 @@ flags.DEFINE_bool("dry_run", False, "stop before the first step", flag_values=FL
 flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=FLAGS)
 
 
-def main(argv: Sequence[str]) -> int:
-    try:
-        return run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except NonFiniteError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return error.code
+def main(arguments: Sequence[str]) -> int:
+    return command.exit_code(run, arguments)
 
 
-def run(argv: Sequence[str]) -> int:
-    overrides = parse(argv)
+def run(arguments: Sequence[str]) -> int:
+    overrides = command.parse_with_settings(FLAGS, arguments)
     if FLAGS.help:
         print(__doc__)
         return 0
@@ -64,20 +57,6 @@ def run(argv: Sequence[str]) -> int:
     cluster.make_room_for_emulated_devices()
     cluster.join()
     return train(recipe, Path(FLAGS.workdir) if FLAGS.workdir else new_workdir(recipe.name), dry=FLAGS.dry_run)
-
-
-def parse(argv: Sequence[str]) -> list[str]:
-    """Sets FLAGS from the command line; the settings that follow them, in any order with them."""
-    FLAGS.unparse_flags()
-    FLAGS.set_gnu_getopt(True)
-    try:
-        rest = FLAGS(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(f"{error} (--help shows all options)") from None
-    stray = [text for text in rest if "=" not in text]
-    if stray:
-        raise UserError(f"'{stray[0]}' is neither an option (--{stray[0]}) nor a setting (name=value)")
-    return rest
 
 
 def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
@@ -146,14 +125,12 @@ def new_workdir(name: str) -> Path:
 def elsewhere(recipe: Recipe) -> str:
     """How to run the same recipe without the hub: the command as given, with other data."""
     given = [text for text in sys.argv[1:] if not text.startswith("data=")]
-    command = ["python", "-m", "adaptive.train", *given]
-    if not given:
-        command += ["--recipe", recipe.name]
+    again = ["python", "-m", "adaptive.train", *(given or ["--recipe", recipe.name])]
     files = ["data=embedded", "data.source=files", "data.paths=TEXT_FILE_OR_FOLDER"]
     return (
         "the same recipe on a local file, or on the text that comes with the package:\n"
-        f"  {shlex.join([*command, *files])}\n"
-        f"  {shlex.join([*command, 'data=embedded'])}"
+        f"  {shlex.join([*again, *files])}\n"
+        f"  {shlex.join([*again, 'data=embedded'])}"
     )
 
 
@@ -171,4 +148,4 @@ def print_now(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cluster.leave(main(sys.argv)))
+    sys.exit(cluster.leave(command.start(main)))

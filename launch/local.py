@@ -22,6 +22,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from adaptive import command
+
 PREEMPTED = 75  # adaptive.train was asked to stop, and saved
 GRACE_S = 5.0  # for the others, after one process failed
 SAVING_GRACE_S = 300.0  # for the others, when they are saving
@@ -111,22 +113,26 @@ def environment(index: int, processes: int, devices: int, port: int) -> dict[str
     return env
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launch.local", description="Several processes of one run, here.")
     parser.add_argument("--processes", type=int, default=2, help="how many")
     parser.add_argument("--devices_per_process", type=int, default=1, help="emulated CPU devices of each")
     parser.add_argument("--module", default="adaptive.train", help="what each runs, as in python -m MODULE")
     parser.add_argument("arguments", nargs="*", help="after --: the arguments of every process")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     if options.processes < 1 or options.devices_per_process < 1:
         parser.error("--processes and --devices_per_process must be at least 1")
     return options
 
 
-def main(argv: Sequence[str]) -> int:
-    options = parse(argv)
+def main(arguments: Sequence[str]) -> int:
+    return command.exit_code(run, arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
     port = free_port()
-    command = [sys.executable, "-m", options.module, *options.arguments]
+    each = [sys.executable, "-m", options.module, *options.arguments]
     processes: list[Process] = []
     stop = threading.Event()
 
@@ -140,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, pass_on)
     for index in range(options.processes):
         env = environment(index, options.processes, options.devices_per_process, port)
-        processes.append(Process(index, command, env))
+        processes.append(Process(index, each, env))
     first = wait(processes, stop)
     if first is None:
         return 0
@@ -151,4 +157,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command.start(main))

@@ -8,6 +8,7 @@ import pytest
 
 from adaptive import bench
 from adaptive.account import account
+from adaptive.benchmarks import train_step
 from adaptive.recipe import load
 
 SMALL = ("model.hidden_size=32", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
@@ -28,13 +29,13 @@ def ticking(monkeypatch):
         def seconds(self, steps):
             return next(self._times)
 
-    monkeypatch.setattr(bench, "TimedStep", Step)
-    monkeypatch.setattr(bench, "matmul_timer", lambda device, dtype: lambda: 5e9)
+    monkeypatch.setattr(train_step, "TimedStep", Step)
+    monkeypatch.setattr(train_step, "matmul_timer", lambda device, dtype: lambda: 5e9)
 
 
 def test_overhead_is_the_ratio_of_times_over_that_of_flops(ticking):
     routed, plain = load("mor_bench"), load("vanilla_bench")
-    results, (comparison,), matmul = bench.measure(
+    results, (comparison,), matmul = train_step.measure(
         [routed, plain], repeats=3, steps_per_repeat=1, devices=jax.devices()[:1]
     )
     flops = [account(r.model, 512).train_flops() * 4 for r in (routed, plain)]
@@ -59,15 +60,15 @@ def test_the_bench_recipes_are_of_one_depth_and_one_training():
 
 
 def test_the_matmul_is_timed_as_its_flops(monkeypatch):
-    monkeypatch.setitem(bench.MATMUL_SIDE, "cpu", 16)
+    monkeypatch.setitem(train_step.MATMUL_SIDE, "cpu", 16)
     ticks = iter([10.0, 10.5])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
-    assert bench.matmul_timer(jax.devices()[0], np.dtype("float32"))() == 2 * 16**3 / 0.5
+    monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(ticks))
+    assert train_step.matmul_timer(jax.devices()[0], np.dtype("float32"))() == 2 * 16**3 / 0.5
 
 
 def test_random_rows_are_shifted_whole_documents():
     recipe = load("mor_bench").with_(*SMALL)
-    batch = bench.random_batch(recipe)
+    batch = train_step.random_batch(recipe)
     assert {np.shape(a) for a in jax.tree.leaves(batch)} == {(8, 24)}
     assert (batch.tokens[:, 1:] == batch.targets[:, :-1]).all()
     assert batch.tokens.max() < recipe.model.vocab_size
@@ -79,7 +80,7 @@ def run(*extra):
 
 
 def test_a_run_prints_a_table_and_one_line_of_json(monkeypatch, capsys):
-    monkeypatch.setitem(bench.MATMUL_SIDE, "cpu", 32)
+    monkeypatch.setitem(train_step.MATMUL_SIDE, "cpu", 32)
     monkeypatch.setenv("COLUMNS", "160")
     assert run("--against", "vanilla_bench", "--json", "model.num_layers=5") == 0
     (line,) = capsys.readouterr().out.splitlines()

@@ -27,7 +27,7 @@ def convert(tmp_path, monkeypatch, capfd):
     write_safetensors(tmp_path / "small.safetensors", oracle.random_tensors(CONFIG, 0))
 
     def call(*arguments: str) -> tuple[int, str]:
-        code = main(["convert", *arguments])
+        code = main(arguments)
         out, err = capfd.readouterr()
         return code, out + err
 
@@ -59,7 +59,7 @@ def test_in_trained_further_and_out(convert, tmp_path, capfd):
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
 
-    assert train.main(["train", "--recipe", "run/recipe.json", "--workdir", "run"]) == 0
+    assert train.main(["--recipe", "run/recipe.json", "--workdir", "run"]) == 0
     assert "from step 0" in capfd.readouterr().out
     assert find("run").step == 1
     # A step of next to nothing from the released weights: had training started anew, nothing would be the same.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import quick
 
-from adaptive import generate
+from adaptive import command, generate
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.errors import CheckpointError
 from adaptive.inference.marks import Writer
@@ -59,7 +59,7 @@ def run(capsys):
     """Runs the command: (exit code, standard output, standard error)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        code = generate.main(["generate", *map(str, arguments)])
+        code = generate.main([*map(str, arguments)])
         return (code, *capsys.readouterr())
 
     return call
@@ -148,7 +148,7 @@ def test_an_interrupt_leaves_what_there_is(run, hnet, monkeypatch):
     stream = Interrupted()
     monkeypatch.setattr(sys, "stdout", stream)
     code, _, told = run("--workdir", hnet, "--prompt", "x" * 39, "--tokens", 200, "--temperature", 0.9)
-    assert code == generate.INTERRUPTED and "interrupted: " in told
+    assert code == command.INTERRUPTED and "interrupted: " in told
     assert stream.getvalue().startswith("x" * 39)
 
 

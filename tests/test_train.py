@@ -20,7 +20,7 @@ def train(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str]:
-        code = main(["train", *arguments])
+        code = main(arguments)
         out, err = capfd.readouterr()
         return code, out + err
 

@@ -41,7 +41,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from adaptive import bench
+from adaptive.benchmarks import train_step
 from adaptive.models.config import TransformerConfig
 from adaptive.models.hnet import HNet
 from adaptive.recipe import Recipe, load
@@ -148,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in RECIPES:
         if args.only != "decoding":
             pair = training_pair(name)
-            console.print(bench.table(*bench.measure(pair, repeats=args.repeats, steps_per_repeat=2, devices=devices)))
+            console.print(
+                train_step.table(*train_step.measure(pair, repeats=args.repeats, steps_per_repeat=2, devices=devices))
+            )
         if args.only != "training":
             config = load(name).model.at_phase(-1)
             console.print(show_decoding(name, [decoding(config, batch, args.repeats) for batch in BATCHES]))

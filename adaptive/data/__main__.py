@@ -11,9 +11,10 @@ A source is `embedded` (the English, Python and Chinese corpora), `embedded:NAME
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from adaptive import command
 from adaptive.data.bpe import train_bpe
 from adaptive.data.config import DataConfig
 from adaptive.data.files import explained, write_atomically
@@ -22,22 +23,21 @@ from adaptive.data.prepare import cached_store, prepare, source_files
 from adaptive.data.sources import Document, read_documents
 from adaptive.data.store import TokenStore, open_store
 from adaptive.data.tokenizers import BUILT_IN, Tokenizer, load_tokenizer
-from adaptive.errors import UserError
 
 _EMBEDDED = ("english", "python", "chinese")
 _TOKEN_SUFFIXES = (".bin", ".npy")
 _DEFAULTS = DataConfig()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
+    return command.exit_code(_run, arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    try:
-        options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    options.run(options)
     return 0
 
 
@@ -116,19 +116,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{prepare,train-bpe,show}")
     names = ", ".join(BUILT_IN)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.add_argument("--source", nargs="+", required=True, help="embedded, embedded:NAME, files, folders or globs")
         sub.add_argument("--text_key", default=_DEFAULTS.text_key, help="field of jsonl and parquet rows")
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("prepare", _prepare, "Tokenise documents into a token store.")
+    sub = add("prepare", _prepare, "Tokenise documents into a token store.")
     sub.add_argument("--tokenizer", required=True, help=f"{names}, or a path of a tokenizer.json")
     sub.add_argument("--out", required=True, help="a new folder")
     sub.set_defaults(tokens=20)
 
-    sub = command("train-bpe", _train_bpe, "Train a byte-level BPE tokenizer on the documents runs would train on.")
+    sub = add("train-bpe", _train_bpe, "Train a byte-level BPE tokenizer on the documents runs would train on.")
     sub.add_argument("--vocab_size", type=_positive, required=True)
     sub.add_argument("--out", required=True, help="the tokenizer.json to write")
     sub.add_argument(
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out document i of each file when i %% every == every - 1; 0: use all",
     )
 
-    sub = command("show", _show, "Print sizes and the first tokens of text or token files.")
+    sub = add("show", _show, "Print sizes and the first tokens of text or token files.")
     sub.add_argument("--tokenizer", default=_DEFAULTS.tokenizer, help=f"{names}, or a path of a tokenizer.json")
     sub.add_argument("--token_dtype", default=_DEFAULTS.token_dtype, choices=("uint8", "uint16", "uint32"))
     sub.add_argument("--tokens", type=_positive, default=20, help="how many tokens to print")
@@ -146,4 +146,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.start(main))
