@@ -105,9 +105,17 @@ def _holds_tokens(source: str) -> bool:
 
 
 def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is below {least}")
     return value
 
 
@@ -133,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="the tokenizer.json to write")
     sub.add_argument(
         "--validation_every",
-        type=_positive,
+        type=_natural,
         default=_DEFAULTS.validation_every,
         help="leave out document i of each file when i %% every == every - 1; 0: use all",
     )

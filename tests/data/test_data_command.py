@@ -50,9 +50,19 @@ def test_mistakes_end_with_code_2_and_one_line(capsys, arguments, message):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_usage_mistakes_end_with_code_2(capsys):
-    for arguments in ([], ["show"], ["train-bpe", "--source", "x", "--vocab_size", "-1", "--out", "y"], ["nope"]):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert stop.value.code == 2
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nope"],
+        ["show"],
+        ["show", "--source", "x", "--tokens", "0"],
+        ["train-bpe", "--source", "x", "--vocab_size", "0", "--out", "y"],
+        ["train-bpe", "--source", "x", "--vocab_size", "9", "--validation_every", "-1", "--out", "y"],
+    ],
+)
+def test_usage_mistakes_end_with_code_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
     capsys.readouterr()
