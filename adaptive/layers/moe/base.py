@@ -1,19 +1,18 @@
 """What every expert router is and returns."""
 
-import dataclasses
-import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adaptive import overrides
 from adaptive.errors import RecipeError
-from adaptive.layers.linear import normal_param
-from adaptive.layers.moe_config import Execution, MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.call import Call, Told
+from adaptive.layers.feed_forwards import FeedForwardModule
+from adaptive.layers.moe.settings import Execution, MoESettings
+from adaptive.layers.site import Site, normal_param
+from adaptive.layers.where import Where
 from adaptive.routing.dispatch import Dispatch, count
 from adaptive.routing.losses import mean_over
 from adaptive.routing.types import Aux, AuxLosses
@@ -25,12 +24,11 @@ class Context(NamedTuple):
     """What a routed layer may know besides its input.
 
     present    bool[batch, seq]  positions that hold a token; None: all
-    segments   i32[batch, seq]  documents, 0 is padding; None: one document per row
     previous   f32[batch, seq, choices]  logits of the router of the layer below; None at the first
     selection  "topk" as in training; "threshold" token by token, blind to the future, as in generation
     training   whether noise and warm-ups apply
     key        PRNG key of this layer's noise; None: none is drawn
-    limit      i32[batch] average experts per token of each sequence, where expert choice is given a schedule
+    segments   i32[batch, seq]  documents, 0 is padding; None: one document per row
     """
 
     present: jax.Array | None = None
@@ -38,7 +36,6 @@ class Context(NamedTuple):
     selection: Literal["topk", "threshold"] = "topk"
     training: bool = False
     key: jax.Array | None = None
-    limit: jax.Array | None = None
     segments: jax.Array | None = None
 
 
@@ -59,12 +56,14 @@ class Routing(NamedTuple):
     logits: jax.Array
 
 
-class RoutedLayer(nnx.Module):
-    """A feed-forward in which tokens are routed: what DecoderLayer and the model need to know of it."""
+class RoutedLayer(FeedForwardModule):
+    """A feed-forward in which tokens are routed.
 
-    own_norm: ClassVar[bool] = False  # whether the layer normalises its input itself
-    reads_previous: bool = False  # whether its router reads the logits of the layer below
-    choices: int  # of its router: true experts and zero experts
+    config  its settings; site: where it stands
+    """
+
+    config: MoESettings
+    site: Site
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """x [batch, seq, width] -> (its update of the same shape, the router's decision)."""
@@ -78,9 +77,22 @@ class RoutedLayer(nnx.Module):
         aux = AuxLosses({name: Aux(value, coefficients[name]) for name, value in losses.items()})
         return y, aux, routing.dispatch
 
+    def apply(self, x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, Told, jax.Array]:
+        context = Context(
+            present=where.present(),
+            previous=call.previous,
+            selection="topk" if call.rule == "train" else "threshold",
+            training=call.training,
+            key=call.key,
+            segments=where.segments,
+        )
+        y, routing = self.routed(x, context)
+        told = Told(routing.losses, routing.stats, routing.parts, {"experts": routing.dispatch.per_token()})
+        return y, told, routing.logits
+
     @classmethod
-    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, int, dict[str, Any]]:
-        """(width, hidden width of a feed-forward, fields of MoEConfig) that explicit weights, by path, imply.
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
+        """(width, settings by name, the router's own among them) that explicit weights, by path, imply.
 
         Raises RecipeError where they imply none.
         """
@@ -88,60 +100,50 @@ class RoutedLayer(nnx.Module):
 
     def coefficients(self) -> dict[str, float]:
         """Coefficient of each loss."""
-        raise NotImplementedError
+        return self.config.router.coefficients()
 
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Losses f32[] over all layers together, of their `Routing.parts` with a leading axis of calls."""
         return {}
 
-    def update(self, stats: dict[str, jax.Array]) -> None:
-        """Moves the buffers by the sums of a whole step, each with the buffers' leading axes."""
+    def losses(self, told: list[Told]) -> dict[str, tuple[jax.Array, float]]:
+        """The mean of each loss over all calls, and the losses of all calls together."""
+        if not told:
+            return {}
+
+        def flat(one: Told) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+            lead = one.stats["calls"].ndim  # else a scalar
+            return jax.tree.map(lambda a: a.reshape(-1, *a.shape[lead:]), (one.losses, one.parts))
+
+        losses, parts = jax.tree.map(lambda *a: jnp.concatenate(a), *map(flat, told))
+        values = {name: value.mean() for name, value in losses.items()} | self.joint_losses(parts)
+        coefficients = self.coefficients()
+        return {name: (value, coefficients[name]) for name, value in values.items()}
 
     def flops(self, tokens: float, width: int) -> tuple[float, float]:
         """Forward matmul FLOPs (of the router, of the experts) for a sequence of `tokens` tokens."""
-        raise NotImplementedError
+        cost = self.config.cost(tokens, self.site._replace(width=width))
+        return cost.router, cost.experts
 
     def router_train_flops(self, tokens: float, width: int) -> float:
         """Matmul FLOPs of the router, forward and backward."""
-        return 3 * self.flops(tokens, width)[0]
-
-    def describe(self) -> str:
-        """What computes a token, in a few words for the plan of a run."""
-        raise NotImplementedError
-
-    def no_gradient(self) -> str:
-        """Why the language-model loss cannot reach the router, with what would help; empty where it does."""
-        return ""
-
-    def refuse_generation(self) -> str:
-        """Why the layer cannot generate; empty where it can."""
-        return ""
-
-    def selects_alike(self) -> bool:
-        """Whether "topk" and "threshold" selection are the same."""
-        return True
+        return self.config.cost(tokens, self.site._replace(width=width)).router_train
 
 
 class ExpertRouter(nnx.Module):
-    """scores -> Dispatch. A subclass in a file of its own under routers/, named there `Router`, with its `Options`.
+    """scores -> Dispatch. A subclass in a file of its own under routers/, named there `Router`, with its `Settings`.
 
     weight  f32[width, choices]: the router matrix; choices are the true experts, then the zero experts
     """
 
-    Options: ClassVar[type]
     reads_previous: bool = False
     input_scale: float = 1.0  # multiplies what the experts read
 
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         self.config, self.site = config, site
-        self.options = parse_options(type(self).Options, config)
-        self.choices = config.experts + self.zero_experts
+        self.options: Any = config.router
+        self.choices, self.zero_experts = config.choices, config.router.zeros()
         self.weight = normal_param(key, (site.width, self.choices), (None, None), site.std, site.stack)
-
-    @property
-    def zero_experts(self) -> int:
-        """Experts that compute nothing and are not dispatched to."""
-        return 0
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, width] -> f32[batch, seq, choices]."""
@@ -154,28 +156,12 @@ class ExpertRouter(nnx.Module):
         """What zero experts add for x [batch, seq, width], given their weights f32[batch, seq, zero]; None: nothing."""
         return None
 
-    def coefficients(self) -> dict[str, float]:
-        """Coefficient of each loss."""
-        return {"load_balancing_loss": self.config.balance_coefficient, "router_z_loss": self.config.z_coefficient}
-
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Losses f32[] over all layers together, of their `Routing.parts` with a leading axis of calls."""
         return {}
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         """Moves the buffers by the sums of a whole step, each with the buffers' leading axes."""
-
-    def pairs(self, tokens: float) -> float:
-        """Pairs of a token and a true expert that are computed for a sequence of `tokens` tokens, or are expected."""
-        return tokens * self.config.experts_per_token
-
-    def router_flops(self, tokens: float) -> float:
-        """Forward matmul FLOPs of the router for a sequence of `tokens` tokens."""
-        return 2.0 * tokens * self.site.width * self.choices
-
-    def router_train_flops(self, tokens: float) -> float:
-        """The same with the backward pass."""
-        return 3 * self.router_flops(tokens)
 
     def execution(self, context: Context) -> Execution:
         """How the experts are computed. A router whose pairs are far fewer than its dispatch has room for overrides it:
@@ -184,7 +170,7 @@ class ExpertRouter(nnx.Module):
 
     def selects_alike(self) -> bool:
         """Whether "topk" and "threshold" selection are the same."""
-        return not self.config.capacity_factor
+        return True
 
     def no_gradient(self) -> str:
         """Why the language-model loss cannot reach the router, with what would help; empty where it does."""
@@ -205,21 +191,6 @@ def shape_in(arrays: Mapping[str, jax.Array], name: str, rank: int) -> tuple[int
     if name not in arrays or arrays[name].ndim != rank:
         raise RecipeError(f"explicit weights need {name} of {rank} dimensions")
     return arrays[name].shape
-
-
-def parse_options(kind: type, config: MoEConfig) -> Any:
-    """The dataclass `kind` with the settings of `config.options`; RecipeError for an unknown or ill-typed one."""
-    kinds = typing.get_type_hints(kind)
-    given: dict[str, Any] = {}
-    for text in config.options:
-        name, _, value = text.partition("=")
-        if name not in kinds:
-            known = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(kind))
-            raise RecipeError(
-                f"model.moe.options: the router {config.router} has no setting {name!r}; it has {known or 'none'}"
-            )
-        given[name] = overrides.parse(kinds[name], value, where=f"model.moe.options: {name}")
-    return kind(**given)
 
 
 def statistics(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.layers.moe.experts import Matrices, Weights, activated, ffn_rows, ffn_slots
-from adaptive.layers.moe_config import Execution
+from adaptive.layers.moe.settings import Execution
 from adaptive.parallel import experts as expert_parallel
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots, to_rows, to_slots
 

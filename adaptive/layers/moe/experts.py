@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adaptive.layers.linear import normal_param, use
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.linear import use
+from adaptive.layers.moe.settings import MoESettings
+from adaptive.layers.site import Site, normal_param
 from kernels_pallas.grouped_matmul import grouped_swiglu
 from kernels_pallas.grouped_matmul.swiglu import ACTIVATIONS
 
@@ -35,13 +35,14 @@ class Experts(nnx.Module):
     down      f32[experts, hidden, width]
     """
 
-    def __init__(self, config: MoEConfig, hidden: int, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         gate, up, down = jax.random.split(key, 3)
-        inward, outward = (config.experts, site.width, hidden), (config.experts, hidden, site.width)
+        experts, hidden = config.experts, config.expert_size
+        inward, outward = (experts, site.width, hidden), (experts, hidden, site.width)
         axes = ("experts", "width", "expert_ff")
         self.gate = normal_param(gate, inward, axes, site.std, site.stack) if config.gated else None
         self.up = normal_param(up, inward, axes, site.std, site.stack)
-        self.down = normal_param(down, outward, ("experts", "expert_ff", "width"), site.std, site.stack)
+        self.down = normal_param(down, outward, ("experts", "expert_ff", "width"), site.writes_std, site.stack)
         self.activation: str = config.activation
 
     def weights(self, dtype: jax.typing.DTypeLike) -> Weights:

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adaptive.layers.linear import normal_param
-from adaptive.layers.site import Site
+from adaptive.layers.site import Site, normal_param
 
 
 class LinearGate(nnx.Module):

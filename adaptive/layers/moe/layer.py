@@ -1,6 +1,7 @@
 """A mixture of experts in place of a feed-forward: scores -> Dispatch -> experts -> weighted sum."""
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers.feed_forward import FeedForward
-from adaptive.layers.moe import routers
-from adaptive.layers.moe.base import Context, RoutedLayer, Routing, poisoned, shape_in
+from adaptive.layers.feed_forwards.dense import Dense
+from adaptive.layers.moe.base import Context, ExpertRouter, RoutedLayer, Routing, poisoned, shape_in
 from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Experts
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.settings import MoESettings, RouterSettings
 from adaptive.layers.site import Site
+from adaptive.settings import check_ranges, hints, parse, show
+
+# What asks for nothing of a router that does not have the setting.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "experts_per_token": (2,),
+    "capacity_factor": (0,),
+    "capacity_group": ("sequence",),
+    "drop": ("weight",),
+    "balance_coefficient": (0, 0.01),
+    "z_coefficient": (0,),
+}
 
 
 class MoE(RoutedLayer):
@@ -25,24 +36,20 @@ class MoE(RoutedLayer):
     sum is float32.
     """
 
-    def __init__(self, config: MoEConfig, hidden: int, site: Site, key: jax.Array):
-        """hidden: width of each expert where the configuration leaves it open."""
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         router, experts, shared = jax.random.split(key, 3)
-        config = dataclasses.replace(config, expert_size=config.expert_size or hidden)
-        self.config = config
-        self.router = routers.module(config.router).Router(config, site, router)
+        self.config, self.site = config, site
+        self.router: ExpertRouter = _file_of(config.router.kind()).Router(config, site, router)
         self.reads_previous, self.choices = self.router.reads_previous, self.router.choices
-        self.experts = Experts(config, config.expert_size, site, experts)
-        self.shared = (
-            FeedForward(site.width, config.shared_size, site.std, shared, site.stack) if config.shared_size else None
-        )
+        self.experts = Experts(config, site, experts)
+        self.shared = Dense(site, config.shared_size, shared) if config.shared_size else None
 
     @classmethod
-    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, int, dict[str, Any]]:
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
         experts, width, hidden = shape_in(arrays, "experts.up", 3)
         shared = arrays["shared.up"].shape[-1] if "shared.up" in arrays else 0
         gated = "experts.gate" in arrays
-        return width, hidden, {"experts": experts, "expert_size": hidden, "shared_size": shared, "gated": gated}
+        return width, {"experts": experts, "expert_size": hidden, "shared_size": shared, "gated": gated}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """The layer's output and its router's whole decision."""
@@ -54,28 +61,17 @@ class MoE(RoutedLayer):
             y = y if part is None else y + part.astype(y.dtype)
         return poisoned(y, routing.logits).astype(x.dtype), routing
 
-    def coefficients(self) -> dict[str, float]:
-        return self.router.coefficients()
-
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return self.router.joint_losses(parts)
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         self.router.update(stats)
 
-    def flops(self, tokens: float, width: int) -> tuple[float, float]:
-        c = self.config
-        experts = (6.0 if c.gated else 4.0) * self.router.pairs(tokens) * width * c.expert_size
-        return self.router.router_flops(tokens), experts + 6.0 * tokens * width * c.shared_size
-
-    def router_train_flops(self, tokens: float, width: int) -> float:
-        return self.router.router_train_flops(tokens)
-
     def describe(self) -> str:
         c = self.config
-        zero = f" and {self.router.zero_experts} that compute nothing" * bool(self.router.zero_experts)
-        shared = f", and {c.shared_size} shared hidden units" * bool(c.shared_size)
-        return f"{c.experts} experts of {c.expert_size} hidden units{zero}, {c.experts_per_token:g} per token{shared}"
+        zero = f" and {self.router.zero_experts} that compute nothing" if self.router.zero_experts else ""
+        shared = f", and {c.shared_size} shared hidden units" if c.shared_size else ""
+        return f"{c.experts} experts of {c.expert_size} hidden units{zero}, {c.router.per_token():g} per token{shared}"
 
     def no_gradient(self) -> str:
         return self.router.no_gradient()
@@ -87,15 +83,18 @@ class MoE(RoutedLayer):
         return self.router.selects_alike()
 
 
-def routed_layer(config: MoEConfig, hidden: int, site: Site, key: jax.Array) -> RoutedLayer:
+def routed_layer(config: MoESettings, site: Site, key: jax.Array) -> RoutedLayer:
     """The layer of the router that `config` names: a MoE, or the router's own kind of layer."""
-    module = routers.module(config.router)
-    return getattr(module, "Layer", MoE)(config, hidden, site, key)
+    return layer_kind(config.router.kind())(config, site, key)
 
 
-def abstract_layer(config: MoEConfig, hidden: int, site: Site) -> RoutedLayer:
-    """The layer with shapes in place of arrays, for arithmetic."""
-    return nnx.eval_shape(lambda: routed_layer(config, hidden, site, jax.random.key(0)))
+def layer_kind(router: str) -> Any:
+    """What the router of this name makes a layer of: a MoE, or its own kind."""
+    return getattr(_file_of(router), "Layer", MoE)
+
+
+def _file_of(router: str) -> Any:
+    return importlib.import_module(f"{RouterSettings.door}.{router}")
 
 
 def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any) -> RoutedLayer:
@@ -106,17 +105,38 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
               "experts.gate" f32[experts, width, hidden], "experts.down" f32[experts, hidden, width]; "shared.gate",
               "shared.up", "shared.down"; a router's further parameters and buffers by their names in its file, and so
               all of a router that is a `Layer`. Buffers may be left out and start as in a fresh model
-    settings  fields of MoEConfig; `options` as a dict of the router's own settings
+    settings  those of the layer (`MoESettings`) and of its router, whose own may also be given as a dict, `options`
 
     Raises RecipeError for names that are unknown or missing and shapes that do not fit.
     """
+    kind = RouterSettings.member(router, where="router")
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
-    width, hidden, implied = getattr(routers.module(router), "Layer", MoE).shape_of(arrays)
-    options = implied.pop("options", {}) | settings.pop("options", {})
-    spelt = tuple(f"{name}={_spelt(value)}" for name, value in options.items())
-    config = MoEConfig(router=router, options=spelt, **(implied | settings))
-    config.validate(1)
-    build = lambda: routed_layer(config, hidden, Site(width), jax.random.key(0))  # noqa: E731
+    width, implied = layer_kind(router).shape_of(arrays)
+    given = implied | settings.pop("options", {}) | settings
+    config = _settings(kind, given)
+    check_ranges(config, "settings.")
+    config.check(width, "settings")
+    return _filled(config, width, arrays)
+
+
+def _settings(kind: type[RouterSettings], given: dict[str, Any]) -> MoESettings:
+    """The settings of a layer from those given by name, the router's among them."""
+    layer, own = ({f.name: hints(cls)[f.name] for f in dataclasses.fields(cls)} for cls in (MoESettings, kind))
+    of_layer, of_router = {}, {}
+    for name, value in given.items():
+        if name in own:
+            of_router[name] = parse(own[name], show(value), where=f"settings.router.{name}")
+        elif name in layer and name != "router":
+            of_layer[name] = parse(layer[name], show(value), where=f"settings.{name}")
+        elif value not in WITHOUT_EFFECT.get(name, ()):
+            known = ", ".join(f"{f.name}={show(f.default)}" for f in dataclasses.fields(kind))
+            raise RecipeError(f"settings: the router {kind.kind()} has no setting {name!r}; it has {known or 'none'}")
+    return MoESettings(kind(**of_router), **of_layer)
+
+
+def _filled(config: MoESettings, width: int, arrays: dict[str, jax.Array]) -> RoutedLayer:
+    """A layer that holds these arrays, by path, and fresh buffers where they hold none."""
+    build = lambda: routed_layer(config, Site(width), jax.random.key(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(build))
     fresh = None
     flat = dict(nnx.to_flat_state(state))
@@ -125,9 +145,9 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
     missing = sorted(name for name, path in paths.items() if name not in arrays and isinstance(flat[path], nnx.Param))
     if unknown or missing:
         raise RecipeError(
-            f"a layer of router {router} has {', '.join(sorted(paths))}"
-            + (f"; unknown: {', '.join(unknown)}" * bool(unknown))
-            + (f"; missing: {', '.join(missing)}" * bool(missing))
+            f"a layer of router {config.router.kind()} has {', '.join(sorted(paths))}"
+            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+            + (f"; missing: {', '.join(missing)}" if missing else "")
         )
     for name, path in paths.items():
         if name not in arrays:
@@ -138,7 +158,3 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
         else:
             flat[path] = flat[path].replace(arrays[name])
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
-
-
-def _spelt(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,10 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, statistics
-from adaptive.layers.moe.routers.token_choice import present_pairs
-from adaptive.layers.moe_config import Execution, MoEConfig
+from adaptive.layers.moe.choosing import present_pairs
+from adaptive.layers.moe.settings import Execution, MoESettings
 from adaptive.routing.balance import claims
 from adaptive.routing.dispatch import Dispatch, by_mask, by_token
 from adaptive.routing.masked import softmax_over
@@ -24,7 +23,7 @@ class Counted(NamedTuple):
 
 
 def by_rank(
-    config: MoEConfig,
+    config: MoESettings,
     logits: jax.Array,
     index: jax.Array,
     wanted: jax.Array,
@@ -51,7 +50,7 @@ def by_rank(
 
 
 def by_weight(
-    config: MoEConfig, logits: jax.Array, weights: jax.Array, active: jax.Array, slack: float, context: Context
+    config: MoESettings, logits: jax.Array, weights: jax.Array, active: jax.Array, slack: float, context: Context
 ) -> Counted:
     """All active experts of each token; where `slack` is above 0, and not under "threshold" selection, at most
     `slack * experts_per_token` of a sequence's pairs per token, the smallest weights beyond dropped.
@@ -61,14 +60,14 @@ def by_weight(
     active = present_pairs(active, context.present) & active
     kept, bounds = active, {}
     if slack and context.selection == "topk":
-        rows = min(active[0].size, math.ceil(round(active.shape[1] * config.experts_per_token * slack, 9)))
+        rows = min(active[0].size, math.ceil(round(active.shape[1] * config.router.per_token() * slack, 9)))
         kept, bounds = within_rows(weights, active, rows), {"pairs_per_sequence": rows}
     dispatch = by_mask(kept, weights, **bounds)
     load = active.sum((0, 1)).astype(jnp.float32)
     return Counted(dispatch, load, statistics(dispatch, logits, load, context.present))
 
 
-def how_computed(config: MoEConfig, slack: float, context: Context) -> Execution:
+def how_computed(config: MoESettings, slack: float, context: Context) -> Execution:
     """Rows where `by_weight` bounds their number, else every expert on every token: slots would be as many."""
     if config.execution != "auto":
         return config.execution
@@ -85,21 +84,6 @@ def within_rows(weights: jax.Array, active: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(put)(place).reshape(active.shape) & active
 
 
-def refuse_capacity(config: MoEConfig) -> None:
-    """RecipeError where capacities of experts are asked for, which these routers do not have."""
-    if config.capacity_factor:
-        raise RecipeError(
-            f"model.moe.capacity_factor={config.capacity_factor:g}: the router {config.router} has no capacity per "
-            "expert; leave it 0"
-        )
-
-
 def one_expert(setting: str) -> str:
     """Why weights that are divided by their sum teach a router nothing where each token has one expert."""
-    return f"with model.moe.options={setting} a normalised weight is always 1 and the router learns nothing: allow 2"
-
-
-def check_slack(slack: float) -> None:
-    """RecipeError for a bound on rows that no average could keep."""
-    if slack and slack < 1:
-        raise RecipeError(f"model.moe.options: row_slack={slack:g}: must be at least 1, or 0 for no bound")
+    return f"with router.{setting} a normalised weight is always 1 and the router learns nothing: allow 2"

@@ -2,7 +2,8 @@
 
 A small MLP picks k in 0..N per token; the output is b_0 + sum_{i<=k} o_i. The learners are the experts, slices of one
 feed-forward as a rule, and a token's are 1..k with weight 1. Training picks by a straight-through Gumbel-softmax, all
-else by the largest logit. This is the paper's third phase; `adaptive.layers.moe.prefixes` has what the first two need.
+else by the largest logit. This is the paper's third phase; in the first two the learners and then the gate learn from a
+trained model.
 
 The released gated forward leaves out the highest learner that was chosen; this one does not.
 """
@@ -17,26 +18,54 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers.linear import normal_param
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.gates import straight_through, where_present
-from adaptive.layers.moe_config import Execution, MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.moe.settings import Execution, MoESettings, Scored
+from adaptive.layers.site import Site, normal_param, param
 from adaptive.routing.dispatch import by_mask
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings(Scored):
     """The released recipe: the defaults, 4 learners; its budgets are experts_per_token / experts of 0.25 to 0.75."""
 
-    gate_depth: int = 3  # linear maps of the gate
-    gate_size: int = 16  # width between them
-    tau: float = 0.8  # of the Gumbel-softmax
-    least: int = 0  # the fewest learners of a token
+    gate_depth: int = ranged(3, least=1)  # linear maps of the gate
+    gate_size: int = ranged(16, least=1)  # width between them
+    tau: float = ranged(0.8, above=0)  # of the Gumbel-softmax
+    least: int = ranged(0, least=0)  # the fewest learners of a token
     train: Literal["all", "taken"] = "all"  # learners that training computes; taken: no gradient from the others' gates
-    budget_coefficient: float = 0.1
-    entropy_coefficient: float = 0.05
-    diversity_coefficient: float = 0.05
+    budget_coefficient: float = ranged(0.1, least=0)
+    entropy_coefficient: float = ranged(0.05, least=0)
+    diversity_coefficient: float = ranged(0.05, least=0)
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        if self.least >= config.experts:
+            raise RecipeError(f"{at}.router.least={self.least}: must be below {at}.experts={config.experts}")
+
+    def zeros(self) -> int:
+        return 1
+
+    def coefficients(self) -> dict[str, float]:
+        return super().coefficients() | {
+            "budget_loss": self.budget_coefficient,
+            "usage_entropy_loss": self.entropy_coefficient,
+            "diversity_loss": self.diversity_coefficient,
+        }
+
+    def sizes(self, config: MoESettings, width: int) -> tuple[int, ...]:
+        """Widths of the gate, from its input to its logits."""
+        return (width, *[self.gate_size] * (self.gate_depth - 1), config.choices)
+
+    def pairs(self, config: MoESettings, tokens: float, site: Site) -> float:
+        return tokens * (config.experts if self.train == "all" else self.experts_per_token)
+
+    def matrices(self, config: MoESettings, width: int) -> int:
+        return sum(a * b for a, b in itertools.pairwise(self.sizes(config, width)))
+
+    def vectors(self, config: MoESettings, width: int) -> int:
+        return sum(self.sizes(config, width)[1:]) + width
 
 
 class Router(ExpertRouter):
@@ -54,31 +83,16 @@ class Router(ExpertRouter):
     diversity_loss        -2 (mean over pairs of sequences of the difference of their mean k / N over all layers)
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         super().__init__(config, site, key)
-        o: Options = self.options
-        if o.gate_depth < 1 or o.gate_size < 1 or not 0 <= o.least < config.experts:
-            raise RecipeError(
-                f"model.moe.options: gate_depth={o.gate_depth} and gate_size={o.gate_size} must be at least 1, "
-                f"least={o.least} from 0 to {config.experts - 1}"
-            )
-        if config.capacity_factor:
-            raise RecipeError("model.moe.capacity_factor: a prefix of learners has no capacity; set it to 0")
-        keys = jax.random.split(key, o.gate_depth)
-        sizes = [site.width, *[o.gate_size] * (o.gate_depth - 1)]
+        sizes = self.options.sizes(config, site.width)
+        keys = jax.random.split(key, len(sizes) - 1)
         self.hidden = nnx.List(
-            [_Map(*ends, site, k) for ends, k in zip(itertools.pairwise(sizes), keys[1:], strict=True)]
+            [_Map(*ends, site, k) for ends, k in zip(itertools.pairwise(sizes[:-1]), keys[1:], strict=True)]
         )
-        self.sizes = (*sizes, self.choices)
-        self.weight = normal_param(keys[0], (sizes[-1], self.choices), (None, None), _std(sizes[-1]), site.stack)
+        self.weight = normal_param(keys[0], sizes[-2:], (None, None), _std(sizes[-2]), site.stack)
         self.bias = _zeros(self.choices, site)
         self.base = _zeros(site.width, site)
-
-    @property
-    def zero_experts(self) -> int:
-        return 1
 
     def logits(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -87,7 +101,7 @@ class Router(ExpertRouter):
         return jnp.matmul(x, self.weight[...], precision=jax.lax.Precision.HIGHEST) + self.bias[...]
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
-        c, o, n = self.config, self.options, self.config.experts
+        o, n = self.options, self.config.experts
         logits = self.logits(x)
         allowed = jnp.where(jnp.arange(n + 1) < o.least, -1e9, logits)
         count = straight_through(allowed, o.tau, context.key if context.training else None)
@@ -104,7 +118,7 @@ class Router(ExpertRouter):
         stats |= {"dropped": jnp.zeros(()), "learners": stop(count @ jnp.arange(n + 1.0)).sum()}
         tokens = present.sum((1, 2)).astype(jnp.float32)
         losses = {"usage_entropy_loss": _usage_entropy_loss(count.sum(1), tokens)}
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         parts = {"compute": (count @ jnp.arange(n + 1.0)).sum(-1) / n, "tokens": tokens}
         return Routing(dispatch, losses, stats, parts, logits)
@@ -119,27 +133,12 @@ class Router(ExpertRouter):
 
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         compute, tokens = parts["compute"].sum(0), parts["tokens"].sum(0)  # of each sequence, over all layers
-        target = self.config.experts_per_token / self.config.experts
+        target = self.options.experts_per_token / self.config.experts
         budget = jnp.abs(compute.sum() / jnp.maximum(tokens.sum(), 1.0) - target)
         share = compute / jnp.maximum(tokens, 1.0)
         pairs = max(len(share) * (len(share) - 1), 1)
         difference = jnp.abs(share[:, None] - share).sum() / pairs
         return {"budget_loss": budget, "diversity_loss": -2 * difference}
-
-    def coefficients(self) -> dict[str, float]:
-        o: Options = self.options
-        return {
-            "budget_loss": o.budget_coefficient,
-            "usage_entropy_loss": o.entropy_coefficient,
-            "diversity_loss": o.diversity_coefficient,
-            "router_z_loss": self.config.z_coefficient,
-        }
-
-    def pairs(self, tokens: float) -> float:
-        return tokens * (self.config.experts if self.options.train == "all" else self.config.experts_per_token)
-
-    def router_flops(self, tokens: float) -> float:
-        return 2.0 * tokens * sum(a * b for a, b in itertools.pairwise(self.sizes))
 
 
 class _Map(nnx.Module):
@@ -159,7 +158,7 @@ def _std(inner: int) -> float:
 
 
 def _zeros(size: int, site: Site) -> nnx.Param:
-    return nnx.Param(jnp.zeros((*site.stack, size)), axes=(None,) * (len(site.stack) + 1))
+    return param(jnp.zeros((*site.stack, size)), (None,), stack=site.stack, role="bias")
 
 
 def _usage_entropy_loss(counts: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -6,26 +6,37 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.routers.token_choice import limited, present_pairs, whole_k
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.choosing import limited, present_pairs
+from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Site
 from adaptive.routing.balance import claims
 from adaptive.routing.dispatch import by_token
 from adaptive.routing.masked import mean_choice, softmax_over, tokens_in, zero_weights
 from adaptive.routing.select import top_choices
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The paper's Mixtral: 8 experts, null_experts=8, model.moe.experts_per_token=3, balance_coefficient 0.02 and then
+class Settings(Limited):
+    """The paper's Mixtral: 8 experts, null_experts=8, experts_per_token=3, balance_coefficient=0.02 and then
     late_coefficient=1e-4 after the first epoch."""
 
-    null_experts: int = 8
+    null_experts: int = ranged(8, least=0)
     normalise: Literal["true", "all"] = "true"  # over which of the chosen: true experts (the paper), or nulls as well
-    late_after: int = 0  # steps after which the balancing loss has `late_coefficient`; 0: never
-    late_coefficient: float = 1e-4
+    late_after: int = ranged(0, least=0)  # steps after which the balancing loss has `late_coefficient`; 0: never
+    late_coefficient: float = ranged(1e-4, least=0)
+
+    def zeros(self) -> int:
+        return self.null_experts
+
+    def coefficients(self) -> dict[str, float]:
+        if not self.late_after:
+            return super().coefficients()
+        return super().coefficients() | {"load_balancing_loss": 0.0, "weighted_load_balancing_loss": 1.0}
+
+    def pairs(self, config: MoESettings, tokens: float, site: Site) -> float:
+        return tokens * self.experts_per_token * config.experts / config.choices
 
 
 class Router(ExpertRouter):
@@ -45,21 +56,11 @@ class Router(ExpertRouter):
     Capacities count as for token choice, nulls taking their share of a balanced load.
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         super().__init__(config, site, key)
-        o: Options = self.options
-        self.k = whole_k(config)
-        if o.null_experts < 0 or o.late_after < 0:
-            raise RecipeError(
-                f"model.moe.options: null_experts={o.null_experts}, late_after={o.late_after}: must be at least 0"
-            )
+        o: Settings = self.options
+        self.k = o.experts_per_token
         self.updates = site.buffer(jnp.zeros(())) if o.late_after else None
-
-    @property
-    def zero_experts(self) -> int:
-        return self.options.null_experts
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
@@ -69,12 +70,12 @@ class Router(ExpertRouter):
         true = index < c.experts
         weights = softmax_over(chosen, true if o.normalise == "true" else jnp.ones_like(true))
         wanted = present_pairs(index, context.present)
-        valid, bounds = limited(c, index, weights, wanted & true, context, o.null_experts)
+        valid, bounds = limited(c, index, weights, wanted & true, context)
         nulls = zero_weights(index, weights, wanted, c.experts, o.null_experts)
         dispatch = by_token(index, weights, valid, c.experts, zero_weights=nulls, **bounds)
         load = claims(index, wanted, self.choices).sum(0)
         losses = self._balance(jax.nn.softmax(logits, axis=-1), load, context.present)
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
 
@@ -90,26 +91,21 @@ class Router(ExpertRouter):
         if self.updates is None:
             return {"load_balancing_loss": loss}
         late = self.updates[...] >= o.late_after
-        weighted = loss * jnp.where(late, o.late_coefficient, self.config.balance_coefficient)
+        weighted = loss * jnp.where(late, o.late_coefficient, o.balance_coefficient)
         return {"load_balancing_loss": loss, "weighted_load_balancing_loss": weighted}
-
-    def coefficients(self) -> dict[str, float]:
-        if self.updates is None:
-            return super().coefficients()
-        return super().coefficients() | {"load_balancing_loss": 0.0, "weighted_load_balancing_loss": 1.0}
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         if self.updates is not None:
             self.updates[...] = self.updates[...] + 1
 
-    def pairs(self, tokens: float) -> float:
-        return tokens * self.k * self.config.experts / self.choices
+    def selects_alike(self) -> bool:
+        return not self.options.capacity_factor
 
     def no_gradient(self) -> str:
         if self.k > 1 and (self.config.experts > 1 or self.options.normalise == "all"):
             return ""
         return (
-            f"with model.moe.experts_per_token={self.k} of {self.config.experts} true experts the weight of the one "
+            f"with router.experts_per_token={self.k} of {self.config.experts} true experts the weight of the one "
             "that is chosen is always 1 and the router learns nothing: take at least 2 of at least 2"
         )
 

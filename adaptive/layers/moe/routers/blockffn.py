@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing
-from adaptive.layers.moe.varying import by_weight, check_slack, how_computed, refuse_capacity
-from adaptive.layers.moe_config import Execution, MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.moe.settings import Bounded, Execution, MoESettings
+from adaptive.layers.moe.varying import by_weight, how_computed
+from adaptive.layers.site import Site, param
 from adaptive.routing.chunks import chunks, neighbours
 from adaptive.routing.losses import mean_over
+from adaptive.settings import ranged
 
 COUNTED = (8, 64)  # chunk lengths of the statistics
 SMALL = 1e-5  # in the probabilities of the chunk sparsity loss, and in its logarithm
@@ -21,18 +21,40 @@ LEAST_RISE, MOST_RISE = 1.025, 4.0  # of the adaptive coefficient: in one window
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings(Bounded):
     """The paper's: the defaults, with locality_coefficient=1e-3 for 0.8B."""
 
-    locality_coefficient: float = 2e-3
+    locality_coefficient: float = ranged(2e-3, least=0)
     sharpness: float = 100.0  # multiplies logits in the locality loss
-    sparsity_coefficient: float = 5e-2  # at the start
-    chunk: int = 64  # tokens, of the sparsity loss
+    sparsity_coefficient: float = ranged(5e-2, least=0)  # at the start
+    chunk: int = ranged(64, least=1)  # tokens, of the sparsity loss
     adapt: bool = True  # whether the sparsity coefficient follows its loss
-    hold_steps: int = 1000  # before it does
-    window: int = 100  # steps that losses are averaged over
-    norm_eps: float = 1e-5
-    row_slack: float = 0.0  # of a bound on a sequence's pairs in training: slack * experts_per_token per token; 0: none
+    hold_steps: int = ranged(1000, least=0)  # before it does
+    window: int = ranged(100, least=1)  # steps that losses are averaged over
+    norm_eps: float = ranged(1e-5, above=0)
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        if config.gated:
+            raise RecipeError(
+                f"{at}.gated=true: BlockFFN's experts have no gate, which would cost their sparsity; set "
+                f"{at}.gated=false"
+            )
+        if self.hold_steps % self.window or self.hold_steps < 2 * self.window:
+            raise RecipeError(
+                f"{at}.router.hold_steps={self.hold_steps}: must be a multiple of {at}.router.window={self.window}, at "
+                "least two"
+            )
+
+    def coefficients(self) -> dict[str, float]:
+        return {
+            "activation_locality_loss": self.locality_coefficient,
+            "chunk_sparsity_loss": 0.0 if self.adapt else self.sparsity_coefficient,
+            "weighted_chunk_sparsity_loss": 1.0,
+        }
+
+    def vectors(self, config: MoESettings, width: int) -> int:
+        return config.experts
 
 
 class Router(ExpertRouter):
@@ -42,10 +64,9 @@ class Router(ExpertRouter):
     gain    f32[experts], of the RMSNorm over experts; 1 at first
     coefficient, steps, window, before, origin, target  f32[]: buffers of the adaptive coefficient
 
-    Experts have no gate (model.moe.gated=false): down(silu(x up)). execution=dense is how the paper trains;
+    Experts have no gate (gated=false): down(silu(x up)). execution=dense is how the paper trains;
     execution=ragged with row_slack bounds the rows, a sequence's pairs of least weight being dropped and counted.
-    model.moe.experts_per_token is the average that bound and the account of compute expect.
-    model.moe.balance_coefficient has no part.
+    experts_per_token is the average that bound and the account of compute expect.
 
     activation_locality_loss  BCE of z[t-1] against sigmoid(z[t]), z = sharpness x weight, mean over experts and
                               neighbours of one document; the gradient flows through the target too
@@ -62,26 +83,10 @@ class Router(ExpertRouter):
     chunks_64, reused, reusable, of which `sparsity` makes the paper's metrics.
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         super().__init__(config, site, key)
-        o: Options = self.options
-        refuse_capacity(config)
-        check_slack(o.row_slack)
-        if config.gated:
-            raise RecipeError(
-                "model.moe.gated=true: BlockFFN's experts have no gate, which would cost their sparsity; set "
-                "model.moe.gated=false"
-            )
-        for name in ("chunk", "window"):
-            if getattr(o, name) < 1:
-                raise RecipeError(f"model.moe.options: {name}={getattr(o, name)}: must be at least 1")
-        if o.hold_steps % o.window or o.hold_steps < 2 * o.window:
-            raise RecipeError(
-                f"model.moe.options: hold_steps={o.hold_steps}: must be a multiple of window={o.window}, at least two"
-            )
-        self.gain = nnx.Param(jnp.ones((*site.stack, config.experts)), axes=(None,) * (len(site.stack) + 1))
+        o: Settings = self.options
+        self.gain = param(jnp.ones((*site.stack, config.experts)), (None,), stack=site.stack, role="scale")
         start = lambda value: site.buffer(jnp.full((), value))  # noqa: E731
         self.coefficient = start(o.sparsity_coefficient)
         self.origin, self.target = start(o.sparsity_coefficient), start(o.sparsity_coefficient)
@@ -98,14 +103,6 @@ class Router(ExpertRouter):
             losses["weighted_chunk_sparsity_loss"] = self.coefficient[...] * sparsity
         stats |= {"chunk_sparsity": jax.lax.stop_gradient(sparsity)} | shared_among_neighbours(logits > 0, context)
         return Routing(dispatch, losses, stats, {}, logits)
-
-    def coefficients(self) -> dict[str, float]:
-        o = self.options
-        return {
-            "activation_locality_loss": o.locality_coefficient,
-            "chunk_sparsity_loss": 0.0 if o.adapt else o.sparsity_coefficient,
-            "weighted_chunk_sparsity_loss": 1.0,
-        }
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         o = self.options

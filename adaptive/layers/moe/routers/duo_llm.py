@@ -20,32 +20,63 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers.moe.base import Context, RoutedLayer, Routing, parse_options, poisoned, shape_in, statistics
+from adaptive.layers.moe.base import Context, RoutedLayer, Routing, poisoned, shape_in, statistics
 from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Experts
 from adaptive.layers.moe.gates import LinearGate, where_present
-from adaptive.layers.moe_config import Execution, MoEConfig
+from adaptive.layers.moe.settings import Execution, ExpertCost, MoESettings, RouterSettings
 from adaptive.layers.site import Site
 from adaptive.routing.dispatch import Dispatch, by_mask, by_token
+from adaptive.settings import ranged
 
 BIG, SMALL, SKIP = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The paper: a big feed-forward of 10240, a small one of 640. It prints neither alpha nor tau: ours."""
+class Settings(RouterSettings):
+    """The paper: a big feed-forward of 10240, a small one of 640. It prints neither alpha nor tau: ours. The big one's
+    width is expert_size."""
 
     phase: Literal["random", "router"] = "router"
-    small_size: int = 0  # hidden width of the small feed-forward; 0: a sixteenth of the big one's
+    small_size: int = ranged(0, least=0)  # hidden width of the small feed-forward; 0: a sixteenth of the big one's
     skip: bool = False  # a third choice, which computes nothing
-    random_steps: int = 0  # phase=router: steps of stage 1 that come first
-    budget: float = 0.5  # share of big that the router is to have, over all layers and tokens of a sequence
-    budget_coefficient: float = 1.0  # alpha
-    tau: float = 1.0  # at the first step with a router, multiplied by tau_decay at each, no less than tau_last
-    tau_decay: float = 0.998
-    tau_last: float = 0.1
+    random_steps: int = ranged(0, least=0)  # phase=router: steps of stage 1 that come first
+    budget: float = ranged(0.5, least=0, most=1)  # share of big that the router is to have, over all layers and tokens
+    budget_coefficient: float = ranged(1.0, least=0)  # alpha
+    tau: float = ranged(1.0, above=0)  # at the first step with a router, multiplied by tau_decay at each
+    tau_decay: float = ranged(0.998, above=0, most=1)
+    tau_last: float = ranged(0.1, above=0)  # the least that it becomes
     untrained: Literal["big", "small"] = "big"  # phase=random: what evaluation and generation take
-    slack: float = 0.0  # above 0: where one choice is taken, big computes at most ceil(slack budget n) of n tokens
+    slack: float = ranged(0.0, least=0)  # above 0: big computes at most ceil(slack budget n) of n tokens
+
+    def check(self, config: MoESettings, at: str) -> None:
+        if config.experts != 2 or config.shared_size:
+            raise RecipeError(
+                f"{at}.router=duo_llm has two experts, big and small: set {at}.experts=2 (not {config.experts}) and "
+                f"{at}.shared_size=0"
+            )
+
+    def zeros(self) -> int:
+        return int(self.skip)
+
+    def coefficients(self) -> dict[str, float]:
+        return {"budget_loss": self.budget_coefficient}
+
+    def sizes(self, config: MoESettings) -> tuple[int, int]:
+        """Hidden widths of the big and the small feed-forward."""
+        return config.expert_size, self.small_size or max(1, config.expert_size // 16)
+
+    def layer_parameters(self, config: MoESettings, width: int) -> int:
+        return self.matrices(config, width) + config.matrices() * width * sum(self.sizes(config))
+
+    def layer_cost(self, config: MoESettings, tokens: float, site: Site) -> ExpertCost:
+        both = self.phase == "router" or config.execution == "dense"
+        share = 1.0 if both else 1 / config.choices
+        router = 2.0 * tokens * self.matrices(config, site.width)
+        # Stage 1 has logits for the statistics alone.
+        router_train = router * (1 if self.phase == "random" else 3)
+        experts = 2.0 * config.matrices() * tokens * share * site.width * sum(self.sizes(config))
+        return ExpertCost(router, router_train, experts)
 
 
 class Forced(nnx.Variable):
@@ -68,34 +99,27 @@ class Layer(RoutedLayer):
     budget_loss, over all layers: the mean over sequences of (mean over layers and tokens of P_big - budget)^2.
     """
 
-    def __init__(self, config: MoEConfig, hidden: int, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         router, big, small = jax.random.split(key, 3)
         self.config, self.site = config, site
-        self.options = o = parse_options(Options, config)
-        if config.experts != 2 or config.shared_size or config.capacity_factor:
-            raise RecipeError(
-                f"model.moe.router=duo_llm has two experts, big and small: set model.moe.experts=2 (not "
-                f"{config.experts}), shared_size=0 and capacity_factor=0; model.moe.options=slack=1.25 bounds big"
-            )
-        if not 0 <= o.budget <= 1 or o.slack < 0:
-            raise RecipeError(f"model.moe.options: budget={o.budget:g} must be in [0, 1], slack={o.slack:g} at least 0")
-        self.big_size = config.expert_size or hidden
-        self.small_size = o.small_size or max(1, self.big_size // 16)
-        self.choices = 2 + o.skip
+        assert isinstance(config.router, Settings)
+        self.options = o = config.router
+        self.choices = config.choices
+        self.big_size, self.small_size = o.sizes(config)
         self.router = LinearGate(self.choices, site, router)
         one = dataclasses.replace(config, experts=1)
-        self.big = Experts(one, self.big_size, site, big)
-        self.small = Experts(one, self.small_size, site, small)
+        self.big = Experts(one, site, big)
+        self.small = Experts(dataclasses.replace(one, expert_size=self.small_size), site, small)
         self.tau, self.steps = site.buffer(jnp.array(o.tau)), site.buffer(jnp.zeros(()))
         self.forced: Forced | None = None
 
     @classmethod
-    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, int, dict[str, Any]]:
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
         _, width, hidden = shape_in(arrays, "big.up", 3)
         _, choices = shape_in(arrays, "router.weight", 2)
-        options = {"small_size": shape_in(arrays, "small.up", 3)[-1], "skip": choices == 3}
-        implied = {"experts": 2, "expert_size": hidden, "gated": "big.gate" in arrays, "options": options}
-        return width, hidden, implied
+        small = shape_in(arrays, "small.up", 3)[-1]
+        own = {"small_size": small, "skip": choices == 3}
+        return width, own | {"experts": 2, "expert_size": hidden, "gated": "big.gate" in arrays}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         logits = self.router(x)
@@ -131,9 +155,6 @@ class Layer(RoutedLayer):
         off = jnp.where(tokens > 0, jnp.square(share - self.options.budget), 0.0)
         return {"budget_loss": off.sum() / jnp.maximum((tokens > 0).sum(), 1)}
 
-    def coefficients(self) -> dict[str, float]:
-        return {"budget_loss": self.options.budget_coefficient}
-
     def update(self, stats: dict[str, jax.Array]) -> None:
         o = self.options
         self.steps[...] = self.steps[...] + 1
@@ -141,19 +162,8 @@ class Layer(RoutedLayer):
         self.tau[...] = jnp.where(self.steps[...] > o.random_steps, colder, self.tau[...])
 
     def describe(self) -> str:
-        skip = ", or none" * self.options.skip
+        skip = ", or none" if self.options.skip else ""
         return f"a feed-forward of {self.big_size} or one of {self.small_size} hidden units{skip}"
-
-    def flops(self, tokens: float, width: int) -> tuple[float, float]:
-        c, both = self.config, self.options.phase == "router" or self.config.execution == "dense"
-        share = 1.0 if both else 1 / self.choices
-        matmuls = 6.0 if c.gated else 4.0
-        router = 2.0 * tokens * width * self.choices
-        return router, matmuls * tokens * share * width * (self.big_size + self.small_size)
-
-    def router_train_flops(self, tokens: float, width: int) -> float:
-        # Stage 1 has logits for the statistics alone.
-        return self.flops(tokens, width)[0] * (1 if self.options.phase == "random" else 3)
 
     def selects_alike(self) -> bool:
         return self.options.phase == "random"

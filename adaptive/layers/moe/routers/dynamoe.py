@@ -12,25 +12,51 @@ import jax.numpy as jnp
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, z_loss
-from adaptive.layers.moe.varying import by_rank, one_expert, refuse_capacity
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.layers.site import Buffer, Site
+from adaptive.layers.moe.settings import Balanced, MoESettings
+from adaptive.layers.moe.varying import by_rank, one_expert
+from adaptive.layers.site import Buffer, Site, lead_axes
 from adaptive.routing.masked import share_loss
 from adaptive.routing.select import top_choices
+from adaptive.settings import ranged
 
 Schedule = Literal["uniform", "descending", "ascending", "pyramid_up", "pyramid_down", "wave"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings(Balanced):
     """Which experts a token may have, and how many."""
 
     threshold: Literal["token", "batch", "ema"] = "ema"  # over what the quantile of logits is taken
-    quantile: float | None = None  # in [0, 1); none: 1 - experts_per_token / experts
+    quantile: float | None = ranged(None, least=0, below=1)  # none: 1 - experts_per_token / experts
     schedule: Schedule = "uniform"  # of the most experts a token may have, over the layers
-    least: int = 1  # of the schedule
-    most: int = 4
-    momentum: float = 0.99  # of threshold=ema, and of batch where it generates
+    least: int = ranged(1, least=1)  # of the schedule
+    most: int = ranged(4, least=1)
+    momentum: float = ranged(0.99, least=0, below=1)  # of threshold=ema, and of batch where it generates
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        if not self.least <= self.most <= config.experts:
+            raise RecipeError(
+                f"{at}.router.least={self.least} and {at}.router.most={self.most}: the schedule {self.schedule} must "
+                f"stay within 1 and {at}.experts={config.experts}, and least not exceed most"
+            )
+
+    def of_logits(self, config: MoESettings) -> float:
+        """The quantile of the logits that is the threshold."""
+        return 1 - self.experts_per_token / config.experts if self.quantile is None else self.quantile
+
+    def limits(self, site: Site) -> tuple[int, ...]:
+        """The most experts of a token in each of the site's layers, in the order of its buffers' leading axes."""
+        every = limits(self.schedule, self.least, self.most, site.depth)
+        return tuple(every[layer] for layer in layers_of(site))
+
+    def pairs(self, config: MoESettings, tokens: float, site: Site) -> float:
+        experts, q = config.experts, self.of_logits(config)
+        reach = (1 - q) * experts
+        if self.threshold == "token":
+            reach = experts - math.ceil(round(q * (experts - 1), 9))
+        taken = [min(limit, max(1.0, reach)) for limit in self.limits(site)]
+        return tokens * sum(taken) / len(taken)
 
 
 class Router(ExpertRouter):
@@ -57,30 +83,19 @@ class Router(ExpertRouter):
     number of the batches' thresholds
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         super().__init__(config, site, key)
-        o: Options = self.options
-        refuse_capacity(config)
-        self.q = 1 - config.experts_per_token / config.experts if o.quantile is None else o.quantile
-        if not 0 <= self.q < 1:
-            raise RecipeError(f"model.moe.options: quantile={self.q:g}: must be at least 0 and below 1")
-        if not 1 <= o.least <= o.most <= config.experts:
-            raise RecipeError(
-                f"model.moe.options: least={o.least}, most={o.most}: the schedule {o.schedule} must stay within 1 and "
-                f"model.moe.experts={config.experts}, and least not exceed most"
-            )
-        every = limits(o.schedule, o.least, o.most, site.depth)
-        self.limits = tuple(every[layer] for layer in layers_of(site))
+        o: Settings = self.options
+        self.q, self.limits = o.of_logits(config), o.limits(site)
         lead = (site.uses,) * bool(site.uses) + site.stack
-        self.limit = Buffer(jnp.asarray(self.limits, jnp.float32).reshape(lead))
+        axes = ("uses",) * bool(site.uses) + lead_axes(site.stack)
+        self.limit = Buffer(jnp.asarray(self.limits, jnp.float32).reshape(lead), axes=axes)
         running = o.threshold != "token"
         self.threshold = site.buffer(jnp.zeros(())) if running else None
         self.updates = site.buffer(jnp.zeros(())) if running else None
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
-        c = self.config
+        c, o = self.config, self.options
         logits = self.logits(x)
         index = top_choices(logits, c.experts)
         ranked = jax.lax.stop_gradient(jnp.take_along_axis(logits, index, axis=-1))
@@ -90,7 +105,7 @@ class Router(ExpertRouter):
             c, logits, index, wanted, self.limit[...], max(self.limits), context, claims_all=False
         )
         losses = {"load_balancing_loss": share_loss(jax.nn.softmax(logits, axis=-1), load, context.present)}
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         if measured is not None:
             found = jnp.isfinite(measured)  # not where no token is present
@@ -107,14 +122,6 @@ class Router(ExpertRouter):
         fresh = stats["quantile"] / jnp.maximum(stats["quantiles"], 1.0)
         self.threshold[...] = self.threshold[...] + rate * (fresh - self.threshold[...])
         self.updates[...] = self.updates[...] + seen
-
-    def pairs(self, tokens: float) -> float:
-        experts = self.config.experts
-        reach = (1 - self.q) * experts
-        if self.options.threshold == "token":
-            reach = experts - math.ceil(round(self.q * (experts - 1), 9))
-        taken = [min(limit, max(1.0, reach)) for limit in self.limits]
-        return tokens * sum(taken) / len(taken)
 
     def selects_alike(self) -> bool:
         return self.options.threshold != "batch"

@@ -17,46 +17,82 @@ decode=refuse    the model cannot generate: for bidirectional models, and for th
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from adaptive.errors import RecipeError
-from adaptive.layers.linear import normal_param
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.routers.token_choice import jittered, shared_in_experts
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.moe.choosing import check_shared, grouped, jittered, shared_in_experts
+from adaptive.layers.moe.settings import MoESettings, Scored
+from adaptive.layers.site import Site, normal_param
 from adaptive.parallel.shard import sharded
 from adaptive.routing import scale
 from adaptive.routing.capacity import scaled
 from adaptive.routing.dispatch import by_expert, by_mask
 from adaptive.routing.losses import mean_over
 from adaptive.routing.masked import softmax_over
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Zhou et al.: the defaults with decode=refuse. Flaxformer: rounding=nearest,minimum=4 as well. EC-DLM:
-    score=selected,decode=refuse, and two shared experts; its pre-softmax is score=softmax with a route_scale."""
+class Settings(Scored):
+    """Zhou et al.: the defaults with decode=refuse. Flaxformer: rounding=nearest, minimum=4 as well. EC-DLM:
+    score=selected, decode=refuse, and two shared experts; its pre-softmax is score=softmax with a route_scale."""
 
     score: Literal["softmax", "selected", "sigmoid"] = "softmax"  # what weights are; selection ranks softmax or logits
     route_scale: float = 1.0  # multiplies the weights
     group: Literal["sequence", "batch", "chunk", "position"] = "sequence"
-    chunk: int = 64
+    chunk: int = ranged(64, least=1)
     select: Literal["top", "threshold"] = "top"
     decode: Literal["threshold", "predictor", "refuse"] = "threshold"
-    slack: float = 1.25  # of select=threshold
-    momentum: float = 0.99  # of the running threshold
-    predictor_coefficient: float = 0.01
+    slack: float = ranged(1.25, above=0)  # of select=threshold
+    momentum: float = ranged(0.99, least=0, below=1)  # of the running threshold
+    predictor_coefficient: float = ranged(0.01, least=0)
     rounding: Literal["down", "nearest"] = "down"  # of group * k / experts; nearest: halves to even
-    minimum: int = 1  # tokens that every expert takes at least
-    most_per_token: float = 0.0  # the largest average that a schedule asks for; 0: model.moe.experts_per_token
-    load_coefficient: float = 0.0  # EC-DLM's loss that pushes popular tokens down
-    jitter: float = 0.0  # training multiplies the router's input by U(1 - jitter, 1 + jitter)
+    minimum: int = ranged(1, least=1)  # tokens that every expert takes at least
+    load_coefficient: float = ranged(0.0, least=0)  # EC-DLM's loss that pushes popular tokens down
+    jitter: float = ranged(0.0, least=0, most=1)  # training multiplies the router's input by U(1 - jitter, 1 + jitter)
     scale_to_shared: bool = False  # multiplies a token's weights by a factor of the number of its experts (EC-DLM)
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        if self.select == "threshold" and self.group != "sequence":
+            raise RecipeError(
+                f"{at}.router.select=threshold compares no tokens, so {at}.router.group={self.group} has no meaning: "
+                "set group=sequence"
+            )
+        if self.scale_to_shared:
+            check_shared(config, at)
+
+    def coefficients(self) -> dict[str, float]:
+        own = {"popularity_loss": self.load_coefficient, "predictor_loss": self.predictor_coefficient}
+        return super().coefficients() | own
+
+    def takes(self, config: MoESettings, tokens: Any) -> Any:
+        """Tokens that an expert takes from a group of `tokens`, an int or i32[...] of them."""
+        found = scaled(tokens, self.experts_per_token / config.experts, self.rounding)
+        if isinstance(found, int):
+            return min(tokens, max(found, self.minimum))
+        return jnp.maximum(found, self.minimum)
+
+    def pairs(self, config: MoESettings, tokens: float, site: Site) -> float:
+        if self.select == "top" and self.group in ("batch", "position"):
+            return super().pairs(config, tokens, site)
+        length = min(self.chunk, int(tokens)) if self.group == "chunk" else int(tokens)
+        taken = self.takes(config, length)
+        if self.select == "threshold":
+            return config.experts * min(length, math.ceil(taken * self.slack))
+        return config.experts * math.ceil(tokens / length) * taken
+
+    def matrices(self, config: MoESettings, width: int) -> int:
+        return super().matrices(config, width) * (2 if self.decode == "predictor" else 1)
+
+    def train_flops(self, config: MoESettings, tokens: float, width: int) -> float:
+        # The predictor's input is cut off from the gradient, which spares one of its three matmuls.
+        return 2.0 * tokens * width * config.choices * (5 if self.decode == "predictor" else 3)
 
 
 class Router(ExpertRouter):
@@ -72,17 +108,14 @@ class Router(ExpertRouter):
     sigmoid     logits           sigmoid, divided by its sum over the experts that took the token (EC-DLM)
 
     A token that no expert takes has weight 0 everywhere. Ties go to the earlier token. An expert takes
-    `rounding`(n k / experts) of the n real tokens of a group, where k is model.moe.experts_per_token or, in sequences
-    and chunks, what the context's `limit` says of the sequence, up to most_per_token. Its losses are popularity_loss
+    `rounding`(n experts_per_token / experts) of the n real tokens of a group. Its losses are popularity_loss
     (load_coefficient) and predictor_loss.
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         matrix, predictor = jax.random.split(key)
         super().__init__(config, site, matrix)
-        o: Options = self.options
+        o: Settings = self.options
         shape, predicts = (site.width, config.experts), o.decode == "predictor"
         self.predictor = normal_param(predictor, shape, (None, None), site.std, site.stack) if predicts else None
         # A fresh softmax router scores about 1 / experts, a fresh logit is about 0.
@@ -90,22 +123,19 @@ class Router(ExpertRouter):
         self.threshold = site.buffer(jnp.full(config.experts, start))
         self.updates = site.buffer(jnp.zeros(()))
         self.table = scale.expert_choice_table(config.experts, shared_in_experts(config)) if o.scale_to_shared else ()
-        _check(o, config)
 
-    def capacity(self, tokens: int, k: float | None = None) -> int:
-        """Tokens that an expert takes from a group of `tokens` for `k` experts per token; None: the configuration's.
+    def capacity(self, tokens: int) -> int:
+        """Tokens that an expert takes from a group of `tokens`.
 
         Raises RecipeError where the sequences of a batch are too few for one of them.
         """
-        c, o = self.config, self.options
-        k = c.experts_per_token if k is None else k
-        if o.group == "position" and tokens * k < c.experts:
+        experts, k = self.config.experts, self.options.experts_per_token
+        if self.options.group == "position" and tokens * k < experts:
             raise RecipeError(
-                f"model.moe.options: group=position chooses among the {tokens} sequences of a batch, too few for "
-                f"{c.experts} experts and {k:g} of them per token: train.batch_size must be at least "
-                f"{math.ceil(c.experts / k)}"
+                f"router.group=position chooses among the {tokens} sequences of a batch, too few for {experts} experts "
+                f"and {k:g} of them per token: train.batch_size must be at least {math.ceil(experts / k)}"
             )
-        return min(tokens, max(scaled(tokens, k / c.experts, o.rounding), o.minimum))
+        return self.options.takes(self.config, tokens)
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
@@ -123,9 +153,9 @@ class Router(ExpertRouter):
         elif o.select == "threshold":
             mask, bounds, least, refused = self._first_above(ranked)
         elif o.group in ("batch", "position"):
-            mask, bounds, least = self._across(ranked, context)
+            mask, bounds, least = self._across(ranked)
         else:
-            index, valid, least = self._within(ranked, context)
+            index, valid, least = self._within(ranked)
             mask = _mask_of(index, valid, x.shape[1])
             bounds = None
         weights = self._weights(logits, probabilities, mask)
@@ -134,10 +164,11 @@ class Router(ExpertRouter):
             dispatch = by_expert(index, take(weights, index), valid, x.shape[1])
         else:
             dispatch = by_mask(mask, weights, **bounds)
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         if o.load_coefficient:
-            losses["popularity_loss"] = _popularity(logits, mask, context.present, o.group == "batch", c)
+            pairs = c.experts * o.experts_per_token
+            losses["popularity_loss"] = _popularity(logits, mask, context.present, o.group == "batch", pairs)
         if self.predictor is not None and context.selection == "topk":
             bce = optax.sigmoid_binary_cross_entropy(self._predicted(x), mask.astype(jnp.float32)).mean(-1)
             losses["predictor_loss"] = mean_over(bce, context.present)
@@ -145,13 +176,6 @@ class Router(ExpertRouter):
         stats = statistics(dispatch, logits, claimed.sum((0, 1)).astype(jnp.float32), context.present)
         stats["least"] = jax.lax.stop_gradient(least)
         return Routing(dispatch, losses, stats, {}, logits)
-
-    def coefficients(self) -> dict[str, float]:
-        o = self.options
-        return super().coefficients() | {
-            "popularity_loss": o.load_coefficient,
-            "predictor_loss": o.predictor_coefficient,
-        }
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         # The first updates are plain means, so that the threshold forgets its start at once. "least" is a sum over
@@ -162,51 +186,34 @@ class Router(ExpertRouter):
         self.threshold[...] = self.threshold[...] + rate[..., None] * (fresh - self.threshold[...])
         self.updates[...] = self.updates[...] + 1
 
-    def pairs(self, tokens: float) -> float:
-        o, experts = self.options, self.config.experts
-        if o.select == "top" and o.group in ("batch", "position"):
-            return tokens * self.config.experts_per_token
-        length = min(o.chunk, int(tokens)) if o.group == "chunk" else int(tokens)
-        taken = self.capacity(length)
-        if o.select == "threshold":
-            return experts * min(length, math.ceil(taken * o.slack))
-        return experts * math.ceil(tokens / length) * taken
-
-    def router_flops(self, tokens: float) -> float:
-        return super().router_flops(tokens) * (1 + (self.predictor is not None))
-
-    def router_train_flops(self, tokens: float) -> float:
-        # The predictor's input is cut off from the gradient, which spares one of its three matmuls.
-        return super().router_flops(tokens) * (3 + 2 * (self.predictor is not None))
-
     def selects_alike(self) -> bool:
         return False
 
     def no_gradient(self) -> str:
         if self.config.experts > 1:
             return ""
-        return "the weight of a token in model.moe.experts=1 is always 1 and the router learns nothing"
+        return "the weight of a token in experts=1 is always 1 and the router learns nothing"
 
     def refuse_generation(self) -> str:
         if self.options.decode != "refuse":
             return ""
         return (
             "expert choice with decode=refuse compares every token with later ones, which do not exist while "
-            "generating; train with model.moe.options=decode=threshold or decode=predictor"
+            "generating; train with router.decode=threshold or decode=predictor"
         )
 
     # Who is taken; each gives a mask bool[batch, seq, experts] and, where it trains, the least score that was taken
 
-    def _within(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _within(self, ranked: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Top tokens of every sequence or chunk: positions i32[batch, experts, n], valid, least score f32[experts]."""
         batch, seq, experts = ranked.shape
         length = min(self.options.chunk, seq) if self.options.group == "chunk" else seq
         chunks = -(-seq // length)
         padded = jnp.pad(ranked, ((0, 0), (0, chunks * length - seq), (0, 0)), constant_values=-jnp.inf)
         scores = padded.reshape(batch, chunks, length, experts).transpose(0, 3, 1, 2)
-        capacity = self._most(length, context)
+        capacity = self.capacity(length)
         real = jnp.isfinite(scores[:, :1]).sum(-1, dtype=jnp.int32)  # [batch, 1, chunks] tokens that exist
-        limit = self._limit(real, context)
+        limit = self.options.takes(self.config, real)
         best, index = top_of_sequences(scores, capacity)
         valid = (jnp.arange(capacity) < limit[..., None]) & jnp.isfinite(best)
         last = jnp.where(valid, best, jnp.inf).min(-1)  # [batch, experts, chunks]
@@ -216,32 +223,14 @@ class Router(ExpertRouter):
         flat = lambda a: a.reshape(batch, experts, chunks * capacity)  # noqa: E731
         return flat(position), flat(valid), least
 
-    def _limit(self, real: jax.Array, context: Context) -> jax.Array:
-        """Tokens i32, the shape of `real`, that an expert takes from groups of `real` i32 tokens."""
-        c, o = self.config, self.options
-        if context.limit is None:
-            return jnp.maximum(scaled(real, c.experts_per_token / c.experts, o.rounding), o.minimum)
-        limit = context.limit.reshape(-1, *(1,) * (real.ndim - 1))
-        return jnp.maximum(scaled(real * limit, 1 / c.experts, o.rounding), o.minimum)
-
-    def _most(self, length: int, context: Context) -> int:
-        """Tokens that an expert may take from a group of `length`, whatever the schedule says."""
-        k = self.config.experts_per_token
-        return self.capacity(length, k if context.limit is None else max(k, self.options.most_per_token))
-
-    def _across(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, dict[str, int], jax.Array]:
+    def _across(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array]:
         """Top tokens of the whole batch, or of each position over the batch."""
-        if context.limit is not None:
-            raise RecipeError(
-                f"model.moe.options: group={self.options.group} chooses over several sequences, which cannot have a "
-                "number of experts per token each: set group=sequence"
-            )
         batch, seq, experts = ranked.shape
         position = self.options.group == "position"
         rows = ranked.transpose(1, 2, 0) if position else ranked.reshape(1, -1, experts).swapaxes(1, 2)
         capacity = self.capacity(rows.shape[-1])
         best, index = top_tokens(rows, capacity)
-        limit = self._limit(jnp.isfinite(rows[:, :1]).sum(-1, dtype=jnp.int32), context)  # [groups, 1]
+        limit = self.options.takes(self.config, jnp.isfinite(rows[:, :1]).sum(-1, dtype=jnp.int32))  # [groups, 1]
         valid = jnp.isfinite(best) & (jnp.arange(capacity) < limit[..., None])
         put = lambda i, v: jnp.zeros(rows.shape[-1], bool).at[i].set(v)  # noqa: E731
         taken = jax.vmap(jax.vmap(put))(index, valid)
@@ -259,7 +248,7 @@ class Router(ExpertRouter):
         above = ranked > self.threshold[...]
         mask = above & (jnp.cumsum(above, axis=1) <= bound)
         best, _ = top_of_sequences(ranked.swapaxes(1, 2), capacity)
-        limit = self._limit(jnp.isfinite(ranked[..., 0]).sum(-1, dtype=jnp.int32), Context())
+        limit = self.options.takes(self.config, jnp.isfinite(ranked[..., 0]).sum(-1, dtype=jnp.int32))
         valid = jnp.isfinite(best) & (jnp.arange(capacity) < limit[:, None, None])
         least = _mean_of_finite(jnp.where(valid, best, jnp.inf).min(-1))
         return mask, {"most_per_sequence": bound}, least, above & ~mask
@@ -317,33 +306,11 @@ def _mean_of_finite(least: jax.Array) -> jax.Array:
     return jnp.where(finite, least, 0.0).sum(axes) / jnp.maximum(finite.sum(axes), 1)
 
 
-def _popularity(logits: jax.Array, mask: jax.Array, present: jax.Array | None, whole: bool, c: MoEConfig) -> jax.Array:
-    """sum_t (sum_e softmax over tokens of l_te) n_t / (E k), over each sequence or the `whole` batch; mean (EC-DLM)."""
-    group = (lambda a: a.reshape(1, -1, *a.shape[2:])) if whole else (lambda a: a)
-    logits, taken = group(logits), group(mask.sum(-1).astype(jnp.float32))
+def _popularity(logits: jax.Array, mask: jax.Array, present: jax.Array | None, whole: bool, pairs: float) -> jax.Array:
+    """sum_t (sum_e softmax over tokens of l_te) n_t / pairs, over each sequence or the `whole` batch; mean (EC-DLM)."""
+    logits, taken = grouped(logits, whole), grouped(mask.sum(-1).astype(jnp.float32), whole)
     if present is not None:
         # Finite, so that a sequence without tokens has a gradient; nobody takes an absent token.
-        logits = jnp.where(group(present)[..., None], logits, -1e9)
+        logits = jnp.where(grouped(present, whole)[..., None], logits, -1e9)
     popularity = jax.nn.softmax(logits, axis=1).sum(-1)
-    return (popularity * taken).sum(-1).mean() / (c.experts * c.experts_per_token)
-
-
-def _check(o: Options, config: MoEConfig) -> None:
-    """RecipeError for settings that cannot work."""
-    for name, low in (("chunk", 1), ("minimum", 1)):
-        if getattr(o, name) < low:
-            raise RecipeError(f"model.moe.options: {name}={getattr(o, name)}: must be at least {low}")
-    if not 0 <= o.momentum < 1 or not 0 <= o.jitter <= 1 or o.slack <= 0:
-        raise RecipeError(
-            f"model.moe.options: momentum={o.momentum:g}, jitter={o.jitter:g}, slack={o.slack:g}: momentum must be "
-            "below 1, jitter within 0 to 1, slack above 0"
-        )
-    if o.most_per_token and not config.experts_per_token <= o.most_per_token <= config.experts:
-        raise RecipeError(
-            f"model.moe.options: most_per_token={o.most_per_token:g}: must be from "
-            f"model.moe.experts_per_token={config.experts_per_token:g} to model.moe.experts={config.experts}"
-        )
-    if o.select == "threshold" and o.group != "sequence":
-        raise RecipeError(
-            f"model.moe.options: select=threshold compares no tokens, so group={o.group} has no meaning: leave it out"
-        )
+    return (popularity * taken).sum(-1).mean() / pairs

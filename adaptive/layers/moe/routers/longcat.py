@@ -7,28 +7,47 @@ import jax.numpy as jnp
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.routers.token_choice import limited, present_pairs, whole_k
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.choosing import limited, present_pairs
+from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Site
 from adaptive.routing.balance import claims
 from adaptive.routing.dispatch import by_token
 from adaptive.routing.losses import updated_bias
 from adaptive.routing.masked import mean_choice, zero_weights
 from adaptive.routing.select import top_choices
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """LongCat-Flash: 512 experts, zero_experts=256, model.moe.experts_per_token=12, true_experts=8, route_scale=6."""
+class Settings(Limited):
+    """LongCat-Flash: 512 experts, zero_experts=256, experts_per_token=12, true_experts=8, route_scale=6."""
 
-    zero_experts: int = 4
+    zero_experts: int = ranged(4, least=0)
     route_scale: float = 6.0
-    true_experts: float = 0.0  # held mean of true experts per token; 0: their share k experts / choices
-    bias_rate: float = 0.001  # of the balance among true experts; 0: none
+    true_experts: float = ranged(0.0, least=0)  # held mean of true experts per token; 0: k experts / choices
+    bias_rate: float = ranged(0.001, least=0)  # of the balance among true experts; 0: none
     # Gains of the controller, times 1 / choices, the scale of a probability. The report prints none: ours.
     proportional: float = 0.02
     integral: float = 0.01
     derivative: float = 0.0
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        if self.true_experts > self.experts_per_token:
+            raise RecipeError(
+                f"{at}.router.true_experts={self.true_experts:g}: must be above 0 and at most "
+                f"{at}.router.experts_per_token={self.experts_per_token}; 0 takes the balanced share"
+            )
+
+    def zeros(self) -> int:
+        return self.zero_experts
+
+    def target(self, config: MoESettings) -> float:
+        """Mean of true experts per token that the controller holds."""
+        return self.true_experts or self.experts_per_token * config.experts / config.choices
+
+    def pairs(self, config: MoESettings, tokens: float, site: Site) -> float:
+        return tokens * self.target(config)
 
 
 class Router(ExpertRouter):
@@ -47,26 +66,12 @@ class Router(ExpertRouter):
     load_balancing_loss  E sum_e P_e n_e / sum n over true experts alone, P normalised over them: 1 when balanced
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         super().__init__(config, site, key)
-        o: Options = self.options
-        self.k = whole_k(config)
-        self.target = o.true_experts or self.k * config.experts / self.choices
-        if o.zero_experts < 0:
-            raise RecipeError(f"model.moe.options: zero_experts={o.zero_experts}: must be at least 0")
-        if not 0 < self.target <= self.k:
-            raise RecipeError(
-                f"model.moe.options: true_experts={o.true_experts:g}: must be above 0 and at most "
-                f"model.moe.experts_per_token={self.k}; 0 takes the balanced share"
-            )
+        self.k = self.options.experts_per_token
+        self.target = self.options.target(config)
         self.bias = site.buffer(jnp.zeros(self.choices))
         self.errors = site.buffer(jnp.zeros(2))
-
-    @property
-    def zero_experts(self) -> int:
-        return self.options.zero_experts
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
@@ -75,14 +80,14 @@ class Router(ExpertRouter):
         index = top_choices(p + self.bias[...], self.k)
         weights = jnp.take_along_axis(p, index, axis=-1) * o.route_scale
         wanted = present_pairs(index, context.present)
-        valid, bounds = limited(c, index, weights, wanted & (index < c.experts), context, o.zero_experts)
+        valid, bounds = limited(c, index, weights, wanted & (index < c.experts), context)
         identity = zero_weights(index, weights, wanted, c.experts, o.zero_experts)
         dispatch = by_token(index, weights, valid, c.experts, zero_weights=identity, **bounds)
         load = claims(index, wanted, self.choices).sum(0)
         losses = {}
-        if c.balance_coefficient:
+        if o.balance_coefficient:
             losses["load_balancing_loss"] = true_balance(p, load, c.experts, context.present)
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
 
@@ -104,8 +109,8 @@ class Router(ExpertRouter):
         self.bias[...] = jnp.concatenate([true, self.bias[..., n:]], axis=-1)
         self.errors[...] = jnp.stack([error, before[..., 0]], axis=-1)
 
-    def pairs(self, tokens: float) -> float:
-        return tokens * self.target
+    def selects_alike(self) -> bool:
+        return not self.options.capacity_factor
 
 
 def true_balance(probabilities: jax.Array, load: jax.Array, experts: int, present: jax.Array | None) -> jax.Array:

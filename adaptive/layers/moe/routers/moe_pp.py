@@ -6,36 +6,51 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from adaptive.errors import RecipeError
-from adaptive.layers.linear import normal_param
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.routers.token_choice import present_pairs, whole_k
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.moe.choosing import grouped, present_pairs
+from adaptive.layers.moe.settings import Limited, MoESettings
+from adaptive.layers.site import Site, normal_param
 from adaptive.routing.balance import claims
 from adaptive.routing.capacity import keep_within, slots
 from adaptive.routing.dispatch import by_token
 from adaptive.routing.masked import mean_choice, softmax_over, tokens_in, zero_weights
 from adaptive.routing.select import top_choices
+from adaptive.settings import ranged
 
 EXPANSION = 8  # hidden units of the two-layer gate per choice
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The paper's small models: the defaults with input_scale=true and model.moe.capacity_factor=1.1."""
+class Settings(Limited):
+    """The paper's small models: the defaults with input_scale=true and capacity_factor=1.1."""
 
-    constant: int = 2  # experts a_1 x + a_2 v, (a_1, a_2) = softmax(x W_c)
-    copy: int = 1  # experts x
-    zero: int = 1  # experts 0
+    constant: int = ranged(2, least=0)  # experts a_1 x + a_2 v, (a_1, a_2) = softmax(x W_c)
+    copy: int = ranged(1, least=0)  # experts x
+    zero: int = ranged(1, least=0)  # experts 0
     gate: Literal["mlp", "linear"] = "mlp"  # tanh(x W1) W2, or x W1
     residual: bool = True  # add the logits of the layer below times W_g
-    tau: float = 0.75  # weight of the zero-computation experts in loss and capacity: less uses them more
+    tau: float = ranged(0.75, above=0)  # weight of zero-computation experts in loss and capacity: less uses them more
     mixtral_gating: bool = False  # zero experts keep their share of the weights, and no input is scaled
-    logits_norm: float = 0.0  # standard deviation that the softmax's logits are given, token by token; 0: their own
+    logits_norm: float = ranged(0.0, least=0)  # standard deviation given to each token's logits; 0: their own
     input_scale: bool = False  # experts read x times k, zero-computation ones too (released layer)
     capacity_of: Literal["token", "pair"] = "token"  # balanced load of T tokens (as printed), or of their T k pairs
+
+    def zeros(self) -> int:
+        return self.constant + self.copy + self.zero
+
+    def true_share(self, config: MoESettings) -> float:
+        """A true expert's share of a balanced load."""
+        return self.tau / (self.tau * config.experts + self.zeros())
+
+    def pairs(self, config: MoESettings, tokens: float, site: Site) -> float:
+        # The loss is balanced where true experts are chosen tau / (tau N_F + N_Z) of the time each.
+        return tokens * self.experts_per_token * self.true_share(config) * config.experts
+
+    def matrices(self, config: MoESettings, width: int) -> int:
+        choices = config.choices
+        gate = width * choices if self.gate == "linear" else EXPANSION * choices * (width + choices)
+        return gate + self.residual * choices * choices + self.constant * 3 * width
 
 
 class Router(ExpertRouter):
@@ -61,14 +76,11 @@ class Router(ExpertRouter):
     T k.
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         keys = jax.random.split(key, 5)
         super().__init__(config, site, keys[0])
-        o: Options = self.options
-        self.k = whole_k(config)
-        self._check()
+        o: Settings = self.options
+        self.k = o.experts_per_token
         choices, std, stack = self.choices, site.std, site.stack
         matrix = lambda key, *shape: normal_param(key, shape, (None,) * len(shape), std, stack)  # noqa: E731
         if o.gate == "mlp":
@@ -79,10 +91,6 @@ class Router(ExpertRouter):
         self.constant = matrix(keys[4], o.constant, site.width) if o.constant else None
         self.reads_previous = o.residual
         self.input_scale = float(self.k) if o.input_scale and not o.mixtral_gating else 1.0
-
-    @property
-    def zero_experts(self) -> int:
-        return self.options.constant + self.options.copy + self.options.zero
 
     def logits(self, x: jax.Array) -> jax.Array:
         logits = super().logits(x)
@@ -103,7 +111,7 @@ class Router(ExpertRouter):
         dispatch = by_token(index, weights, kept & (index < c.experts), c.experts, zero_weights=zero, **bounds)
         load = claims(index, wanted, self.choices).sum(0)
         losses = {"load_balancing_loss": self._balance(jax.nn.softmax(scores, axis=-1), load, context.present)}
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         stats = statistics(dispatch, logits, load, context.present)
         stats["zero_dropped"] = (wanted & ~kept & (index >= c.experts)).sum().astype(jnp.float32)
@@ -122,38 +130,14 @@ class Router(ExpertRouter):
         passed = passed + mix[..., 0].sum(-1)
         return x * passed[..., None] + jnp.einsum("bsj,jd->bsd", mix[..., 1], self.constant[...], precision=HIGHEST)
 
-    def pairs(self, tokens: float) -> float:
-        # The loss is balanced where true experts are chosen tau / (tau N_F + N_Z) of the time each.
-        return tokens * self.k * self._true_slots() * self.config.experts
-
-    def router_flops(self, tokens: float) -> float:
-        o, width, choices = self.options, self.site.width, self.choices
-        gate = width * choices if o.gate == "linear" else EXPANSION * choices * (width + choices)
-        return 2.0 * tokens * (gate + o.residual * choices * choices + o.constant * 3 * width)
-
-    def selects_alike(self) -> bool:
-        return True  # capacities are for training
-
     def no_gradient(self) -> str:
         o = self.options
         if self.k > 1 and (o.mixtral_gating or self.choices - o.zero > 1):
             return ""
         return (
-            f"with model.moe.experts_per_token={self.k} a normalised weight is always 1 and the router learns nothing: "
+            f"with router.experts_per_token={self.k} a normalised weight is always 1 and the router learns nothing: "
             "take at least 2 of at least 2 experts that are not zero"
         )
-
-    def _check(self) -> None:
-        o = self.options
-        for name in ("constant", "copy", "zero", "logits_norm"):
-            if getattr(o, name) < 0:
-                raise RecipeError(f"model.moe.options: {name}={getattr(o, name):g}: must be at least 0")
-        if not o.tau > 0:
-            raise RecipeError(f"model.moe.options: tau={o.tau:g}: must be above 0; 1 treats all experts alike")
-
-    def _true_slots(self) -> float:
-        """A true expert's share of a balanced load."""
-        return self.options.tau / (self.options.tau * self.config.experts + self.zero_experts)
 
     def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> jax.Array:
         eta = jnp.where(jnp.arange(self.choices) < self.config.experts, 1.0, self.options.tau)
@@ -164,20 +148,21 @@ class Router(ExpertRouter):
     ) -> tuple[jax.Array, dict[str, int]]:
         """(pairs bool[batch, seq, k] that find a slot, bounds of the Dispatch)."""
         c, o = self.config, self.options
-        if not c.capacity_factor or not context.training or context.selection == "threshold":
+        if not o.capacity_factor or not context.training or context.selection == "threshold":
             return wanted, {}
         batch, seq, k = index.shape
-        whole = c.capacity_group == "batch"
-        tokens = batch * seq if whole else seq
-        each = self.k if o.capacity_of == "pair" else 1
-        room = slots(tokens, each, 1, c.capacity_factor * self._true_slots())
-        zero_room = slots(tokens, each, 1, c.capacity_factor * self._true_slots() / o.tau)
-        group = (lambda a: a.reshape(1, -1, k)) if whole else (lambda a: a)
+        whole = o.capacity_group == "batch"
+        tokens, share = batch * seq if whole else seq, o.true_share(c)
+        each = k if o.capacity_of == "pair" else 1
         true = index < c.experts
-        within = lambda where, room: keep_within(  # noqa: E731
-            group(index), group(weights), group(wanted & where), room, self.choices, c.drop
-        ).reshape(wanted.shape)
-        kept = within(true, room) | within(~true, zero_room)
+
+        def within(pairs: jax.Array, room: int) -> jax.Array:
+            of_index, of_weights, of_pairs = (grouped(a, whole) for a in (index, weights, pairs))
+            return keep_within(of_index, of_weights, of_pairs, room, self.choices, o.drop).reshape(wanted.shape)
+
+        room = slots(tokens, each, 1, o.capacity_factor * share)
+        zero_room = slots(tokens, each, 1, o.capacity_factor * share / o.tau)
+        kept = within(wanted & true, room) | within(wanted & ~true, zero_room)
         return kept, {"most_per_batch" if whole else "most_per_sequence": room}
 
 

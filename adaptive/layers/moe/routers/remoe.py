@@ -4,26 +4,30 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing
 from adaptive.layers.moe.routers.blockffn import rms_normalised, shared_among_neighbours
-from adaptive.layers.moe.varying import by_weight, check_slack, how_computed, refuse_capacity
-from adaptive.layers.moe_config import Execution, MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.moe.settings import Bounded, Execution, MoESettings
+from adaptive.layers.moe.varying import by_weight, how_computed
+from adaptive.layers.site import Site, param
 from adaptive.routing.masked import tokens_in
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings(Bounded):
     """ReMoE: the defaults."""
 
-    l1_coefficient: float = 1e-8  # at the start, and at least
-    rise: float = 1.2  # by which the coefficient is multiplied or divided after each step
+    l1_coefficient: float = ranged(1e-8, least=0)  # at the start, and at least
+    rise: float = ranged(1.2, above=1)  # by which the coefficient is multiplied or divided after each step
     normalise: bool = False  # weights are RMS-normalised over experts, with a gain
-    norm_eps: float = 1e-5
-    row_slack: float = 0.0  # of a bound on a sequence's pairs in training: slack * experts_per_token per token; 0: none
+    norm_eps: float = ranged(1e-5, above=0)
+
+    def coefficients(self) -> dict[str, float]:
+        return {"l1_loss": 0.0, "weighted_l1_loss": 1.0}
+
+    def vectors(self, config: MoESettings, width: int) -> int:
+        return config.experts if self.normalise else 0
 
 
 class Router(ExpertRouter):
@@ -33,9 +37,9 @@ class Router(ExpertRouter):
     gain         f32[experts], of normalise=true
     coefficient  f32[], a buffer: of the L1 loss
 
-    model.moe.experts_per_token = K is a target alone, and nothing is cut to it. After each step the coefficient is
-    multiplied by `rise` if the share of active pairs, over all layers of a stack, is above K / experts, else divided by
-    it, never below its start. model.moe.balance_coefficient has no part: the L1 loss balances as well.
+    experts_per_token = K is a target alone, and nothing is cut to it. After each step the coefficient is multiplied by
+    `rise` if the share of active pairs, over all layers of a stack, is above K / experts, else divided by it, never
+    below its start. There is no balancing loss: the L1 loss balances as well.
 
     l1_loss           E / (T^2 K) sum_e (sum_t g_te) n_e over T tokens, n_e those that activate e
     weighted_l1_loss  the same times the coefficient, which is what is trained
@@ -43,20 +47,11 @@ class Router(ExpertRouter):
     stats, besides the common: those of BlockFFN's metrics.
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         super().__init__(config, site, key)
-        o: Options = self.options
-        refuse_capacity(config)
-        check_slack(o.row_slack)
-        if o.rise <= 1 or o.l1_coefficient < 0:
-            raise RecipeError(
-                f"model.moe.options: rise={o.rise:g}, l1_coefficient={o.l1_coefficient:g}: rise must be above 1 and "
-                "l1_coefficient at least 0"
-            )
+        o: Settings = self.options
         ones = jnp.ones((*site.stack, config.experts))
-        self.gain = nnx.Param(ones, axes=(None,) * ones.ndim) if o.normalise else None
+        self.gain = param(ones, (None,), stack=site.stack, role="scale") if o.normalise else None
         self.coefficient = site.buffer(jnp.full((), o.l1_coefficient))
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
@@ -68,17 +63,14 @@ class Router(ExpertRouter):
         dispatch, load, stats = by_weight(c, logits, weights, logits > 0, o.row_slack, context)
         present = weights if context.present is None else jnp.where(context.present[..., None], weights, 0.0)
         tokens = tokens_in(logits, context.present)
-        l1 = c.experts / (tokens**2 * c.experts_per_token) * (present.sum((0, 1)) * load).sum()
+        l1 = c.experts / (tokens**2 * o.experts_per_token) * (present.sum((0, 1)) * load).sum()
         losses = {"l1_loss": l1, "weighted_l1_loss": self.coefficient[...] * l1}
         return Routing(dispatch, losses, stats | shared_among_neighbours(logits > 0, context), {}, logits)
-
-    def coefficients(self) -> dict[str, float]:
-        return {"l1_loss": 0.0, "weighted_l1_loss": 1.0}
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         c, o = self.config, self.options
         share = stats["claimed"].sum() / jnp.maximum(stats["tokens"].sum() * c.experts, 1.0)
-        factor = jnp.where(share > c.experts_per_token / c.experts, o.rise, 1 / o.rise)
+        factor = jnp.where(share > o.experts_per_token / c.experts, o.rise, 1 / o.rise)
         self.coefficient[...] = jnp.maximum(self.coefficient[...] * factor, o.l1_coefficient)
 
     def execution(self, context: Context) -> Execution:

@@ -6,43 +6,83 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers.linear import normal_param
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.layers.site import Site
+from adaptive.layers.moe.choosing import check_shared, jittered, limited, present_pairs, shared_in_experts
+from adaptive.layers.moe.settings import Limited, MoESettings
+from adaptive.layers.site import Site, normal_param, param
 from adaptive.routing import scale
 from adaptive.routing.balance import Form, balancing_loss, claims, importance_and_load
-from adaptive.routing.capacity import Rule, keep_within, slots
+from adaptive.routing.capacity import Rule, slots
 from adaptive.routing.dispatch import by_token
 from adaptive.routing.losses import updated_bias
 from adaptive.routing.select import top_choices
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings(Limited):
     """Mixtral, Qwen3-MoE: the defaults. OLMoE, Switch: normalise=false. Megatron: score=logits. DeepSeek-V3:
-    score=sigmoid,bias=true,groups=8,kept_groups=4,route_scale=2.5."""
+    score=sigmoid, bias=true, groups=8, kept_groups=4, route_scale=2.5."""
 
     score: Literal["softmax", "logits", "sigmoid", "cosine"] = "softmax"  # logits: softmax over the k that were chosen
     normalise: bool = True  # divide the k weights by their sum
     route_scale: float = 1.0  # multiplies the weights
     balance: Form = "switch"
     bias: bool = False  # loss-free balancing: a bias on the choice alone, moved after every step
-    bias_rate: float = 0.001
-    groups: int = 1  # contiguous groups of experts, of which a token may use `kept_groups`
-    kept_groups: int = 1
+    bias_rate: float = ranged(0.001, least=0)
+    groups: int = ranged(1, least=1)  # contiguous groups of experts, of which a token may use `kept_groups`
+    kept_groups: int = ranged(1, least=1)
     group_score: Literal["top2", "max"] = "top2"  # DeepSeek-V3, DeepSeek-V2
-    jitter: float = 0.0  # training multiplies the router's input by U(1 - jitter, 1 + jitter)
-    noise: float = 0.0  # training adds noise / experts * N(0, 1) to the logits (V-MoE, Tutel)
-    importance_coefficient: float = 0.0  # of the loss of importance and load; needs noise
+    jitter: float = ranged(0.0, least=0, most=1)  # training multiplies the router's input by U(1 - jitter, 1 + jitter)
+    noise: float = ranged(0.0, least=0)  # training adds noise / experts * N(0, 1) to the logits (V-MoE, Tutel)
+    importance_coefficient: float = ranged(0.0, least=0)  # of the loss of importance and load; needs noise
     load_of: Literal["logits", "scores"] = "logits"  # what it compares: V-MoE, Tutel as released
-    cosine_size: int = 256  # width of the cosine gate's projection
+    cosine_size: int = ranged(256, least=1)  # width of the cosine gate's projection
     scale_to_shared: bool = False  # one factor for normalised weights: routed and shared experts of the same scale
     capacity_rule: Rule = "megatron"  # slots of an expert under a capacity_factor; see adaptive.routing.capacity
-    least_slots: int = 1  # Flaxformer: 4
+    least_slots: int = ranged(1, least=1)  # Flaxformer: 4
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        here, experts, k = f"{at}.router", config.experts, self.experts_per_token
+        if experts % self.groups or self.kept_groups > self.groups:
+            raise RecipeError(
+                f"{here}.groups={self.groups} and {here}.kept_groups={self.kept_groups} do not fit "
+                f"{at}.experts={experts}: groups must divide them and kept_groups be at most groups"
+            )
+        reach = self.kept_groups * (experts // self.groups)
+        if reach < k:
+            raise RecipeError(f"{here}.kept_groups={self.kept_groups}: leaves {reach} experts for a top-{k}")
+        if self.group_score == "top2" and self.groups > 1 and experts // self.groups < 2:
+            raise RecipeError(f"{here}.group_score=top2: needs groups of at least 2 experts; use max")
+        if self.importance_coefficient and (self.noise <= 0 or experts < 2):
+            raise RecipeError(
+                f"{here}.importance_coefficient={self.importance_coefficient:g}: compares the experts' loads under "
+                f"noise: it needs {here}.noise above 0 (Tutel: 1) and at least 2 experts"
+            )
+        if self.scale_to_shared:
+            check_shared(config, at)
+
+    def coefficients(self) -> dict[str, float]:
+        return super().coefficients() | {"importance_loss": self.importance_coefficient}
+
+    def slots(self, config: MoESettings, tokens: Any) -> Any:
+        k, rule = self.experts_per_token, self.capacity_rule
+        return slots(tokens, k, config.choices, self.capacity_factor, rule, self.least_slots)
+
+    def pairs(self, config: MoESettings, tokens: float, site: Site) -> float:
+        wanted = super().pairs(config, tokens, site)
+        return min(wanted, config.experts * self.slots(config, int(tokens))) if self.capacity_factor else wanted
+
+    def matrices(self, config: MoESettings, width: int) -> int:
+        if self.score != "cosine":
+            return super().matrices(config, width)
+        return self.cosine_size * (width + config.experts)
+
+    def vectors(self, config: MoESettings, width: int) -> int:
+        return int(self.score == "cosine")
 
 
 class Router(ExpertRouter):
@@ -58,23 +98,18 @@ class Router(ExpertRouter):
     and the bias count pairs before dropping. importance_loss is that of importance and load.
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         matrix, projection = jax.random.split(key)
         super().__init__(config, site, matrix)
-        o: Options = self.options
-        self.k = whole_k(config)
-        _check_groups(o, config, self.k)
-        _check_noise(o, config)
-        if o.least_slots < 1 or o.cosine_size < 1:
-            raise RecipeError("model.moe.options: least_slots and cosine_size must be at least 1")
+        o: Settings = self.options
+        self.k = o.experts_per_token
         cosine = o.score == "cosine"
         if cosine:
             self.weight = normal_param(matrix, (o.cosine_size, config.experts), (None, None), 0.01, site.stack)
         shape = (site.width, o.cosine_size)
         self.projection = normal_param(projection, shape, (None, None), site.std, site.stack) if cosine else None
-        self.temperature = _log_temperature(site) if cosine else None
+        temperature = jnp.full(site.stack, math.log(1 / 0.07))
+        self.temperature = param(temperature, (), stack=site.stack, role="vector") if cosine else None
         self.bias = site.buffer(jnp.zeros(config.experts)) if o.bias else None
         self.multiplier = 1.0
         if o.scale_to_shared:
@@ -108,15 +143,13 @@ class Router(ExpertRouter):
         weights = weights * (o.route_scale * self.multiplier)
         wanted = present_pairs(index, context.present)
         best = jnp.take_along_axis(scores, index, axis=-1).max(-1)
-        valid, bounds = limited(
-            c, index, weights, wanted, context, best=best, rule=o.capacity_rule, least=o.least_slots
-        )
+        valid, bounds = limited(c, index, weights, wanted, context, best)
         dispatch = by_token(index, weights, valid, c.experts, **bounds)
         load = claims(index, wanted, c.experts)
         own = o.score == "sigmoid" and o.balance == "sequence"  # DeepSeek-V3
         normalised = scores / (scores.sum(-1, keepdims=True) + 1e-20) if own else softmax
-        losses, parts = balance(c, o.balance, normalised, index, wanted, context)
-        if c.z_coefficient:
+        losses, parts = balance(c, normalised, index, wanted, context)
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(clean, context.present)
         if o.importance_coefficient:
             p = jax.nn.softmax(clean, axis=-1)
@@ -130,9 +163,6 @@ class Router(ExpertRouter):
         key = jax.random.fold_in(context.key, 1)  # the key itself is the jitter's
         return self.options.noise / self.config.experts * jax.random.normal(key, logits.shape)
 
-    def coefficients(self) -> dict[str, float]:
-        return super().coefficients() | {"importance_loss": self.options.importance_coefficient}
-
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if self.options.balance != "hf":
             return {}
@@ -140,29 +170,18 @@ class Router(ExpertRouter):
         load, probability = parts["hf_load"].mean(0), parts["hf_probability"].mean(0)
         return {"load_balancing_loss": self.config.experts * jnp.sum(load * probability)}
 
-    def pairs(self, tokens: float) -> float:
-        return min(super().pairs(tokens), self.config.experts * self._slots(int(tokens)))
-
-    def router_flops(self, tokens: float) -> float:
-        if self.projection is None:
-            return super().router_flops(tokens)
-        return 2.0 * tokens * self.options.cosine_size * (self.site.width + self.config.experts)
-
-    def _slots(self, tokens: int) -> int:
-        c, o = self.config, self.options
-        if not c.capacity_factor:
-            return tokens
-        return slots(tokens, self.k, c.experts, c.capacity_factor, o.capacity_rule, o.least_slots)
+    def selects_alike(self) -> bool:
+        return not self.options.capacity_factor
 
     def no_gradient(self) -> str:
-        o: Options = self.options
+        o: Settings = self.options
         if self.config.experts == 1 and o.score in ("softmax", "cosine"):
-            return "the softmax over model.moe.experts=1 is always 1 and the router learns nothing"
+            return "the softmax over experts=1 is always 1 and the router learns nothing"
         if self.k > 1 or not (o.normalise or o.score == "logits"):
             return ""
         return (
-            "with model.moe.experts_per_token=1 a normalised weight is always 1 and the router learns nothing: set "
-            "model.moe.options=score=softmax,normalise=false"
+            "with router.experts_per_token=1 a normalised weight is always 1 and the router learns nothing: set "
+            "router.score=softmax and router.normalise=false"
         )
 
     def update(self, stats: dict[str, jax.Array]) -> None:
@@ -170,65 +189,6 @@ class Router(ExpertRouter):
             rate = self.options.bias_rate
             move = jnp.vectorize(lambda b, n: updated_bias(b, n, rate), signature="(e),(e)->(e)")
             self.bias[...] = move(self.bias[...], stats["claimed"])
-
-
-def shared_in_experts(config: MoEConfig) -> float:
-    """Width of the shared feed-forward in experts; RecipeError where there is none to scale to."""
-    if not config.shared_size or not config.expert_size:
-        raise RecipeError(
-            "model.moe.options: scale_to_shared needs model.moe.shared_size and model.moe.expert_size above 0"
-        )
-    return config.shared_size / config.expert_size
-
-
-def whole_k(config: MoEConfig) -> int:
-    """Experts per token; RecipeError unless their number is whole."""
-    k = config.experts_per_token
-    if k != int(k):
-        raise RecipeError(f"model.moe.experts_per_token={k:g}: {config.router} takes a whole number of experts")
-    return int(k)
-
-
-def _check_noise(o: Options, config: MoEConfig) -> None:
-    if o.importance_coefficient and (o.noise <= 0 or config.experts < 2):
-        raise RecipeError(
-            "model.moe.options: importance_coefficient compares the experts' loads under noise: it needs noise above 0 "
-            "(Tutel: 1) and at least 2 experts"
-        )
-    if o.noise < 0 or not 0 <= o.jitter <= 1:
-        raise RecipeError(
-            f"model.moe.options: noise={o.noise:g}, jitter={o.jitter:g}: noise must be at least 0, jitter within 0 to 1"
-        )
-
-
-def _check_groups(o: Options, config: MoEConfig, k: int) -> None:
-    if o.groups < 1 or config.experts % o.groups or not 1 <= o.kept_groups <= o.groups:
-        raise RecipeError(
-            f"model.moe.options: groups={o.groups}, kept_groups={o.kept_groups} does not fit {config.experts} experts: "
-            "groups must divide them and kept_groups be at most groups"
-        )
-    reach = o.kept_groups * (config.experts // o.groups)
-    if reach < k:
-        raise RecipeError(f"model.moe.options: kept_groups={o.kept_groups} leave {reach} experts for a top-{k}")
-    if o.group_score == "top2" and o.groups > 1 and config.experts // o.groups < 2:
-        raise RecipeError("model.moe.options: group_score=top2 needs groups of at least 2 experts; use max")
-
-
-def _log_temperature(site: Site) -> nnx.Param:
-    return nnx.Param(jnp.full(site.stack, math.log(1 / 0.07)), axes=(None,) * len(site.stack))
-
-
-def jittered(x: jax.Array, jitter: float, context: Context) -> jax.Array:
-    """x times uniform noise in training."""
-    if not jitter or not context.training or context.key is None:
-        return x
-    return x * jax.random.uniform(context.key, x.shape, x.dtype, 1 - jitter, 1 + jitter)
-
-
-def present_pairs(index: jax.Array, present: jax.Array | None) -> jax.Array:
-    """bool, the shape of index [batch, seq, k]: pairs of tokens that exist."""
-    everyone = jnp.ones(index.shape, bool)
-    return everyone if present is None else everyone & present[..., None]
 
 
 def limited_to_groups(choice: jax.Array, groups: int, kept: int, score: Literal["top2", "max"]) -> jax.Array:
@@ -244,58 +204,19 @@ def limited_to_groups(choice: jax.Array, groups: int, kept: int, score: Literal[
     return jnp.where(chosen[..., None], split, -jnp.inf).reshape(choice.shape)
 
 
-def limited(
-    config: MoEConfig,
-    index: jax.Array,
-    weights: jax.Array,
-    wanted: jax.Array,
-    context: Context,
-    zero_experts: int = 0,
-    *,
-    best: jax.Array | None = None,
-    rule: Rule = "megatron",
-    least: int = 1,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """(pairs bool[batch, seq, k] that find a slot, bounds of the Dispatch) under the configuration's capacity.
-
-    Zero experts take their share of a balanced load; their pairs must not be among the wanted. best f32[batch, seq]:
-    what drop=batch sorts tokens by; None: their largest weight. Slots are counted for the tokens that are present.
-    """
-    if not config.capacity_factor or context.selection == "threshold":
-        return wanted, {}
-    batch, seq, _ = index.shape
-    whole = config.capacity_group == "batch"
-    tokens = batch * seq if whole else seq
-    choices = config.experts + zero_experts
-    slots_for = lambda n: slots(n, config.experts_per_token, choices, config.capacity_factor, rule, least)  # noqa: E731
-    group = (lambda a: a.reshape(1, -1, *a.shape[2:])) if whole else (lambda a: a)
-    most = room = slots_for(tokens)
-    if context.present is not None:
-        room = slots_for(group(context.present).sum(-1, dtype=jnp.int32))
-    kept = keep_within(
-        group(index),
-        group(weights),
-        group(wanted),
-        room,
-        config.experts,
-        config.drop,
-        None if best is None else group(best),
-    )
-    return kept.reshape(wanted.shape), {"most_per_batch" if whole else "most_per_sequence": most}
-
-
 def balance(
-    config: MoEConfig, form: Form, probabilities: jax.Array, index: jax.Array, wanted: jax.Array, context: Context
+    config: MoESettings, probabilities: jax.Array, index: jax.Array, wanted: jax.Array, context: Context
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """(losses, parts) of the balancing loss; the form "hf" is put together over all layers."""
-    if not config.balance_coefficient and form != "hf":  # Hugging Face reports it whether or not it is trained
+    o = config.router
+    assert isinstance(o, Settings)
+    if o.balance == "hf":  # Hugging Face reports it whether or not it is trained
+        where = jnp.ones(index.shape[:2]) if context.present is None else context.present.astype(jnp.float32)
+        tokens = jnp.maximum(where.sum(), 1.0)
+        return {}, {
+            "hf_load": claims(index, wanted, config.experts).sum(0) / tokens,
+            "hf_probability": (probabilities * where[..., None]).sum((0, 1)) / tokens,
+        }
+    if not o.balance_coefficient:
         return {}, {}
-    if form != "hf":
-        return {"load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, form)}, {}
-    where = jnp.ones(index.shape[:2]) if context.present is None else context.present.astype(jnp.float32)
-    tokens = jnp.maximum(where.sum(), 1.0)
-    parts = {
-        "hf_load": claims(index, wanted, config.experts).sum(0) / tokens,
-        "hf_probability": (probabilities * where[..., None]).sum((0, 1)) / tokens,
-    }
-    return {}, parts
+    return {"load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, o.balance)}, {}

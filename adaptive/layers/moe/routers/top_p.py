@@ -7,21 +7,30 @@ import jax.numpy as jnp
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, z_loss
-from adaptive.layers.moe.varying import by_rank, one_expert, refuse_capacity
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.settings import Balanced, MoESettings
+from adaptive.layers.moe.varying import by_rank, one_expert
 from adaptive.layers.site import Site
 from adaptive.routing.losses import mean_over
 from adaptive.routing.masked import share_loss
 from adaptive.routing.select import top_choices
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Settings(Balanced):
     """p=0.4 is that of published baselines."""
 
-    p: float = 0.4
-    most: int = 0  # experts of a token at most, the static bound; 0: all
-    entropy_coefficient: float = 1e-4  # no source prints it
+    p: float = ranged(0.4, above=0, below=1)
+    most: int = ranged(0, least=0)  # experts of a token at most, the static bound; 0: all
+    entropy_coefficient: float = ranged(1e-4, least=0)  # no source prints it
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        if self.most > config.experts:
+            raise RecipeError(f"{at}.router.most={self.most}: must be 0, or 1 to {at}.experts={config.experts}")
+
+    def coefficients(self) -> dict[str, float]:
+        return super().coefficients() | {"router_entropy_loss": self.entropy_coefficient}
 
 
 class Router(ExpertRouter):
@@ -29,8 +38,8 @@ class Router(ExpertRouter):
 
     weight  f32[width, experts]
 
-    Weights are the probabilities of those that were kept over their sum. model.moe.experts_per_token is the average
-    that the account of compute expects, and nothing else.
+    Weights are the probabilities of those that were kept over their sum. experts_per_token is the average that the
+    account of compute expects, and nothing else.
 
     load_balancing_loss  E sum_e P_e n_e / sum n, n counted before `most` cuts
     router_entropy_loss  mean entropy of p, which keeps the number of experts from drifting up
@@ -38,19 +47,9 @@ class Router(ExpertRouter):
     stats: truncated f32[], the pairs that `most` cut.
     """
 
-    Options = Options
-
-    def __init__(self, config: MoEConfig, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         super().__init__(config, site, key)
-        o: Options = self.options
-        refuse_capacity(config)
-        self.most = o.most or config.experts
-        if not 0 < o.p < 1:
-            raise RecipeError(f"model.moe.options: p={o.p:g}: must be above 0 and below 1")
-        if not 1 <= self.most <= config.experts:
-            raise RecipeError(
-                f"model.moe.options: most={o.most}: must be 0, or 1 to model.moe.experts={config.experts}"
-            )
+        self.most = self.options.most or config.experts
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
@@ -66,15 +65,9 @@ class Router(ExpertRouter):
             "load_balancing_loss": share_loss(p, load, context.present),
             "router_entropy_loss": mean_over(entropy, context.present),
         }
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         return Routing(dispatch, losses, stats, {}, logits)
-
-    def coefficients(self) -> dict[str, float]:
-        return super().coefficients() | {"router_entropy_loss": self.options.entropy_coefficient}
-
-    def selects_alike(self) -> bool:
-        return True
 
     def no_gradient(self) -> str:
         return "" if self.most > 1 else one_expert("most=1")

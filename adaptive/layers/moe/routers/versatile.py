@@ -19,39 +19,55 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.errors import RecipeError
-from adaptive.layers.feed_forward import FeedForward
+from adaptive.layers.feed_forwards.dense import Dense
 from adaptive.layers.linear import use
-from adaptive.layers.moe.base import (
-    Context,
-    RoutedLayer,
-    Routing,
-    parse_options,
-    poisoned,
-    shape_in,
-    statistics,
-    z_loss,
-)
+from adaptive.layers.moe.base import Context, RoutedLayer, Routing, poisoned, shape_in, statistics, z_loss
 from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Weights
 from adaptive.layers.moe.gates import LinearGate, straight_through, where_present
-from adaptive.layers.moe_config import Execution, MoEConfig
+from adaptive.layers.moe.settings import Chosen, Execution, ExpertCost, MoESettings
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.site import Site
 from adaptive.routing.balance import balancing_loss, claims
 from adaptive.routing.dispatch import by_token
 from adaptive.routing.select import top_choices
+from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The release: the defaults, with 8 experts, 2 per token and a balancing loss of 5e-5. expert_size=0 makes slices
-    of hidden / experts units."""
+class Settings(Chosen):
+    """The release: the defaults, with 8 experts of an eighth of the feed-forward each, 2 per token and a balancing loss
+    of 5e-5."""
 
-    loops: int = 4  # the most times that the feed-forward is applied
+    hidden: int = ranged(1408, least=1)  # hidden width of the feed-forward, of which expert_size units are a slice
+    loops: int = ranged(4, least=1)  # the most times that the feed-forward is applied
     slices: Literal["equal", "strided"] = "equal"  # equal: adjacent; strided: of expert_size, evenly spread (the paper)
-    tau: float = 5.0  # of the Gumbel-softmax: the first, the factor of every step, the last
-    tau_decay: float = 0.99984
-    tau_last: float = 0.1
+    tau: float = ranged(5.0, above=0)  # of the Gumbel-softmax: the first, the factor of every step, the last
+    tau_decay: float = ranged(0.99984, above=0, most=1)
+    tau_last: float = ranged(0.1, above=0)
+
+    def check(self, config: MoESettings, at: str) -> None:
+        super().check(config, at)
+        if config.shared_size or not config.gated or config.activation != "silu":
+            raise RecipeError(
+                f"{at}.router=versatile has one SwiGLU feed-forward: leave {at}.shared_size, {at}.gated and "
+                f"{at}.activation as they are"
+            )
+        size, total = config.expert_size, config.experts * config.expert_size
+        if total != self.hidden if self.slices == "equal" else size > self.hidden:
+            near = f"{self.hidden / config.experts:g}" if self.slices == "equal" else f"1 to {self.hidden}"
+            raise RecipeError(
+                f"{at}.expert_size={size}: {config.experts} {self.slices} slices of a feed-forward with "
+                f"{at}.router.hidden={self.hidden} units need {near}"
+            )
+
+    def layer_parameters(self, config: MoESettings, width: int) -> int:
+        return width + 3 * width * self.hidden + width * (config.experts + self.loops)
+
+    def layer_cost(self, config: MoESettings, tokens: float, site: Site) -> ExpertCost:
+        routers = 2.0 * tokens * site.width * (config.experts + self.loops)
+        units = self.loops * self.hidden + self.experts_per_token * config.expert_size
+        return ExpertCost(routers, 3 * routers, 6.0 * tokens * site.width * units)
 
 
 class Layer(RoutedLayer):
@@ -70,33 +86,25 @@ class Layer(RoutedLayer):
 
     own_norm = True
 
-    def __init__(self, config: MoEConfig, hidden: int, site: Site, key: jax.Array):
+    def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         feed_forward, router, loops = jax.random.split(key, 3)
-        self.options = o = parse_options(Options, config)
-        if config.shared_size or config.capacity_factor or not config.gated or config.activation != "silu":
-            raise RecipeError(
-                "model.moe.router=versatile has one SwiGLU feed-forward and drops nothing: leave "
-                "model.moe.shared_size, capacity_factor, gated and activation as they are"
-            )
-        if config.experts_per_token != int(config.experts_per_token) or o.loops < 1:
-            raise RecipeError(
-                f"model.moe.experts_per_token={config.experts_per_token:g} must be a whole number and "
-                f"model.moe.options=loops={o.loops} at least 1"
-            )
-        self.config, self.hidden, self.k = config, hidden, int(config.experts_per_token)
-        self.size = _slice_size(config, o, hidden)
+        self.config, self.site = config, site
+        assert isinstance(config.router, Settings)
+        self.options = o = config.router
+        self.choices = config.choices
+        self.hidden, self.k, self.size = o.hidden, o.experts_per_token, config.expert_size
         self.norm = RMSNorm(site.width, site.norm_eps, site.stack)
-        self.feed_forward = FeedForward(site.width, hidden, site.std, feed_forward, site.stack)
+        self.feed_forward = Dense(site, o.hidden, feed_forward)
         self.router = LinearGate(config.experts, site, router)
         self.loops = LinearGate(o.loops, site, loops)
         self.tau = site.buffer(jnp.array(o.tau))
 
     @classmethod
-    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, int, dict[str, Any]]:
+    def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:
         width, hidden = shape_in(arrays, "feed_forward.up", 2)
         experts = shape_in(arrays, "router.weight", 2)[1]
         loops = shape_in(arrays, "loops.weight", 2)[1]
-        return width, hidden, {"experts": experts, "options": {"loops": loops}}
+        return width, {"experts": experts, "expert_size": hidden // experts, "hidden": hidden, "loops": loops}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         c, o = self.config, self.options
@@ -124,15 +132,12 @@ class Layer(RoutedLayer):
         stats = statistics(dispatch, logits, load.sum(0), context.present)
         stats |= {"lost": lost, "loops": jnp.where(present[..., None], jax.lax.stop_gradient(taken), 0.0).sum((0, 1))}
         losses = {}
-        if c.balance_coefficient:
+        if o.balance_coefficient:
             probabilities = jax.nn.softmax(logits, axis=-1)
             losses["load_balancing_loss"] = balancing_loss(probabilities, index, wanted, context.present, "switch")
-        if c.z_coefficient:
+        if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
         return y.astype(x.dtype), Routing(dispatch, losses, stats, {}, logits)
-
-    def coefficients(self) -> dict[str, float]:
-        return {"load_balancing_loss": self.config.balance_coefficient, "router_z_loss": self.config.z_coefficient}
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         self.tau[...] = jnp.maximum(self.tau[...] * self.options.tau_decay, self.options.tau_last)
@@ -143,10 +148,6 @@ class Layer(RoutedLayer):
             f"a feed-forward of {self.hidden} hidden units, {self.k} of its {c.experts} slices of {self.size} or up to "
             f"{self.options.loops} times the whole"
         )
-
-    def flops(self, tokens: float, width: int) -> tuple[float, float]:
-        routers = 2.0 * tokens * width * (self.config.experts + self.options.loops)
-        return routers, 6.0 * tokens * width * (self.options.loops * self.hidden + self.k * self.size)
 
     # Parts
 
@@ -191,19 +192,6 @@ def hidden_units(experts: int, size: int, hidden: int) -> jax.Array:
     """i32[experts, size]: expert i has `size` adjacent units from floor(i (hidden - size) / (experts - 1)) on."""
     starts = jnp.arange(experts, dtype=jnp.int32) * (hidden - size) // max(experts - 1, 1)
     return starts[:, None] + jnp.arange(size, dtype=jnp.int32)
-
-
-def _slice_size(config: MoEConfig, o: Options, hidden: int) -> int:
-    """Hidden units of a virtual expert; RecipeError where the slices do not fit."""
-    size = config.expert_size or hidden // config.experts
-    fits = size * config.experts == hidden if o.slices == "equal" else 0 < size <= hidden
-    if fits:
-        return size
-    near = f"{hidden / config.experts:g}" if o.slices == "equal" else f"1 to {hidden}"
-    raise RecipeError(
-        f"model.moe.expert_size={config.expert_size}: {config.experts} {o.slices} slices of a feed-forward with "
-        f"{hidden} hidden units (model.intermediate_size) need {near}"
-    )
 
 
 class _Matrices:
