@@ -97,9 +97,7 @@ def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{index} is no index of a checkpoint: it has no weight_map of tensors to files"
-        ) from None
+        raise CheckpointError(f"{index} is not a checkpoint index: it has no weight_map") from None
     if missing := [name for name in names if not (index.parent / str(name)).is_file()]:
         raise CheckpointError(f"{index} names {missing[0]}, which is not beside it")
     return [index.parent / name for name in names]

@@ -64,7 +64,9 @@ def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]
             absent = sorted(set(range(1, processes)) - set(present))
             now = time.monotonic()
             if now > deadline:
-                problem = f"process {_names(absent)} of {processes} did not come to port {port} in the time allowed"
+                problem = (
+                    f"process {_names(absent)} of {processes} did not connect to port {port} within the time limit"
+                )
                 break
             if now > remind:
                 say(f"job: waiting for process {_names(absent)}, {deadline - now:.0f} s left")
@@ -90,7 +92,7 @@ def _greet(peer: socket.socket, present: dict[int, socket.socket], processes: in
     index, believes = int(words[1]), int(words[2])
     problem = ""
     if believes != processes:
-        problem = f"process {index} was told of {believes} processes, process 0 of {processes}"
+        problem = f"process {index} was started for {believes} processes, process 0 for {processes}"
     elif index in present or not 0 < index < processes:
         problem = f"two processes have index {index}; each needs its own, 0 to {processes - 1}"
     if problem:

@@ -80,7 +80,10 @@ def slots(
     rule: Rule = "megatron",
     least: int = 1,
 ) -> Any:
-    """Slots of an expert for `tokens` tokens, an int or i32[...] of them: at least `least`, at most `tokens`, but 1."""
+    """Slots of an expert for `tokens` tokens, an int or i32[...] of them.
+
+    At least `least`, at most `tokens`, and never below 1.
+    """
     k, cf, share = _exact(experts_per_token), _exact(factor), Fraction(1, choices)
     match rule:
         case "megatron":

@@ -199,7 +199,7 @@ class Checkpoints:
         self._say(f"warning: {problem}; training goes on")
 
     def _remove_unfinished(self) -> None:
-        """What a kill or a full disk left takes room that the next save needs."""
+        """Removes what a killed or failed save left behind."""
         if jax.process_index() == 0:
             for path in self._folder.glob(_UNFINISHED):
                 shutil.rmtree(path, ignore_errors=True)

@@ -102,7 +102,7 @@ class Loop:
         if stopped:
             kept = f"saved at step {step}" if not self.checkpoints.failed else f"step {step} could not be saved"
             self.say = lambda text: print(text, flush=True)
-            self.say(f"stopped as asked: {kept}; the same command with --workdir {self.folder.path} goes on from there")
+            self.say(f"stopped on request, {kept}; run the same command with --workdir {self.folder.path} to resume")
             return PREEMPTED
         self.finish(state, step)
         return FAILED if self.checkpoints.failed else 0

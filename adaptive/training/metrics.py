@@ -279,7 +279,7 @@ LATE = 0.5  # share of a run after which routers are expected to have settled
 
 
 def health_warnings(row: Mapping[str, Any], progress: float = 1.0) -> list[str]:
-    """What a row of either kind gives reason to worry about, a sentence each; empty if nothing.
+    """One sentence for each worrying value of a training or evaluation row.
 
     progress  share of the run's steps taken at the row. Limits: MoR paper, section on router design (its good runs have
     sampling accuracy above 99%, dead tokens below 0.4%, MaxVio 0.27); data wait above 3% of the step.

@@ -181,7 +181,7 @@ def test_a_folder_or_its_index_is_all_its_files(tmp_path):
     with pytest.raises(UserError, match=r"names model-7\.safetensors, which is not beside it"):
         read_tensors(index)
     index.write_text("[]")
-    with pytest.raises(UserError, match="no index of a checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint index"):
         read_tensors(tmp_path)
     index.unlink()
     write_safetensors(tmp_path / "model-2.safetensors", {"a": FLOATS})

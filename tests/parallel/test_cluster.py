@@ -131,7 +131,7 @@ def test_roll_call_and_the_port_is_free_afterwards():
 
 def test_all_who_came_learn_who_is_missing():
     ended = call(free_port(), 5, [0, 1, 3], limit_s=1.5)
-    assert all("process 2, 4 of 5 did not come" in text for text in ended), ended
+    assert all("process 2, 4 of 5 did not connect" in text for text in ended), ended
 
 
 def test_nobody_at_the_coordinator():
