@@ -65,9 +65,6 @@ class Data(Protocol):
     def validation_passage(self, length: int) -> np.ndarray:
         """i32[up to length]: the first tokens held out."""
 
-    def epochs(self, rows: int) -> dict[str, float]:
-        """How often each source has been seen after `rows` rows; empty where a source has no known size."""
-
     def describe(self) -> list[str]:
         """Lines that tell the user what will be read."""
 
@@ -187,10 +184,6 @@ class IndexedData:
         rows = [held_out[i] for i in range(count)]
         tokens = [row.tokens[row.segment_ids > 0] for row in rows]
         return np.concatenate([np.zeros(0, np.int32), *tokens])[:length]
-
-    def epochs(self, rows: int) -> dict[str, float]:
-        shares = zip(self.sources, self._weights, strict=True)
-        return {source.name: rows * weight / len(source.train) for source, weight in shares}
 
     def describe(self) -> list[str]:
         lines = [line for source in self.sources for line in source.about]

@@ -179,10 +179,6 @@ class StreamedData:
         tokens = [row.tokens[row.segment_ids > 0] for row in rows]
         return np.concatenate([np.zeros(0, np.int32), *tokens])[:length]
 
-    def epochs(self, rows: int) -> dict[str, float]:
-        """Nothing: how much a stream holds is not known."""
-        return {}
-
     def describe(self) -> list[str]:
         names = ", ".join(stream.name for stream in self._streams)
         held_out = f"the first {self._held_out:,} documents of each held out" if self._held_out else "nothing held out"

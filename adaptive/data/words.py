@@ -2,6 +2,9 @@
 
 The rule is that of Hierarchical Autoregressive Transformers (HAT; Neitemeier et al. 2025, and the authors' splitter):
 the words of Unicode's UAX #29, cut further after punctuation and between lower and upper case, a blank in front.
+`Hello, world!` is `Hello,` and ` world!`; `howAreYou` is three words, and so is `how_are_you`. Two or more blanks are a
+word. More text changes the last word alone, but for a few characters that can rejoin the word before them: a fraction's
+stroke, a narrow blank between digits, combining marks on blanks.
 
 Needs the package `regex` (`pip install 'adaptive[words]'`), which knows Unicode's character classes.
 """
@@ -36,39 +39,6 @@ _JOINS = frozenset(
     [(_Kind.SPACE, _Kind.WORD)]
     + [(before, _Kind.PUNCTUATION) for before in (_Kind.SPACE, _Kind.WORD, _Kind.PUNCTUATION)]
 )
-
-
-def split_words(text: str) -> list[str]:
-    """The words of `text`; joined they are the text again.
-
-    `Hello, world!` gives `Hello,` and ` world!`; `howAreYou` gives three words, and so does `how_are_you`. Two or more
-    blanks are a word. More text changes the last word alone, but for a few characters that can rejoin the word before
-    them: a fraction's stroke, a narrow blank between digits, combining marks on blanks. Raises DataError where the
-    package is missing.
-    """
-    starts = _starts(_pieces(text))
-    return [text[start:stop] for start, stop in itertools.pairwise([*starts, len(text)])]
-
-
-def limit_words(words: Iterable[str], limit: int) -> list[bytes]:
-    """The words in UTF-8, cut so that none has more than `limit` bytes.
-
-    Cuts are between characters where a character fits, else within. Raises DataError for a limit below 1.
-    """
-    if limit < 1:
-        raise DataError(f"words of at most {limit} bytes: the limit must be 1 or more")
-    out = []
-    for word in words:
-        rest = word.encode()
-        while len(rest) > limit:
-            cut = limit
-            while cut and rest[cut] & 0xC0 == 0x80:  # the byte after the cut continues a character
-                cut -= 1
-            cut = cut or limit
-            out.append(rest[:cut])
-            rest = rest[cut:]
-        out.append(rest)
-    return out
 
 
 def word_starts(ids: np.ndarray, segments: np.ndarray, token_bytes: TokenBytes) -> np.ndarray:

@@ -76,9 +76,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = _Lock(path / LOCK_FILE)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write to {path}: {error.strerror or error}; choose another --workdir"
-            ) from None
+            raise _unwritable(path, error) from None
         lock.take(say)
         try:
             run_id = _run_id(path)
@@ -86,9 +84,7 @@ class RunFolder:
                 write_text_atomically(path / RECIPE_FILE, recipe.to_json())
         except OSError as error:
             lock.release()
-            raise CheckpointError(
-                f"cannot write to {path}: {error.strerror or error}; choose another --workdir"
-            ) from None
+            raise _unwritable(path, error) from None
         changes = difference(saved, recipe) if saved is not None else []
         if changes:
             say(f"{path}: settings changed since the last start: {'; '.join(changes)}")

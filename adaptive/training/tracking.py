@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from adaptive.training.experts import scalar_columns
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -35,9 +33,6 @@ class Tracker(Protocol):
     def log(self, row: Mapping[str, Any]) -> None:
         """The scalars of a row of metrics.jsonl, those of each layer by themselves, under its own step."""
 
-    def histograms(self, step: int, named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Histograms of a step, each as (counts [bins], edges [bins + 1])."""
-
     def finish(self) -> None:
         """Ends the run's record; gives up after a limited time."""
 
@@ -47,9 +42,6 @@ class NoTracker:
 
     def log(self, row: Mapping[str, Any]) -> None:
         del row
-
-    def histograms(self, step: int, named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        del step, named
 
     def finish(self) -> None:
         return
@@ -143,14 +135,6 @@ class WandbTracker:
     def log(self, row: Mapping[str, Any]) -> None:
         values = {name: value for name, value in scalar_columns(row).items() if value is not None}
         self._put(lambda run: run.log(values, step=int(row["step"])))
-
-    def histograms(self, step: int, named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        def send(run: Any) -> None:
-            import wandb
-
-            run.log({name: wandb.Histogram(np_histogram=pair) for name, pair in named.items()}, step=step)
-
-        self._put(send)
 
     def finish(self) -> None:
         if not self._thread.is_alive():

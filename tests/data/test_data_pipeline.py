@@ -162,13 +162,6 @@ def test_weights_are_proportions_of_rows(config):
     np.testing.assert_allclose(by_size._weights, np.array(sizes) / sum(sizes))
 
 
-def test_epochs_follow_weights_and_sizes(config):
-    data = load(config)
-    epochs = data.epochs(1000)
-    for source, weight in zip(data.sources, (0.7, 0.3), strict=True):
-        assert epochs[source.name] == pytest.approx(1000 * weight / len(source.train))
-
-
 def held_out_texts(path: str, every: int) -> tuple[set, set]:
     texts = [text.strip() for text in texts_of(path)]
     held = {text for i, text in enumerate(texts) if i % every == every - 1}

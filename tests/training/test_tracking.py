@@ -7,7 +7,6 @@ import threading
 import time
 import types
 
-import numpy as np
 import pytest
 
 from adaptive.training import tracking
@@ -40,7 +39,6 @@ class Package(types.ModuleType):
                 self.silent, self.init_timeout = silent, init_timeout
 
         self.Settings = Settings
-        self.Histogram = lambda np_histogram: ("histogram", np_histogram)
 
     def init(self, mode, **about):
         self.inits.append((mode, about))
@@ -90,10 +88,9 @@ def start(tmp_path, mode="offline", **more):
 def test_offline_for_real(tmp_path):
     tracker, said = start(tmp_path)
     tracker.log(ROW)
-    tracker.histograms(7, {"scores/1": (np.array([3, 1]), np.array([0.0, 0.5, 1.0]))})
     tracker.finish()
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    expected = (b"tokens", b"scores/1", b"histogram", b"mor_tiny-1a2b")
+    expected = (b"tokens", b"mor_tiny-1a2b")
     until = time.monotonic() + 30  # the package's own process writes the file, and may do so after `finish`
     while not all(part in log.read_bytes() for part in expected) and time.monotonic() < until:
         time.sleep(0.1)
@@ -114,13 +111,8 @@ def test_rows_go_out_under_their_own_step(tmp_path, package):
     fake = package()
     tracker, _ = start(tmp_path, start_step=5)
     tracker.log(ROW)
-    counts, edges = np.array([3, 1]), np.array([0.0, 0.5, 1.0])
-    tracker.histograms(7, {"scores/1": (counts, edges)})
     tracker.finish()
-    assert fake.logged == [
-        (7, {"step": 7, "tokens": 70, "loss": 2.5}),
-        (7, {"scores/1": ("histogram", (counts, edges))}),
-    ]
+    assert fake.logged == [(7, {"step": 7, "tokens": 70, "loss": 2.5})]
     assert fake.finished == 1
     ((mode, about),) = fake.inits
     assert mode == "offline" and about["config"] == {"model": {"width": 8}, "run_id": "1a2b", "start_step": 5}
@@ -192,7 +184,6 @@ def test_nothing_happens_unless_asked_for(tmp_path, package, mode):
     fake = package()
     tracker, said = start(tmp_path, mode)
     tracker.log(ROW)
-    tracker.histograms(1, {})
     tracker.finish()
     assert isinstance(tracker, NoTracker) and not said and not fake.inits and not list(tmp_path.iterdir())
 
@@ -227,5 +218,5 @@ def test_other_processes_track_nothing(tmp_path, package):
 
 def test_both_trackers_speak_the_protocol():
     methods = {name for name in vars(tracking.Tracker) if not name.startswith("_")}
-    assert methods == {"log", "histograms", "finish"}
+    assert methods == {"log", "finish"}
     assert all(methods <= set(dir(kind)) for kind in (NoTracker, WandbTracker))

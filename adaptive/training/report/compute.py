@@ -56,11 +56,7 @@ def _account(run: Run) -> str:
         rows = [("per training step", "useful"), *(row[:2] for row in rows[1:])]
     notes = []
     if plan.executed_flops_per_step:
-        text = f"As executed, attention over all pairs included: {compact(plan.executed_flops_per_step, unit)}"
-        if plan.measured_flops_per_step:
-            off = plan.measured_flops_per_step / plan.executed_flops_per_step - 1
-            text += f"; the compiled program holds {compact(plan.measured_flops_per_step, unit)} ({off:+.1%})"
-        notes.append(f"{text}.")
+        notes.append(f"As executed, attention over all pairs included: {compact(plan.executed_flops_per_step, unit)}.")
     if plan.paper_flops_per_token:
         paper = (
             "H-Net paper (forward, per byte, at the target ratios)"

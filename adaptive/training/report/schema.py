@@ -39,7 +39,6 @@ class PlanRecord:
     flops_per_step        useful (adaptive.account), forward and backward, with the capacities that are computed
     dense_flops_per_step  the same if every token took every layer, and every position of an H-Net were a chunk
     executed_flops_per_step  analytic, as executed: attention over all pairs, and what is recomputed
-    measured_flops_per_step  matmul FLOPs of the compiled program, loops multiplied out; None: not measured
     paper_flops_per_token    forward FLOPs in the published accounting
     capacities            tokens per sequence that each recursion computes; () without a router
     peak_flops_per_s      of all devices together; None: not known
@@ -64,7 +63,6 @@ class PlanRecord:
     flops_per_step: float = 0.0
     dense_flops_per_step: float = 0.0
     executed_flops_per_step: float = 0.0
-    measured_flops_per_step: float | None = None
     paper_flops_per_token: float | None = None
     account: tuple[AccountLine, ...] = ()
     device_kind: str = ""
