@@ -1,19 +1,21 @@
-"""Parameters of linear maps, with logical axis names and the init every model here shares."""
+"""Using parameters of linear maps."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from adaptive.parallel.rules import gathered
+from adaptive.layers.site import normal_param
+from adaptive.parallel.rules import constrain, gathered
 
-
-def normal_param(
-    key: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, stack: tuple[int, ...] = ()
-) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2), `stack` leading layer axes included."""
-    return nnx.Param(std * jax.random.normal(key, (*stack, *shape), jnp.float32), axes=(None,) * len(stack) + axes)
+__all__ = ["normal_param", "projected", "use"]
 
 
 def use(param: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The parameter's value in the compute dtype, gathered over the axes that only storage is split by."""
     return gathered(param[...], param.get_metadata()["axes"], dtype)
+
+
+def projected(x: jax.Array, weight: nnx.Param) -> jax.Array:
+    """x [batch, n, width] through weight [width, heads, head_dim] -> [batch, n, heads, head_dim]."""
+    w = use(weight, x.dtype)
+    out = (x @ w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
+    return constrain(out, "batch", "seq", "heads", None)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.layers.site import param
+
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -22,7 +24,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a learned scale, initialised to one."""
 
     def __init__(self, width: int, eps: float, stack: tuple[int, ...] = ()):
-        self.weight = nnx.Param(jnp.ones((*stack, width)), axes=(None,) * (len(stack) + 1))
+        self.weight = param(jnp.ones((*stack, width)), (None,), stack=stack, role="scale")
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,10 +1,23 @@
-"""Where a layer stands in a model, and state that no gradient trains."""
+"""Where a part stands in a model, and the parameters and buffers made there, with all that others need to know of them.
 
-from typing import NamedTuple
+A parameter's metadata says what it is; nobody guesses from names:
+
+axes   logical name of every dimension (adaptive/parallel/rules.py). Leading "uses" tells a recursion's passes apart,
+       "layers" the layers that a scan runs over
+role   matrix, scale (of a norm), gated_scale (of Mamba-2's norm), bias or vector (one number per head, or the like):
+       what weight decay asks
+group  main, or auxiliary: trained by losses of its own
+rate   multiple of the learning rate
+"""
+
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+Role = Literal["matrix", "scale", "gated_scale", "bias", "vector"]
+Axes = tuple[str | None, ...]
 
 
 class Buffer(nnx.Variable):
@@ -15,9 +28,9 @@ class Site(NamedTuple):
     """Where in a model a layer stands.
 
     width    of the residual stream
-    std      of initial weights
-    stack    leading layer axes of its parameters
-    uses     times that a block of recursions applies it: buffers have this leading axis; 0: it has none
+    std      of initial weights; out_std: of matrices that write to the residual stream, None: the same
+    stack    leading axes of its parameters: (layers,), or (uses, layers) where each pass of a recursion has its own
+    uses     passes that share the parameters: buffers have this leading axis; 0: buffers have none
     layers   number of each stacked layer in the unrolled network, from 0
     depth    layers of the unrolled network
     norm_eps of its normalisations
@@ -30,8 +43,53 @@ class Site(NamedTuple):
     layers: tuple[int, ...] = (0,)
     depth: int = 1
     norm_eps: float = 1e-5
+    out_std: float | None = None
+
+    @property
+    def writes_std(self) -> float:
+        """Standard deviation of the initial matrices that write to the residual stream."""
+        return self.std if self.out_std is None else self.out_std
 
     def buffer(self, value: jax.Array) -> Buffer:
         """A buffer that starts as `value` in every stacked layer and use."""
         lead = (self.uses,) * bool(self.uses) + self.stack
-        return Buffer(jnp.broadcast_to(value, (*lead, *jnp.shape(value))))
+        axes = ("uses",) * bool(self.uses) + lead_axes(self.stack) + (None,) * jnp.ndim(value)
+        return Buffer(jnp.broadcast_to(value, (*lead, *jnp.shape(value))), axes=axes)
+
+
+def lead_axes(stack: tuple[int, ...]) -> Axes:
+    """Logical names of the leading axes of stacked parameters."""
+    return ("uses", "layers")[2 - len(stack) :]
+
+
+def param(value: jax.Array, axes: Axes, *, stack: tuple[int, ...] = (), role: Role, group: str = "main") -> nnx.Param:
+    """A parameter that starts as `value`, which has the leading axes of `stack` and then those named."""
+    return nnx.Param(value, axes=lead_axes(stack) + axes, role=role, group=group, rate=1.0)
+
+
+def normal_param(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    axes: Axes,
+    std: float,
+    stack: tuple[int, ...] = (),
+    *,
+    role: Role = "matrix",
+    group: str = "main",
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2), `stack` leading layer axes included."""
+    value = std * jax.random.normal(key, (*stack, *shape), jnp.float32)
+    return param(value, axes, stack=stack, role=role, group=group)
+
+
+def passes_of(value: nnx.Variable) -> bool:
+    """Whether a variable of a recursion's shared block has a leading axis for its passes."""
+    axes = value.get_metadata().get("axes") or ()
+    return bool(axes) and axes[0] == "uses"
+
+
+def scale_rates(module: nnx.Module, by: float) -> None:
+    """Multiplies the learning rate's multiple of every parameter below `module`."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(rate=node.get_metadata()["rate"] * by)

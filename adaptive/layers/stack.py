@@ -1,164 +1,227 @@
-"""Stacks of Mamba-2 and attention blocks on a float32 residual stream, a norm at the end (H-Net paper, section 2.3)."""
+"""A pattern of blocks, repeated, as one scan."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adaptive.layers.attention import Attention, AttentionOptions, KeyValues, Memory, Rows
-from adaptive.layers.feed_forward import FeedForward
-from adaptive.layers.layout import Blocks, BlockShape, Run
-from adaptive.layers.mamba import Mamba2, MambaState, SSMOptions
+from adaptive.errors import RecipeError
+from adaptive.layers import block
+from adaptive.layers.block import Block
+from adaptive.layers.call import Call, Tales
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.remat import Remat, recomputed
-from adaptive.layers.rope import Rope, rope_at
-from adaptive.parallel.rules import constrain
-from adaptive.routing.types import Selection
+from adaptive.layers.site import Site, passes_of
+from adaptive.layers.state import State, repeated
+from adaptive.layers.where import Where
+from adaptive.parallel.rules import gathered
+from adaptive.settings import ranged
 
-MixerState = KeyValues | MambaState
-State = tuple[MixerState, ...]  # of a stack: one per run of equal blocks, with a leading axis for them
+Shared = Literal["all", "mixers", "none"]
 
 
-class Places(NamedTuple):
-    """Where the positions of a call stand in their sequences.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`blocks` one after another, and all of that `repeats` times."""
 
-    number    i32[batch, n]   place in the position's document, which rotates queries and keys
-    segments  i32[batch, n]   documents; None: one per row
-    valid     bool[batch, n]  positions that exist, the first of each row; None: all
-    seen      i32[batch]      positions of each row that came in earlier calls; with a state alone
+    blocks: tuple[block.Settings, ...] = (block.Settings(),)
+    repeats: int = ranged(1, least=1)
+    stream: Literal["compute", "float32"] = "compute"  # dtype of the residual stream; compute: as layers compute
+    scale_residual: bool = False  # initial matrices that write to the stream shrink with the root of its additions
+
+    @property
+    def pattern(self) -> int:
+        """Layers of the pattern."""
+        return sum(b.repeat for b in self.blocks)
+
+    @property
+    def layers(self) -> int:
+        return self.repeats * self.pattern
+
+    @property
+    def additions(self) -> int:
+        """How often the stack adds to the residual stream."""
+        return self.repeats * sum(b.additions for b in self.blocks)
+
+    def numbers(self, of: int, first: int = 0) -> tuple[int, ...]:
+        """Numbers of the layers that block `of` of the pattern stands for, counted from `first`, in the order they
+        run."""
+        before = sum(b.repeat for b in self.blocks[:of])
+        return tuple(
+            first + i * self.pattern + before + j for i in range(self.repeats) for j in range(self.blocks[of].repeat)
+        )
+
+    def check(self, width: int, at: str) -> None:
+        if not self.blocks:
+            raise RecipeError(f"{at}.blocks is empty: a stack needs a block")
+        for i, one in enumerate(self.blocks):
+            one.check(width, f"{at}.blocks.{i}")
+
+
+class Making(NamedTuple):
+    """How modules are made and computed, whatever they are.
+
+    dtype   what layers compute in; remat, unroll: of the scan over layers
     """
 
-    number: jax.Array
-    segments: jax.Array | None = None
-    valid: jax.Array | None = None
-    seen: jax.Array | None = None
-
-
-class Block(nnx.Module):
-    """x + mixer(norm(x)), and for a capital letter x + feed_forward(norm(x)) after it; x the float32 stream."""
-
-    def __init__(
-        self, run: Run, shape: BlockShape, *, std: float, out_std: float, key: jax.Array, eps: float, theta: float
-    ):
-        """Holds all blocks of the run, stacked; out_std: of the matrices that write to the stream."""
-        mixer, feed_forward = jax.random.split(key)
-        stack = (run.count,)
-        self.norm = RMSNorm(shape.width, eps, stack)
-        self.mixer: Attention | Mamba2
-        if run.attends:
-            window = AttentionOptions(window=shape.window + 1)  # ours counts the position itself; 0: all
-            self.mixer = Attention(
-                shape.width, shape.heads, shape.heads, shape.head_dim, std, mixer, stack,
-                options=window, norm_eps=eps, out_std=out_std,
-            )  # fmt: skip
-        else:
-            options = SSMOptions(shape.expand, shape.d_state, shape.d_conv, shape.ssm_head_dim, shape.ssm_block)
-            self.mixer = Mamba2(
-                shape.width, options, std=std, out_std=out_std, key=mixer, stack=stack, norm_eps=eps
-            )  # fmt: skip
-        self.feed_forward_norm = RMSNorm(shape.width, eps, stack) if run.has_feed_forward else None
-        self.feed_forward = (
-            FeedForward(shape.width, shape.feed_forward, std, feed_forward, stack, out_std=out_std)
-            if run.has_feed_forward
-            else None
-        )
-        self.shape, self.theta = shape, theta
-
-    def __call__(
-        self, stream: jax.Array, places: Places, dtype: Any, state: MixerState | None, keep: bool
-    ) -> tuple[jax.Array, MixerState | None]:
-        """stream f32[batch, n, width] -> (stream, the state after it); for one block, sliced out of the run."""
-        x = self.norm(stream).astype(dtype)
-        new: MixerState | None
-        if isinstance(self.mixer, Attention):
-            update, new = self._attend(self.mixer, x, places, state)
-        else:
-            assert not isinstance(state, KeyValues)
-            update, new = self.mixer(x, segments=places.segments, valid=places.valid, state=state, keep=keep)
-        stream = stream + update.astype(jnp.float32)
-        if self.feed_forward is not None and self.feed_forward_norm is not None:
-            stream = stream + self.feed_forward(self.feed_forward_norm(stream).astype(dtype)).astype(jnp.float32)
-        return constrain(stream, "batch", "seq", None), new if keep else None
-
-    def empty_state(self, batch: int, length: int, dtype: Any) -> MixerState:
-        """Before the first position, of every block of the run; length: positions that it has room for."""
-        count = self.norm.weight.shape[0]
-        if isinstance(self.mixer, Mamba2):
-            one: MixerState = self.mixer.empty_state(batch, dtype)
-        else:
-            zeros = jnp.zeros((batch, length, self.shape.heads, self.shape.head_dim), dtype)
-            one = KeyValues(zeros, zeros)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), one)
-
-    def _attend(
-        self, attention: Attention, x: jax.Array, places: Places, state: MixerState | None
-    ) -> tuple[jax.Array, KeyValues]:
-        rope = rope_at(places.number, self.shape.rotary_dim, self.theta)
-        index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        if state is None:
-            return attention(x, Rows(rope, index, places.segments))
-        assert isinstance(state, KeyValues)
-        if places.seen is not None:
-            index = index + places.seen[:, None]
-        everything = jnp.ones(index.shape, bool)
-        update = Selection(index, everything.astype(jnp.float32), everything if places.valid is None else places.valid)
-        keys = jnp.broadcast_to(jnp.arange(state.k.shape[1], dtype=jnp.int32), (len(x), state.k.shape[1]))
-        unused = Rope(jnp.zeros(()), jnp.zeros(()))
-        return attention(x, Rows(rope, index), Memory(state, Rows(unused, keys), update))
+    dtype: Any
+    remat: Remat = "none"
+    unroll: bool = False
 
 
 class Stack(nnx.Module):
-    """Blocks one after another on a float32 residual stream, and a norm at the end."""
+    """The blocks of a stack and, with `norm`, a normalisation behind them.
+
+    Call it, or `run` it with states that `ready` or `at_pass` gave, as a recursion does.
+    """
 
     def __init__(
         self,
-        blocks: Blocks,
-        shape: BlockShape,
+        settings: Settings,
+        site: Site,
+        keys: list[jax.Array],
+        making: Making,
         *,
-        std: float,
-        out_std: float,
-        key: jax.Array,
-        eps: float,
-        theta: float,
-        dtype: Any,
-        remat: Remat = "none",
-        unroll: bool = False,
+        first: int = 0,
+        passes: int = 1,
+        shared: Shared = "all",
+        norm: bool = False,
     ):
-        keys = jax.random.split(key, len(blocks))
-        self.runs = nnx.List(
-            [
-                Block(run, shape, std=std, out_std=out_std, key=k, eps=eps, theta=theta)
-                for run, k in zip(blocks, keys, strict=True)
-            ]
-        )
-        self.norm = RMSNorm(shape.width, eps)
-        self.dtype, self.remat, self.unroll = dtype, remat, unroll
+        """keys: one per block of the pattern; first: number of the first layer in the unrolled network, of which
+        site.depth is the depth; passes: of a recursion that runs the stack, and what they share; norm: whether one
+        follows."""
+        self.settings, self.making = settings, making
+        blocks = []
+        for i, (one, key) in enumerate(zip(settings.blocks, keys, strict=True)):
+            numbers = settings.numbers(i, first)
+            together = site._replace(stack=(len(numbers),), uses=passes if passes > 1 else 0, layers=numbers)
+            apart = site._replace(stack=(passes, len(numbers)), layers=numbers)
+            mixer = apart if shared == "none" and passes > 1 else together
+            feed_forward = apart if shared != "all" and passes > 1 else together
+            blocks.append(Block(one, mixer, feed_forward, key, making.dtype))
+        self.blocks = nnx.List(blocks)
+        self.norm = RMSNorm(site.width, site.norm_eps) if norm else None
 
     def __call__(
-        self, x: jax.Array, places: Places, state: State | None = None, *, keep: bool = False
-    ) -> tuple[jax.Array, State | None]:
-        """x [batch, n, width] -> (the same shape in the compute dtype, normalised; with `keep` the state after it).
+        self, x: jax.Array, where: Where, call: Call, state: State | None = None
+    ) -> tuple[jax.Array, State | None, Tales, jax.Array | None]:
+        """x [rows, n, width] -> (the same shape in the compute dtype, state, what was done, the last router's logits).
 
-        state  what the same sequences left behind: they go on, for any n; segments are for calls without
+        state   what the same rows left behind (`empty`); None: nothing. Returned if one was given or with `call.keep`
         """
-        stream, kept = x.astype(jnp.float32), []
-        for i, run in enumerate(self.runs):
-            stream, new = self._scan(run, stream, places, None if state is None else state[i], keep)
-            kept.append(new)
-        return self.norm(stream).astype(self.dtype), tuple(kept) if keep else None
+        x, state, told, previous = self.run(self.states(), x, where, call, state)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x.astype(self.making.dtype), state, told, previous
 
-    def empty_state(self, batch: int, length: int) -> State:
-        """Before the first position, with room for `length` of them."""
-        return tuple(run.empty_state(batch, length, self.dtype) for run in self.runs)
+    def empty(self, rows: int, slots: int) -> State:
+        """The state before the first position, with room for `slots` of each row: one entry per block, leaves
+        [layers, rows, ...]; None of a block without a mixer."""
 
-    def _scan(
-        self, run: Block, stream: jax.Array, places: Places, state: MixerState | None, keep: bool
-    ) -> tuple[jax.Array, Any]:
-        graphdef, params = nnx.split(run)
+        def one(i: int, own: Block) -> State:
+            if own.mixer is None:
+                return None
+            count = len(self.settings.numbers(i))
+            return repeated(own.mixer.empty(rows, slots, self.making.dtype), count)
 
-        def body(stream: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            own, before = scanned
-            return nnx.merge(graphdef, own)(stream, places, self.dtype, before, keep)
+        return tuple(one(i, own) for i, own in enumerate(self.blocks))
 
-        return jax.lax.scan(recomputed(body, self.remat), stream, (params, state), unroll=self.unroll or 1)
+    def prepared(self, where: Where) -> Where:
+        """`where` with the rotary tables that the blocks read, so that they are computed once."""
+        kinds = [k for b in self.settings.blocks if b.mixer is not None for k in b.mixer.rotary()]
+        return where.with_tables(*kinds) if kinds else where
+
+    # Parameters as arguments
+
+    def states(self) -> list[Any]:
+        """Parameters and buffers of every block."""
+        return [nnx.state(own) for own in self.blocks]
+
+    def ready(self) -> list[Any]:
+        """The same, gathered and in the compute dtype: for a stack that is used several times."""
+
+        def ready(param: nnx.Variable) -> nnx.Variable:
+            axes = param.get_metadata().get("axes") or ()
+            return param.replace(gathered(param[...], axes, self.making.dtype)) if "width" in axes else param
+
+        return [jax.tree.map(ready, state, is_leaf=_is_variable) for state in self.states()]
+
+    @staticmethod
+    def at_pass(states: list[Any], r: Any) -> list[Any]:
+        """States at pass `r`, a number or traced, of a recursion: of what passes have of their own, its part."""
+
+        def at(variable: nnx.Variable) -> nnx.Variable:
+            if not passes_of(variable):
+                return variable
+            value = variable[...]
+            return variable.replace(value[r] if isinstance(r, int) else jax.lax.dynamic_index_in_dim(value, r, 0, False))
+
+        return [jax.tree.map(at, state, is_leaf=_is_variable) for state in states]
+
+    def run(
+        self, states: list[Any], x: jax.Array, where: Where, call: Call, state: State | None
+    ) -> tuple[jax.Array, State | None, Tales, jax.Array | None]:
+        """The blocks with these states on the residual stream x, without the norm; result as of a call, in the stream's
+        dtype."""
+        s = self.settings
+        where = self.prepared(where)
+        x = x.astype(jnp.float32 if s.stream == "float32" else self.making.dtype)
+        before = [None] * len(states) if state is None else list(state)
+        start = (x, self.first_previous(x, call), call.layer)
+        if s.repeats == 1:
+            (x, previous, _), (kept, told) = self._pattern(start, states, before, where, call)
+        else:
+            fold = lambda a: a.reshape(s.repeats, -1, *a.shape[1:])  # noqa: E731
+            unfold = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
+
+            def body(carry: Any, scanned: Any) -> Any:
+                own, before = scanned
+                return self._pattern(carry, own, before, where, call)
+
+            scanned = jax.tree.map(fold, (states, before))
+            (x, previous, _), outs = jax.lax.scan(body, start, scanned, unroll=self.making.unroll or 1)
+            kept, told = jax.tree.map(unfold, outs)
+        return x, tuple(kept) if call.keep or state is not None else None, told, previous
+
+    def _pattern(self, carry: Any, states: list[Any], before: list[Any], where: Where, call: Call) -> Any:
+        """All blocks once: carry (stream, logits of the router below, number of the next layer)."""
+        kept, told = [], {}
+        for i, own in enumerate(self.blocks):
+            count = self.settings.blocks[i].repeat
+            carry, (after, tales) = self._layers(own, count, carry, states[i], before[i], where, call)
+            kept.append(after)
+            told |= {f"blocks/{i}/{path}": tale for path, tale in tales.items()}
+        return carry, (kept, told)
+
+    def _layers(self, own: Block, count: int, carry: Any, state: Any, before: Any, where: Where, call: Call) -> Any:
+        """`count` layers of one block, whose states and results have a leading axis."""
+        graphdef = nnx.graphdef(own)
+
+        def layer(carry: Any, scanned: Any) -> Any:
+            x, previous, number = carry
+            params, before = scanned
+            here = call.replace(previous=previous).at(number)
+            x, after, told, logits = nnx.merge(graphdef, params)(x, where, here, before)
+            return (x, logits if previous is not None else None, number + 1), (after, told)
+
+        layer = recomputed(layer, self.making.remat)
+        if count == 1:
+            squeeze = lambda a: a[0]  # noqa: E731
+            carry, outs = layer(carry, jax.tree.map(squeeze, (state, before)))
+            return carry, jax.tree.map(lambda a: a[None], outs)
+        return jax.lax.scan(layer, carry, (state, before), unroll=self.making.unroll or 1)
+
+    def first_previous(self, x: jax.Array, call: Call) -> jax.Array | None:
+        """Logits that the first router reads from below: zeros at the first layer and where positions are others."""
+        choices = max(own.reads_previous for own in self.blocks)
+        if not choices:
+            return None
+        if call.previous is not None and call.previous.shape[:2] == x.shape[:2]:
+            return call.previous
+        return jnp.zeros((*x.shape[:2], choices), jnp.float32)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)

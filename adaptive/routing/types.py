@@ -1,4 +1,4 @@
-"""The few types that routing speaks: Selection, AuxLosses, Trace."""
+"""The few types that routing speaks: Selection, AuxLosses, Told, Trace."""
 
 from typing import Any, NamedTuple
 
@@ -65,19 +65,22 @@ class AuxLosses(dict[str, Aux]):
         return cls({name: Aux(v, c, sep) for (name, c, sep), v in zip(static, values, strict=True)})
 
 
-class ExpertCalls(NamedTuple):
-    """What routed feed-forwards did, one entry per call of such a layer along the leading axes.
+class Told(NamedTuple):
+    """What a part did, returned by it and stacked by the scan over layers, one entry per call along leading axes.
 
-    losses     f32[...] each: auxiliary losses before their coefficients
-    stats      sums over the tokens of the batch, which add up over micro-batches and steps
-    parts      arrays of losses that are formed over all layers together
-    per_token  i32[..., batch, n]: experts that computed each token
+    losses     f32[] each: auxiliary losses before their coefficients
+    stats      sums over the positions of the batch, which add up over micro-batches and steps
+    parts      arrays of losses that are formed over all calls together
+    per_token  arrays [rows, n] by name, such as how many experts computed each position
     """
 
-    losses: dict[str, jax.Array]
-    stats: dict[str, jax.Array]
-    parts: dict[str, jax.Array]
-    per_token: jax.Array
+    losses: dict[str, jax.Array] = {}  # noqa: RUF012  # never changed in place
+    stats: dict[str, jax.Array] = {}  # noqa: RUF012
+    parts: dict[str, jax.Array] = {}  # noqa: RUF012
+    per_token: dict[str, jax.Array] = {}  # noqa: RUF012
+
+    def __bool__(self) -> bool:
+        return bool(self.losses or self.stats or self.parts or self.per_token)
 
 
 class StageTrace(NamedTuple):
@@ -109,8 +112,7 @@ class Trace(NamedTuple):
     scores      one f32[batch, seq] per recursion: the decision score in [0, 1] of every position, NaN where the
                 position was no candidate; () without a router
     load        f32[recursions]         share of tokens per depth under token choice, None otherwise
-    experts     by part of the model ("first", "block", "last"): calls of its routed feed-forwards, with the leading
-                axes of that part's buffers; {} where all are dense
+    told        by path in the model: what its parts did, with the leading axes of their buffers
     stages      of an H-Net, from the bytes inwards; () otherwise
     """
 
@@ -119,20 +121,33 @@ class Trace(NamedTuple):
     scalars: dict[str, jax.Array] | None = None
     scores: tuple[jax.Array, ...] = ()
     load: jax.Array | None = None
-    experts: dict[str, ExpertCalls] = {}  # noqa: RUF012  # never changed in place
+    told: dict[str, Told] = {}  # noqa: RUF012  # never changed in place
     stages: tuple[StageTrace, ...] = ()
+
+    def experts(self) -> dict[str, Told]:
+        """The entries of routed feed-forwards."""
+        return {path: told for path, told in self.told.items() if "claimed" in told.stats}
 
     def sums(self) -> dict[str, Any]:
         """What adds up over micro-batches and moves a model's buffers after a step."""
         load = {} if self.load is None else {"depth": self.load}
-        return load | {part: calls.stats for part, calls in self.experts.items()}
+        return load | {path: told.stats for path, told in self.told.items() if told.stats}
+
+
+class Readout(NamedTuple):
+    """A further prediction from hidden states [rows, n, width], such as an early exit's, and its loss's coefficient."""
+
+    name: str
+    hidden: jax.Array
+    coefficient: float
 
 
 class Output(NamedTuple):
     """What every model returns: hidden [batch, seq, width] after the final norm, logits f32[batch, seq, vocab] or None
-    when not asked for, the auxiliary losses and the trace."""
+    when not asked for, the auxiliary losses, the trace, and further predictions."""
 
     hidden: jax.Array
     logits: jax.Array | None
     aux: AuxLosses
     trace: Trace
+    readouts: tuple[Readout, ...] = ()

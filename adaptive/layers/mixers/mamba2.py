@@ -3,45 +3,57 @@
 Transformers are SSMs (Dao and Gu 2024), section 7; H-Net paper, section 3; released code, mamba_ssm/modules/mamba2.py.
 """
 
+import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from adaptive.layers.linear import normal_param, use
+from adaptive.errors import RecipeError
+from adaptive.layers.call import Call, Told
+from adaptive.layers.linear import projected, use
+from adaptive.layers.mixers import Mixer, MixerModule
+from adaptive.layers.site import Site, normal_param, param
+from adaptive.layers.where import Where
 from adaptive.parallel.rules import constrain
 from adaptive.parallel.shard import sharded
+from adaptive.routing.boundaries import gather, scatter
+from adaptive.settings import ranged
 from kernels_pallas.ssd import ssd
 
 DT_RANGE, DT_FLOOR = (1e-3, 1e-1), 1e-4  # the step sizes that dt_bias starts with: log-uniform, then at least the floor
 A_RANGE = (1.0, 16.0)  # the decay rates -a: uniform
 
 
-class SSMOptions(NamedTuple):
-    """Sizes of a Mamba-2 layer.
+@dataclasses.dataclass(frozen=True)
+class Settings(Mixer):
+    """Mamba-2 with one group of state-space inputs, as in the H-Net release."""
 
-    expand    inner channels over the width of the residual stream
-    d_state   numbers that every inner channel carries along the sequence
-    d_conv    taps of the convolution
-    head_dim  channels of a head, which share their step size and decay
-    block     positions of a block of the parallel form, at most; see `kernels_pallas.ssd.ssd`
-    """
-
-    expand: int = 2
-    d_state: int = 128
-    d_conv: int = 4
-    head_dim: int = 64
-    block: int = 256
+    expand: int = ranged(2, least=1)  # inner channels over the width of the residual stream
+    d_state: int = ranged(128, least=1)  # numbers that every inner channel carries along the sequence
+    d_conv: int = ranged(4, least=1)  # taps of the convolution
+    head_dim: int = ranged(64, least=1)  # channels of a head, which share their step size and decay
+    block: int = ranged(256, least=1)  # positions of a block of the parallel form, at most (`kernels_pallas.ssd.ssd`)
 
     def heads(self, width: int) -> int:
-        """Heads of a layer of `width`. Raises ValueError where they do not divide its inner channels."""
-        if self.expand * width % self.head_dim:
-            inner = f"expand * width = {self.expand} * {width} = {self.expand * width}"
-            raise ValueError(f"{inner} is not a multiple of head_dim={self.head_dim}; change one of the three")
+        """Heads of a layer of `width`."""
         return self.expand * width // self.head_dim
+
+    def check(self, width: int, at: str) -> None:
+        inner = self.expand * width
+        if inner % self.head_dim:
+            near = min(
+                (w for w in range(1, 2 * width + self.head_dim) if self.expand * w % self.head_dim == 0),
+                key=lambda w: abs(w - width),
+            )
+            raise RecipeError(
+                f"{at}.expand * width = {inner} is not a multiple of {at}.head_dim={self.head_dim}; nearest width: {near}"
+            )
+
+    def build(self, site: Site, key: jax.Array) -> "Mamba2":
+        return Mamba2(self, site, key)
 
 
 class MambaState(NamedTuple):
@@ -56,78 +68,71 @@ class MambaState(NamedTuple):
     ssm: jax.Array
 
 
-class Mamba2(nnx.Module):
+class Mamba2(MixerModule):
     """out(rms_norm((ssd(x) + d x) silu(z))) with x, b and c from the convolution of one projection, z of another."""
 
-    def __init__(
-        self,
-        width: int,
-        options: SSMOptions,
-        *,
-        std: float,
-        out_std: float,
-        key: jax.Array,
-        stack: tuple[int, ...] = (),
-        norm_eps: float = 1e-5,
-    ):
-        """std: of initial projections; out_std: of the last. Raises ValueError as `SSMOptions.heads` does."""
-        heads, dim, taps, n = options.heads(width), options.head_dim, options.d_conv, options.d_state
+    def __init__(self, settings: Settings, site: Site, key: jax.Array):
+        s, width, stack, std = settings, site.width, site.stack, site.std
+        heads, dim, taps, n = s.heads(width), s.head_dim, s.d_conv, s.d_state
         z, x, bc, dt, out, *rest = jax.random.split(key, 11)
-        lead = (None,) * len(stack)
         self.z = normal_param(z, (width, heads, dim), ("width", "heads", None), std, stack)
         self.x = normal_param(x, (width, heads, dim), ("width", "heads", None), std, stack)
         self.bc = normal_param(bc, (width, 2 * n), ("width", None), std, stack)
         self.dt = normal_param(dt, (width, heads), ("width", "heads"), std, stack)
-        self.out = normal_param(out, (heads, dim, width), ("heads", None, "width"), out_std, stack)
+        self.out = normal_param(out, (heads, dim, width), ("heads", None, "width"), site.writes_std, stack)
 
         def uniform(key: jax.Array, *shape: int, low: float, high: float) -> jax.Array:
             return jax.random.uniform(key, (*stack, *shape), jnp.float32, low, high)
 
+        make = functools.partial(param, stack=stack)
         bound = 1 / math.sqrt(taps)
         tap = functools.partial(uniform, low=-bound, high=bound)
-        self.conv_x = nnx.Param(tap(rest[0], taps, heads, dim), axes=(*lead, None, "heads", None))
-        self.conv_x_bias = nnx.Param(tap(rest[1], heads, dim), axes=(*lead, "heads", None))
-        self.conv_bc = nnx.Param(tap(rest[2], taps, 2 * n), axes=(*lead, None, None))
-        self.conv_bc_bias = nnx.Param(tap(rest[3], 2 * n), axes=(*lead, None))
+        self.conv_x = make(tap(rest[0], taps, heads, dim), (None, "heads", None), role="matrix")
+        self.conv_x_bias = make(tap(rest[1], heads, dim), ("heads", None), role="bias")
+        self.conv_bc = make(tap(rest[2], taps, 2 * n), (None, None), role="matrix")
+        self.conv_bc_bias = make(tap(rest[3], 2 * n), (None,), role="bias")
 
-        per_head = (*lead, "heads")
         low, high = map(math.log, DT_RANGE)
         start = jnp.maximum(jnp.exp(uniform(rest[4], heads, low=low, high=high)), DT_FLOOR)
-        self.dt_bias = nnx.Param(start + jnp.log(-jnp.expm1(-start)), axes=per_head)  # softplus of it is `start`
-        self.a_log = nnx.Param(jnp.log(uniform(rest[5], heads, low=A_RANGE[0], high=A_RANGE[1])), axes=per_head)
-        self.d = nnx.Param(jnp.ones((*stack, heads)), axes=per_head)
-        self.norm = nnx.Param(jnp.ones((*stack, heads, dim)), axes=(*per_head, None))
-        self.options, self.norm_eps = options, norm_eps
+        # softplus of it is `start`
+        self.dt_bias = make(start + jnp.log(-jnp.expm1(-start)), ("heads",), role="vector")
+        rates = uniform(rest[5], heads, low=A_RANGE[0], high=A_RANGE[1])
+        self.a_log = make(jnp.log(rates), ("heads",), role="vector")
+        self.d = make(jnp.ones((*stack, heads)), ("heads",), role="vector")
+        self.norm = make(jnp.ones((*stack, heads, dim)), ("heads", None), role="gated_scale")
+        self.settings, self.norm_eps = settings, site.norm_eps
 
     def __call__(
-        self,
-        x: jax.Array,
-        *,
-        segments: jax.Array | None = None,
-        valid: jax.Array | None = None,
-        state: MambaState | None = None,
-        keep: bool = False,
-    ) -> tuple[jax.Array, MambaState | None]:
-        """The update of x, and with `keep` the state after its last valid position.
+        self, x: jax.Array, where: Where, call: Call, state: MambaState | None
+    ) -> tuple[jax.Array, MambaState | None, Told]:
+        """As every mixer. At positions that do not exist the update is finite and without meaning; nothing passes from
+        one document to another. A state is of the first position's document."""
+        keep = call.keep or state is not None
+        if where.scattered and where.exists is not None and x.shape[1] > 1:
+            # The convolution reads neighbours, so those that exist come first.
+            order = jnp.argsort(~where.exists, axis=1, stable=True).astype(jnp.int32)
+            at = lambda a: gather(a, order)  # noqa: E731
+            segments = None if where.segments is None else at(where.segments)
+            update, after = self._apply(at(x), segments, at(where.exists), state, keep)
+            return scatter(x, order, update.astype(x.dtype)), after, Told()
+        update, after = self._apply(x, where.segments, where.exists, state, keep)
+        return update, after, Told()
 
-        x         [batch, n, width]
-        segments  i32[batch, n]: documents; nothing passes from one to another. None: one per row
-        valid     bool[batch, n]: positions that exist, the first of each row; None: all. At the others the update is
-                  finite and without meaning
-        state     what the same sequences left behind: they go on, for any n; it is of the first position's document
-        returns   [batch, n, width] in x's dtype
-        """
+    def _apply(
+        self, x: jax.Array, segments: jax.Array | None, valid: jax.Array | None, state: MambaState | None, keep: bool
+    ) -> tuple[jax.Array, MambaState | None]:
+        """The update of x, and with `keep` the state after its last valid position; the valid ones are the first."""
         if segments is not None and valid is not None:
             segments = _extended(segments, valid)
-        before = self.empty_state(x.shape[0], x.dtype) if state is None else state
-        inputs = _project(x, self.x), constrain(x @ use(self.bc, x.dtype), "batch", "seq", None)
+        before = self.empty(x.shape[0], 0, x.dtype) if state is None else state
+        inputs = projected(x, self.x), constrain(x @ use(self.bc, x.dtype), "batch", "seq", None)
         inner, bc = self._convolved(inputs, before.conv, segments)
         dt = jnp.einsum("bnw,wh->bnh", x, use(self.dt, x.dtype), preferred_element_type=jnp.float32)
         dt = jax.nn.softplus(dt + use(self.dt_bias, jnp.float32))
         if valid is not None:
             dt = jnp.where(valid[..., None], dt, 0)  # neither decays nor writes
         y, ssm = self._scanned(inner, dt, bc, segments, before.ssm)
-        y = _gated_norm(y, inner, _project(x, self.z), self.d[...], self.norm[...], self.norm_eps)
+        y = _gated_norm(y, inner, projected(x, self.z), self.d[...], self.norm[...], self.norm_eps)
         out = use(self.out, x.dtype)
         update = y.reshape(*y.shape[:2], -1) @ out.reshape(-1, out.shape[-1])
         return update, MambaState(_last(inputs, before.conv, valid), ssm) if keep else None
@@ -137,7 +142,7 @@ class Mamba2(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The inputs [batch, n, heads, head_dim] and [batch, n, 2 * d_state] after the convolution that mixes them."""
         x, bc = inputs
-        same = _same_segment(segments, self.options.d_conv) if segments is not None else None
+        same = _same_segment(segments, self.settings.d_conv) if segments is not None else None
         before_x, before_bc = jnp.split(before[:, 1:].astype(x.dtype), [x.shape[2] * x.shape[3]], axis=-1)
         before_x = before_x.reshape(*before_x.shape[:2], *x.shape[2:])
         x = _convolution(x, before_x, use(self.conv_x, jnp.float32), use(self.conv_x_bias, jnp.float32), same)
@@ -155,25 +160,17 @@ class Mamba2(nnx.Module):
             x: jax.Array, dt: jax.Array, a: jax.Array, bc: jax.Array, state: jax.Array, segments: jax.Array | None
         ) -> tuple[jax.Array, jax.Array]:
             b, c = jnp.split(bc, 2, axis=-1)
-            return ssd(x, dt, a, b, c, segments=segments, state=state, block=self.options.block)
+            return ssd(x, dt, a, b, c, segments=segments, state=state, block=self.settings.block)
 
         a = -jnp.exp(use(self.a_log, jnp.float32))
         names = [split, split, ("heads",), rows, carried, None if segments is None else rows]
         return sharded(local, names, (split, carried))(x, dt, a, bc, state, segments)
 
-    def empty_state(self, batch: int, dtype: jax.typing.DTypeLike) -> MambaState:
-        """The state before the first position; dtype: of the inputs that are to come."""
+    def empty(self, rows: int, slots: int, dtype: Any) -> MambaState:
         heads, dim = self.norm.shape[-2:]
-        taps, n = self.options.d_conv, self.options.d_state
-        ssm = jnp.zeros((batch, heads, dim, n), jnp.float32)
-        return MambaState(jnp.zeros((batch, taps, heads * dim + 2 * n), dtype), ssm)
-
-
-def _project(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """x [batch, n, width] -> [batch, n, heads, head_dim]."""
-    w = use(weight, x.dtype)
-    out = (x @ w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
-    return constrain(out, "batch", "seq", "heads", None)
+        taps, n = self.settings.d_conv, self.settings.d_state
+        ssm = jnp.zeros((rows, heads, dim, n), jnp.float32)
+        return MambaState(jnp.zeros((rows, taps, heads * dim + 2 * n), dtype), ssm)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -1,0 +1,49 @@
+"""SwiGLU feed-forward."""
+
+import dataclasses
+import functools
+
+import jax
+
+from adaptive.layers.call import Call, Told
+from adaptive.layers.feed_forwards import FeedForward, FeedForwardModule
+from adaptive.layers.linear import use
+from adaptive.layers.site import Site, normal_param
+from adaptive.layers.where import Where
+from adaptive.parallel.rules import constrain
+from adaptive.settings import ranged
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(FeedForward):
+    """down(silu(gate x) * up x), as in Llama; no biases."""
+
+    hidden: int = ranged(352, least=1)  # hidden width
+
+    def build(self, site: Site, key: jax.Array) -> "Dense":
+        return Dense(site, self.hidden, key)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up. The backward pass keeps the two alone and computes the rest again: cheaper than to store it."""
+    return jax.nn.silu(gate) * up
+
+
+class Dense(FeedForwardModule):
+    """down(swiglu(gate(x), up(x)))."""
+
+    def __init__(self, site: Site, hidden: int, key: jax.Array):
+        gate, up, down = jax.random.split(key, 3)
+        width, std, stack = site.width, site.std, site.stack
+        self.gate = normal_param(gate, (width, hidden), ("width", "ff"), std, stack)
+        self.up = normal_param(up, (width, hidden), ("width", "ff"), std, stack)
+        self.down = normal_param(down, (hidden, width), ("ff", "width"), site.writes_std, stack)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [batch, seq, width] -> [batch, seq, width]."""
+        hidden = swiglu(x @ use(self.gate, x.dtype), x @ use(self.up, x.dtype))
+        return constrain(hidden, "batch", "seq", "ff") @ use(self.down, x.dtype)
+
+    def apply(self, x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, Told, None]:
+        return self(x), Told(), None

@@ -1,0 +1,206 @@
+"""Grouped-query attention with rotary positions, among a set of positions and what a state holds of earlier ones."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive.errors import RecipeError
+from adaptive.layers.call import Call, Told
+from adaptive.layers.linear import projected, use
+from adaptive.layers.mixers import Mixer, MixerModule
+from adaptive.layers.norm import RMSNorm
+from adaptive.layers.rope import rotate
+from adaptive.layers.site import Role, Site, normal_param, param
+from adaptive.layers.where import Where
+from adaptive.routing.chunks import numbered
+from adaptive.routing.rows import set_rows, take_rows
+from adaptive.settings import ranged
+from kernels_pallas.attention import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Mixer):
+    """Attention as in Llama; `bias` and `qk_norm` are what its relatives add."""
+
+    heads: int = ranged(4, least=1)
+    kv_heads: int = ranged(0, least=0)  # heads of keys and values, which divide the heads; 0: as many as heads
+    head_dim: int = ranged(32, least=2)
+    rotary_dim: int = ranged(-1, least=-1)  # channels of each head, the first ones, that rotate; -1: all
+    rope_theta: float = ranged(10_000.0, above=0)
+    window: int = ranged(0, least=0)  # positions of the row that a query sees, its own the last (Mistral); 0: all
+    bias: bool = False  # of the query, key, value and output projections (Qwen)
+    qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of queries and keys, per head (Qwen3) or whole (OLMoE)
+    clip_qkv: float = ranged(0.0, least=0)  # bound on the absolute value of queries, keys and values (OLMoE); 0: none
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def rotated(self) -> int:
+        """Channels of each head that rotate."""
+        return self.head_dim if self.rotary_dim < 0 else self.rotary_dim
+
+    def check(self, width: int, at: str) -> None:
+        if self.heads % self.groups:
+            fits = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
+            raise RecipeError(
+                f"{at}.heads={self.heads} is not a multiple of {at}.kv_heads={self.groups}; kv_heads can be {fits}"
+            )
+        if self.rotary_dim < 0 and self.head_dim % 2:
+            raise RecipeError(f"{at}.head_dim={self.head_dim}: rotary embeddings need an even head_dim")
+        if self.rotated % 2 or self.rotated > self.head_dim:
+            raise RecipeError(
+                f"{at}.rotary_dim={self.rotary_dim}: must be even and at most {at}.head_dim={self.head_dim}"
+            )
+
+    def rotary(self) -> tuple[tuple[int, float], ...]:
+        return ((self.rotated, self.rope_theta),)
+
+    def build(self, site: Site, key: jax.Array) -> "Attention":
+        return Attention(self, site, key)
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one layer, and where they stand.
+
+    k, v      [rows, slots, kv_heads, head_dim], keys rotated
+    index     i32[rows, slots]: place in the row of what a slot holds; -1: it holds nothing
+    segments  i32[rows, slots]: documents; None: one per row
+    """
+
+    k: jax.Array
+    v: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # hides tuple.index
+    segments: jax.Array | None = None
+
+
+class Attention(MixerModule):
+    """Queries at `where` read the keys of the same call or, with a state, those of the state with their own among them.
+
+    A position's slot in the state is its place in the row.
+    """
+
+    def __init__(self, settings: Settings, site: Site, key: jax.Array):
+        s, width, stack = settings, site.width, site.stack
+        q, k, v, o = jax.random.split(key, 4)
+        inwards = ("width", "heads", None)
+        self.q = normal_param(q, (width, s.heads, s.head_dim), inwards, site.std, stack)
+        self.k = normal_param(k, (width, s.groups, s.head_dim), inwards, site.std, stack)
+        self.v = normal_param(v, (width, s.groups, s.head_dim), inwards, site.std, stack)
+        self.o = normal_param(o, (s.heads, s.head_dim, width), ("heads", None, "width"), site.writes_std, stack)
+
+        def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], role: Role = "bias") -> nnx.Param | None:
+            return param(jnp.zeros((*stack, *shape)), axes, stack=stack, role=role) if s.bias else None
+
+        self.q_bias = zeros((s.heads, s.head_dim), ("heads", None))
+        self.k_bias = zeros((s.groups, s.head_dim), ("heads", None))
+        self.v_bias = zeros((s.groups, s.head_dim), ("heads", None))
+        self.o_bias = zeros((width,), (None,))
+        whole = s.heads * s.head_dim, s.groups * s.head_dim
+        widths = {"none": (0, 0), "head": (s.head_dim, s.head_dim), "full": whole}[s.qk_norm]
+        self.q_norm, self.k_norm = (RMSNorm(w, site.norm_eps, stack) if w else None for w in widths)
+        self.settings = settings
+
+    def __call__(
+        self, x: jax.Array, where: Where, call: Call, state: KeyValues | None
+    ) -> tuple[jax.Array, KeyValues | None, Told]:
+        s = self.settings
+        rope = where.rope(s.rotated, s.rope_theta)
+        q = rotate(self._project(x, self.q, self.q_bias, self.q_norm), rope)
+        q_index: jax.Array | None = where.index
+        if state is None or call.writes:
+            k = rotate(self._project(x, self.k, self.k_bias, self.k_norm), rope)
+            own = KeyValues(k, self._project(x, self.v, self.v_bias, None), where.index, where.segments)
+            keys = own if state is None else written(state, own, where)
+        else:
+            keys = state
+        k_index: jax.Array | None = keys.index
+        if state is not None:
+            k_valid: jax.Array | None = keys.index >= 0
+        else:
+            k_valid = where.exists
+            if not s.window:  # order alone tells what is earlier, but not how much earlier
+                q_index = k_index = None
+        out = attention(
+            q,
+            keys.k,
+            keys.v,
+            q_index=q_index,
+            k_index=k_index,
+            q_segments=where.segments,
+            k_segments=keys.segments,
+            k_valid=k_valid,
+            window=s.window,
+            causal=call.sees == "past",
+        )
+        o = use(self.o, x.dtype)
+        out = out.reshape(*out.shape[:2], -1) @ o.reshape(-1, o.shape[-1])
+        if self.o_bias is not None:
+            out = out + use(self.o_bias, x.dtype)
+        if state is None and call.keep and where.exists is not None:
+            keys = keys._replace(index=jnp.where(where.exists, keys.index, -1))
+        told = Told() if call.training or state is not None else Told(stats=attended(where, s.window, call.sees))
+        return out, keys if call.keep or state is not None else None, told
+
+    def empty(self, rows: int, slots: int, dtype: Any) -> KeyValues:
+        s = self.settings
+        zeros = jnp.zeros((rows, slots, s.groups, s.head_dim), dtype)
+        return KeyValues(zeros, zeros, jnp.full((rows, slots), -1, jnp.int32))
+
+    def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, norm: RMSNorm | None) -> jax.Array:
+        """x [rows, n, width] -> queries, keys or values [rows, n, heads, head_dim], not yet rotated."""
+        out, clip = projected(x, weight), self.settings.clip_qkv
+        if bias is not None:
+            out = out + use(bias, x.dtype)
+        if norm is not None:
+            whole = norm.weight.shape[-1] != out.shape[-1]
+            out = norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape) if whole else norm(out)
+        return jnp.clip(out, -clip, clip) if clip else out
+
+
+def written(state: KeyValues, own: KeyValues, where: Where) -> KeyValues:
+    """The state with the positions that exist in their slots."""
+    slots, exists = where.index, where.exists
+
+    def one(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.astype(old.dtype)
+        if exists is not None:
+            new = jnp.where(exists.reshape(*exists.shape, *(1,) * (new.ndim - 2)), new, take_rows(old, slots))
+        return set_rows(old, slots, new)
+
+    return state._replace(k=one(state.k, own.k), v=one(state.v, own.v), index=one(state.index, own.index))
+
+
+def attended(where: Where, window: int, sees: str) -> dict[str, jax.Array]:
+    """f32[] each: queries that exist, and the pairs of a query and a key that they read, of a pass without a state.
+
+    By counting, so that nothing of queries times keys exists.
+    """
+    present = where.present()
+    there = jnp.ones(where.shape, jnp.float32) if present is None else present.astype(jnp.float32)
+    total = jnp.cumsum(there, axis=1)
+    place = jnp.broadcast_to(jnp.arange(where.shape[1], dtype=jnp.int32), where.shape)
+    first = place - numbered(where.shape, where.segments)
+    if window:
+        since = jax.vmap(lambda index: jnp.searchsorted(index, index - window, side="right"))(where.index)
+        first = jnp.maximum(first, since.astype(jnp.int32))
+    before = jnp.where(first > 0, jnp.take_along_axis(total, jnp.maximum(first - 1, 0), axis=1), 0.0)
+    if sees == "all":
+        last = place if where.segments is None else jax.vmap(_last_of)(where.segments)
+        end = total[:, -1:] if where.segments is None else jnp.take_along_axis(total, last, axis=1)
+    else:
+        end = total
+    return {"queries": there.sum(), "keys": ((end - before) * there).sum()}
+
+
+def _last_of(segments: jax.Array) -> jax.Array:
+    """i32[n]: the last position of each position's document."""
+    n = segments.shape[0]
+    ends = jnp.append(segments[1:] != segments[:-1], True)
+    place = jnp.arange(n, dtype=jnp.int32)
+    return jax.lax.cummin(jnp.where(ends, place, n - 1), reverse=True)

@@ -1,0 +1,41 @@
+"""What generation keeps. A part's state is any tree whose leaves are [layers, rows, ...]; of a recursion's core the
+passes of all layers stand one after another on the first axis. Rows are taken, put and cleared by one function each."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+State = Any
+
+
+def take(state: State, rows: jax.Array) -> State:
+    """The state of these rows i32[k]."""
+    return jax.tree.map(lambda a: jnp.take(a, rows, axis=1), state)
+
+
+def put(state: State, rows: jax.Array, new: State) -> State:
+    """The state with these rows i32[k], all different, replaced."""
+    return jax.tree.map(lambda a, b: a.at[:, rows].set(b.astype(a.dtype), unique_indices=True), state, new)
+
+
+def clear(state: State, rows: jax.Array, empty: State) -> State:
+    """The state with these rows i32[k] as in `empty`, a state of one row that has seen nothing."""
+    one = jax.tree.map(lambda a: jnp.broadcast_to(a[:, :1], (a.shape[0], len(rows), *a.shape[2:])), empty)
+    return put(state, rows, one)
+
+
+def layers(state: State, start: Any, count: int) -> State:
+    """The layers start .. start + count - 1; start may be traced."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, count), state)
+
+
+def with_layers(state: State, start: Any, new: State) -> State:
+    """The state with the layers from `start` on replaced."""
+    put_in = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0)  # noqa: E731
+    return jax.tree.map(put_in, state, new)
+
+
+def repeated(state: State, count: int) -> State:
+    """One layer's state [rows, ...] as that of `count` layers."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), state)

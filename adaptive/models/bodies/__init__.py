@@ -1,0 +1,102 @@
+"""Bodies: the network between embedding and head. One file each, found by its name, with a dataclass `Settings` below
+`Body` and the module that it builds."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from flax import nnx
+
+from adaptive.layers.call import Call
+from adaptive.layers.site import Site
+from adaptive.layers.stack import Making
+from adaptive.layers.state import State
+from adaptive.layers.where import Where
+from adaptive.routing.types import AuxLosses, Trace
+from adaptive.settings import Member
+
+
+@dataclasses.dataclass(frozen=True)
+class Body(Member):
+    """Settings of a body."""
+
+    door: ClassVar[str] = __name__
+
+    @property
+    def layers(self) -> int:
+        """Layers of the unrolled network, as a position passes through them."""
+        raise NotImplementedError
+
+    @property
+    def stored_layers(self) -> int:
+        """Layers whose parameters are stored."""
+        return self.layers
+
+    def stages(self) -> "tuple[Body, ...]":
+        """This body and those inside it, from the outside in."""
+        return (self,)
+
+    def check(self, width: int, at: str) -> None:
+        """Raises RecipeError for settings that cannot work in a stream of this width; `at` is their dotted path."""
+
+    def build(self, site: Site, keys: Iterator[jax.Array], making: Making, *, stage: int = 0, additions: int = 0) -> Any:
+        """The module. stage: chunking stages around it; additions: to the residual stream, of all around it."""
+        raise NotImplementedError
+
+    def at_step(self, step: int) -> "Body":
+        """The settings that hold at a training step, where some change on a schedule."""
+        return self
+
+    def changes(self) -> tuple[int, ...]:
+        """Training steps from which on `at_step` gives other settings."""
+        return ()
+
+    def warmup_steps(self) -> int:
+        """Training steps during which a router warms up; they need `Call.step`."""
+        return 0
+
+    def outer_rate(self) -> float:
+        """Multiple of the learning rate of what is around it: embedding and head."""
+        return 1.0
+
+    def counts_documents(self) -> bool:
+        """Whether positions that are not given are counted from where each document begins."""
+        return False
+
+    def family(self) -> str:
+        """What the model is called in a plan or a report."""
+        return self.kind()
+
+
+class Through(NamedTuple):
+    """What came out of a body: hidden [rows, n, width] after its norm, the state after it (None where none was asked
+    for), auxiliary losses, and what was decided."""
+
+    hidden: jax.Array
+    state: State | None
+    aux: AuxLosses
+    trace: Trace
+
+
+class BodyModule(nnx.Module):
+    """A body's network."""
+
+    def __call__(self, x: jax.Array, where: Where, call: Call, state: State | None = None) -> Through:
+        """x [rows, n, width] at `where`; state: what the same rows left behind (`empty`); None: nothing."""
+        raise NotImplementedError
+
+    def empty(self, rows: int, slots: int) -> State:
+        """The state before the first position, with room for `slots` of each row; leaves [layers, rows, ...]."""
+        raise NotImplementedError
+
+    def update(self, load: jax.Array | None) -> None:
+        """Moves buffers of the depth router, if there is one, by the share f32[passes] of tokens at each depth."""
+
+    def refuse_cache(self) -> str:
+        """Why it has no state, so that generation would have to run everything again; empty where it has one."""
+        return ""
+
+    def rules_differ(self) -> bool:
+        """Whether the rules "train" and "causal" differ, experts aside."""
+        return False

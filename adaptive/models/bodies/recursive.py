@@ -1,0 +1,288 @@
+"""A shared core that positions go through several times (MoR paper, section 2; looped and recursive transformers)."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive.errors import RecipeError
+from adaptive.layers import stack as stacks
+from adaptive.layers.call import Call, Tales, below, stacked
+from adaptive.layers.mixers.attention import KeyValues, written
+from adaptive.layers.mixers.attention import Settings as Attention
+from adaptive.layers.norm import RMSNorm
+from adaptive.layers.remat import recomputed
+from adaptive.layers.site import Site, passes_of
+from adaptive.layers.stack import Making, Shared, Stack
+from adaptive.layers.state import State, layers, with_layers
+from adaptive.layers.where import Where
+from adaptive.models.bodies import Body, BodyModule, Through
+from adaptive.models.bodies.plain import scaled
+from adaptive.models.depth import Carried, Depth, DepthModule
+from adaptive.models.depth import all as all_tokens
+from adaptive.routing.rows import take_rows
+from adaptive.routing.types import AuxLosses, Trace
+from adaptive.settings import ranged
+
+KeysValues = Literal["per_recursion", "shared", "hybrid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Body):
+    """prelude, `recursions` passes through the core, coda. A strategy says which positions take a pass (`depth`).
+
+    shared       what the passes have in common: all parameters, those of mixers, or none (to share keys and values alone)
+    order        cycle: the core as a whole runs again and again; sequence: each of its layers does, in place
+    keys_values  per_recursion: a position reads the positions of its own pass
+                 shared: passes after the first read the first one's keys and values, of all positions
+                 hybrid: as shared, but the selected positions' keys and values are fresh, for that pass alone
+    """
+
+    prelude: stacks.Settings | None = None
+    core: stacks.Settings = stacks.Settings()
+    coda: stacks.Settings | None = None
+    recursions: int = ranged(3, least=1)
+    depth: Depth = all_tokens.Settings()
+    shared: Shared = "all"
+    order: Literal["cycle", "sequence"] = "cycle"
+    keys_values: KeysValues = "per_recursion"
+
+    @property
+    def ends(self) -> tuple[stacks.Settings, ...]:
+        return tuple(s for s in (self.prelude, self.coda) if s is not None)
+
+    @property
+    def layers(self) -> int:
+        return self.recursions * self.core.layers + sum(s.layers for s in self.ends)
+
+    @property
+    def stored_layers(self) -> int:
+        copies = self.recursions if self.shared == "none" else 1
+        return copies * self.core.layers + sum(s.layers for s in self.ends)
+
+    def warmup_steps(self) -> int:
+        return self.depth.warmup_steps()
+
+    def family(self) -> str:
+        if not self.depth.equal_passes:
+            return "mor" if self.depth.kind() in ("expert_choice", "token_choice") else self.depth.kind()
+        return "recursive" if self.shared != "none" else "vanilla"
+
+    def check(self, width: int, at: str) -> None:
+        for name in ("prelude", "core", "coda"):
+            if (part := getattr(self, name)) is not None:
+                part.check(width, f"{at}.{name}")
+        attends = all(isinstance(b.mixer, Attention) for b in self.core.blocks)
+        routed = not self.depth.equal_passes
+        if self.keys_values != "per_recursion" and not attends:
+            raise RecipeError(f"{at}.keys_values={self.keys_values}: only attention has keys and values to share")
+        if self.keys_values == "hybrid" and self.depth.kind() != "expert_choice":
+            raise RecipeError(
+                f"{at}.keys_values=hybrid needs {at}.depth=expert_choice; use keys_values=shared or per_recursion"
+            )
+        if routed and self.recursions < 2:
+            raise RecipeError(f"{at}.depth={self.depth.kind()} needs {at}.recursions of at least 2")
+        if self.order == "sequence" and (routed or len(self.core.blocks) > 1 or not attends):
+            raise RecipeError(
+                f"{at}.order=sequence repeats each layer in place: it needs {at}.depth=all and one kind of block with "
+                "attention; use order=cycle"
+            )
+        self.depth.check(self, f"{at}.depth")
+
+    def check_first_capacity(self, first: float, name: str, at: str) -> None:
+        """Raises RecipeError where later passes read keys and values that a first pass did not compute."""
+        if self.keys_values != "per_recursion" and first < 1:
+            raise RecipeError(
+                f"{name} starts with {first:g}: keys_values={self.keys_values} shares the first recursion's keys and "
+                "values of all tokens, so the first share must be 1; or use keys_values=per_recursion"
+            )
+
+    def build(
+        self, site: Site, keys: Iterator[jax.Array], making: Making, *, stage: int = 0, additions: int = 0
+    ) -> "Recursive":
+        return Recursive(self, site, keys, making, additions)
+
+
+class Recursive(BodyModule):
+    """The network of prelude, core and coda, and the depth strategy with its routers."""
+
+    def __init__(self, settings: Settings, site: Site, keys: Iterator[jax.Array], making: Making, additions: int):
+        s = self.settings = settings
+        self.making = making
+        site = site._replace(depth=s.layers)
+        additions += s.recursions * s.core.additions + sum(end.additions for end in s.ends)
+
+        def part(own: stacks.Settings | None, first: int, **options: Any) -> Stack | None:
+            if own is None:
+                return None
+            return Stack(
+                own, scaled(site, own, additions), [next(keys) for _ in own.blocks], making, first=first, **options
+            )
+
+        before = s.prelude.layers if s.prelude is not None else 0
+        self.prelude = part(s.prelude, 0)
+        core = part(s.core, before, passes=s.recursions, shared=s.shared)
+        assert core is not None
+        self.core = core
+        self.coda = part(s.coda, before + s.recursions * s.core.layers)
+        self.norm = RMSNorm(site.width, site.norm_eps)
+        self.depth: DepthModule = s.depth.build(s.recursions, site, keys)
+
+    def __call__(self, x: jax.Array, where: Where, call: Call, state: State | None = None) -> Through:
+        s = self.settings
+        before: dict[str, Any] = {} if state is None else state
+        after: dict[str, Any] = {}
+        told: Tales = {}
+        x = x.astype(self.making.dtype)
+        previous, first = call.previous, 0
+        if self.prelude is not None:
+            x, after["prelude"], own, previous = self.prelude(x, where, call, before.get("prelude"))
+            told |= below("prelude", own)
+            first = self.prelude.settings.layers
+        call = call.replace(previous=previous)
+        where = self.core.prepared(where)
+        if s.order == "sequence" and s.recursions > 1:
+            x = self._in_place(x, where, call)
+            trace, aux = Trace(jnp.full(where.shape, self._counted, jnp.int32)), AuxLosses()
+        else:
+            core = _Core(self, where, first, cached=state is not None)
+            start = Carried(before.get("core"), self.core.first_previous(x, call))
+            routed = self.depth(core, x, where, call, start)
+            x, (after["core"], previous), aux, trace = routed.x, routed.carried, routed.aux, routed.trace
+            if self.settings.shared == "none" and self.settings.depth.equal_passes:
+                trace = trace._replace(depth=jnp.ones(where.shape, jnp.int32))
+            told |= below("core", stacked(list(routed.told)) if s.recursions > 1 else _only(routed.told))
+        if self.coda is not None:
+            call = call.replace(previous=previous, layer=first + s.recursions * s.core.layers)
+            x, after["coda"], own, _ = self.coda(x, where, call, before.get("coda"))
+            told |= below("coda", own)
+        keep = call.keep or state is not None
+        return Through(self.norm(x), after if keep else None, aux, trace._replace(told=told))
+
+    def empty(self, rows: int, slots: int) -> State:
+        s = self.settings
+        core = self.core.empty(rows, slots)
+        passes = 1 if s.keys_values == "shared" else s.recursions
+        out = {"core": jax.tree.map(lambda a: jnp.tile(a, (passes, *(1,) * (a.ndim - 1))), core)}
+        for name, end in (("prelude", self.prelude), ("coda", self.coda)):
+            if end is not None:
+                out[name] = end.empty(rows, slots)
+        return out
+
+    def update(self, load: jax.Array | None) -> None:
+        self.depth.update(load)
+
+    def refuse_cache(self) -> str:
+        if self.settings.order == "sequence" and self.settings.recursions > 1:
+            return "generation with a cache needs the core to repeat as a whole: order=cycle"
+        return ""
+
+    def rules_differ(self) -> bool:
+        return self.settings.depth.rules_differ()
+
+    @property
+    def _counted(self) -> int:
+        """Passes that count as depth: of parameters that are shared."""
+        return 1 if self.settings.shared == "none" else self.settings.recursions
+
+    def _in_place(self, x: jax.Array, where: Where, call: Call) -> jax.Array:
+        """Each layer of the core runs `recursions` times before the next one does."""
+        s, own = self.settings, self.core.blocks[0]
+        graphdef = nnx.graphdef(own)
+        (state,) = self.core.ready()
+        inner = call.replace(keep=s.keys_values == "shared")
+
+        def moved(variable: nnx.Variable) -> nnx.Variable:
+            return variable.replace(jnp.swapaxes(variable[...], 0, 1)) if passes_of(variable) else variable
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            kept = None
+            for r in range(s.recursions):
+                at = lambda v, r=r: v.replace(v[...][r]) if passes_of(v) else v  # noqa: E731
+                params = jax.tree.map(at, layer, is_leaf=_is_variable)
+                here = inner if kept is None else inner.replace(writes=False)
+                x, after, _, _ = nnx.merge(graphdef, params)(x, where, here, kept)
+                kept = after if s.keys_values == "shared" else None
+            return x, None
+
+        states = jax.tree.map(moved, state, is_leaf=_is_variable)
+        return jax.lax.scan(recomputed(body, self.making.remat), x, states, unroll=self.making.unroll or 1)[0]
+
+
+class _Core:
+    """The shared block with the policy of its keys and values (MoR paper, section 2.3); see `Core`."""
+
+    def __init__(self, body: Recursive, whole: Where, first: int, *, cached: bool):
+        """whole: all positions of the rows; first: number of the core's first layer; cached: whether states are those of
+        generation."""
+        s = body.settings
+        self._stack, self._policy, self._whole, self._cached = body.core, s.keys_values, whole, cached
+        self._first, self._layers, self._passes = first, s.core.layers, s.recursions
+        # A block that is used several times is gathered once, ahead of all its uses.
+        self._states = body.core.ready() if s.recursions > 1 else body.core.states()
+
+    def __call__(
+        self, r: Any, x: jax.Array, where: Where, call: Call, carried: Carried
+    ) -> tuple[jax.Array, Carried, Tales]:
+        call = call.replace(layer=self._first + r * self._layers, previous=carried.previous)
+        states = self._stack.at_pass(self._states, r) if self._passes > 1 else self._states
+        state, keep, call = self._before(r, call, carried.state)
+        x, after, told, previous = self._stack.run(states, x, where, call, state)
+        return x, Carried(self._after(r, carried.state, after) if keep else carried.state, previous), told
+
+    def _before(self, r: Any, call: Call, state: State | None) -> tuple[State | None, bool, Call]:
+        """What pass r reads, whether what it leaves is kept, and its call."""
+        if self._policy == "per_recursion":
+            return (self._at(state, r) if self._cached else None), self._cached or call.keep, call
+        if r == 0:
+            return (self._at(state, 0) if self._cached else None), True, call.replace(keep=True)
+        if self._policy == "shared":
+            return self._at(state, 0), False, call.replace(writes=False)
+        if not self._cached:
+            return state, False, call
+        new = jax.tree.map(self._renewed, self._at(state, 0), self._at(state, r), is_leaf=_is_keys_values)
+        return new, True, call
+
+    def _after(self, r: Any, state: State | None, after: State | None) -> State | None:
+        if not self._cached:
+            return after
+        return tuple(
+            None if own is None else with_layers(old, r * _count(own), own)
+            for old, own in zip(state, after, strict=True)  # type: ignore[arg-type]
+        )
+
+    def _at(self, state: State | None, r: Any) -> State:
+        """The part of a state that is pass r's; while training the only one there is."""
+        if not self._cached or state is None:
+            return state
+        passes = 1 if self._policy == "shared" else self._passes
+        return tuple(None if own is None else layers(own, r * n, n) for own in state for n in [_count(own) // passes])
+
+    def _renewed(self, first: KeyValues, own: KeyValues) -> KeyValues:
+        """A pass's keys and values, those of the new positions replaced by the first pass's."""
+
+        def one(first: KeyValues, own: KeyValues) -> KeyValues:
+            at = lambda a: take_rows(a, self._whole.index)  # noqa: E731
+            return written(own, KeyValues(at(first.k), at(first.v), at(first.index)), self._whole)
+
+        return jax.vmap(one)(first, own)
+
+
+def _count(state: Any) -> int:
+    """Layers of one block's state."""
+    return jax.tree.leaves(state)[0].shape[0]
+
+
+def _only(told: Any) -> Tales:
+    return told[0] if told else {}
+
+
+def _is_keys_values(node: Any) -> bool:
+    return isinstance(node, KeyValues)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)

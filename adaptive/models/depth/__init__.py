@@ -1,0 +1,107 @@
+"""Depth: who goes through a recursion's shared core again. One file each, found by its name, with a dataclass
+`Settings` below `Depth` and the module that it builds."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive.layers.call import Call, Tales
+from adaptive.layers.site import Site
+from adaptive.layers.where import Where
+from adaptive.routing.types import AuxLosses, Selection, Trace
+from adaptive.settings import Member
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth(Member):
+    """Settings of a strategy."""
+
+    door: ClassVar[str] = __name__
+    equal_passes: ClassVar[bool] = False  # whether every position takes every pass, so that no router decides
+
+    def build(self, passes: int, site: Site, keys: Iterator[jax.Array]) -> "DepthModule":
+        raise NotImplementedError
+
+    def check(self, recursive: Any, at: str) -> None:
+        """Raises RecipeError for settings that do not fit the body `recursive`; `at` is the dotted path of its depth."""
+
+    def fractions(self, passes: int) -> tuple[float, ...]:
+        """Share of the positions that each pass computes in training."""
+        return (1.0,) * passes
+
+    def paper_fractions(self, passes: int) -> tuple[float, ...]:
+        """The same in the accounting of the paper, which may have more in mind than what is executed."""
+        return self.fractions(passes)
+
+    def router_flops(self, r: int, passes: int, candidates: float, width: int) -> tuple[float, float]:
+        """(forward, forward and backward) matmul FLOPs of the routers that decide before pass `r` (from 0) about so
+        many candidates."""
+        return 0.0, 0.0
+
+    def parameters(self, passes: int, width: int) -> int:
+        """Numbers of its routers, auxiliary ones included."""
+        return 0
+
+    def warmup_steps(self) -> int:
+        """Training steps during which it warms up."""
+        return 0
+
+    def rules_differ(self) -> bool:
+        """Whether the rules "train" and "causal" decide otherwise."""
+        return False
+
+    def describe(self) -> str:
+        """What decides, in a word or two."""
+        return self.kind()
+
+
+class Carried(NamedTuple):
+    """What the core hands from one pass to the next: strategies hand it on and do not look into it.
+
+    state     of generation, or keys and values that later passes read; None: nothing
+    previous  logits of the last router of experts, where the next one reads them
+    """
+
+    state: Any
+    previous: jax.Array | None = None
+
+
+class Core(Protocol):
+    """The shared block as a pure function: pass r, a number or traced, of x [rows, n, width] at `where`, which was
+    taken from the whole rows."""
+
+    def __call__(
+        self, r: Any, x: jax.Array, where: Where, call: Call, carried: Carried
+    ) -> tuple[jax.Array, Carried, Tales]: ...
+
+
+class Routed(NamedTuple):
+    """The stream [rows, n, width] after all passes, what is carried on, losses, what was decided (`trace`), and what the
+    core did in each pass."""
+
+    x: jax.Array
+    carried: Carried
+    aux: AuxLosses
+    trace: Trace
+    told: Sequence[Tales]
+
+
+class DepthModule(nnx.Module):
+    """A strategy with its routers."""
+
+    def __call__(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
+        """Runs the passes over x [rows, n, width], the stream that enters the recursion."""
+        raise NotImplementedError
+
+    def update(self, load: jax.Array | None) -> None:
+        """Moves buffers by the share f32[passes] of tokens at each depth, over a whole step."""
+
+
+def everyone(where: Where, weights: jax.Array, valid: jax.Array) -> Selection:
+    """A selection of all positions of which some are held."""
+    indices = jnp.broadcast_to(jnp.arange(where.shape[1], dtype=jnp.int32), where.shape)
+    return Selection(indices, weights, valid)

@@ -1,0 +1,242 @@
+"""Expert choice over depth: each recursion picks the positions it computes (MoR paper, section 2.2)."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive.errors import RecipeError
+from adaptive.layers.call import Call, Tales
+from adaptive.layers.router import Network, Router, matmuls
+from adaptive.layers.site import Site
+from adaptive.layers.where import Where
+from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone
+from adaptive.routing import expert_choice
+from adaptive.routing.rows import add_rows, membership, take_rows
+from adaptive.routing.scores import passes as passes_threshold
+from adaptive.routing.scores import scores_of
+from adaptive.routing.types import Aux, AuxLosses, Selection, Trace
+from adaptive.settings import ranged
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Depth):
+    """Each recursion's own router ranks the positions that reached the recursion before; the best of them go on."""
+
+    network: Network = "linear"  # of the router: d -> 1, d -> 2d -> 1, d -> 4d -> 1
+    activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    alpha: float = 0.1  # the gate is alpha * activation(logit)
+    temperature: float = ranged(1.0, above=0)  # divides the router's input
+    gating: Literal["weighted", "additive"] = "weighted"  # additive: the gate does not scale the update
+    random: bool = False  # ablation: uniform random scores
+    capacities: tuple[float, ...] = ()  # share of the row per recursion; () is (N_r - r + 1) / N_r
+    sampling: Literal["aux_loss", "aux_router", "none"] = "aux_loss"  # what makes the choice causal when sampling
+    aux_coefficient: float = ranged(0.001, least=0)  # of the loss that sampling=aux_loss adds
+    z_coefficient: float = ranged(0.0, least=0)
+    capacity_warmup_steps: int = ranged(0, least=0)
+
+    def build(self, passes: int, site: Site, keys: Iterator[jax.Array]) -> "ExpertChoice":
+        return ExpertChoice(self, passes, site, keys)
+
+    def check(self, recursive: Any, at: str) -> None:
+        c = self.fractions(recursive.recursions)
+        shown = ",".join(f"{x:g}" for x in c)
+        if len(c) != recursive.recursions:
+            raise RecipeError(f"{at}.capacities has {len(c)} shares for {recursive.recursions} recursions")
+        if any(not 0 < x <= 1 for x in c) or any(b > a for a, b in itertools.pairwise(c)):
+            raise RecipeError(
+                f"{at}.capacities={shown}: shares must be in (0, 1] and must not increase, because a token that left "
+                f"cannot come back; for example {','.join(f'{x:g}' for x in sorted(c, reverse=True))}"
+            )
+        recursive.check_first_capacity(c[0], f"{at}.capacities", at)
+
+    def fractions(self, passes: int) -> tuple[float, ...]:
+        return self.capacities or tuple((passes - r) / passes for r in range(passes))
+
+    def warmup_steps(self) -> int:
+        return self.capacity_warmup_steps
+
+    def rules_differ(self) -> bool:
+        return True
+
+    def parameters(self, passes: int, width: int) -> int:
+        return passes * (2 if self.sampling == "aux_router" else 1) * sum(matmuls(self.network, width, 1))
+
+    def router_flops(self, r: int, passes: int, candidates: float, width: int) -> tuple[float, float]:
+        sizes = matmuls(self.network, width, 1)
+        forward = 2.0 * candidates * sum(sizes)
+        # Whether any loss reaches the main router: through the gate, or through a loss on its logits.
+        gate = self.gating == "weighted" and not self.random
+        learns = gate or self.z_coefficient > 0 or (self.sampling == "aux_loss" and not self.random)
+        train = forward * (3 if learns else 1)
+        if self.sampling != "aux_router":
+            return forward, train
+        # Its input is cut off from the gradient, which spares the first matmul's input gradient.
+        return 2 * forward, train + 3 * forward - 2.0 * candidates * sizes[0]
+
+
+class ExpertChoice(DepthModule):
+    """A router per recursion and, with sampling=aux_router, another that learns to decide alone."""
+
+    def __init__(self, settings: Settings, passes: int, site: Site, keys: Iterator[jax.Array]):
+        s = self.settings = settings
+        self.passes = passes
+
+        def router(temperature: float, group: str) -> Router:
+            return Router(site.width, 1, s.network, temperature=temperature, std=site.std, key=next(keys), group=group)
+
+        self.routers = nnx.List([router(s.temperature, "main") for _ in range(passes)])
+        # The temperature is the main router's alone (released code, expert_choice_router.py).
+        auxiliary = passes if s.sampling == "aux_router" else 0
+        self.aux_routers = nnx.List([router(1.0, "auxiliary") for _ in range(auxiliary)])
+
+    def __call__(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
+        run = self._causal if call.rule == "causal" else self._top
+        return run(core, x, where, call, carried)
+
+    def _top(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
+        """Each recursion computes its top-k among the previous recursion's tokens, over the whole row.
+
+        The stream of the candidates stays compact from one recursion to the next: one gather and one scatter each.
+        """
+        s, n, seq, step = self.settings, self.passes, x.shape[1], call.step
+        shares = s.fractions(n)
+        warming = step is not None and s.capacity_warmup_steps > 0
+        exists = where.present()
+        counts = None if where.exists is None else where.counts()
+        out, stream, positions, candidates = x, x, None, exists
+        log, each = _Log(s, n, x.shape[:2]), []
+        for r, capacity in enumerate((seq,) * n if warming else capacities(shares, seq)):
+            logits = self.routers[r](stream)[..., 0]
+            limit = None
+            if step is not None and warming:
+                limit = expert_choice.capacity_limit(shares[r], seq, step, s.capacity_warmup_steps)
+            if counts is not None:
+                limit = expert_choice.limit_of_counts(shares[r], counts, seq, limit)
+            gates, ranking = scores_of(logits, s.activation, s.alpha), None
+            if s.random:
+                key = call.key if call.key is not None else jax.random.key(0)
+                ranking = jax.random.uniform(jax.random.fold_in(key, r), logits.shape)
+                gates = 0.1 * ranking
+            decision = self.aux_routers[r](jax.lax.stop_gradient(stream))[..., 0] if self.aux_routers else None
+            choice = expert_choice.choose(
+                logits, gates, capacity, ranking=ranking, decision=decision, candidates=candidates, limit=limit
+            )
+            log = log.chose(r, choice, logits if decision is None else decision, positions, candidates)
+
+            picked = choice.selection
+            h = stream if capacity == stream.shape[1] else take_rows(stream, picked.indices)
+            absolute = picked.indices if positions is None else take_rows(positions, picked.indices)
+            selection = picked._replace(indices=absolute)
+            partial = None if candidates is None and limit is None else picked.valid
+            h_new, carried, told = core(r, h, where.take(absolute, partial), call, carried)
+            update = gated(h_new, selection, s.gating)
+            out = out + update if absolute.shape[1] == seq else add_rows(out, absolute, update)
+            log = log.took(selection, partial)
+            each.append(told)
+            stream, positions, candidates = h + update, absolute, partial
+        return Routed(out, carried, log.aux(), log.trace(), each)
+
+    def _causal(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
+        """Each token decides alone, by its router's threshold, whether it takes the next recursion: blind to the future.
+
+        The first recursion is unconditional, and a token that stopped stays out. Runs every position under a mask, so
+        it is exact for any number of takers and saves nothing. The auxiliary routers decide where the model has them.
+        """
+        s, n, exists = self.settings, self.passes, where.present()
+        active = jnp.ones(x.shape[:2], bool) if exists is None else exists
+        log, each = _Log(s, n, x.shape[:2]), []
+        for r in range(n):
+            logits = self.routers[r](x)[..., 0]
+            decision = self.aux_routers[r](x)[..., 0] if self.aux_routers else logits
+            log = log.scored(decision, active)
+            if r > 0:
+                active = active & passes_threshold(decision)
+            gates = jnp.where(active, scores_of(logits, s.activation, s.alpha), 0.0)
+            selection = everyone(where, gates, active)
+            new, carried, told = core(r, x, where.only(active), call, carried)
+            x = x + gated(new, selection, s.gating)
+            log = log.took(selection, active)
+            each.append(told)
+        return Routed(x, carried, AuxLosses(), log.trace(), each)
+
+
+def capacities(fractions: tuple[float, ...], positions: int) -> tuple[int, ...]:
+    """Positions of a row that each recursion computes: `max(1, int(c * positions))`, as the released code rounds."""
+    return tuple(max(1, int(c * positions)) for c in fractions)
+
+
+def gated(f: jax.Array, selection: Selection, gating: str) -> jax.Array:
+    """What a selected position's stream grows by: gate * f, in float32 before the cast; nothing at empty slots."""
+    gate = selection.weights if gating == "weighted" else selection.valid.astype(jnp.float32)
+    return (gate[..., None] * f.astype(jnp.float32)).astype(f.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Log:
+    """What the recursions decided so far; each method gives a new one."""
+
+    settings: Settings
+    passes: int
+    shape: tuple[int, ...]
+    depth: Any = 0
+    losses: tuple[dict[str, jax.Array], ...] = ()
+    scalars: tuple[tuple[str, jax.Array], ...] = ()
+    selections: tuple[Selection, ...] = ()
+    scores: tuple[jax.Array, ...] = ()
+
+    def chose(
+        self,
+        r: int,
+        choice: expert_choice.Choice,
+        decision: jax.Array,
+        positions: jax.Array | None,
+        candidates: jax.Array | None,
+    ) -> "_Log":
+        named = tuple((f"{name}_{r + 1}", value) for name, value in choice.scalars.items())
+        scores = jax.nn.sigmoid(jax.lax.stop_gradient(decision))
+        if candidates is not None:
+            scores = jnp.where(candidates, scores, jnp.nan)
+        if positions is not None:
+            scores = jax.vmap(lambda i, s: jnp.full(self.shape[1], jnp.nan).at[i].set(s))(positions, scores)
+        return dataclasses.replace(
+            self,
+            losses=(*self.losses, choice.losses),
+            scalars=(*self.scalars, *named),
+            scores=(*self.scores, scores),
+        )
+
+    def scored(self, decision: jax.Array, active: jax.Array) -> "_Log":
+        return dataclasses.replace(
+            self, scores=(*self.scores, jnp.where(active, jax.nn.sigmoid(decision), jnp.nan))
+        )
+
+    def took(self, selection: Selection, valid: jax.Array | None) -> "_Log":
+        whole = valid is None and selection.indices.shape[1] == self.shape[1]
+        more = 1 if whole else membership(selection, self.shape[1]).astype(jnp.int32)
+        depth = jnp.zeros(self.shape, jnp.int32) + self.depth + more
+        return dataclasses.replace(self, depth=depth, selections=(*self.selections, selection))
+
+    def aux(self) -> AuxLosses:
+        s, losses = self.settings, AuxLosses()
+        if s.sampling != "none" and not s.random:
+            apart = s.sampling == "aux_router"
+            losses["aux_loss"] = Aux(self._summed("aux_loss"), 1.0 if apart else s.aux_coefficient, separate=apart)
+        if s.z_coefficient:
+            losses["z_loss"] = Aux(self._summed("z_loss"), s.z_coefficient)
+        return losses
+
+    def _summed(self, name: str) -> jax.Array:
+        return sum((step[name] for step in self.losses), start=jnp.zeros((), jnp.float32))
+
+    def trace(self) -> Trace:
+        scalars = dict(self.scalars)
+        if self.losses:
+            each = (scalars[f"accuracy_{r + 1}"] for r in range(self.passes))
+            scalars["accuracy"] = sum(each, start=jnp.zeros((), jnp.float32)) / self.passes
+        scalars["mean_depth"] = self.depth.mean(dtype=jnp.float32)
+        return Trace(self.depth, self.selections, scalars, self.scores)

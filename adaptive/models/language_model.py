@@ -1,0 +1,252 @@
+"""A language model: embedding, a body, output head."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptive.errors import RecipeError
+from adaptive.layers.call import Call
+from adaptive.layers.feed_forwards import FeedForwardModule
+from adaptive.layers.linear import use
+from adaptive.layers.remat import Remat
+from adaptive.layers.site import Buffer, Site, normal_param
+from adaptive.layers.stack import Making
+from adaptive.layers.state import State
+from adaptive.layers.where import Where
+from adaptive.models.bodies import Body, BodyModule, plain
+from adaptive.parallel.rules import constrain, gathered
+from adaptive.routing.types import Aux, AuxLosses, Output, Told
+from adaptive.settings import check_ranges, ranged
+
+Selecting = Literal["topk", "threshold"]  # the rules "train" and "causal", as evaluation and reports call them
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A language model of `vocab_size` tokens with a residual stream of `width`."""
+
+    vocab_size: int = ranged(320, least=1)
+    width: int = ranged(128, least=1)
+    body: Body = plain.Settings()
+    tie_embeddings: bool = True
+    padding_token: int = ranged(-1, least=-1)  # its embedding the lookup does not train (PyTorch); -1: none
+    norm_eps: float = ranged(1e-5, above=0)
+    init_std: float = ranged(0.02, least=0)  # of initial weights
+    embedding_std: float = ranged(0.02, least=0)
+
+    def validate(self, at: str = "model") -> None:
+        """Raises RecipeError for the first setting that cannot work, with what would."""
+        check_ranges(self, f"{at}.")
+        if self.padding_token >= self.vocab_size:
+            raise RecipeError(
+                f"{at}.padding_token={self.padding_token}: must be a token, 0 to {self.vocab_size - 1}, or -1 for none"
+            )
+        self.body.check(self.width, f"{at}.body")
+
+    def at_step(self, step: int) -> "Settings":
+        """The settings that hold at a training step; -1: at the last."""
+        changes = self.body.changes()
+        if not changes:
+            return self
+        return dataclasses.replace(self, body=self.body.at_step(step if step >= 0 else changes[-1]))
+
+    def build(
+        self,
+        key: jax.Array,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        remat: Remat = "none",
+        unroll: bool = False,
+    ) -> "LanguageModel":
+        """The model, parameters drawn from `key`; validated first. Parameters are float32, `dtype` is what layers
+        compute in, `unroll` unrolls the scans over layers."""
+        self.validate()
+        return LanguageModel(self.at_step(-1), key, Making(jnp.dtype(dtype), remat, unroll))
+
+
+class LanguageModel(nnx.Module):
+    """Call it with tokens; `init_cache`, `prefill` and `decode_step` generate."""
+
+    def __init__(self, settings: Settings, key: jax.Array, making: Making):
+        s = self.settings = settings
+        self.dtype = making.dtype
+        keys = iter(jax.random.split(key, 64))
+        shape, axes = (s.vocab_size, s.width), ("vocab", "width")
+        self.embedding = normal_param(next(keys), shape, axes, s.embedding_std)
+        self.head = None if s.tie_embeddings else normal_param(next(keys), shape, axes, s.init_std)
+        for table in (self.embedding, self.head):
+            if table is not None:
+                table.set_metadata(rate=s.body.outer_rate())
+        site = Site(s.width, s.init_std, norm_eps=s.norm_eps)
+        self.body: BodyModule = s.body.build(site, keys, making)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        boundaries: jax.Array | None = None,
+        deterministic: bool = True,
+        selection: Selecting = "topk",
+        sees: Literal["past", "all"] = "past",
+        step: jax.Array | None = None,
+        key: jax.Array | None = None,
+        passes: jax.Array | None = None,
+        logits: bool = True,
+    ) -> Output:
+        """One forward pass.
+
+        tokens         i32[batch, seq]
+        positions      i32[batch, seq]   places for rotary embeddings; None: counted from where each document begins in an
+                       H-Net, from the row's beginning otherwise
+        segment_ids    i32[batch, seq]   documents, which nothing leaves; 0 is padding; None: one document per row
+        valid          bool[batch, seq]  tokens that exist, the first of each row; another way to say padding
+        boundaries     bool[batch, seq]  where chunks of the first stage begin, for the chunker `words`
+        deterministic  False in training: noise and warm-ups, which need `step`, apply
+        selection      how routers decide: "topk" as they train, over the whole sequence and within capacities; "threshold"
+                       token by token from the past, as in generation
+        sees           whether attention is causal
+        step           i32[] training step, while a warm-up lasts; None: no warm-up
+        key            PRNG key of noise in training and of random routing
+        passes         i32[], perhaps traced: passes of a recursion with depth=all; None: as the settings say
+        logits         False leaves them out, for a loss that computes them in chunks from `hidden` and `head_weight`
+        """
+        if valid is not None:
+            segment_ids = valid.astype(jnp.int32) if segment_ids is None else jnp.where(valid, segment_ids, 0)
+        given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
+        call = Call(
+            rule="train" if selection == "topk" else "causal",
+            sees=sees,
+            limited=selection == "topk",
+            training=not deterministic,
+            step=None if deterministic else step,
+            key=key,
+            given=given,
+            passes=passes,
+        )
+        shape = (tokens.shape[0], tokens.shape[1])
+        if positions is None and not self.settings.body.counts_documents():
+            positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        through = self.body(self._embed(tokens), Where.whole(shape, positions, segment_ids), call)
+        return self._output(through.hidden, through.aux, through.trace, logits)
+
+    def head_weight(self) -> jax.Array:
+        """The output matrix [vocab, width], in float32."""
+        return (self.embedding if self.head is None else self.head)[...]
+
+    # Parts that route
+
+    def routed(self) -> dict[str, FeedForwardModule]:
+        """Routed feed-forwards by their path below the body, in the order they run."""
+        found = {}
+        for path, node in nnx.iter_modules(self.body):
+            if isinstance(node, FeedForwardModule) and node.describe():
+                found["/".join(map(str, path))] = node
+        return {path: found[path] for path in sorted(found, key=_running_order)}
+
+    def next_buffers(self, sums: dict[str, Any]) -> Any:
+        """The buffers after a training step whose micro-batches' `Trace.sums` add up to `sums`."""
+        model = nnx.clone(self)  # modules are updated in place, and the caller may keep the old buffers
+        model.body.update(sums.get("depth"))
+        for path, layer in model.routed().items():
+            layer.update(sums[path])
+        return nnx.state(model, Buffer)
+
+    def selections(self) -> tuple[Selecting, ...]:
+        """The ways of selecting that differ and that this model can evaluate: as it trains, and as it generates."""
+        layers = self.routed().values()
+        if any(layer.refuse_generation() for layer in layers):
+            return ("topk",)
+        differ = self.body.rules_differ() or any(not layer.selects_alike() for layer in layers)
+        return ("topk", "threshold") if differ else ("topk",)
+
+    def refuse_generation(self) -> str:
+        """Why the model cannot decide from the past alone, as generation must; empty where it can."""
+        return next((why for layer in self.routed().values() if (why := layer.refuse_generation())), "")
+
+    def refuse_cache(self) -> str:
+        """Why generation has no cache; empty where it has one."""
+        return self.body.refuse_cache()
+
+    def no_gradient(self) -> str:
+        """Why a router learns nothing, with what would help; empty where all learn."""
+        return next((why for layer in self.routed().values() if (why := layer.no_gradient())), "")
+
+    # Generation
+
+    def init_cache(self, batch: int, max_length: int) -> State:
+        """An empty cache for `batch` sequences of at most `max_length` tokens; leaves [layers, batch, ...]."""
+        return {"seen": jnp.zeros((1, batch), jnp.int32), "body": self.body.empty(batch, max_length)}
+
+    def prefill(
+        self,
+        tokens: jax.Array,
+        cache: State,
+        valid: jax.Array | None = None,
+        *,
+        boundaries: jax.Array | None = None,
+        rows: int = 0,
+    ) -> tuple[Output, State]:
+        """Appends tokens i32[batch, n] to the cache; routers decide causally.
+
+        valid       bool[batch, n]: tokens that exist, the first of each row; None: all. The cache needs room for all n
+        boundaries  bool[batch, n]: where chunks of the first stage begin, for the chunker `words`
+        rows        of one token each (n = 1): how many rows with a new chunk the network inside an H-Net computes at
+                    once, until none is left; 0: all rows, and what those without a chunk give is thrown away
+        """
+        if reason := self.refuse_generation() or self.refuse_cache():
+            raise RecipeError(reason)
+        given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
+        where = Where.after(cache["seen"][0], tokens.shape[1], valid)
+        call = Call(rule="causal", limited=False, given=given, rows=rows)
+        through = self.body(self._embed(tokens), where, call, cache["body"])
+        after = {"seen": cache["seen"] + where.counts(), "body": through.state}
+        return self._output(through.hidden, through.aux, through.trace, True), after
+
+    def decode_step(
+        self, token: jax.Array, cache: State, *, boundaries: jax.Array | None = None, rows: int = 0
+    ) -> tuple[Output, State]:
+        """Appends one token i32[batch] to each sequence; logits f32[batch, 1, vocab] of the next; see prefill."""
+        given = None if boundaries is None else boundaries[:, None]
+        return self.prefill(token[:, None], cache, boundaries=given, rows=rows)
+
+    # Parts
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        table = gathered(self.embedding[...], ("vocab", "width"), self.dtype)
+        x = table[tokens]
+        if (padding := self.settings.padding_token) >= 0:
+            x = jnp.where((tokens == padding)[..., None], jax.lax.stop_gradient(x), x)
+        return constrain(x, "batch", "seq", None)
+
+    def _output(self, hidden: jax.Array, aux: AuxLosses, trace: Any, logits: bool) -> Output:
+        aux = AuxLosses(aux) | self._expert_losses(trace.told)
+        return Output(hidden, self._logits(hidden) if logits else None, AuxLosses(aux), trace)
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        weight = use(self.embedding if self.head is None else self.head, hidden.dtype)
+        return jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
+
+    def _expert_losses(self, told: dict[str, Told]) -> AuxLosses:
+        """Losses of routed feed-forwards, those of one kind over all their calls together; of a second kind under names
+        with its path."""
+        kinds: dict[Any, tuple[str, FeedForwardModule, list[Told]]] = {}
+        for path, layer in self.routed().items():
+            if path in told:
+                kinds.setdefault(layer.settings, (path, layer, []))[2].append(told[path])  # type: ignore[attr-defined]
+        losses = AuxLosses()
+        for number, (path, layer, calls) in enumerate(kinds.values()):
+            for name, (value, coefficient) in layer.losses(calls).items():
+                losses[f"{path}/{name}" if number else name] = Aux(value, coefficient)
+        return losses
+
+
+def _running_order(path: str) -> tuple[int, ...]:
+    """Encoders run before what is inside, preludes before cores, and so on."""
+    order = {"encoder": 0, "prelude": 0, "inner": 1, "core": 1, "decoder": 2, "coda": 2}
+    return tuple(order.get(part, int(part) if part.isdecimal() else 0) for part in path.split("/"))
