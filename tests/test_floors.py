@@ -1,0 +1,67 @@
+"""No arrow runs up: a room imports from the floors below it, and no files import each other in a circle."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = (
+    {"kernels_pallas"},
+    {"routing"},
+    {"parallel"},
+    {"layers"},
+    {"models", "objectives"},
+    {"account", "data", "interop", "optim"},
+    {"runs"},
+    {"inference"},
+    {"training"},
+    {"benchmarks"},
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+
+def imports() -> dict[str, set[str]]:
+    """module -> modules of this repository that it imports, anywhere in the file."""
+    files = {path: path.relative_to(ROOT).with_suffix("") for room in ("adaptive", "kernels_pallas")
+             for path in (ROOT / room).rglob("*.py")}  # fmt: skip
+    names = {path: ".".join(name.parts).removesuffix(".__init__") for path, name in files.items()}
+    known, found = set(names.values()), {}
+    for path, name in names.items():
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                within = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= (within & known) or {node.module}
+            elif isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+        found[name] = (targets & known) - {name}
+    return found
+
+
+def room(module: str) -> str:
+    return module.removeprefix("adaptive.").split(".")[0]
+
+
+def test_rooms_import_from_the_floors_below():
+    plain = "config"  # settings without code: a recipe, which every floor reads, is a tree of them
+    up = [
+        f"{module} -> {target}"
+        for module, targets in imports().items()
+        for target in targets
+        if FLOOR.get(room(module), 99) < FLOOR.get(room(target), -1) and not target.endswith(plain)
+    ]
+    assert not up
+
+
+def test_no_circles():
+    graph = imports()
+
+    def reached(module: str) -> set[str]:
+        seen, due = set(), [module]
+        while due:
+            new = graph[due.pop()] - seen
+            seen |= new
+            due += new
+        return seen
+
+    accounts = {"adaptive.account", "adaptive.account_hnet"}
+    assert {module for module in graph if module in reached(module)} <= accounts
