@@ -110,6 +110,17 @@ def _leaves(node: Any, above: str) -> Iterable[tuple[str, Any, Any]]:
             yield path, kind, value
 
 
+def nodes(node: Any, at: str) -> Iterable[tuple[str, Any]]:
+    """(dotted path, node) of the dataclass instance `node`, whose own path is `at`, and of every node below it."""
+    yield at, node
+    for field, kind, value in fields(node):
+        if is_nodes(kind):
+            for i, item in enumerate(value):
+                yield from nodes(item, f"{at}.{field.name}.{i}")
+        elif dataclasses.is_dataclass(value):
+            yield from nodes(value, f"{at}.{field.name}")
+
+
 def with_leaf(node: Any, path: str, value: Any) -> Any:
     """A copy of the dataclass instance `node` with the leaf at dotted `path` replaced."""
     head, _, rest = path.partition(".")

@@ -17,6 +17,7 @@ from adaptive.layers.stack import Making
 from adaptive.layers.state import State
 from adaptive.layers.where import Where
 from adaptive.models.bodies import Body, BodyModule, plain
+from adaptive.models.facts import Facts, facts_of
 from adaptive.parallel.rules import constrain, gathered
 from adaptive.routing.types import Aux, AuxLosses, Output, Told
 from adaptive.settings import check_ranges, ranged
@@ -45,6 +46,18 @@ class Settings:
                 f"{at}.padding_token={self.padding_token}: must be a token, 0 to {self.vocab_size - 1}, or -1 for none"
             )
         self.body.check(self.width, f"{at}.body")
+
+    def facts(self) -> Facts:
+        """What evaluation, alarms and reports need to know."""
+        return facts_of(self, "model")
+
+    def changes(self) -> tuple[int, ...]:
+        """Training steps from which on other settings hold."""
+        return self.body.changes()
+
+    def warmup_steps(self) -> int:
+        """Training steps during which a router warms up."""
+        return self.body.warmup_steps()
 
     def at_step(self, step: int) -> "Settings":
         """The settings that hold at a training step; -1: at the last."""

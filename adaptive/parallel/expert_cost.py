@@ -80,11 +80,14 @@ def cost(strategy: Strategy, load: ExpertLoad, settings: ExpertParallel) -> Cost
             return Cost(whole * (d - 1) / d, 0.0, split or (large if whole > MOST_GATHERED and d > 1 else ""))
 
 
-def settle(settings: ExpertParallel, load: ExpertLoad) -> tuple[ExpertParallel, list[str]]:
+def settle(settings: ExpertParallel, load: ExpertLoad | None) -> tuple[ExpertParallel, list[str]]:
     """The settings with a strategy in the place of "auto", the cheapest, and the reasons, a line for each strategy.
 
     Earlier of equals: expert, gather, data, tensor. Where none can be used it is expert, which `validate` then refuses.
+    load None: of a model without experts, which has no reasons.
     """
+    if load is None:
+        return dataclasses.replace(settings, strategy="expert" if settings.strategy == "auto" else settings.strategy), []
     costs = {name: cost(name, load, settings) for name in get_args(Strategy)}
     usable = [name for name, c in costs.items() if not c.refused] or ["expert"]
     cheapest = min(usable, key=lambda name: costs[name].total)

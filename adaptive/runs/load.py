@@ -8,7 +8,6 @@ from flax import nnx
 
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.errors import CheckpointError
-from adaptive.models.build import build_model
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import read_part
 from adaptive.runs.folder import RunFolder
@@ -68,8 +67,9 @@ def load(found: Found) -> Trained:
     """
     recipe = found.recipe
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    graphdef, shapes = abstract_model(lambda key: build_model(recipe.model, key=key, dtype=compute_dtype(recipe)))
-    refuse = nnx.merge(graphdef, shapes).refuse_generation()
+    graphdef, shapes = abstract_model(lambda key: recipe.model.build(key, dtype=compute_dtype(recipe)))
+    model = nnx.merge(graphdef, shapes)
+    refuse = model.refuse_generation() or model.refuse_cache()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
     params, buffers = nnx.split_state(placed, nnx.Param, ...)

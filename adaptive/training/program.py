@@ -17,8 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 from adaptive.data.batch import Batch
 from adaptive.errors import MeshError, RecipeError
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
 from adaptive.optim.build import make_optimizer
 from adaptive.parallel.expert_cost import ExpertLoad, settle
 from adaptive.parallel.mesh import batch_sharding, divisors
@@ -50,20 +48,23 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
     return per_device // limit
 
 
-def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> ExpertLoad:
-    """A layer's experts as the recipe says, for `tokens` tokens on each device, evenly loaded."""
-    model, moe = recipe.model, recipe.model.moe
-    pairs = tokens * moe.experts_per_token
+def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> ExpertLoad | None:
+    """The first of the model's kinds of experts, for `tokens` tokens on each device, evenly loaded; None without any."""
+    found = recipe.model.facts().experts
+    if not found:
+        return None
+    moe = found[0].settings
+    pairs = tokens * moe.router.per_token()
     return ExpertLoad(
         tokens=tokens,
         pairs=pairs,
-        rows=pairs * (moe.capacity_factor or 1.0),
+        rows=pairs * (getattr(moe.router, "capacity_factor", 0.0) or 1.0),
         experts=moe.experts,
-        width=model.hidden_size,
-        hidden=moe.expert_size or model.intermediate_size,
+        width=recipe.model.width,
+        hidden=moe.expert_size,
         devices=mesh.shape["expert"],
         tensor=mesh.shape["tensor"],
-        matrices=3 if moe.gated else 2,
+        matrices=moe.matrices(),
         itemsize=itemsize,
     )
 
@@ -99,39 +100,39 @@ class Compiled:
 class Program:
     """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit.
 
+    facts                  of the model
     experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
-    experts_described      the routed feed-forward in a few words; empty without
+    experts_described      each kind of routed feed-forward in a few words
     selections             the ways of selecting that the model can evaluate and that differ
-    refuse_generation      why the model cannot generate; empty where it can
+    refuse_generation      why the model cannot generate with a cache; empty where it can
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh):
-        self.recipe, self.mesh = recipe, mesh
+        self.recipe, self.mesh, self.facts = recipe, mesh, recipe.model.facts()
         self.shards = split(mesh, AxisRules().batch)
         self.accumulation = accumulation_of(recipe, self.shards)
         self.dtype = compute_dtype(recipe)
         tokens = recipe.train.batch_size // (self.shards * self.accumulation) * recipe.data.seq_len
         load = expert_load(recipe, mesh, tokens, self.dtype.itemsize)
-        self.experts, lines = settle(recipe.mesh.expert_parallel, load)
-        self.expert_lines = lines if recipe.model.moe.router != "none" else []
+        self.experts, self.expert_lines = settle(recipe.mesh.expert_parallel, load)
         self.rules = axis_rules(self.experts)
         self.tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
         self.graphdef, shapes = abstract_model(self.build)
-        self._phases = recipe.model.hnet.capacity_steps
         model = nnx.merge(self.graphdef, shapes)
-        experts = model.experts()
-        if experts is not None and (reason := experts.no_gradient()):
+        if reason := model.no_gradient():
             raise RecipeError(reason)
-        self.experts_described = "" if experts is None else f"{recipe.model.moe.router}: {experts.describe()}"
+        routed = model.routed()
+        told = (f"{one.settings.router.kind()}: {routed[one.path].describe()}" for one in self.facts.experts)
+        self.experts_described = tuple(dict.fromkeys(told))
         self.selections = model.selections()
-        self.refuse_generation = model.refuse_generation()
+        self.refuse_generation = model.refuse_generation() or model.refuse_cache()
         self.shardings = state_shardings(self.build, self.tx, mesh, self.rules)
         self._segmented = not recipe.data.cross_document
 
-    def build(self, key: jax.Array, phase: int = -1) -> Any:
-        """The model, with the capacities of a phase of training (-1: the last)."""
-        config = self.recipe.model.at_phase(phase)
-        return build_model(config, key=key, dtype=self.dtype, remat=self.recipe.train.remat)
+    def build(self, key: jax.Array, step: int = -1) -> Any:
+        """The model with the settings that hold at a step (-1: at the last)."""
+        model = self.recipe.model.at_step(step)
+        return model.build(key, dtype=self.dtype, remat=self.recipe.train.remat)
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """Where the model's code is to be traced."""
@@ -159,18 +160,19 @@ class Program:
         place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))  # noqa: E731
         return jax.tree.map(place, batch)
 
-    def compile_train_step(self, *, warmup: bool = False, phase: int = -1) -> Compiled:
-        """The train step (state, batch) -> (state, metrics), its state argument donated.
-
-        warmup  for the steps within a router's warm-up; phase: of the schedule of capacities, -1 the last
-        """
-        graphdef, _ = abstract_model(functools.partial(self.build, phase=phase)) if self._phases else (self.graphdef, 0)
+    def compile_train_step(self, at: int = -1) -> Compiled:
+        """The train step (state, batch) -> (state, metrics), its state argument donated, as it is at training step `at`
+        (from 0); -1: at the last."""
+        model, graphdef = self.recipe.model, self.graphdef
+        if model.changes():
+            graphdef, _ = abstract_model(functools.partial(self.build, step=at))
         step = make_train_step(
             graphdef,
             self.tx,
+            objective=self.recipe.objective,
             accumulation=self.accumulation,
             loss_chunk=self.recipe.train.loss_chunk,
-            warmup=warmup,
+            warmup=0 <= at < model.warmup_steps(),
             segmented=self._segmented,
         )
         begin = time.perf_counter()
@@ -183,34 +185,37 @@ class Program:
 
     def eval_step(
         self, byte_lengths: np.ndarray, selection: Literal["topk", "threshold"]
-    ) -> Callable[[TrainState, Batch], Evaluation]:
-        """(state, batch) -> Evaluation, every array of it on every process; compiled at the first call."""
+    ) -> Callable[[TrainState, Batch, int], Evaluation]:
+        """(state, batch, its number) -> Evaluation, every array of it on every process; compiled at the first call. The
+        objective's noise, if it has any, is that of the batch's number."""
         step = make_eval_step(
             self.graphdef,
             jnp.asarray(_padded(byte_lengths, self.recipe.model.vocab_size)),
             selection=selection,
+            objective=self.recipe.objective,
             loss_chunk=self.recipe.train.loss_chunk,
             segmented=self._segmented,
         )
         jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
 
         @functools.wraps(step)
-        def call(state: TrainState, batch: Batch) -> Evaluation:
+        def call(state: TrainState, batch: Batch, number: int = 0) -> Evaluation:
+            key = jax.random.fold_in(jax.random.key(self.recipe.train.seed), number)
             with self.placed():
-                return jitted(state.params, state.buffers, self.to_devices(batch))
+                return jitted(state.params, state.buffers, self.to_devices(batch), key)
 
         return call
 
 
 class Steps:
-    """The train step of each phase of a run: routers may warm up first, and an H-Net's capacities may change, in
-    programs of their own. The first is compiled at once, each other when it is due (`prepare`)."""
+    """The train step of each phase of a run: routers may warm up first, and capacities may change, in programs of their
+    own. The first is compiled at once, each other when it is due (`prepare`)."""
 
     def __init__(self, program: Program):
         self._program = program
-        self._warming = warmup_steps(program.recipe.model)
-        self._capacity_steps = program.recipe.model.hnet.capacity_steps
-        self._compiled: dict[tuple[bool, int], Compiled] = {}
+        model = program.recipe.model
+        self._begins = sorted({0, model.warmup_steps(), *model.changes()})
+        self._compiled: dict[int, Compiled] = {}
         self.first = self.prepare(0)
 
     def due(self, step: int) -> bool:
@@ -219,23 +224,17 @@ class Steps:
 
     def prepare(self, step: int) -> Compiled:
         """The program of step `step`, compiled if it is not yet."""
-        phase = self._phase(step)
-        if phase not in self._compiled:
-            self._compiled[phase] = self._program.compile_train_step(warmup=phase[0], phase=phase[1])
-        return self._compiled[phase]
+        begin = self._phase(step)
+        if begin not in self._compiled:
+            self._compiled[begin] = self._program.compile_train_step(begin)
+        return self._compiled[begin]
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self.prepare(step).call(state, batch)
 
-    def _phase(self, step: int) -> tuple[bool, int]:
-        return step < self._warming, sum(step >= at for at in self._capacity_steps)
-
-
-def warmup_steps(config: TransformerConfig) -> int:
-    """Steps during which a router warms up: capacities under expert choice, the balance under token choice."""
-    router = config.router
-    by_kind = {"expert_choice": router.capacity_warmup_steps, "token_choice": router.balance_warmup_steps}
-    return by_kind.get(router.kind, 0)
+    def _phase(self, step: int) -> int:
+        """The step that the phase of step `step` begins with."""
+        return max(begin for begin in self._begins if begin <= step)
 
 
 def _padded(byte_lengths: np.ndarray, vocab: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One pure train step, and one evaluation step, for every model."""
+"""One pure train step, and one evaluation step, for every model and objective."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -9,9 +9,8 @@ import optax
 from flax import nnx
 
 from adaptive.data.batch import Batch
-from adaptive.models.forward import ROUTED
-from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
-from adaptive.parallel.rules import batch_shards, constrain, constrain_state, gathered
+from adaptive.objectives import Inputs, Objective, next_token
+from adaptive.parallel.rules import batch_shards, constrain, constrain_state
 from adaptive.routing.stages import StageView, at_bytes
 from adaptive.routing.types import Output
 from adaptive.runs.state import TrainState
@@ -23,61 +22,52 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     *,
+    objective: Objective | None = None,
     accumulation: int = 1,
     loss_chunk: int = 0,
     warmup: bool = False,
     segmented: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics); jit it with the state donated. Metrics are f32[], but for
-    "experts/NAME" f32[calls, ...], the sums of every call of a routed feed-forward (`expert_stats`).
+    "told/PATH:NAME" f32[calls, ...], the sums of every call of the part at that path (`told_metrics`).
 
+    objective     what is minimised; None: next-token prediction
     accumulation  micro-batches that the batch is computed in, one after another
     loss_chunk    positions whose logits exist at once; 0: chosen from the vocabulary
     warmup        the program for steps within a router's warm-up
     segmented     False: each row is one document, whatever the batch says (attention needs no document mask)
 
-    The loss is the sum over all target tokens divided by their number, so that accumulation and packing do not change
-    it. A step whose loss or gradient is not finite leaves parameters, buffers and optimizer bit-identical.
+    The loss is the sum over all targets divided by their number, so that accumulation and packing do not change it. A
+    step whose loss or gradient is not finite leaves parameters, buffers and optimizer bit-identical.
     """
+    aim = next_token.Settings() if objective is None else objective
 
-    def objective(params: Any, buffers: Any, batch: Batch, step: jax.Array, key: jax.Array, count: jax.Array) -> Any:
+    def minimised(params: Any, buffers: Any, batch: Batch, step: jax.Array, key: jax.Array, count: jax.Array) -> Any:
         model = nnx.merge(graphdef, params, buffers)
-        out: Output = model(
-            batch.tokens,
-            positions=batch.positions,
-            segment_ids=batch.segment_ids if segmented else None,
-            **given(batch),
-            deterministic=False,
-            step=step if warmup else None,
-            key=key,
-            logits=False,
+        inputs = aim.inputs(batch, key)
+        out = _through(
+            model, aim, inputs, batch, segmented, deterministic=False, step=step if warmup else None, key=key
         )
-        nll, _ = next_token_loss(model, out, batch, loss_chunk)
-        ce = nll / count
+        loss = aim.loss(model, out, inputs, loss_chunk)
+        ce = loss.main / count
         aux = out.aux
-        scalars = {"ce": ce, **_scaled({**aux.scalars(), **_routing(out)}, 1 / accumulation)}
-        loss = ce + aux.total() / accumulation
-        return loss + aux.separate_total() / accumulation, (loss, scalars, out.trace.sums())
+        apart = {f"readout/{name}": value / count * accumulation for name, value in loss.apart.items()}
+        scalars = {"ce": ce, **_scaled({**aux.scalars(), **apart, **_routing(out)}, 1 / accumulation)}
+        total = loss.total / count + aux.total() / accumulation
+        return total + aux.separate_total() / accumulation, (total, scalars, out.trace.sums())
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        count = jnp.maximum(batch.mask.sum(), 1.0)
+        count = aim.count(batch)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.random.split(step_key, accumulation)
 
         def grads_of(micro: Batch, key: jax.Array) -> Any:
-            (_, extra), grads = jax.value_and_grad(objective, has_aux=True)(
+            (_, extra), grads = jax.value_and_grad(minimised, has_aux=True)(
                 state.params, state.buffers, micro, state.step, key, count
             )
             return constrain_state(grads), *extra
 
-        if accumulation == 1:
-            grads, loss, scalars, sums = grads_of(batch, keys[0])
-        else:
-            micro = jax.tree.map(lambda a: _micro_batches(a, accumulation), batch)
-            zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grads_of, jax.tree.map(lambda a: a[0], micro), keys[0]))
-            add = lambda total, args: (jax.tree.map(jnp.add, total, grads_of(*args)), None)  # noqa: E731
-            (grads, loss, scalars, sums), _ = jax.lax.scan(add, zero, (micro, keys))
-
+        grads, loss, scalars, sums = _accumulated(grads_of, batch, keys)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt = tx.update(grads, state.opt, state.params)
@@ -93,19 +83,29 @@ def make_train_step(
             opt=keep(opt, state.opt),
             key=state.key,
         )
-        experts = expert_stats({part: stats for part, stats in sums.items() if part != "depth"})
-        metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count, "skipped": bad, **scalars, **experts}
+        told = told_metrics({path: stats for path, stats in sums.items() if path != "depth"})
+        metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count, "skipped": bad, **scalars, **told}
         return after, metrics
 
     return train_step
+
+
+def _accumulated(grads_of: Callable[[Batch, jax.Array], Any], batch: Batch, keys: jax.Array) -> Any:
+    """Sums of what `grads_of` gives over as many micro-batches as there are keys."""
+    if len(keys) == 1:
+        return grads_of(batch, keys[0])
+    micro = jax.tree.map(lambda a: _micro_batches(a, len(keys)), batch)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grads_of, jax.tree.map(lambda a: a[0], micro), keys[0]))
+    add = lambda total, args: (jax.tree.map(jnp.add, total, grads_of(*args)), None)  # noqa: E731
+    return jax.lax.scan(add, zero, (micro, keys))[0]
 
 
 class Evaluation(NamedTuple):
     """Sums over one held-out batch.
 
     nll f32[], tokens f32[], bytes f32[]; token_nll f32[batch, seq]; depth i32[batch, seq]; scores per recursion
-    f32[batch, seq]; scalars means over the batch; experts the sums of routed feed-forwards (`expert_stats`); stages
-    where chunks of an H-Net begin
+    f32[batch, seq]; scalars means over the batch; told the sums of the model's parts (`told_metrics`); stages where
+    chunks of an H-Net begin
     """
 
     nll: jax.Array
@@ -115,7 +115,7 @@ class Evaluation(NamedTuple):
     depth: jax.Array
     scores: tuple[jax.Array, ...]
     scalars: Metrics
-    experts: Metrics
+    told: Metrics
     stages: tuple[StageView, ...]
 
 
@@ -124,57 +124,62 @@ def make_eval_step(
     byte_lengths: jax.Array,
     *,
     selection: Literal["topk", "threshold"],
+    objective: Objective | None = None,
     loss_chunk: int = 0,
     segmented: bool = True,
-) -> Callable[[Any, Any, Batch], Evaluation]:
-    """A pure function (params, buffers, batch) -> Evaluation.
+) -> Callable[[Any, Any, Batch, jax.Array], Evaluation]:
+    """A pure function (params, buffers, batch, key) -> Evaluation.
 
     byte_lengths  i32[vocab]: bytes of text that each token stands for
-    selection     how routed models choose; see Transformer
+    selection     how routed models choose; see LanguageModel
+    objective     what is evaluated; None: next-token prediction
+    The key is of the objective's noise, if it has any.
     """
+    aim = next_token.Settings() if objective is None else objective
 
-    def eval_step(params: Any, buffers: Any, batch: Batch) -> Evaluation:
+    def eval_step(params: Any, buffers: Any, batch: Batch, key: jax.Array) -> Evaluation:
         model = nnx.merge(graphdef, params, buffers)
-        out: Output = model(
-            batch.tokens,
-            positions=batch.positions,
-            segment_ids=batch.segment_ids if segmented else None,
-            **given(batch),
-            selection=selection,
-            logits=False,
-        )
-        nll, token_nll = next_token_loss(model, out, batch, loss_chunk)
-        text = (byte_lengths[batch.targets] * batch.mask).sum()
+        inputs = aim.inputs(batch, key)
+        out = _through(model, aim, inputs, batch, segmented, selection=selection)
+        loss = aim.loss(model, out, inputs, loss_chunk)
+        text = (byte_lengths[inputs.targets] * inputs.weights).sum()
         trace = out.trace
-        experts = expert_stats({part: calls.stats for part, calls in trace.experts.items()})
-        stages = at_bytes(trace.stages, batch.tokens.shape)
-        count = batch.mask.sum()
-        return Evaluation(nll, count, text, token_nll, trace.depth, trace.scores, _routing(out), experts, stages)
+        return Evaluation(
+            loss.main,
+            inputs.weights.sum(),
+            text,
+            loss.nll,
+            trace.depth,
+            trace.scores,
+            _routing(out),
+            told_metrics({path: told.stats for path, told in trace.told.items() if told.stats}),
+            at_bytes(trace.stages, batch.tokens.shape),
+        )
 
     return eval_step
 
 
-def given(batch: Batch) -> dict[str, Any]:
-    """What only some models take of a batch: the boundaries of chunks, where the data has them."""
-    return {} if batch.boundaries is None else {"boundaries": batch.boundaries}
+def _through(model: Any, aim: Objective, inputs: Inputs, batch: Batch, segmented: bool, **options: Any) -> Output:
+    """The model's pass over what the objective has it read."""
+    return model(
+        inputs.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids if segmented else None,
+        boundaries=batch.boundaries,
+        sees="past" if aim.causal else "all",
+        logits=False,
+        **options,
+    )
 
 
-def expert_stats(parts: dict[str, Metrics]) -> Metrics:
-    """Sums of routed feed-forwards under the names they are logged by, their calls in the order they ran."""
-    ordered = [parts[part] for part in ROUTED if part in parts]
-    if not ordered:
-        return {}
-    # A part's leading axes (recursions, layers) are those of its scalar sums.
-    rows = lambda name, stats: stats[name].reshape(-1, *stats[name].shape[stats["tokens"].ndim :])  # noqa: E731
-    return {f"experts/{name}": jnp.concatenate([rows(name, s) for s in ordered]) for name in ordered[0]}
-
-
-def next_token_loss(model: Any, out: Output, batch: Batch, loss_chunk: int) -> tuple[jax.Array, jax.Array]:
-    """(summed f32[], per-position f32[batch, seq]) negative log-likelihood in nats of the batch's targets."""
-    rows, seq = batch.tokens.shape
-    weight = gathered(model.head_weight(), ("vocab", "width"), out.hidden.dtype)
-    chunk = loss_chunk or chunk_length(seq, rows // batch_shards(), weight.shape[0])
-    return cross_entropy_sum(out.hidden, weight, batch.targets, batch.mask, chunk)
+def told_metrics(parts: dict[str, Metrics]) -> Metrics:
+    """Sums that the model's parts told, by path and name, each with one leading axis for the part's calls."""
+    out = {}
+    for path, stats in parts.items():
+        # A part's leading axes (passes, layers) are those of any of its sums that is a scalar for each call.
+        lead = min(value.ndim for value in stats.values())
+        out |= {f"told/{path}:{name}": value.reshape(-1, *value.shape[lead:]) for name, value in stats.items()}
+    return out
 
 
 def _routing(out: Output) -> Metrics:

@@ -65,8 +65,12 @@ class Body(Member):
         return False
 
     def family(self) -> str:
-        """What the model is called in a plan or a report."""
+        """What the model is called in a plan."""
         return self.kind()
+
+    def title(self) -> str:
+        """The same for people."""
+        return self.family().replace("_", " ").capitalize()
 
 
 class Through(NamedTuple):

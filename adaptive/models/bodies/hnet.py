@@ -80,6 +80,13 @@ class Settings(Body):
     def stored_layers(self) -> int:
         return self.encoder.layers + self.inner.stored_layers + self.decoder.layers
 
+    def title(self) -> str:
+        return "H-Net"
+
+    def slots(self, positions: int) -> tuple[tuple[int, int], ...]:
+        """(first training step, slots for the chunks of so many positions) of every phase of the schedule."""
+        return tuple((step, self.at_step(step).capacity(positions)) for step in (0, *self.capacity_steps))
+
     def stages(self) -> tuple[Body, ...]:
         return (self, *self.inner.stages())
 

@@ -37,6 +37,10 @@ class Settings(Body):
     def family(self) -> str:
         return "vanilla"
 
+    def title(self) -> str:
+        attends = any(b.mixer is not None and b.mixer.rotary() for b in self.stack.blocks)
+        return "Transformer" if attends else "Stack of state-space layers"
+
 
 class Plain(BodyModule):
     """The stack's network."""

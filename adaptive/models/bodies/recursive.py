@@ -71,6 +71,14 @@ class Settings(Body):
             return "mor" if self.depth.kind() in ("expert_choice", "token_choice") else self.depth.kind()
         return "recursive" if self.shared != "none" else "vanilla"
 
+    def title(self) -> str:
+        names = {"mor": "Mixture-of-Recursions", "recursive": "Recursive transformer", "vanilla": "Transformer"}
+        return names.get(self.family(), super().title())
+
+    def counted(self) -> int:
+        """Passes that count as depth: those through parameters that are shared."""
+        return self.recursions if self.shared != "none" or not self.depth.equal_passes else 1
+
     def check(self, width: int, at: str) -> None:
         for name in ("prelude", "core", "coda"):
             if (part := getattr(self, name)) is not None:
@@ -146,13 +154,13 @@ class Recursive(BodyModule):
         where = self.core.prepared(where)
         if s.order == "sequence" and s.recursions > 1:
             x = self._in_place(x, where, call)
-            trace, aux = Trace(jnp.full(where.shape, self._counted, jnp.int32)), AuxLosses()
+            trace, aux = Trace(jnp.full(where.shape, s.counted(), jnp.int32)), AuxLosses()
         else:
             core = _Core(self, where, first, cached=state is not None)
             start = Carried(before.get("core"), self.core.first_previous(x, call))
             routed = self.depth(core, x, where, call, start)
             x, (after["core"], previous), aux, trace = routed.x, routed.carried, routed.aux, routed.trace
-            if self.settings.shared == "none" and self.settings.depth.equal_passes:
+            if s.counted() == 1:
                 trace = trace._replace(depth=jnp.ones(where.shape, jnp.int32))
             told |= below("core", stacked(list(routed.told)) if s.recursions > 1 else _only(routed.told))
         if self.coda is not None:
@@ -182,11 +190,6 @@ class Recursive(BodyModule):
 
     def rules_differ(self) -> bool:
         return self.settings.depth.rules_differ()
-
-    @property
-    def _counted(self) -> int:
-        """Passes that count as depth: of parameters that are shared."""
-        return 1 if self.settings.shared == "none" else self.settings.recursions
 
     def _in_place(self, x: jax.Array, where: Where, call: Call) -> jax.Array:
         """Each layer of the core runs `recursions` times before the next one does."""
