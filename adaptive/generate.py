@@ -81,7 +81,7 @@ def generate(begin: float) -> int:
 
     found = find(FLAGS.workdir, FLAGS.step)
     texts = prompts or [found.recipe.log.sample_prompt]
-    stages = found.recipe.model.hnet.stages
+    stages = len(found.recipe.model.facts().chunking)
     if not stages and (FLAGS.rows is not None or FLAGS.show_chunks):
         name = "show_chunks" if FLAGS.show_chunks else "rows"
         raise UserError(f"--{name} is for H-Nets that chunk, and {found.recipe.name} does not")

@@ -15,9 +15,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from adaptive.layers.feed_forward import FeedForward
-from adaptive.layers.moe import MoE
-from adaptive.layers.moe_config import Execution, MoEConfig
+from adaptive.layers.feed_forwards import experts as expert_layer
+from adaptive.layers.feed_forwards.dense import Dense
+from adaptive.layers.moe.routers import expert_choice, token_choice
+from adaptive.layers.moe.settings import Execution
 from adaptive.layers.site import Site
 
 SEQUENCES, SEQ, WIDTH, HIDDEN, PER_TOKEN = 8, 256, 512, 512, 2
@@ -36,11 +37,12 @@ class Case:
 
 def cases(experts: int) -> list[Case]:
     """The dense layer first, then experts of every execution."""
-    ec = MoEConfig("expert_choice", experts, HIDDEN, PER_TOKEN)
-    tc = MoEConfig("token_choice", experts, HIDDEN, PER_TOKEN)
-    capped = dataclasses.replace(tc, capacity_factor=1.25)
+    of = lambda router: expert_layer.Settings(router, experts, HIDDEN)  # noqa: E731
+    ec = of(expert_choice.Settings(experts_per_token=PER_TOKEN))
+    tc = of(token_choice.Settings(experts_per_token=PER_TOKEN))
+    capped = of(token_choice.Settings(experts_per_token=PER_TOKEN, capacity_factor=1.25))
     layers: dict[str, Callable[[jax.Array], nnx.Module]] = {
-        "dense, equal active FLOPs": lambda key: FeedForward(WIDTH, PER_TOKEN * HIDDEN, 0.02, key),
+        "dense, equal active FLOPs": lambda key: Dense(Site(WIDTH), PER_TOKEN * HIDDEN, key),
         "expert choice, slots": _moe(ec, "capacity"),
         "expert choice, ragged": _moe(ec, "ragged"),
         "token choice, ragged (dropless)": _moe(tc, "ragged"),
@@ -52,9 +54,9 @@ def cases(experts: int) -> list[Case]:
     return [_case(name, build) for name, build in layers.items()]
 
 
-def _moe(config: MoEConfig, execution: Execution) -> Callable[[jax.Array], nnx.Module]:
-    chosen = dataclasses.replace(config, execution=execution)
-    return lambda key: MoE(chosen, HIDDEN, Site(WIDTH), key)
+def _moe(settings: expert_layer.Settings, execution: Execution) -> Callable[[jax.Array], nnx.Module]:
+    chosen = dataclasses.replace(settings, execution=execution)
+    return lambda key: chosen.build(Site(WIDTH), key)
 
 
 def _case(name: str, build: Callable[[jax.Array], nnx.Module]) -> Case:

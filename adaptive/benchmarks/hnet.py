@@ -42,8 +42,9 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive.benchmarks import train_step
-from adaptive.models.config import TransformerConfig
-from adaptive.models.hnet import HNet
+from adaptive.layers.chunkers import none, words
+from adaptive.models import language_model
+from adaptive.models.bodies import Body, hnet
 from adaptive.recipe import Recipe, load
 from adaptive.routing.types import Output
 
@@ -59,9 +60,18 @@ def training_pair(name: str) -> tuple[Recipe, Recipe]:
     chunked = load(name).with_(
         f"data.seq_len={SEQ}", f"train.batch_size={BATCH}", "mesh.data=1"
     )  # fmt: skip
+    body = unchunked(chunked.model.body)
     return chunked, dataclasses.replace(
-        chunked.with_("model.hnet.chunkers=none", "model.hnet.capacities="), name=f"{name}, not chunked"
+        chunked, model=dataclasses.replace(chunked.model, body=body), name=f"{name}, not chunked"
     )
+
+
+def unchunked(body: Body) -> Body:
+    """The same stages, every position a chunk."""
+    if not isinstance(body, hnet.Settings):
+        return body
+    inner = unchunked(body.inner)
+    return dataclasses.replace(body, chunker=none.Settings(), capacities=(), capacity_steps=(), inner=inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +82,28 @@ class Decoding:
     seconds: dict[int, float]
 
 
-def decoding(config: TransformerConfig, batch: int, repeats: int) -> Decoding:
+def decoding(model: language_model.Settings, batch: int, repeats: int) -> Decoding:
     """Every way of grouping `batch` rows, chunks of the first stage at one byte in its target, at random."""
-    h = config.hnet
-    given = dataclasses.replace(h, chunkers=("words", *(h.chunker(s) for s in range(1, h.stages))))
-    graphdef, state = nnx.split(HNet(dataclasses.replace(config, hnet=given), key=jax.random.key(0)))
+    body = model.body
+    assert isinstance(body, hnet.Settings)
+    given = dataclasses.replace(model, body=dataclasses.replace(body, chunker=words.Settings()))
+    graphdef, state = nnx.split(given.build(jax.random.key(0)))
     rng = np.random.default_rng(0)
-    begins = jnp.asarray(rng.random((batch, PROMPT + BYTES)) < 1 / h.target(0))
-    prompt = jnp.asarray(rng.integers(0, config.vocab_size, (batch, PROMPT)), jnp.int32)
+    begins = jnp.asarray(rng.random((batch, PROMPT + BYTES)) < 1 / body.chunker.expected())
+    prompt = jnp.asarray(rng.integers(0, model.vocab_size, (batch, PROMPT)), jnp.int32)
 
     @jax.jit
     def prefilled(state: Any) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graphdef, state)
-        out, cache = model.prefill(prompt, model.init_cache(batch, PROMPT + BYTES), boundaries=begins[:, :PROMPT])
+        network = nnx.merge(graphdef, state)
+        out, cache = network.prefill(prompt, network.init_cache(batch, PROMPT + BYTES), boundaries=begins[:, :PROMPT])
         return likeliest(out), cache
 
     @functools.partial(jax.jit, static_argnames="rows")
     def written(state: Any, token: jax.Array, cache: Any, *, rows: int) -> jax.Array:
-        model = nnx.merge(graphdef, state)
+        network = nnx.merge(graphdef, state)
 
         def step(carry: Any, begin: jax.Array) -> tuple[Any, jax.Array]:
-            out, cache = model.decode_step(carry[0], carry[1], boundaries=begin, rows=rows)
+            out, cache = network.decode_step(carry[0], carry[1], boundaries=begin, rows=rows)
             return (likeliest(out), cache), carry[0]
 
         return jax.lax.scan(step, (token, cache), begins[:, PROMPT:].T)[1]
@@ -152,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 train_step.table(*train_step.measure(pair, repeats=args.repeats, steps_per_repeat=2, devices=devices))
             )
         if args.only != "training":
-            config = load(name).model.at_phase(-1)
+            config = load(name).model.at_step(-1)
             console.print(show_decoding(name, [decoding(config, batch, args.repeats) for batch in BATCHES]))
     return 0
 

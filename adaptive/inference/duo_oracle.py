@@ -68,12 +68,13 @@ def search(
     One forward pass per path, 2^layers of them, or 3^layers with skipping. Raises RecipeError for another kind of model
     and for one with recursions.
     """
-    layer = model.experts()
-    if not isinstance(layer, Layer) or model.config.recursions > 1:
-        raise RecipeError("the oracle needs a model with model.moe.router=duo_llm and without recursions")
+    routed = model.routed()
+    path, layer = next(iter(routed.items()), ("", None))
+    if not isinstance(layer, Layer) or len(routed) > 1 or layer.site.uses or len(layer.site.stack) > 1:
+        raise RecipeError("the oracle needs a model of one kind of block, with router=duo_llm and without recursions")
     layers = layer.site.stack[0]
     steered = nnx.merge(*nnx.split(model))
-    steered.block.feed_forward.forced = nnx.data(Forced(jnp.zeros(layers, jnp.int32)))
+    steered.routed()[path].forced = nnx.data(Forced(jnp.zeros(layers, jnp.int32)))
     graphdef, forced, state = nnx.split(steered, Forced, ...)  # type: ignore[misc]  # flax types three alone
 
     @jax.jit

@@ -232,7 +232,7 @@ def prompt_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 def marker_of(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[], Marker] | None:
     """What tells a model where chunks begin, as it was told in training; None where it decides itself."""
-    if recipe.model.hnet.stages == 0 or recipe.model.hnet.chunker(0) != "words":
+    if not any(stage.chunker.reads == "boundaries" for _, stage in recipe.model.facts().chunking):
         return None
     from adaptive.data.words import WordMarker
 

@@ -21,7 +21,7 @@ class Show:
 
     def __init__(self, trained: Trained, rows: int, begin: float, *, marks: bool):
         self._trained, self._begin, self._marks = trained, begin, marks
-        self._stages = trained.recipe.model.hnet.stages
+        self._stages = len(trained.recipe.model.facts().chunking)
         self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         self._writers = [Writer(trained.tokenizer, marks=marks, colour=self._colour) for _ in range(rows)]
         self._texts = [""] * rows

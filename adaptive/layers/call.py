@@ -82,5 +82,3 @@ def stacked(told: "list[Tales]") -> Tales:
         return jax.tree.map(lambda *a: jnp.stack(a), *padded)
 
     return {path: join(*(tale[path] for tale in told)) for path in told[0]} if told else {}
-
-

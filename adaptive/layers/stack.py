@@ -156,7 +156,9 @@ class Stack(nnx.Module):
             if not passes_of(variable):
                 return variable
             value = variable[...]
-            return variable.replace(value[r] if isinstance(r, int) else jax.lax.dynamic_index_in_dim(value, r, 0, False))
+            return variable.replace(
+                value[r] if isinstance(r, int) else jax.lax.dynamic_index_in_dim(value, r, 0, False)
+            )
 
         return [jax.tree.map(at, state, is_leaf=_is_variable) for state in states]
 

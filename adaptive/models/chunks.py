@@ -10,7 +10,7 @@ from adaptive.layers.state import State, put, take
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import batch_shards, constrain
 from adaptive.routing.boundaries import gather
-from adaptive.routing.chunks import begins, numbered
+from adaptive.routing.chunks import begins
 from adaptive.routing.types import Selection
 
 

@@ -79,8 +79,6 @@ def _of_stack(stack: Stack, at: str, path: str, first: int, passes: int) -> list
             numbers = stack.numbers(i, first)
             layers = tuple(n + r * stack.layers for r in range(passes) for n in numbers)
             found.append(
-                Experts(
-                    f"{path}blocks/{i}/feed_forward", f"{at}.blocks.{i}.feed_forward", block.feed_forward, layers
-                )
+                Experts(f"{path}blocks/{i}/feed_forward", f"{at}.blocks.{i}.feed_forward", block.feed_forward, layers)
             )
     return found

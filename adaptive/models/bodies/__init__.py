@@ -40,7 +40,9 @@ class Body(Member):
     def check(self, width: int, at: str) -> None:
         """Raises RecipeError for settings that cannot work in a stream of this width; `at` is their dotted path."""
 
-    def build(self, site: Site, keys: Iterator[jax.Array], making: Making, *, stage: int = 0, additions: int = 0) -> Any:
+    def build(
+        self, site: Site, keys: Iterator[jax.Array], making: Making, *, stage: int = 0, additions: int = 0
+    ) -> Any:
         """The module. stage: chunking stages around it; additions: to the residual stream, of all around it."""
         raise NotImplementedError
 

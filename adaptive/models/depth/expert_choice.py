@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers.call import Call, Tales
+from adaptive.layers.call import Call
 from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
@@ -211,9 +211,7 @@ class _Log:
         )
 
     def scored(self, decision: jax.Array, active: jax.Array) -> "_Log":
-        return dataclasses.replace(
-            self, scores=(*self.scores, jnp.where(active, jax.nn.sigmoid(decision), jnp.nan))
-        )
+        return dataclasses.replace(self, scores=(*self.scores, jnp.where(active, jax.nn.sigmoid(decision), jnp.nan)))
 
     def took(self, selection: Selection, valid: jax.Array | None) -> "_Log":
         whole = valid is None and selection.indices.shape[1] == self.shape[1]
