@@ -13,9 +13,9 @@ from adaptive.optim.schedule import make_schedule
 def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, AdamW, schedule; norms are not decayed (MoR paper, appendix on set-up; released code).
 
-    Auxiliary routers, which the language-model loss does not reach, get a chain of their own: their gradients are
-    clipped apart from the rest. `stage_rates` multiply the whole update, weight decay included, as if each stage had
-    its own learning rate.
+    Parameters that the language-model loss does not reach get a chain of their own: their gradients are clipped apart
+    from the rest. A parameter's rate multiplies the whole update, weight decay included, as if it had its own learning
+    rate.
     """
 
     def chain() -> optax.GradientTransformation:
@@ -23,17 +23,17 @@ def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, steps: int
             optax.clip_by_global_norm(config.clip_norm),
             optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
             optax.add_decayed_weights(config.weight_decay, mask=lambda params: decayed(params, config.decay)),
-            *([scale_by_stage(config)] if config.stage_rates else []),
+            scale_by_rate(),
             optax.scale_by_learning_rate(make_schedule(schedule, config.learning_rate, steps)),
         )
 
     return optax.partition({"main": chain(), "auxiliary": chain()}, groups)
 
 
-def scale_by_stage(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Multiplies each update by the rate of its stage; keeps no state."""
+def scale_by_rate() -> optax.GradientTransformation:
+    """Multiplies each update by the rate of its parameter; keeps no state."""
 
     def scale(updates: Any, _: Any) -> Any:
-        return jax.tree.map(lambda update, rate: update * rate, updates, rates(updates, config))
+        return jax.tree.map(lambda update, rate: update if rate == 1 else update * rate, updates, rates(updates))
 
     return optax.stateless(scale)

@@ -3,19 +3,20 @@
 import dataclasses
 from typing import Literal
 
+from adaptive.settings import ranged
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with global-norm clipping; matrices are decayed, embeddings and routers among them (MoR release)."""
 
-    learning_rate: float = 3e-3  # peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    learning_rate: float = ranged(3e-3, above=0)  # peak
+    beta1: float = ranged(0.9, least=0, below=1)
+    beta2: float = ranged(0.95, least=0, below=1)
+    eps: float = ranged(1e-8, above=0)
+    weight_decay: float = ranged(0.1, least=0)
+    clip_norm: float = ranged(1.0, above=0)
     decay: Literal["matrices", "official"] = "matrices"  # official: all but what the H-Net release leaves out of decay
-    stage_rates: tuple[float, ...] = ()  # of an H-Net: each stage's multiple of the learning rate, from the bytes in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ScheduleConfig:
     """
 
     kind: Literal["trapezoid", "cosine", "constant"] = "trapezoid"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.2
+    warmup_steps: int = ranged(0, least=0)
+    decay_fraction: float = ranged(0.2, least=0, most=1)
     decay_shape: Literal["linear", "sqrt"] = "linear"  # of the trapezoid; sqrt: 1 - sqrt(progress), steep at first
-    floor: float = 0.0  # fraction of the peak at the end
+    floor: float = ranged(0.0, least=0, most=1)  # fraction of the peak at the end

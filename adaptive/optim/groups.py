@@ -1,67 +1,43 @@
-"""Which parameters each part of the optimizer touches, told by their paths in the model."""
+"""Which parameters each part of the optimizer touches: what they say of themselves (`adaptive.layers.site`).
 
-from typing import Any
+Every answer is a tree like `params`, a tree of `nnx.Param`, with one value in place of each array.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
+from flax import nnx
 
-from adaptive.optim.config import OptimizerConfig
-
-# Of an H-Net, the parameters with one number per head or per added channel that no other rule names.
-_VECTORS = ("a_log", "dt_bias", "d", "pad", "main_pad")
+Decay = Literal["matrices", "official"]
 
 
-def decayed(params: Any, rule: str = "matrices") -> Any:
-    """True for every parameter that weight decay reaches; same tree as `params`.
+def decayed(params: Any, rule: Decay = "matrices") -> Any:
+    """True for every parameter that weight decay reaches.
 
-    Layers are stacked on leading axes and heads have an axis of their own, so that names decide and not shapes.
-
-    matrices  all but what is one-dimensional in one layer: the scales of norms (Mamba's gated one, [heads, dim], is
-              one of them) and biases, and of an H-Net A_log, dt_bias, D and the widening vectors. The weights of
-              convolutions are decayed.
-    official  what the H-Net release leaves out, alone: biases, of convolutions and of the residual projection, and the
-              scale of Mamba's gated norm. All other norms, A_log, dt_bias, D, the widening vectors and the embeddings
-              are decayed (released code, utils/train.py, group_params).
+    matrices  matrices, embeddings and the weights of convolutions among them; no scale of a norm, no bias, no vector
+    official  all but what the H-Net release leaves out: biases, of convolutions and of the residual projection, and the
+              scale of Mamba's gated norm. All other norms and vectors are decayed (released code, utils/train.py,
+              group_params)
     """
-    keep = {"matrices": _is_matrix, "official": _is_decayed_by_the_release}[rule]
-    return jax.tree_util.tree_map_with_path(lambda path, _: keep(names(path)), params)
+    if rule == "matrices":
+        return _asked(params, lambda about: about["role"] == "matrix")
+    return _asked(params, lambda about: about["role"] not in ("bias", "gated_scale"))
 
 
-def rates(params: Any, config: OptimizerConfig) -> Any:
-    """Each parameter's multiple of the learning rate, float; same tree as `params`.
-
-    A stage owns its encoder, decoder, router, residual projection and widening vector; embeddings and head belong to
-    the outermost, all of the main network to the innermost (H-Net paper, section 2.3 and appendix C).
-    """
-    per_stage = config.stage_rates
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: per_stage[stage_of(names(path), len(per_stage) - 1)], params
-    )
-
-
-def stage_of(path: tuple[str, ...], innermost: int) -> int:
-    """The stage of an H-Net that the parameter at `path` belongs to."""
-    if path[0] == "stages":
-        return int(path[1])
-    return innermost if path[0].startswith("main") else 0
+def rates(params: Any) -> Any:
+    """Each parameter's multiple of the learning rate, float."""
+    return _asked(params, lambda about: about["rate"])
 
 
 def groups(params: Any) -> Any:
-    """ "auxiliary" for the parameters of auxiliary routers, "main" for all others; same tree as `params`."""
-    group = lambda path, _: "auxiliary" if "aux_routers" in names(path) else "main"  # noqa: E731
-    return jax.tree_util.tree_map_with_path(group, params)
+    """ "auxiliary" for the parameters that losses of their own train, "main" for all others."""
+    return _asked(params, lambda about: about["group"])
 
 
-def names(path: Any) -> tuple[str, ...]:
-    """The path of a leaf in text, from the model down: attributes and places in lists."""
-    keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-    return tuple(keys[:-1] if keys[-1] == "value" else keys)
+def _asked(params: Any, answer: Callable[[dict[str, Any]], Any]) -> Any:
+    def one(param: nnx.Variable) -> nnx.Variable:
+        value = answer(param.get_metadata())
+        return jax.tree.map(lambda _: value, param)  # of a parameter that optax has masked, nothing
 
-
-def _is_matrix(path: tuple[str, ...]) -> bool:
-    return not any("norm" in name or "bias" in name for name in path) and path[-1] not in _VECTORS
-
-
-def _is_decayed_by_the_release(path: tuple[str, ...]) -> bool:
-    bias = "bias" in path[-1] and path[-1] != "dt_bias"
-    gated_norm = "mixer" in path and "norm" in path
-    return not (bias or gated_norm)
+    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -1,4 +1,4 @@
-"""Learning rates of stages, what weight decay reaches, and schedules."""
+"""Learning rates of parts, what weight decay reaches, and schedules."""
 
 import dataclasses
 
@@ -6,102 +6,127 @@ import jax
 import numpy as np
 import optax
 import pytest
+import shapes
 from flax import nnx
 
-from adaptive.errors import RecipeError
-from adaptive.models.build import build_model
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import acm, blockffn, moe_pp, token_choice
+from adaptive.models.depth import expert_choice
 from adaptive.optim.build import make_optimizer
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
-from adaptive.optim.groups import decayed, names, rates, stage_of
+from adaptive.optim.groups import decayed, groups, rates
 from adaptive.optim.schedule import make_schedule
-from adaptive.recipe import Recipe, load
 
-HNET = ('model.hnet.layout=["m1", ["T1m1", ["T1"], "t1"], "m1"]', "model.hnet.widths=8,8,16", "model.hnet.heads=2",
-        "model.hnet.intermediates=16", "model.hnet.d_state=4", "model.hnet.ssm_head_dim=4")  # fmt: skip
 RATES = (3.0, 1.7, 0.9)
+HNET = shapes.hnet(("m1", ("T1m1", ("T1",), "t1"), "m1"), widths=(8, 8, 16), rates=RATES)
+
+
+def parameters(model):
+    """The model's parameters, shapes alone."""
+    return nnx.state(nnx.eval_shape(lambda: model.build(jax.random.key(0))), nnx.Param)
 
 
 @pytest.fixture(scope="module")
-def params() -> nnx.State:
-    """The parameters of an H-Net of two chunking stages."""
-    config = Recipe(name="").with_(*HNET, "model.tie_embeddings=false").model
-    return nnx.state(build_model(config, key=jax.random.key(0)), nnx.Param)
+def params():
+    return nnx.state(HNET.build(jax.random.key(0)), nnx.Param)
 
 
-def left_out(mask) -> set[str]:
-    """Paths of the leaves that are not true, without the places in lists."""
-    flat = jax.tree_util.tree_leaves_with_path(mask)
-    return {".".join(name for name in names(path) if not name.isdigit()) for path, value in flat if not value}
+def paths(mask, value) -> set[str]:
+    """Paths below the body, without the places in lists, of the leaves that have this value."""
+    flat = nnx.to_flat_state(mask)
+    return {
+        ".".join(str(name) for name in path if not isinstance(name, int) and name != "body")
+        for path, own in flat
+        if own.get_raw_value() == value
+    }
 
 
 MAMBA = ("conv_x_bias", "conv_bc_bias", "norm")
 
 
 def test_nothing_one_dimensional_is_decayed(params):
-    blocks = ("stages.encoder.runs", "stages.decoder.runs", "main.runs")
-    assert left_out(decayed(params)) == {
-        "main_pad", "stages.residual.bias", "stages.encoder.norm.weight", "stages.decoder.norm.weight",
-        "main.norm.weight", "stages.encoder.runs.feed_forward_norm.weight", "main.runs.feed_forward_norm.weight",
-        *(f"{block}.norm.weight" for block in blocks),
-        *(f"{block}.mixer.{name}" for block in blocks[:2] for name in (*MAMBA, "dt_bias", "a_log", "d")),
+    outer, inner = [[f"{inside}{part}" for part in ("encoder", "decoder")] for inside in ("", "inner.")]
+    mambas = [f"{part}.blocks.mixer" for part in (*outer, inner[0])]
+    assert paths(decayed(params), False) == {
+        "inner.pad", "residual.bias", "inner.residual.bias", "inner.inner.stack.norm.weight",
+        *(f"{part}.norm.weight" for part in (*outer, *inner)),
+        *(f"{part}.blocks.mixer_norm.weight" for part in (*outer, *inner, "inner.inner.stack")),
+        *(f"{part}.blocks.feed_forward_norm.weight" for part in (inner[0], "inner.inner.stack")),
+        *(f"{block}.{name}" for block in mambas for name in (*MAMBA, "dt_bias", "a_log", "d")),
     }  # fmt: skip
 
 
 def test_the_release_leaves_three_kinds_out_of_decay(params):
-    assert left_out(decayed(params, "official")) == {
-        "stages.residual.bias",
-        *(f"stages.{part}.runs.mixer.{name}" for part in ("encoder", "decoder") for name in MAMBA),
-    }
+    assert paths(decayed(params, "official"), False) == {
+        "residual.bias", "inner.residual.bias",
+        *(f"{part}.blocks.mixer.{name}" for part in ("encoder", "decoder", "inner.encoder") for name in MAMBA),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["mor_tiny", "moe_pp_tiny", "moe_longcat_tiny"])
-def test_without_stages_norms_and_biases_alone_are_not_decayed(name):
-    recipe = load(name).with_("model.attention_bias=true", "model.qk_norm=head")
-    model = nnx.eval_shape(lambda: build_model(recipe.model, key=jax.random.key(0)))
-    for path, decays in jax.tree_util.tree_leaves_with_path(decayed(nnx.state(model, nnx.Param))):
-        text = jax.tree_util.keystr(path)
-        assert decays == ("norm" not in text and "bias" not in text), text
+def routed(router, **options):
+    return experts.Settings(router=router, experts=4, expert_size=8, **options)
 
 
 @pytest.mark.parametrize(
-    ("path", "stage"),
+    ("model", "beside"),
     [
-        (("embedding",), 0), (("head",), 0), (("stages", "0", "encoder", "runs", "1", "mixer", "x"), 0),
-        (("stages", "1", "pad"), 1), (("main", "block", "attention", "q"), 2), (("main_pad",), 2),
+        (shapes.mor(bias=True, qk_norm="head"), ()),
+        (shapes.plain(feed_forward=routed(moe_pp.Settings())), ()),
+        (shapes.plain(feed_forward=routed(blockffn.Settings(), gated=False)), ("gain",)),
+        (shapes.plain(feed_forward=routed(token_choice.Settings(score="cosine"))), ("temperature",)),
+        (shapes.plain(feed_forward=routed(acm.Settings())), ("base",)),
     ],
-)  # fmt: skip
-def test_stage_of_a_parameter(path, stage):
-    assert stage_of(path, innermost=2) == stage
+)
+def test_norms_biases_and_gains_are_not_decayed(model, beside):
+    mask = decayed(parameters(model))
+    for path in paths(mask, True) | paths(mask, False):
+        kept = "norm" in path or "bias" in path or any(path.endswith(name) for name in beside)
+        assert (path in paths(mask, False)) == kept, path
 
 
-def test_paths_of_modules_are_attributes_and_places():
-    model = nnx.eval_shape(lambda: build_model(load("mor_tiny").model, key=jax.random.key(0)))
-    found = {names(path) for path, _ in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))}
-    assert {("embedding",), ("routers", "2", "out"), ("block", "attention_norm", "weight")} <= found
+def test_auxiliary_routers_are_a_group_of_their_own():
+    model = shapes.mor(depth=expert_choice.Settings(sampling="aux_router"))
+    assert paths(groups(parameters(model)), "auxiliary") == {"depth.aux_routers.out"}
+    assert not paths(groups(parameters(shapes.mor())), "auxiliary")
+
+
+def test_each_part_has_the_rate_of_its_stage(params):
+    found = rates(params)
+    own = {rate: paths(found, rate) for rate in RATES}
+    assert sum(map(len, own.values())) == len(paths(found, 3.0) | paths(found, 1.7) | paths(found, 0.9))
+    assert {"embedding", "head", "chunker.q", "residual.weight", "decoder.norm.weight"} <= own[3.0]
+    assert {"inner.chunker.q", "inner.residual.weight", "inner.encoder.norm.weight"} <= own[1.7]
+    assert {"inner.pad", "inner.inner.stack.norm.weight"} <= own[0.9]
+    assert {path for path in own[0.9] if not path.startswith("inner.inner.")} == {"inner.pad"}
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_a_stage_moves_as_if_the_learning_rate_were_its_own(params, weight_decay):
+def test_a_part_moves_as_if_the_learning_rate_were_its_own(params, weight_decay):
     gradients = jax.tree.map(lambda x: 0.3 + 0.1 * x, params)
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=weight_decay, stage_rates=RATES)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=weight_decay)
 
-    def moved(config):
+    def moved(config, params):
         tx = make_optimizer(config, ScheduleConfig(kind="constant"), 10)
         after, state = params, tx.init(params)
         for _ in range(2):
-            updates, state = tx.update(gradients, state, after)
+            updates, state = tx.update(jax.tree.unflatten(jax.tree.structure(params), gradients), state, after)
             after = optax.apply_updates(after, updates)
         return jax.tree.leaves(after)
 
-    rate = rates(params, config)
-    of = jax.tree.leaves(rate)
-    assert set(of) == set(RATES)
-    assert (rate["embedding"].get_raw_value(), rate["main_pad"].get_raw_value()) == (3.0, 0.9)
-    staged = moved(config)
+    of = jax.tree.leaves(rates(params))
+    level = jax.tree.map(_of_rate_one, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    gradients = jax.tree.leaves(gradients)
+    staged = moved(config, params)
     for each in RATES:
-        alone = moved(dataclasses.replace(config, learning_rate=0.1 * each, stage_rates=()))
+        alone = moved(dataclasses.replace(config, learning_rate=0.1 * each), level)
         for a, b, own in zip(staged, alone, of, strict=True):
             assert np.allclose(a, b, atol=1e-6) == (own == each)
+
+
+def _of_rate_one(param):
+    new = param.replace(param[...])
+    new.set_metadata(rate=1.0)
+    return new
 
 
 def test_square_root_decay_is_steep_at_first():
@@ -110,21 +135,3 @@ def test_square_root_decay_is_steep_at_first():
     expected = [2.0 * (1 - 0.9 * np.sqrt(progress)) for progress in (0, 0.05, 0.25, 1, 1)]
     np.testing.assert_allclose([rate(t) for t in (80, 81, 85, 100, 110)], expected, rtol=1e-6)
     np.testing.assert_allclose([rate(t) for t in (0, 5, 10, 79)], [0, 1, 2, 2])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("optimizer.stage_rates=1,2",), "stage_rates=1.0,2.0 is for H-Nets"),
-        (("optimizer.decay=official",), "decay=official is for H-Nets"),
-        ((*HNET, "optimizer.stage_rates=1,2"), "2 numbers for the 3 stages"),
-        ((*HNET, "optimizer.stage_rates=1,1,0"), "must be above 0"),
-    ],
-)
-def test_rates_that_do_not_fit_are_refused(overrides, message):
-    with pytest.raises(RecipeError, match=message):
-        Recipe(name="").with_(*overrides).validate()
-
-
-def test_rates_that_fit_are_accepted():
-    Recipe(name="").with_(*HNET, "optimizer.stage_rates=2,1.5,1", "optimizer.decay=official").validate()
