@@ -8,6 +8,7 @@ from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Tales, Told
+from adaptive.layers.cost import Cost, Span
 from adaptive.layers.feed_forwards import FeedForward, FeedForwardModule, dense
 from adaptive.layers.mixers import Mixer, MixerModule, attention
 from adaptive.layers.norm import RMSNorm
@@ -39,6 +40,21 @@ class Settings:
         if self.feed_forward is not None:
             self.feed_forward.check(width, f"{at}.feed_forward")
 
+    def sizes(self, width: int) -> tuple[int, int]:
+        """Parameters of one layer: (of the mixer, of the feed-forward), each with its norm."""
+        mixes, feeds = self.mixer, self.feed_forward
+        return (
+            0 if mixes is None else width + mixes.parameters(width),
+            0 if feeds is None else width * (not feeds.own_norm()) + feeds.parameters(width),
+        )
+
+    def cost(self, span: Span, site: Site) -> Cost:
+        """FLOPs of one layer, on average over the layers of `site`."""
+        parts = [] if self.mixer is None else [self.mixer.cost(site.width, span)]
+        if self.feed_forward is not None:
+            parts.append(self.feed_forward.cost(span.queries, site))
+        return dataclasses.replace(sum(parts, start=Cost()), last=parts[-1].last)
+
 
 class Block(nnx.Module):
     """h = x + mixer(norm(x)); h + feed_forward(norm(h)); either may be missing.
@@ -55,7 +71,8 @@ class Block(nnx.Module):
         self.mixer_norm = None if mixes is None else RMSNorm(width, eps, mixer_site.stack)
         self.mixer: MixerModule | None = None if mixes is None else mixes.build(mixer_site, mixer)
         made = None if feeds is None else feeds.build(site, feed_forward)
-        self.feed_forward_norm = None if made is None or made.own_norm else RMSNorm(width, eps, site.stack)
+        normed = feeds is not None and not feeds.own_norm()
+        self.feed_forward_norm = RMSNorm(width, eps, site.stack) if normed else None
         self.feed_forward: FeedForwardModule | None = made
         self.dtype = dtype
 

@@ -11,6 +11,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers import block
 from adaptive.layers.block import Block
 from adaptive.layers.call import Call, Tales
+from adaptive.layers.cost import Cost, Span
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.remat import Remat, recomputed
 from adaptive.layers.site import Site, passes_of
@@ -58,6 +59,22 @@ class Settings:
             raise RecipeError(f"{at}.blocks is empty: a stack needs a block")
         for i, one in enumerate(self.blocks):
             one.check(width, f"{at}.blocks.{i}")
+
+    def parameters(self, width: int, passes: int = 1, shared: Shared = "all") -> int:
+        """Parameters of the blocks, without a norm behind them; `passes` of a recursion, and what they share."""
+        mixers, feeds = (passes if shared == "none" else 1), (passes if shared != "all" else 1)
+        sizes = [(b.repeat, b.sizes(width)) for b in self.blocks]
+        return self.repeats * sum(n * (mixers * mixer + feeds * feed) for n, (mixer, feed) in sizes)
+
+    def cost(self, width: int, span: Span, *, first: int = 0, depth: int = 0) -> Cost:
+        """FLOPs of the stack once; first: number of its first layer in the unrolled network, which has `depth` layers
+        (0: these alone)."""
+        total = Cost(tokens=span.queries)
+        for i, one in enumerate(self.blocks):
+            numbers = self.numbers(i, first)
+            site = Site(width, layers=numbers, depth=depth or self.layers)
+            total += one.cost(span, site) * len(numbers)
+        return total
 
 
 class Making(NamedTuple):
@@ -189,7 +206,8 @@ class Stack(nnx.Module):
 
     def _pattern(self, carry: Any, states: list[Any], before: list[Any], where: Where, call: Call) -> Any:
         """All blocks once: carry (stream, logits of the router below, number of the next layer)."""
-        kept, told = [], {}
+        kept: list[Any] = []
+        told: Tales = {}
         for i, own in enumerate(self.blocks):
             count = self.settings.blocks[i].repeat
             carry, (after, tales) = self._layers(own, count, carry, states[i], before[i], where, call)

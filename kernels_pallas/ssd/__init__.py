@@ -54,6 +54,12 @@ def ssd(
     return _ssd(block, *alike(x, dt, a, b, c, runs_of(x, segments), state))
 
 
+def plain_blocks(seq: int, block: int = BLOCK) -> tuple[int, int]:
+    """(how many, positions of each): the blocks that `seq` positions are cut into in plain jax.numpy."""
+    size = chunked.block_of(seq, min(block, PLAIN_BLOCK))
+    return -(-seq // size), size
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(block: int, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     plain = functools.partial(chunked.forward, block=min(block, PLAIN_BLOCK))

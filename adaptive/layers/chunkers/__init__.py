@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.layers.cost import Cost
 from adaptive.routing.boundaries import Boundaries
 from adaptive.routing.types import AuxLosses
 from adaptive.settings import Member
@@ -62,7 +63,13 @@ class Chunker(Member):
         return AuxLosses(), {}
 
     def parameters(self, width: int) -> int:
+        """Parameters in a stream of this width."""
         return 0
+
+    def cost(self, width: int, positions: float) -> Cost:
+        """FLOPs of deciding about so many positions, each of which is multiplied with all parameters."""
+        forward = 2.0 * positions * self.parameters(width)
+        return Cost(router=forward, router_train=3 * forward)
 
 
 class ChunkerModule(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from adaptive.layers.call import Call, Told
+from adaptive.layers.cost import Cost
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
 from adaptive.settings import Member
@@ -25,16 +26,27 @@ class FeedForward(Member):
     def check(self, width: int, at: str) -> None:
         """Raises RecipeError for settings that cannot work in a stream of this width; `at` is their dotted path."""
 
+    def own_norm(self) -> bool:
+        """Whether it normalises its input itself."""
+        return False
+
+    def parameters(self, width: int) -> int:
+        """Parameters of a layer in a stream of this width."""
+        raise NotImplementedError
+
+    def cost(self, tokens: float, site: Site) -> Cost:
+        """FLOPs of a layer for a sequence of `tokens` tokens, on average over the layers of `site`; `last` are the
+        matmuls that write to the stream, where no gradient needs their results."""
+        raise NotImplementedError
+
 
 class FeedForwardModule(nnx.Module):
     """One layer's feed-forward; its parameters may be those of many layers, of which a scan slices one.
 
-    own_norm        whether it normalises its input itself
     reads_previous  whether it reads the router logits of the layer below
     choices         columns of these logits
     """
 
-    own_norm: bool = False
     reads_previous: bool = False
     choices: int = 0
 

@@ -6,6 +6,7 @@ import functools
 import jax
 
 from adaptive.layers.call import Call, Told
+from adaptive.layers.cost import Cost
 from adaptive.layers.feed_forwards import FeedForward, FeedForwardModule
 from adaptive.layers.linear import use
 from adaptive.layers.site import Site, normal_param
@@ -22,6 +23,13 @@ class Settings(FeedForward):
 
     def build(self, site: Site, key: jax.Array) -> "Dense":
         return Dense(site, self.hidden, key)
+
+    def parameters(self, width: int) -> int:
+        return 3 * width * self.hidden
+
+    def cost(self, tokens: float, site: Site) -> Cost:
+        down = 2.0 * tokens * site.width * self.hidden
+        return Cost(feed_forward=3 * down, last=down)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

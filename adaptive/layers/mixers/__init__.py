@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from adaptive.layers.call import Call, Told
+from adaptive.layers.cost import Cost, Span
 from adaptive.layers.site import Site
 from adaptive.layers.state import State
 from adaptive.layers.where import Where
@@ -29,6 +30,14 @@ class Mixer(Member):
     def rotary(self) -> tuple[tuple[int, float], ...]:
         """(channels, theta) of the rotary tables that it reads."""
         return ()
+
+    def parameters(self, width: int) -> int:
+        """Parameters of a layer in a stream of this width."""
+        raise NotImplementedError
+
+    def cost(self, width: int, span: Span) -> Cost:
+        """FLOPs of a layer in a stream of this width; `last` is the matmul that writes to the stream."""
+        raise NotImplementedError
 
 
 class MixerModule(nnx.Module):

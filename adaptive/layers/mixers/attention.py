@@ -9,6 +9,7 @@ from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Told
+from adaptive.layers.cost import Cost, Span
 from adaptive.layers.linear import projected, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.norm import RMSNorm
@@ -60,6 +61,27 @@ class Settings(Mixer):
 
     def rotary(self) -> tuple[tuple[int, float], ...]:
         return ((self.rotated, self.rope_theta),)
+
+    def parameters(self, width: int) -> int:
+        heads, groups = self.heads * self.head_dim, self.groups * self.head_dim
+        norms = {"none": 0, "head": 2 * self.head_dim, "full": heads + groups}[self.qk_norm]
+        return 2 * width * (heads + groups) + (heads + 2 * groups + width) * self.bias + norms
+
+    def cost(self, width: int, span: Span) -> Cost:
+        queries, keys, row, own_keys = span
+        visible = (keys + 1) / 2  # a query among ascending positions sees on average half of the keys and itself
+        if 0 < self.window < row:
+            reach = self.window * keys / row
+            visible = reach - reach * (reach - 1) / (2 * max(keys, 1))
+        heads = self.heads * self.head_dim
+        out = 2.0 * queries * width * heads
+        return Cost(
+            keys=keys,
+            projections=2 * out + 4.0 * queries * width * own_keys * self.groups * self.head_dim,
+            attention=4.0 * queries * keys * heads,  # two matmuls: scores, and values
+            attention_useful=4.0 * queries * visible * heads,
+            last=out,
+        )
 
     def build(self, site: Site, key: jax.Array) -> "Attention":
         return Attention(self, site, key)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Told
+from adaptive.layers.cost import Cost, Span
 from adaptive.layers.linear import projected, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.site import Site, normal_param, param
@@ -21,7 +22,7 @@ from adaptive.parallel.rules import constrain
 from adaptive.parallel.shard import sharded
 from adaptive.routing.boundaries import gather, scatter
 from adaptive.settings import ranged
-from kernels_pallas.ssd import ssd
+from kernels_pallas.ssd import plain_blocks, ssd
 
 DT_RANGE, DT_FLOOR = (1e-3, 1e-1), 1e-4  # the step sizes that dt_bias starts with: log-uniform, then at least the floor
 A_RANGE = (1.0, 16.0)  # the decay rates -a: uniform
@@ -51,6 +52,31 @@ class Settings(Mixer):
             raise RecipeError(
                 f"{at}.expand * width = {inner} is not a multiple of {at}.head_dim={self.head_dim}; nearest width: {near}"
             )
+
+    def parameters(self, width: int) -> int:
+        inner, heads = self.heads(width) * self.head_dim, self.heads(width)
+        channels = inner + 2 * self.d_state  # of the convolution
+        matrices = width * (inner + channels + heads) + inner * width
+        return matrices + channels * (self.d_conv + 1) + 3 * heads + inner
+
+    def cost(self, width: int, span: Span) -> Cost:
+        """All positions run through the scan, in its blocks in plain jax.numpy (larger ones on accelerators).
+
+        Of a block of q positions: which position reads which [q, q], once for all heads; what they read [q, q] by
+        [q, head_dim] for each; reading from the state and writing to it. The backward pass keeps the inputs alone: it
+        computes the states again, and of each block the first and the third.
+        """
+        tokens, inner, n = span.queries, self.heads(width) * self.head_dim, self.d_state
+        blocks, q = plain_blocks(math.ceil(tokens), self.block) if tokens else (0, 0)
+        match, mixed, state = 2.0 * q * q * n, 2.0 * q * q * inner, 2.0 * q * inner * n
+        out = 2.0 * tokens * inner * width
+        return Cost(
+            projections=2.0 * tokens * width * (2 * inner + 2 * n + self.heads(width)) + out,
+            state_space=blocks * (match + mixed + 2 * state),
+            state_space_useful=tokens * (q + 1) * (n + inner) + 4.0 * tokens * inner * n,
+            state_space_again=blocks * (match + 2 * state),
+            last=out,
+        )
 
     def build(self, site: Site, key: jax.Array) -> "Mamba2":
         return Mamba2(self, site, key)

@@ -123,11 +123,7 @@ class RoutedLayer(FeedForwardModule):
     def flops(self, tokens: float, width: int) -> tuple[float, float]:
         """Forward matmul FLOPs (of the router, of the experts) for a sequence of `tokens` tokens."""
         cost = self.config.cost(tokens, self.site._replace(width=width))
-        return cost.router, cost.experts
-
-    def router_train_flops(self, tokens: float, width: int) -> float:
-        """Matmul FLOPs of the router, forward and backward."""
-        return self.config.cost(tokens, self.site._replace(width=width)).router_train
+        return cost.router, cost.feed_forward
 
 
 class ExpertRouter(nnx.Module):

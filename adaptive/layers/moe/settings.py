@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from adaptive.errors import RecipeError
+from adaptive.layers.cost import Cost
 from adaptive.layers.feed_forwards import FeedForward
 from adaptive.layers.site import Site
 from adaptive.routing.capacity import Drop, slots
@@ -47,9 +48,12 @@ class MoESettings(FeedForward):
         """Parameters of a layer in a stream of this width."""
         return self.router.layer_parameters(self, width)
 
-    def cost(self, tokens: float, site: Site) -> ExpertCost:
-        """FLOPs for a sequence of `tokens` tokens, on average over the layers of `site`."""
-        return self.router.layer_cost(self, tokens, site)
+    def own_norm(self) -> bool:
+        return self.router.own_norm
+
+    def cost(self, tokens: float, site: Site) -> Cost:
+        router, router_train, experts = self.router.layer_cost(self, tokens, site)
+        return Cost(feed_forward=experts, router=router, router_train=router_train, last=experts / 3)
 
     def matrices(self) -> int:
         """Matrices of an expert."""
@@ -61,6 +65,7 @@ class RouterSettings(Member):
     """Settings of a router. `config` is always the mixture that they are part of, `at` its dotted path."""
 
     door: ClassVar[str] = "adaptive.layers.moe.routers"
+    own_norm: ClassVar[bool] = False  # whether its layer normalises its input itself
 
     def check(self, config: MoESettings, at: str) -> None:
         """Raises RecipeError for settings that cannot work, with what would."""

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from adaptive.layers.call import Call
+from adaptive.layers.cost import CAPACITIES, Cost, Taken
 from adaptive.layers.site import Site
 from adaptive.layers.stack import Making
 from adaptive.layers.state import State
@@ -33,9 +34,43 @@ class Body(Member):
         """Layers whose parameters are stored."""
         return self.layers
 
+    @property
+    def passes(self) -> int:
+        """Recursions that a position can take: how many of `Taken.passes` there are."""
+        return 1
+
     def stages(self) -> "tuple[Body, ...]":
         """This body and those inside it, from the outside in."""
         return (self,)
+
+    def widths(self, width: int) -> tuple[int, ...]:
+        """Widths of their streams, the outermost being `width`."""
+        return (width,)
+
+    def parameters(self, width: int) -> int:
+        """Parameters, of all inside too."""
+        raise NotImplementedError
+
+    def unrolled_parameters(self, width: int) -> int:
+        """The same were every layer of the unrolled network stored by itself."""
+        return self.parameters(width)
+
+    def router_parameters(self, width: int) -> int:
+        """Of its parameters those that decide about depth and chunks; those of experts belong to their layers."""
+        return 0
+
+    def cost(self, width: int, positions: float, taken: Taken = CAPACITIES, stage: int = 0) -> tuple[Cost, ...]:
+        """FLOPs of each stretch for a row of `positions` positions, in the order they run; stage: chunking stages
+        around it."""
+        raise NotImplementedError
+
+    def chunk_counts(self, positions: int) -> tuple[int, ...]:
+        """Slots for chunks of each chunking stage on a row of so many positions, at the end of their schedule."""
+        return ()
+
+    def pass_counts(self, positions: int) -> tuple[int, ...]:
+        """Of such a row, positions that each recursion computes in training; () where none decides."""
+        return ()
 
     def check(self, width: int, at: str) -> None:
         """Raises RecipeError for settings that cannot work in a stream of this width; `at` is their dotted path."""

@@ -16,6 +16,7 @@ from adaptive.layers import stack as stacks
 from adaptive.layers.block import Settings as Block
 from adaptive.layers.call import Call, Tales, below
 from adaptive.layers.chunkers import Chunker, Heard, dynamic
+from adaptive.layers.cost import CAPACITIES, Cost, Span, Taken
 from adaptive.layers.linear import use
 from adaptive.layers.mixers import mamba2
 from adaptive.layers.site import Site, param, scale_rates
@@ -146,6 +147,54 @@ class Settings(Body):
             raise RecipeError(
                 f"{at}={inside.chunker.kind()}: it reads {inside.chunker.reads}, so it is for the outermost stage"
             )
+
+    @property
+    def passes(self) -> int:
+        return self.inner.passes
+
+    def widths(self, width: int) -> tuple[int, ...]:
+        return (width, *self.inner.widths(self.width_inside(width)))
+
+    def parameters(self, width: int) -> int:
+        """Those of the stage are its encoder, decoder, chunker, residual projection and the vector that widens its
+        chunks."""
+        inside = self.width_inside(width)
+        stacks = sum(part.parameters(width) + width for part in (self.encoder, self.decoder))
+        own = self.chunker.parameters(width) + width**2 + width + (inside - width)
+        return stacks + own + self.inner.parameters(inside)
+
+    def unrolled_parameters(self, width: int) -> int:
+        inside = self.width_inside(width)
+        return self.parameters(width) - self.inner.parameters(inside) + self.inner.unrolled_parameters(inside)
+
+    def router_parameters(self, width: int) -> int:
+        return self.chunker.parameters(width) + self.inner.router_parameters(self.width_inside(width))
+
+    def chunk_counts(self, positions: int) -> tuple[int, ...]:
+        chunks = self.capacity(positions)
+        return (chunks, *self.inner.chunk_counts(chunks))
+
+    def pass_counts(self, positions: int) -> tuple[int, ...]:
+        return self.inner.pass_counts(self.capacity(positions))
+
+    def cost(self, width: int, positions: float, taken: Taken = CAPACITIES, stage: int = 0) -> tuple[Cost, ...]:
+        """The network inside computes as many positions as the capacity has slots, whether chunks fill them or not; of
+        rows that share them (packing=device) attention from row to row, which is masked, is not counted."""
+        chunks: float = self.capacity(int(positions)) if taken.chunks is None else taken.chunks[0]
+        inside = Taken(None if taken.chunks is None else taken.chunks[1:], taken.passes)
+
+        def part(own: stacks.Settings, name: str, first: int) -> Cost:
+            cost = own.cost(width, Span.whole(positions), first=first, depth=self.layers)
+            return dataclasses.replace(cost, name=f"{name} {stage}")
+
+        square = 2.0 * positions * width**2  # the residual projection
+        chunking = Cost(f"chunking {stage}", tokens=positions, projections=square, last=square)
+        return (
+            part(self.encoder, "encoder", 0),
+            chunking + self.chunker.cost(width, positions),
+            *self.inner.cost(self.width_inside(width), chunks, inside, stage + 1),
+            part(self.decoder, "decoder", self.encoder.layers),
+        )
 
     def build(
         self, site: Site, keys: Iterator[jax.Array], making: Making, *, stage: int = 0, additions: int = 0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from adaptive.layers import stack as stacks
 from adaptive.layers.call import Call, below
+from adaptive.layers.cost import CAPACITIES, Cost, Span, Taken
 from adaptive.layers.site import Site
 from adaptive.layers.stack import Making, Stack
 from adaptive.layers.state import State
@@ -28,6 +29,14 @@ class Settings(Body):
 
     def check(self, width: int, at: str) -> None:
         self.stack.check(width, f"{at}.stack")
+
+    def parameters(self, width: int) -> int:
+        return self.stack.parameters(width) + width
+
+    def cost(self, width: int, positions: float, taken: Taken = CAPACITIES, stage: int = 0) -> tuple[Cost, ...]:
+        tokens = positions if taken.passes is None else taken.passes[0]
+        own = self.stack.cost(width, Span(tokens, tokens, positions))
+        return (dataclasses.replace(own, name="main network" if stage else "layers"),)
 
     def build(
         self, site: Site, keys: Iterator[jax.Array], making: Making, *, stage: int = 0, additions: int = 0

@@ -1,7 +1,7 @@
 """A shared core that positions go through several times (MoR paper, section 2; looped and recursive transformers)."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers import stack as stacks
 from adaptive.layers.call import Call, Tales, below, stacked
+from adaptive.layers.cost import CAPACITIES, Cost, Span, Taken
 from adaptive.layers.mixers.attention import KeyValues, written
 from adaptive.layers.mixers.attention import Settings as Attention
 from adaptive.layers.norm import RMSNorm
@@ -107,6 +108,52 @@ class Settings(Body):
                 f"{name} starts with {first:g}: keys_values={self.keys_values} shares the first recursion's keys and "
                 "values of all tokens, so the first share must be 1; or use keys_values=per_recursion"
             )
+
+    @property
+    def passes(self) -> int:
+        return self.recursions
+
+    def parameters(self, width: int) -> int:
+        core = self.core.parameters(width, self.recursions, self.shared)
+        return core + sum(end.parameters(width) for end in self.ends) + width + self.router_parameters(width)
+
+    def unrolled_parameters(self, width: int) -> int:
+        return dataclasses.replace(self, shared="none").parameters(width)
+
+    def router_parameters(self, width: int) -> int:
+        return self.depth.parameters(self.recursions, width)
+
+    def pass_counts(self, positions: int) -> tuple[int, ...]:
+        return () if self.depth.equal_passes else self.depth.counts(self.recursions, positions)
+
+    def cost(self, width: int, positions: float, taken: Taken = CAPACITIES, stage: int = 0) -> tuple[Cost, ...]:
+        counts = self.depth.counts(self.recursions, int(positions)) if taken.passes is None else taken.passes
+        before = self.prelude.layers if self.prelude is not None else 0
+
+        def end(part: stacks.Settings | None, name: str, first: int) -> tuple[Cost, ...]:
+            if part is None:
+                return ()
+            own = part.cost(width, Span.whole(positions), first=first, depth=self.layers)
+            return (dataclasses.replace(own, name=f"{name} layer{'s' * (part.layers > 1)}"),)
+
+        return (
+            *end(self.prelude, "first", 0),
+            *(self._pass_cost(r, width, positions, counts, before) for r in range(self.recursions)),
+            *end(self.coda, "last", before + self.recursions * self.core.layers),
+        )
+
+    def _pass_cost(self, r: int, width: int, positions: float, counts: Sequence[float], first: int) -> Cost:
+        """FLOPs of pass r of a core whose first layer has the number `first`; counts: positions that each computes."""
+        reuses = r > 0 and self.keys_values != "per_recursion"
+        own_keys = not reuses or self.keys_values == "hybrid"
+        span = Span(counts[r], counts[0] if reuses else counts[r], positions, own_keys)
+        candidates = counts[r - 1] if r else positions
+        router, router_train = self.depth.router_flops(r, self.recursions, candidates, width)
+        own = self.core.cost(width, span, first=first, depth=self.layers) + Cost(router=router, router_train=router_train)
+        # In place all uses of a layer are recomputed together.
+        inside = self.order == "sequence" and r + 1 < self.recursions
+        name = f"recursion {r + 1}" if self.recursions > 1 else "layers"
+        return dataclasses.replace(own, name=name, recursion=r + 1, last=0.0 if inside else own.last)
 
     def build(
         self, site: Site, keys: Iterator[jax.Array], making: Making, *, stage: int = 0, additions: int = 0

@@ -37,6 +37,10 @@ class Depth(Member):
         """The same in the accounting of the paper, which may have more in mind than what is executed."""
         return self.fractions(passes)
 
+    def counts(self, passes: int, positions: int) -> tuple[int, ...]:
+        """Positions of a row that each pass computes in training."""
+        return capacities(self.fractions(passes), positions)
+
     def router_flops(self, r: int, passes: int, candidates: float, width: int) -> tuple[float, float]:
         """(forward, forward and backward) matmul FLOPs of the routers that decide before pass `r` (from 0) about so
         many candidates."""
@@ -99,6 +103,11 @@ class DepthModule(nnx.Module):
 
     def update(self, load: jax.Array | None) -> None:
         """Moves buffers by the share f32[passes] of tokens at each depth, over a whole step."""
+
+
+def capacities(fractions: tuple[float, ...], positions: int) -> tuple[int, ...]:
+    """Positions of a row that each recursion computes: `max(1, int(c * positions))`, as the released code rounds."""
+    return tuple(max(1, int(c * positions)) for c in fractions)
 
 
 def everyone(where: Where, weights: jax.Array, valid: jax.Array) -> Selection:

@@ -14,7 +14,7 @@ from adaptive.layers.call import Call
 from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone
+from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, everyone
 from adaptive.routing import expert_choice
 from adaptive.routing.rows import add_rows, membership, take_rows
 from adaptive.routing.scores import passes as passes_threshold
@@ -163,11 +163,6 @@ class ExpertChoice(DepthModule):
             log = log.took(selection, active)
             each.append(told)
         return Routed(x, carried, AuxLosses(), log.trace(), each)
-
-
-def capacities(fractions: tuple[float, ...], positions: int) -> tuple[int, ...]:
-    """Positions of a row that each recursion computes: `max(1, int(c * positions))`, as the released code rounds."""
-    return tuple(max(1, int(c * positions)) for c in fractions)
 
 
 def gated(f: jax.Array, selection: Selection, gating: str) -> jax.Array:

@@ -13,8 +13,7 @@ from adaptive.layers.call import Call, Tales
 from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Buffer, Site
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone
-from adaptive.models.depth.expert_choice import capacities
+from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, everyone
 from adaptive.routing import token_choice
 from adaptive.routing.expert_choice import limit_of_counts
 from adaptive.routing.losses import mean_over, updated_bias

@@ -13,7 +13,7 @@ takes all loops; in training every token computes everything, which the gradient
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ from adaptive.settings import ranged
 class Settings(Chosen):
     """The release: the defaults, with 8 experts of an eighth of the feed-forward each, 2 per token and a balancing loss
     of 5e-5."""
+
+    own_norm: ClassVar[bool] = True
 
     hidden: int = ranged(1408, least=1)  # hidden width of the feed-forward, of which expert_size units are a slice
     loops: int = ranged(4, least=1)  # the most times that the feed-forward is applied
@@ -83,8 +85,6 @@ class Layer(RoutedLayer):
     load_balancing_loss is E sum_e P_e n_e / (T k) over the softmax of all experts (the release does not show its
     formula).
     """
-
-    own_norm = True
 
     def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         feed_forward, router, loops = jax.random.split(key, 3)
