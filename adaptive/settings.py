@@ -2,8 +2,8 @@
 
 A leaf is an int, float, bool, str, Literal, a tuple of numbers or names, or `kind | None`. A node is a dataclass, or a
 tuple of them, whose places are numbers in a path (`model.body.stack.blocks.0.repeat`). Where a node can be several
-things it is a `Member` of a door, a package with one file per member; the file's name is the member's kind. In JSON such
-a node has a "kind"; on the command line the path of the node itself takes one (`model.body.depth=token_choice`).
+things it is a `Member` of a door, a package with one file per member; the file's name is the member's kind. In JSON
+such a node has a "kind"; on the command line the node's own path takes one (`model.body.depth=token_choice`).
 """
 
 import dataclasses

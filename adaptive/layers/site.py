@@ -59,7 +59,8 @@ class Site(NamedTuple):
 
 def lead_axes(stack: tuple[int, ...]) -> Axes:
     """Logical names of the leading axes of stacked parameters."""
-    return ("uses", "layers")[2 - len(stack) :]
+    names: Axes = ("uses", "layers")
+    return names[2 - len(stack) :]
 
 
 def param(value: jax.Array, axes: Axes, *, stack: tuple[int, ...] = (), role: Role, group: str = "main") -> nnx.Param:

@@ -115,14 +115,14 @@ class LanguageModel(nnx.Module):
         """One forward pass.
 
         tokens         i32[batch, seq]
-        positions      i32[batch, seq]   places for rotary embeddings; None: counted from where each document begins in an
-                       H-Net, from the row's beginning otherwise
+        positions      i32[batch, seq]   places for rotary embeddings; None: from the row's beginning, in an H-Net from
+                       where each document begins
         segment_ids    i32[batch, seq]   documents, which nothing leaves; 0 is padding; None: one document per row
         valid          bool[batch, seq]  tokens that exist, the first of each row; another way to say padding
         boundaries     bool[batch, seq]  where chunks of the first stage begin, for the chunker `words`
         deterministic  False in training: noise and warm-ups, which need `step`, apply
-        selection      how routers decide: "topk" as they train, over the whole sequence and within capacities; "threshold"
-                       token by token from the past, as in generation
+        selection      how routers decide: "topk" as they train, over the whole sequence and within capacities;
+                       "threshold" token by token from the past, as in generation
         sees           whether attention is causal
         step           i32[] training step, while a warm-up lasts; None: no warm-up
         key            PRNG key of noise in training and of random routing
@@ -238,8 +238,8 @@ class LanguageModel(nnx.Module):
         return constrain(x, "batch", "seq", None)
 
     def _output(self, hidden: jax.Array, aux: AuxLosses, trace: Any, logits: bool) -> Output:
-        aux = AuxLosses(aux) | self._expert_losses(trace.told)
-        return Output(hidden, self._logits(hidden) if logits else None, AuxLosses(aux), trace)
+        losses = AuxLosses({**aux, **self._expert_losses(trace.told)})
+        return Output(hidden, self._logits(hidden) if logits else None, losses, trace)
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         weight = use(self.embedding if self.head is None else self.head, hidden.dtype)

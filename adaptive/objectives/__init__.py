@@ -24,8 +24,8 @@ class Inputs(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """total f32[]: the sum over targets, further predictions included; main f32[]: without them; nll f32[batch, seq]: of
-    each position, in nats; apart: sums of further predictions by name."""
+    """total f32[]: the sum over targets, further predictions included; main f32[]: without them; nll f32[batch, seq]:
+    of each position, in nats; apart: sums of further predictions by name."""
 
     total: jax.Array
     main: jax.Array

@@ -49,7 +49,7 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
 
 
 def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> ExpertLoad | None:
-    """The first of the model's kinds of experts, for `tokens` tokens on each device, evenly loaded; None without any."""
+    """The first kind of the model's experts, for `tokens` tokens on each device, evenly loaded; None without any."""
     found = recipe.model.facts().experts
     if not found:
         return None

@@ -174,7 +174,7 @@ def _through(model: Any, aim: Objective, inputs: Inputs, batch: Batch, segmented
 
 def told_metrics(parts: dict[str, Metrics]) -> Metrics:
     """Sums that the model's parts told, by path and name, each with one leading axis for the part's calls."""
-    out = {}
+    out: Metrics = {}
     for path, stats in parts.items():
         # A part's leading axes (passes, layers) are those of any of its sums that is a scalar for each call.
         lead = min(value.ndim for value in stats.values())

@@ -1,4 +1,7 @@
-"""Dynamic chunking: a chunk begins where neighbours point apart (H-Net paper, section 2.2; released code, modules/dc.py)."""
+"""Dynamic chunking: a chunk begins where neighbours point apart.
+
+H-Net paper, section 2.2; released code, modules/dc.py.
+"""
 
 import dataclasses
 from typing import ClassVar, Literal

@@ -1,4 +1,7 @@
-"""Chunks by the similarity of neighbours, with noise in training (ConceptMoE paper, sections on chunking and on noise)."""
+"""Chunks by the similarity of neighbours, with noise in training.
+
+ConceptMoE paper, sections on chunking and on noise.
+"""
 
 import dataclasses
 

@@ -365,7 +365,7 @@ class HNet(BodyModule):
         else:
             first = begins(where.segments)
         tokens = call.given.get("tokens")
-        noisy = call.training and call.key is not None
+        key = call.key if call.training else None
         return Heard(
             hidden=h,
             before=shifted(h, None if state is None else state["last"][0]),
@@ -374,7 +374,7 @@ class HNet(BodyModule):
             tokens=tokens,
             earlier=None if tokens is None else shifted(tokens, None if state is None else state["token"][0]),
             given=call.given.get("boundaries"),
-            key=jax.random.fold_in(call.key, self.stage) if noisy else None,
+            key=None if key is None else jax.random.fold_in(key, self.stage),
         )
 
     def _advanced(

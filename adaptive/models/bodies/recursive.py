@@ -35,7 +35,7 @@ KeysValues = Literal["per_recursion", "shared", "hybrid"]
 class Settings(Body):
     """prelude, `recursions` passes through the core, coda. A strategy says which positions take a pass (`depth`).
 
-    shared       what the passes have in common: all parameters, those of mixers, or none (to share keys and values alone)
+    shared       what the passes have in common: all parameters, those of mixers alone, or none
     order        cycle: the core as a whole runs again and again; sequence: each of its layers does, in place
     keys_values  per_recursion: a position reads the positions of its own pass
                  shared: passes after the first read the first one's keys and values, of all positions
@@ -149,7 +149,9 @@ class Settings(Body):
         span = Span(counts[r], counts[0] if reuses else counts[r], positions, own_keys)
         candidates = counts[r - 1] if r else positions
         router, router_train = self.depth.router_flops(r, self.recursions, candidates, width)
-        own = self.core.cost(width, span, first=first, depth=self.layers) + Cost(router=router, router_train=router_train)
+        own = self.core.cost(width, span, first=first, depth=self.layers) + Cost(
+            router=router, router_train=router_train
+        )
         # In place all uses of a layer are recomputed together.
         inside = self.order == "sequence" and r + 1 < self.recursions
         name = f"recursion {r + 1}" if self.recursions > 1 else "layers"

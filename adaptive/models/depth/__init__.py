@@ -27,7 +27,7 @@ class Depth(Member):
         raise NotImplementedError
 
     def check(self, recursive: Any, at: str) -> None:
-        """Raises RecipeError for settings that do not fit the body `recursive`; `at` is the dotted path of its depth."""
+        """Raises RecipeError for settings that do not fit the body `recursive`; `at` is their dotted path."""
 
     def fractions(self, passes: int) -> tuple[float, ...]:
         """Share of the positions that each pass computes in training."""
@@ -84,8 +84,8 @@ class Core(Protocol):
 
 
 class Routed(NamedTuple):
-    """The stream [rows, n, width] after all passes, what is carried on, losses, what was decided (`trace`), and what the
-    core did in each pass."""
+    """The stream [rows, n, width] after all passes, what is carried on, losses, what was decided, and what the core did in
+    each pass."""
 
     x: jax.Array
     carried: Carried

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from adaptive.layers.call import Call
+from adaptive.layers.call import Call, Tales
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed
@@ -40,7 +40,7 @@ class All(DepthModule):
         depth = jnp.full(where.shape, self.passes, jnp.int32)
         if self.loop:
 
-            def body(carry: tuple[jax.Array, Carried], r: jax.Array):
+            def body(carry: tuple[jax.Array, Carried], r: jax.Array) -> tuple[tuple[jax.Array, Carried], Tales]:
                 x, carried, told = core(r, carry[0], where, call, carry[1])
                 return (x, carried), told
 

@@ -142,7 +142,7 @@ class ExpertChoice(DepthModule):
         return Routed(out, carried, log.aux(), log.trace(), each)
 
     def _causal(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
-        """Each token decides alone, by its router's threshold, whether it takes the next recursion: blind to the future.
+        """Each token decides alone, by its router's threshold, whether it goes on: blind to the future.
 
         The first recursion is unconditional, and a token that stopped stays out. Runs every position under a mask, so
         it is exact for any number of takers and saves nothing. The auxiliary routers decide where the model has them.
