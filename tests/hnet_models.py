@@ -1,4 +1,4 @@
-"""Small H-Nets with weights drawn by numpy, for tests: nothing is compiled to make them, and nothing is at rest."""
+"""Small models with weights drawn by numpy, for tests: little is compiled to make them, and nothing is at rest."""
 
 import functools
 from typing import Any
@@ -7,88 +7,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import quick
+import shapes
 from flax import nnx
 
-from adaptive.models.build import build_model
-from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.models.hnet_config import HNetConfig
+from adaptive.layers.site import Buffer
+from adaptive.models.depth import Depth
 
 BATCH, SEQ = 2, 24
 LAYOUTS = {
-    0: '["M1t1"]',
-    1: '["m1", ["T1"], "t1"]',
-    2: '["t1", ["m1", ["T2"], "M1"], "m1"]',
-    3: '["m1", ["t1", ["m1", ["T1"], "t1"], "m1"], "t1"]',
+    0: ("M1t1",),
+    1: ("m1", ("T1",), "t1"),
+    2: ("t1", ("m1", ("T2",), "M1"), "m1"),
+    3: ("m1", ("t1", ("m1", ("T1",), "t1"), "m1"), "t1"),
 }
 WIDTHS = {0: (8,), 1: (8, 12), 2: (8, 8, 12), 3: (8, 8, 12, 16)}
-SHAPES: dict[str, Any] = {
-    "intermediates": (20,), "heads": (2,), "rotary_dims": (2,), "d_state": (4,), "ssm_head_dim": (4,),
-    "ssm_block": (8,), "ratio_targets": (3.0,),
-}  # fmt: skip
-INSIDE = '["m1", ["model"], "t1"]'
 
 
-def hnet(stages: int = 1, **settings: Any) -> TransformerConfig:
-    """An H-Net of this many chunking stages; settings of HNetConfig."""
-    own = {"layout": LAYOUTS[stages], "widths": WIDTHS[stages], **SHAPES, **settings}
-    config = TransformerConfig(vocab_size=256, tie_embeddings=False, hnet=HNetConfig(**own))
-    config.validate()
-    return config
+def hnet(stages: int = 1, **settings: Any) -> shapes.Model:
+    """An H-Net of this many chunking stages; settings of `shapes.hnet`."""
+    return shapes.hnet(LAYOUTS[stages], widths=WIDTHS[stages], **settings)
 
 
-def composed(router: RouterConfig | None = None, *, hnet_settings: dict[str, Any] | None = None, **model: Any):
-    """An H-Net around a model of three recursions of one layer between its own ends."""
-    own = {"layout": INSIDE, "widths": (8, 16), **SHAPES, **(hnet_settings or {})}
-    inner = {
-        "hidden_size": 16, "intermediate_size": 24, "num_layers": 5, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8,
-        "recursions": 3, "init_std": 0.2,
-    }  # fmt: skip
-    config = TransformerConfig(
-        vocab_size=256, tie_embeddings=False, router=router or RouterConfig(), hnet=HNetConfig(**own), **(inner | model)
-    )
-    config.validate()
-    return config
+def composed(depth: Depth | str = "all", *, outside: dict[str, Any] | None = None, **inside: Any) -> shapes.Model:
+    """An H-Net around three recursions of one layer between its own ends; outside: settings of `shapes.hnet`, inside: of
+    `shapes.recursive`."""
+    shape = {"width": 16, "hidden": 24, "heads": 2, "kv_heads": 1}
+    body = shapes.recursive(depth=depth, **(shape | inside)).body
+    return shapes.hnet(("m1", body, "t1"), widths=(8, 16), **(outside or {}))
 
 
-def filled(state: Any, seed: int = 0) -> Any:
-    """A state of these shapes: weights of a size that lets every part say something, norms about 1, decays as usual."""
+def filled(params: Any, seed: int = 0) -> Any:
+    """Parameters like these: of a size that lets every part say something, norms about 1, decays as usual."""
     rng = np.random.default_rng(seed)
 
-    def one(path: Any, leaf: Any) -> np.ndarray:
+    def one(path: Any, param: nnx.Param) -> nnx.Param:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        noise = rng.normal(size=leaf.shape)
-        if leaf.dtype != jnp.float32:
-            raise AssertionError(f"{names}: {leaf.dtype}")
-        if "a_log" in names:
-            value = np.log(1 + 3 * rng.random(leaf.shape))
-        elif "dt_bias" in names:
+        about, shape = param.get_metadata(), param.shape
+        noise = rng.normal(size=shape)
+        if param.dtype != jnp.float32:
+            raise AssertionError(f"{names}: {param.dtype}")
+        if names[-1] == "a_log":
+            value = np.log(1 + 3 * rng.random(shape))
+        elif names[-1] == "dt_bias":
             value = noise - 1
-        elif any("norm" in name for name in names) or "d" in names:
+        elif about["role"] in ("scale", "gated_scale") or names[-1] in ("d", "temperature"):
             value = 1 + 0.2 * noise
         elif "chunker" in names:
-            value = np.eye(leaf.shape[-1]) + 0.3 * noise
+            value = np.eye(shape[-1]) + 0.3 * noise
         elif "embedding" in names:
             value = noise
         else:
             value = 0.3 * noise
-        return value.astype(np.float32)
+        return param.replace(jnp.asarray(value, jnp.float32))
 
-    return jax.tree_util.tree_map_with_path(one, state)
-
-
-@functools.cache
-def split_model(config: TransformerConfig, **options: Any) -> tuple[Any, Any]:
-    """(graph definition, state) of the model; options of `build_model`."""
-    abstract = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0), **options))
-    graphdef, params, buffers = nnx.split(abstract, nnx.Param, ...)
-    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), buffers)
-    return nnx.split(nnx.merge(graphdef, *jax.tree.map(jnp.asarray, (filled(params), zeros))))
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 @functools.cache
-def forward(config: TransformerConfig, **options: Any):
-    """(tokens, **arrays) -> Output, compiled once per config, options and names of arrays."""
-    graphdef, state = split_model(config)
+def split_model(settings: shapes.Model, **options: Any) -> tuple[Any, Any]:
+    """(graph definition, state) of the model; options of `settings.build`."""
+    make = lambda: settings.build(jax.random.key(0), **options)  # noqa: E731
+    graphdef, params, _ = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    buffers = quick.jit(lambda: nnx.state(make(), Buffer))()
+    return nnx.split(nnx.merge(graphdef, filled(params), buffers))
+
+
+@functools.cache
+def forward(settings: shapes.Model, **options: Any):
+    """(tokens, **arrays) -> Output, compiled once per model, options and names of arrays."""
+    graphdef, state = split_model(settings)
     run = quick.jit(lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays))
     return lambda tokens, **arrays: run(state, tokens, arrays)
 
