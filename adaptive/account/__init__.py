@@ -14,6 +14,7 @@ would do, and the numerator of utilisation. Document boundaries inside a row are
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -63,7 +64,7 @@ class Parameters:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """Forward matmul FLOPs per sequence of `seq_len` tokens, stretch by stretch of the network, in the order they run."""
+    """Forward matmul FLOPs per sequence of `seq_len` tokens, stretch by stretch in the order they run."""
 
     parameters: Parameters
     seq_len: float
@@ -122,7 +123,7 @@ def stage_parameters(model: Settings) -> tuple[int, ...]:
     """Numbers of parameters of each chunking stage and, last, of the network inside all of them; embedding and head
     belong to none, the vector that widens a stage's input to that stage."""
     widths = model.body.widths(model.width)
-    wider = [0, *(b - a for a, b in zip(widths, widths[1:], strict=False))]
+    wider = [0, *(b - a for a, b in itertools.pairwise(widths))]
     inwards = [
         body.parameters(width) + more for body, width, more in zip(model.body.stages(), widths, wider, strict=True)
     ]

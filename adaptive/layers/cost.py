@@ -43,6 +43,7 @@ class Taken(NamedTuple):
 
 CAPACITIES = Taken()
 
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Forward matmul FLOPs of a part, or of one stretch of the network, for one sequence.
