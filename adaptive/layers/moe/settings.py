@@ -52,6 +52,8 @@ class MoESettings(FeedForward):
         return self.router.own_norm
 
     def cost(self, tokens: float, site: Site) -> Cost:
+        if not tokens:
+            return Cost()
         router, router_train, experts = self.router.layer_cost(self, tokens, site)
         return Cost(feed_forward=experts, router=router, router_train=router_train, last=experts / 3)
 
