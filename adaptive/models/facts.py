@@ -28,31 +28,38 @@ class Facts(NamedTuple):
 
     recursions  passes that count as depth; 1: none
     depth       kind of the depth strategy; "none" where every position takes the same path
+    stops       whether its scores are for stopping at a pass, not for taking it
     recursion   dotted path of the recursive body; "": there is none
     chunking    (dotted path, settings) of every chunking stage, from the outside in
     experts     of every stack, in the order they run
+    kernels     operations that the model computes with, each a package of `kernels_pallas` or "routing"
     """
 
     family: str
     title: str
     recursions: int
     depth: str
+    stops: bool
     recursion: str
     chunking: tuple[tuple[str, Any], ...]
     experts: tuple[Experts, ...]
+    kernels: tuple[str, ...]
 
 
 def facts_of(model: Any, at: str) -> Facts:
     """The facts of a model's settings, whose own dotted path is `at`."""
-    recursions, depth, recursion, chunking = 1, "none", "", []
+    recursions, depth, stops, recursion, chunking = 1, "none", False, "", []
+    kernels: dict[str, None] = {}
     for path, node in nodes(model, at):
+        kernels |= dict.fromkeys(node.kernels() if hasattr(node, "kernels") else ())
         if isinstance(node, recursive.Settings) and not recursion:
             recursions, recursion = node.counted(), path
-            depth = "none" if node.depth.equal_passes else node.depth.kind()
+            depth, stops = "none" if node.depth.equal_passes else node.depth.kind(), node.depth.stops
         if isinstance(node, hnet.Settings):
             chunking.append((path, node))
     experts = tuple(_experts(model.body, f"{at}.body", ""))
-    return Facts(model.body.family(), model.body.title(), recursions, depth, recursion, tuple(chunking), experts)
+    family, title = model.body.family(), model.body.title()
+    return Facts(family, title, recursions, depth, stops, recursion, tuple(chunking), experts, tuple(kernels))
 
 
 def _experts(body: Any, at: str, path: str) -> list[Experts]:

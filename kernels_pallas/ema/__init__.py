@@ -14,6 +14,12 @@ from kernels_pallas.ema import gpu, linear, loop, tpu
 from kernels_pallas.grouped_matmul.varying import alike
 
 
+def runs_on(platform: str) -> str:
+    """What computes it on a platform ("cpu", "gpu", "tpu"), and why."""
+    own = {"tpu": "Pallas for TPUs", "gpu": "Pallas through Triton"}
+    return own.get(platform, "a loop in XLA: Pallas kernels are for TPUs and NVIDIA GPUs")
+
+
 def ema(z: jax.Array, p: jax.Array, *, starts: jax.Array | None = None, initial: jax.Array | None = None) -> jax.Array:
     """out_k = p_k z_k + (1 - p_k) out_{k-1} (H-Net paper, equation 5).
 

@@ -13,6 +13,12 @@ from kernels_pallas.grouped_matmul import blocks, gpu, swiglu, tpu
 from kernels_pallas.grouped_matmul.varying import alike
 
 
+def runs_on(platform: str) -> str:
+    """What computes it on a platform ("cpu", "gpu", "tpu"), and why."""
+    own = {"tpu": "Pallas for TPUs", "gpu": "Pallas through Triton"}
+    return own.get(platform, "blocks in XLA: Pallas kernels are for TPUs and NVIDIA GPUs")
+
+
 def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Each row times the matrix of its group.
 

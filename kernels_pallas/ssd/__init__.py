@@ -20,6 +20,14 @@ BLOCK = 256
 PLAIN_BLOCK, ACCELERATOR_BLOCK = 64, 128
 
 
+def runs_on(platform: str) -> str:
+    """What computes it on a platform ("cpu", "gpu", "tpu"), and why."""
+    own = {"tpu": "Pallas for TPUs", "gpu": "Pallas through Triton"}
+    if platform not in own:
+        return "blocks in XLA: Pallas kernels are for TPUs and NVIDIA GPUs"
+    return f"{own[platform]}, its gradients blocks in XLA"
+
+
 def ssd(
     x: jax.Array,
     dt: jax.Array,

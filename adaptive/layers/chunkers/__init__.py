@@ -49,6 +49,14 @@ class Chunker(Member):
     def build(self, width: int, std: float, key: jax.Array) -> "ChunkerModule":
         raise NotImplementedError
 
+    def kernels(self) -> tuple[str, ...]:
+        """Operations that it computes with, each a package of `kernels_pallas` or "routing"."""
+        return ("routing", "ema") if self.learned else ("routing",)
+
+    def rule(self) -> str:
+        """Where a chunk begins, in words that follow "a chunk begins"; "" where that is learned."""
+        return ""
+
     def expected(self) -> float:
         """Positions per chunk that are aimed at, or that the rule gives on ordinary text."""
         raise NotImplementedError

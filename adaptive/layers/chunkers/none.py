@@ -15,6 +15,9 @@ class Settings(Chunker):
     def build(self, width: int, std: float, key: jax.Array) -> ChunkerModule:
         return Everywhere()
 
+    def rule(self) -> str:
+        return "everywhere"
+
     def expected(self) -> float:
         return 1.0
 

@@ -19,6 +19,9 @@ class Settings(Chunker):
     def build(self, width: int, std: float, key: jax.Array) -> ChunkerModule:
         return Space()
 
+    def rule(self) -> str:
+        return "where a blank or a mark follows a letter"
+
     def expected(self) -> float:
         return 6.0  # of English, H-Net paper, section 3.1
 

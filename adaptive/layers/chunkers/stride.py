@@ -17,6 +17,9 @@ class Settings(Chunker):
     def build(self, width: int, std: float, key: jax.Array) -> ChunkerModule:
         return Stride(self.length)
 
+    def rule(self) -> str:
+        return f"at every {self.length} positions"
+
     def expected(self) -> float:
         return float(self.length)
 

@@ -18,6 +18,9 @@ class Settings(Chunker):
     def build(self, width: int, std: float, key: jax.Array) -> ChunkerModule:
         return Given()
 
+    def rule(self) -> str:
+        return "where a word begins, as a splitter says"
+
     def expected(self) -> float:
         return 6.0  # of English with its spaces
 

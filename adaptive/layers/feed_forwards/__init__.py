@@ -23,6 +23,10 @@ class FeedForward(Member):
     def build(self, site: Site, key: jax.Array) -> "FeedForwardModule":
         raise NotImplementedError
 
+    def kernels(self) -> tuple[str, ...]:
+        """Operations that it computes with, each a package of `kernels_pallas` or "routing"."""
+        return ()
+
     def check(self, width: int, at: str) -> None:
         """Raises RecipeError for settings that cannot work in a stream of this width; `at` is their dotted path."""
 

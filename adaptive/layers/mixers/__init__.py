@@ -24,6 +24,10 @@ class Mixer(Member):
     def build(self, site: Site, key: jax.Array) -> "MixerModule":
         raise NotImplementedError
 
+    def kernels(self) -> tuple[str, ...]:
+        """Operations that it computes with, each a package of `kernels_pallas` or "routing"."""
+        return ()
+
     def check(self, width: int, at: str) -> None:
         """Raises RecipeError for settings that cannot work in a stream of this width; `at` is their dotted path."""
 
@@ -46,8 +50,8 @@ class MixerModule(nnx.Module):
     def __call__(self, x: jax.Array, where: Where, call: Call, state: State | None) -> tuple[jax.Array, State, Told]:
         """x [rows, n, width] at `where` -> (its update of the same shape, the state after it, what it did).
 
-        state  of this layer, leaves [rows, ...]: what the same rows left behind; None: nothing. Returned whenever one was
-               given, or with `call.keep`; None otherwise
+        state  of this layer, leaves [rows, ...]: what the same rows left behind; None: nothing. Returned if one was given
+               or with `call.keep`; None otherwise
         """
         raise NotImplementedError
 

@@ -46,6 +46,9 @@ class Settings(Mixer):
         """Channels of each head that rotate."""
         return self.head_dim if self.rotary_dim < 0 else self.rotary_dim
 
+    def kernels(self) -> tuple[str, ...]:
+        return ("attention",)
+
     def check(self, width: int, at: str) -> None:
         if self.heads % self.groups:
             fits = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)

@@ -42,6 +42,9 @@ class Settings(Mixer):
         """Heads of a layer of `width`."""
         return self.expand * width // self.head_dim
 
+    def kernels(self) -> tuple[str, ...]:
+        return ("ssd",)
+
     def check(self, width: int, at: str) -> None:
         inner = self.expand * width
         if inner % self.head_dim:
@@ -50,7 +53,8 @@ class Settings(Mixer):
                 key=lambda w: abs(w - width),
             )
             raise RecipeError(
-                f"{at}.expand * width = {inner} is not a multiple of {at}.head_dim={self.head_dim}; nearest width: {near}"
+                f"{at}.expand * width = {inner} is not a multiple of {at}.head_dim={self.head_dim}; "
+                f"nearest width: {near}"
             )
 
     def parameters(self, width: int) -> int:

@@ -41,6 +41,9 @@ class MoESettings(FeedForward):
         """Of the router: true experts, then those that compute nothing."""
         return self.experts + self.router.zeros()
 
+    def kernels(self) -> tuple[str, ...]:
+        return ("routing",) if self.execution in ("capacity", "dense") else ("routing", "grouped_matmul")
+
     def check(self, width: int, at: str) -> None:
         self.router.check(self, at)
 
@@ -67,6 +70,7 @@ class RouterSettings(Member):
     """Settings of a router. `config` is always the mixture that they are part of, `at` its dotted path."""
 
     door: ClassVar[str] = "adaptive.layers.moe.routers"
+    even: ClassVar[bool] = True  # whether experts are meant to have equal shares of the tokens
     own_norm: ClassVar[bool] = False  # whether its layer normalises its input itself
 
     def check(self, config: MoESettings, at: str) -> None:
@@ -75,6 +79,14 @@ class RouterSettings(Member):
     def zeros(self) -> int:
         """Experts that compute nothing and are not dispatched to."""
         return 0
+
+    def against_starving(self, at: str) -> str:
+        """What to change where experts of a router that is `even` get next to no tokens."""
+        return f"use {at}.router=expert_choice"
+
+    def against_dropping(self, at: str) -> str:
+        """What to change where many pairs of a token and an expert are dropped."""
+        return f"raise the bounds in {at}.router"
 
     def per_token(self) -> float:
         """Choices of a token, on average."""
@@ -145,6 +157,9 @@ class Bounded(PerToken):
         if 0 < self.row_slack < 1:
             raise RecipeError(f"{at}.router.row_slack={self.row_slack:g}: must be at least 1, or 0 for no bound")
 
+    def against_dropping(self, at: str) -> str:
+        return f"raise {at}.router.row_slack (0 drops nothing)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored(PerToken):
@@ -165,6 +180,9 @@ class Balanced(Scored):
     def coefficients(self) -> dict[str, float]:
         return super().coefficients() | {"load_balancing_loss": self.balance_coefficient}
 
+    def against_starving(self, at: str) -> str:
+        return f"raise {at}.router.balance_coefficient or {super().against_starving(at)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Chosen(Balanced):
@@ -184,3 +202,6 @@ class Limited(Chosen):
     def slots(self, config: MoESettings, tokens: Any) -> Any:
         """Slots of an expert for `tokens` tokens, an int or i32[...] of them; zero experts take their share."""
         return slots(tokens, self.experts_per_token, config.choices, self.capacity_factor)
+
+    def against_dropping(self, at: str) -> str:
+        return f"raise {at}.router.capacity_factor (0 drops nothing)"

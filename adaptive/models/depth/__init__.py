@@ -22,9 +22,14 @@ class Depth(Member):
 
     door: ClassVar[str] = __name__
     equal_passes: ClassVar[bool] = False  # whether every position takes every pass, so that no router decides
+    stops: ClassVar[bool] = False  # whether a pass's score (`Trace.scores`) is for stopping there; False: for taking it
 
     def build(self, passes: int, site: Site, keys: Iterator[jax.Array]) -> "DepthModule":
         raise NotImplementedError
+
+    def kernels(self) -> tuple[str, ...]:
+        """Operations that it computes with, each a package of `kernels_pallas` or "routing"."""
+        return () if self.equal_passes else ("routing",)
 
     def check(self, recursive: Any, at: str) -> None:
         """Raises RecipeError for settings that do not fit the body `recursive`; `at` is their dotted path."""

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ from adaptive.settings import ranged
 @dataclasses.dataclass(frozen=True)
 class Settings(Depth):
     """One router gives each token its number of recursions."""
+
+    stops: ClassVar[bool] = True
 
     network: Network = "linear"  # of the router: d -> N_r, d -> 2d -> N_r, d -> 4d -> N_r
     activation: Literal["softmax", "sigmoid"] = "softmax"

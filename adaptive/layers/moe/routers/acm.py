@@ -11,7 +11,7 @@ The released gated forward leaves out the highest learner that was chosen; this 
 import dataclasses
 import itertools
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from adaptive.settings import ranged
 @dataclasses.dataclass(frozen=True)
 class Settings(Scored):
     """The released recipe: the defaults, 4 learners; its budgets are experts_per_token / experts of 0.25 to 0.75."""
+
+    even: ClassVar[bool] = False  # learners are nested
 
     gate_depth: int = ranged(3, least=1)  # linear maps of the gate
     gate_size: int = ranged(16, least=1)  # width between them

@@ -46,6 +46,9 @@ class Settings(Bounded):
                 "least two"
             )
 
+    def against_starving(self, at: str) -> str:
+        return f"lower {at}.router.sparsity_coefficient"
+
     def coefficients(self) -> dict[str, float]:
         return {
             "activation_locality_loss": self.locality_coefficient,

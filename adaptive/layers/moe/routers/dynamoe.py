@@ -58,6 +58,9 @@ class Settings(Balanced):
         taken = [min(limit, max(1.0, reach)) for limit in self.limits(site)]
         return tokens * sum(taken) / len(taken)
 
+    def against_dropping(self, at: str) -> str:
+        return f"raise {at}.router.most"
+
 
 class Router(ExpertRouter):
     """The experts whose logit reaches the threshold, best first, at least one and at most the layer's limit.

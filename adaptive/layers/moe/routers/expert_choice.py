@@ -67,6 +67,16 @@ class Settings(Scored):
         if self.scale_to_shared:
             check_shared(config, at)
 
+    def against_starving(self, at: str) -> str:
+        instead = "" if self.decode == "predictor" else f", or use {at}.router.decode=predictor"
+        return (
+            "the threshold that replaces top-k lags behind the router or does not fit it: train on, lower "
+            f"{at}.router.momentum{instead}"
+        )
+
+    def against_dropping(self, at: str) -> str:
+        return f"raise {at}.router.slack"
+
     def coefficients(self) -> dict[str, float]:
         own = {"popularity_loss": self.load_coefficient, "predictor_loss": self.predictor_coefficient}
         return super().coefficients() | own

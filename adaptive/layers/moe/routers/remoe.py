@@ -23,6 +23,9 @@ class Settings(Bounded):
     normalise: bool = False  # weights are RMS-normalised over experts, with a gain
     norm_eps: float = ranged(1e-5, above=0)
 
+    def against_starving(self, at: str) -> str:
+        return f"lower {at}.router.l1_coefficient or {at}.router.rise"
+
     def coefficients(self) -> dict[str, float]:
         return {"l1_loss": 0.0, "weighted_l1_loss": 1.0}
 

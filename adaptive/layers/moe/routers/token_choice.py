@@ -65,6 +65,9 @@ class Settings(Limited):
         if self.scale_to_shared:
             check_shared(config, at)
 
+    def against_starving(self, at: str) -> str:
+        return f"{'' if self.bias else f'set {at}.router.bias=true, '}{super().against_starving(at)}"
+
     def coefficients(self) -> dict[str, float]:
         return super().coefficients() | {"importance_loss": self.importance_coefficient}
 

@@ -32,6 +32,9 @@ class Settings(Balanced):
     def coefficients(self) -> dict[str, float]:
         return super().coefficients() | {"router_entropy_loss": self.entropy_coefficient}
 
+    def against_dropping(self, at: str) -> str:
+        return f"raise {at}.router.most"
+
 
 class Router(ExpertRouter):
     """Experts by descending probability, up to and including the one at which their sum exceeds p.
