@@ -15,7 +15,7 @@ from adaptive.layers.site import Site
 class Settings(MoESettings):
     """Experts in place of a feed-forward, and the router that assigns tokens to them."""
 
-    router: RouterSettings = dataclasses.field(default_factory=token_choice.Settings)
+    router: RouterSettings = token_choice.Settings()
 
     def build(self, site: Site, key: jax.Array) -> RoutedLayer:
         return routed_layer(self, site, key)

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers.call import Call, Told
+from adaptive.layers.call import Call
 from adaptive.layers.feed_forwards import FeedForwardModule
 from adaptive.layers.moe.settings import Execution, MoESettings
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.routing.dispatch import Dispatch, count
 from adaptive.routing.losses import mean_over
-from adaptive.routing.types import Aux, AuxLosses
+from adaptive.routing.types import Aux, AuxLosses, Told
 
 MOST_COUNTED = 16  # experts per token are counted up to here; the last bin holds all above
 
@@ -59,10 +59,11 @@ class Routing(NamedTuple):
 class RoutedLayer(FeedForwardModule):
     """A feed-forward in which tokens are routed.
 
-    config  its settings; site: where it stands
+    settings  of the whole layer
+    site      where it stands
     """
 
-    config: MoESettings
+    settings: MoESettings
     site: Site
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
@@ -100,7 +101,7 @@ class RoutedLayer(FeedForwardModule):
 
     def coefficients(self) -> dict[str, float]:
         """Coefficient of each loss."""
-        return self.config.router.coefficients()
+        return self.settings.router.coefficients()
 
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Losses f32[] over all layers together, of their `Routing.parts` with a leading axis of calls."""
@@ -122,7 +123,7 @@ class RoutedLayer(FeedForwardModule):
 
     def flops(self, tokens: float, width: int) -> tuple[float, float]:
         """Forward matmul FLOPs (of the router, of the experts) for a sequence of `tokens` tokens."""
-        cost = self.config.cost(tokens, self.site._replace(width=width))
+        cost = self.settings.cost(tokens, self.site._replace(width=width))
         return cost.router, cost.feed_forward
 
 

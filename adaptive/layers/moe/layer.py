@@ -38,7 +38,7 @@ class MoE(RoutedLayer):
 
     def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         router, experts, shared = jax.random.split(key, 3)
-        self.config, self.site = config, site
+        self.settings, self.site = config, site
         self.router: ExpertRouter = _file_of(config.router.kind()).Router(config, site, router)
         self.reads_previous, self.choices = self.router.reads_previous, self.router.choices
         self.experts = Experts(config, site, experts)
@@ -68,7 +68,7 @@ class MoE(RoutedLayer):
         self.router.update(stats)
 
     def describe(self) -> str:
-        c = self.config
+        c = self.settings
         zero = f" and {self.router.zero_experts} that compute nothing" if self.router.zero_experts else ""
         shared = f", and {c.shared_size} shared hidden units" if c.shared_size else ""
         return f"{c.experts} experts of {c.expert_size} hidden units{zero}, {c.router.per_token():g} per token{shared}"

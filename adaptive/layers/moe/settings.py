@@ -29,9 +29,7 @@ class MoESettings(FeedForward):
     router: "RouterSettings"
     experts: int = ranged(8, least=1)  # true experts, those that compute
     expert_size: int = ranged(176, least=1)  # hidden width of each
-    shared_size: int = ranged(
-        0, least=0
-    )  # hidden width of a dense feed-forward that every token takes as well; 0: none
+    shared_size: int = ranged(0, least=0)  # hidden width of a dense feed-forward that every token takes too; 0: none
     gated: bool = True  # act(x gate) * (x up), or act(x up) alone
     activation: Activation = "silu"
     execution: Execution = "auto"  # how experts are computed; equal results

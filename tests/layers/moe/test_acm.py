@@ -6,22 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expert_oracle import model_of
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
-from adaptive.layers.moe.layer import layer_from_weights
-from adaptive.layers.moe.prefixes import (
-    distillation_loss,
-    gate_labels,
-    gate_loss,
-    learners_of,
-    prefix_errors,
-    prefix_outputs,
-)
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
+from adaptive.layers.moe.routers import acm as router
 
 BATCH, SEQ, WIDTH, SIZE, N = 2, 6, 8, 5, 4
 TRAINING = Context(training=True)
@@ -210,83 +202,13 @@ def test_padding_counts_nowhere():
 
 
 def test_the_budget_is_that_of_all_layers_together():
-    config = TransformerConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-        init_std=0.3, moe=MoEConfig(router="acm", experts=4, expert_size=8, execution="dense"),
-    )  # fmt: skip
-    built, tokens = build_model(config, key=jax.random.key(0)), jnp.arange(12).reshape(2, 6)
-    out = built(tokens)
-    k = np.asarray(out.trace.experts["block"].per_token)  # [layers, batch, seq]
+    settings = experts.Settings(router.Settings(), experts=4, expert_size=8, execution="dense")
+    out = model_of(settings)(jnp.arange(12).reshape(2, 6))
+    (told,) = out.trace.told.values()
+    k = np.asarray(told.per_token["experts"])  # [layers, batch, seq]
     want = reference_losses(None, None, np.eye(5)[k], 0.5)
     for name, value in want.items():
         np.testing.assert_allclose(out.aux[name].value, value, atol=1e-5)
-
-
-def test_all_learners_are_the_feed_forward_they_are_slices_of():
-    rng, w, x = np.random.default_rng(0), arrays(), inputs()
-    whole = {
-        "gate": rng.normal(size=(WIDTH, N * SIZE)), "up": rng.normal(size=(WIDTH, N * SIZE)),
-        "down": rng.normal(size=(N * SIZE, WIDTH)),
-    }  # fmt: skip
-    sliced = learners_of({name: jnp.asarray(m, jnp.float32) for name, m in whole.items()}, N)
-    w |= {f"experts.{name}": np.asarray(m) for name, m in sliced.items()} | {"router.base": np.zeros(WIDTH)}
-    g = x @ whole["gate"]
-    want = (g / (1 + np.exp(-g)) * (x @ whole["up"])) @ whole["down"]
-    np.testing.assert_allclose(prefix_outputs(acm(w), jnp.asarray(x))[N], want, rtol=1e-4, atol=1e-4)
-
-
-def test_distillation_compares_every_prefix_with_the_original():
-    w, x, target = arrays(), inputs(), inputs(11)
-    got = prefix_outputs(acm(w), jnp.asarray(x))
-    np.testing.assert_allclose(got, prefixes(w, x), atol=2e-5)
-    errors = ((prefixes(w, x) - target) ** 2).mean(-1)
-    np.testing.assert_allclose(prefix_errors(got, jnp.asarray(target)), errors, rtol=1e-4)
-    np.testing.assert_allclose(distillation_loss(prefix_errors(got, jnp.asarray(target))), errors.mean(), rtol=1e-5)
-
-
-def test_detached_prefixes_train_their_last_learner_alone():
-    w, x, target = arrays(), inputs(), inputs(11)
-
-    def gradient(detach):
-        def loss(down):
-            layer = acm(w)
-            layer.experts.down[...] = down
-            return distillation_loss(prefix_errors(prefix_outputs(layer, jnp.asarray(x), detach=detach), target))
-
-        return np.asarray(jax.grad(loss)(jnp.asarray(w["experts.down"])))
-
-    def want(prefix_of_learner):
-        out = np.zeros((N, SIZE, WIDTH))
-        every = prefixes(w, x)
-        for i in range(N):
-            g = x @ w["experts.gate"][i]
-            hidden = g / (1 + np.exp(-g)) * (x @ w["experts.up"][i])
-            for k in prefix_of_learner(i):
-                slope = 2 * (every[k] - target) / (WIDTH * (N + 1) * BATCH * SEQ)
-                out[i] += np.einsum("bsf,bsd->fd", hidden, slope)
-        return out
-
-    np.testing.assert_allclose(gradient(True), want(lambda i: [i + 1]), atol=1e-5)
-    np.testing.assert_allclose(gradient(False), want(lambda i: range(i + 1, N + 1)), atol=1e-5)
-
-
-def test_a_label_is_the_first_learner_count_that_one_more_hardly_helps():
-    errors = np.array([
-        [8.0, 4.0, 2.0, 1.0, 0.5],  # each halves the error: all
-        [8.0, 4.0, 3.5, 1.0, 0.5],  # 4 / 3.5 < 1.2: one
-        [1.0, 0.99, 0.5, 0.4, 0.3],  # none
-        [4.0, 2.0, 0.0, 0.0, 0.0],  # perfect with two
-    ]).T[:, None]  # fmt: skip
-    np.testing.assert_array_equal(gate_labels(jnp.asarray(errors)), [[4, 1, 0, 2]])
-
-
-def test_gate_loss_is_the_cross_entropy_of_the_labels():
-    w, x = arrays(), inputs()
-    labels = np.random.default_rng(0).integers(0, N + 1, (BATCH, SEQ))
-    logits = acm(w).router.logits(jnp.asarray(x))
-    np.testing.assert_allclose(logits, gate(w, x), atol=1e-5)
-    want = -np.log(np.take_along_axis(softmax(gate(w, x)), labels[..., None], -1)).mean()
-    np.testing.assert_allclose(gate_loss(logits, jnp.asarray(labels)), want, rtol=1e-5)
 
 
 def test_flops_count_what_training_computes():
@@ -298,5 +220,5 @@ def test_flops_count_what_training_computes():
 
 @pytest.mark.parametrize("settings", [{"options": {"least": 4}}, {"capacity_factor": 1.0}])
 def test_what_does_not_fit_is_refused(settings):
-    with pytest.raises(RecipeError, match=r"model\.moe"):
+    with pytest.raises(RecipeError, match="settings"):
         acm(arrays(), **settings)

@@ -243,9 +243,9 @@ def test_remoes_coefficient_seeks_the_target():
 
 
 @pytest.mark.parametrize(("options", "settings", "message"), [
-    ({}, {"capacity_factor": 1.0}, "no capacity per expert"),
+    ({}, {"capacity_factor": 1.0}, "blockffn has no setting 'capacity_factor'"),
     ({"row_slack": 0.5}, {}, "at least 1"),
-    ({"hold_steps": 150}, {}, "multiple of window=100"),
+    ({"hold_steps": 150}, {}, "multiple of settings.router.window=100"),
     ({"chunk": 0}, {}, "at least 1"),
 ])  # fmt: skip
 def test_bad_settings_say_what_would_be_right(options, settings, message):
@@ -254,7 +254,7 @@ def test_bad_settings_say_what_would_be_right(options, settings, message):
 
 
 def test_gated_experts_are_refused():
-    with pytest.raises(RecipeError, match=r"set model\.moe\.gated=false"):
+    with pytest.raises(RecipeError, match=r"set settings\.gated=false"):
         build("blockffn", weights_of(E, E))
-    with pytest.raises(RecipeError, match="rise must be above 1"):
+    with pytest.raises(RecipeError, match=r"router\.rise=1\.0: must be above 1"):
         build("remoe", weights_of(E, E), {"rise": 1.0})

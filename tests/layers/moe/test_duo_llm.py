@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expert_oracle import model_of
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
-from adaptive.layers.moe.layer import layer_from_weights
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
+from adaptive.layers.moe.routers.duo_llm import Settings
 
 BATCH, SEQ, WIDTH, HIDDEN, NARROW = 2, 6, 8, 16, 3
 
@@ -216,28 +216,25 @@ def test_flops_count_what_training_computes():
 
 @pytest.mark.parametrize("settings", [{"experts": 3}, {"shared_size": 4}, {"options": {"budget": 2}}])
 def test_what_does_not_fit_is_refused(settings):
-    with pytest.raises(RecipeError, match=r"model\.moe"):
+    with pytest.raises(RecipeError, match="settings"):
         layer_from_weights("duo_llm", arrays(), **settings)
 
 
-def model(layers: int = 2, **moe):
-    config = TransformerConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=layers, num_heads=2, num_kv_heads=1, head_dim=8,
-        init_std=0.3, moe=MoEConfig(router="duo_llm", experts=2, expert_size=32, **moe)
-    )  # fmt: skip
-    return build_model(config, key=jax.random.key(0))
+def model(**own):
+    return model_of(experts.Settings(Settings(**own), experts=2, expert_size=32))
 
 
 def test_the_budget_is_that_of_all_layers_together():
     built, tokens = model(), jnp.arange(12).reshape(2, 6)
     out = built(tokens)
-    share = out.trace.experts["block"].parts["big"] / 6  # [layers, batch]
+    (told,) = out.trace.told.values()
+    share = told.parts["big"] / 6  # [layers, batch]
     assert not np.allclose(share[0], share[1])
     np.testing.assert_allclose(out.aux["budget_loss"].value, np.mean((np.mean(share, 0) - 0.5) ** 2), atol=1e-7)
 
 
 def test_generation_with_a_cache_is_the_threshold_forward_pass():
-    built, tokens = model(options=("skip=true",)), jnp.arange(12).reshape(2, 6)
+    built, tokens = model(skip=True), jnp.arange(12).reshape(2, 6)
     whole = built(tokens, selection="threshold").logits
     out, cache = built.prefill(tokens[:, :4], built.init_cache(2, 6))
     np.testing.assert_allclose(out.logits, whole[:, :4], atol=1e-5)
@@ -247,4 +244,5 @@ def test_generation_with_a_cache_is_the_threshold_forward_pass():
 
 
 def test_the_small_one_is_a_sixteenth_unless_said():
-    assert model().experts().small_size == 2
+    (layer,) = model().routed().values()
+    assert layer.small_size == 2

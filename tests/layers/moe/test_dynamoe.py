@@ -19,8 +19,8 @@ from expert_oracle import (
 )
 
 from adaptive.errors import RecipeError
-from adaptive.layers.moe.routers.dynamoe import Router, limits
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.routers.dynamoe import Router, Settings, limits
+from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.site import Site
 
 E = 6
@@ -63,7 +63,7 @@ def test_a_quantile_of_a_tokens_own_logits_gives_a_fixed_number_of_experts(quant
     layer = build("dynamoe", weights_of(E, E), options)
     count = E - math.ceil(round(quantile * (E - 1), 9))
     assert (np.asarray(run(layer, inputs())[1].dispatch.per_token()) == count).all()
-    assert layer.router.pairs(10) == 10 * count
+    assert layer.flops(10, 6)[1] == 10 * count * 6 * 6 * 5
 
 
 def test_the_running_threshold_follows_the_quantile_of_the_batch():
@@ -101,9 +101,10 @@ def test_schedules(schedule, expected):
     ((), 0, (4,), 1),
 ])  # fmt: skip
 def test_each_stacked_layer_has_its_own_limit(stack, uses, layers, expected):
-    config = MoEConfig(router="dynamoe", options=("schedule=descending", "most=5"))
+    config = MoESettings(Settings(schedule="descending", most=5))
     router = Router(config, Site(4, 0.02, stack, uses, layers, 5), jax.random.key(0))
     np.testing.assert_array_equal(router.limit[...], expected)
+    assert len(router.limit.get_metadata()["axes"]) == router.limit.ndim
 
 
 def top_p_reference(weights, x, *, p, most):
@@ -151,13 +152,13 @@ def test_every_execution_agrees_and_generation_is_causal(router, options):
 
 
 @pytest.mark.parametrize(("router", "options", "settings", "message"), [
-    ("dynamoe", {"most": 9}, {}, "must stay within 1 and model.moe.experts=6"),
-    ("dynamoe", {"least": 0}, {}, "must stay within 1"),
+    ("dynamoe", {"most": 9}, {}, "must stay within 1 and settings.experts=6"),
+    ("dynamoe", {"least": 0}, {}, "router.least=0: must be at least 1"),
     ("dynamoe", {"least": 3, "most": 2}, {}, "least not exceed most"),
     ("dynamoe", {"quantile": 1.0}, {}, "below 1"),
-    ("dynamoe", {}, {"capacity_factor": 1.0}, "no capacity per expert"),
+    ("dynamoe", {}, {"capacity_factor": 1.0}, "has no setting 'capacity_factor'"),
     ("top_p", {"p": 0.0}, {}, "above 0"),
-    ("top_p", {"most": 7}, {}, "1 to model.moe.experts=6"),
+    ("top_p", {"most": 7}, {}, "1 to settings.experts=6"),
 ])  # fmt: skip
 def test_bad_settings_say_what_would_be_right(router, options, settings, message):
     with pytest.raises(RecipeError, match=message):

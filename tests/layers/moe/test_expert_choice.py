@@ -136,24 +136,6 @@ def test_flaxformers_rounding_and_minimum():
     assert [layer_of(experts_per_token=1).router.capacity(n) for n in (1, 3, 7, 8)] == [1, 1, 1, 2]
 
 
-def test_each_sequence_by_its_own_number():
-    """EC-DLM's dynamic k: a sample's experts take max(S k_b // E, 1)."""
-    weights = weights_of(8, 8, width=D, hidden=F, seed=5)
-    x = inputs(2, 32, D)
-    logits = oracle.linear_logits(x, weights["router.weight"])
-    layer = layer_of({"score": "selected", "most_per_token": 3, "decode": "refuse"}, weights)
-    call = quick.jit(lambda limit: layer.router(jnp.asarray(x, jnp.float32), Context(limit=limit)))
-    for numbers, taken in (([1, 3], [4, 12]), ([2, 2], [8, 8])):
-        routing = call(jnp.array(numbers))
-        assert routing.dispatch.index.shape == (2, 8, 12)
-        chooses(routing, oracle.expert_choice(logits, lambda n, b, k=numbers: oracle.rows_ecdlm(n, k[b], 8)), 8)
-        np.testing.assert_array_equal(routing.dispatch.mask().sum(1), np.repeat(taken, 8).reshape(2, 8))
-    # Without a schedule nothing is wider than the static number.
-    assert decide(layer, x).dispatch.index.shape == (2, 8, 8)
-    with pytest.raises(RecipeError, match="set group=sequence"):
-        decide(layer_of({"group": "batch"}), limit=jnp.array([1, 1]))
-
-
 def test_scaled_weights():
     y, routing = run(layer_of({"route_scale": 3.0}), X)
     agrees(y, routing, oracle.expert_choice(LOGITS, zhou, weights="probability", scale=3.0))
@@ -474,15 +456,14 @@ def test_cost_follows_experts_per_token_and_not_experts():
 @pytest.mark.parametrize(
     ("options", "settings", "says"),
     [
-        ({"scores": "softmax"}, {}, "no setting 'scores'; it has score=softmax"),
+        ({"scores": "softmax"}, {}, "no setting 'scores'; it has .*score=softmax"),
         ({"group": "chunks"}, {}, "group"),
         ({"group": "chunk", "chunk": 0}, {}, "chunk=0: must be at least 1"),
         ({"minimum": 0}, {}, "minimum=0: must be at least 1"),
-        ({"momentum": 1.0}, {}, "momentum must be below 1"),
-        ({"most_per_token": 1.0}, {}, "from model.moe.experts_per_token=2 to model.moe.experts=4"),
-        ({"select": "threshold", "group": "batch"}, {}, "leave it out"),
+        ({"momentum": 1.0}, {}, "router.momentum=1.0: must be at least 0 and below 1"),
+        ({"select": "threshold", "group": "batch"}, {}, "set group=sequence"),
         ({"scale_to_shared": True}, {}, "shared_size"),
-        ({}, {"experts_per_token": 5}, "at most model.moe.experts=4"),
+        ({}, {"experts_per_token": 5}, "router.experts_per_token=5: .* at most settings.experts=4"),
         ({}, {"experts_per_token": 0}, "above 0"),
     ],
 )

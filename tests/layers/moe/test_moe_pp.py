@@ -16,6 +16,7 @@ from expert_oracle import (
     compare,
     executions_agree,
     inputs,
+    model_of,
     output,
     router_gradients,
     run,
@@ -25,10 +26,9 @@ from expert_oracle import (
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.base import Context
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
+from adaptive.layers.moe.routers.moe_pp import Settings
 
 N, CONST, COPY, ZERO = 4, 2, 1, 1
 ALL = N + CONST + COPY + ZERO
@@ -154,12 +154,8 @@ def test_capacities_differ_by_kind_and_hold_in_training_alone(of, group):
 
 
 def test_a_model_carries_the_residual_from_layer_to_layer():
-    config = TransformerConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8,
-        moe=MoEConfig(router="moe_pp", experts=4, execution="dense", options=("gate=linear",)), init_std=0.3,
-    )  # fmt: skip
-    tokens = jnp.arange(24).reshape(2, 12) % 32
-    model = build_model(config, key=jax.random.key(0))
+    settings = experts.Settings(Settings(gate="linear"), experts=4, expert_size=16, execution="dense")
+    model, tokens = model_of(settings, layers=3), jnp.arange(24).reshape(2, 12) % 32
     graphdef, state = nnx.split(model)
 
     def loss(state):
@@ -167,7 +163,8 @@ def test_a_model_carries_the_residual_from_layer_to_layer():
         return out.aux.total() + out.logits.std()
 
     grads = quick.jit(jax.grad(loss))(state)
-    by_layer = np.abs(np.asarray(grads["block"]["feed_forward"]["router"]["residual"][...])).max((1, 2))
+    residual = grads["body"]["stack"]["blocks"][0]["feed_forward"]["router"]["residual"]
+    by_layer = np.abs(np.asarray(residual[...])).max((1, 2))
     assert by_layer[0] == 0  # nothing below the first layer
     assert (by_layer[1:] > 0).all()
 
@@ -180,7 +177,7 @@ def test_every_execution_agrees_and_generation_is_causal():
 
 
 def test_bad_settings_say_what_would_be_right():
-    with pytest.raises(RecipeError, match="above 0"):
+    with pytest.raises(RecipeError, match=r"router\.tau=0\.0: must be above 0"):
         build("moe_pp", arrays(), {"tau": 0.0})
     with pytest.raises(RecipeError, match="at least 0"):
         build("moe_pp", arrays(), {"zero": -1})

@@ -1,6 +1,8 @@
 """The family as a whole: a router is one file, and every router keeps the promises of the interface."""
 
+import dataclasses
 import functools
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -13,16 +15,23 @@ import quick
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.layers.call import Call
+from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe import routers
 from adaptive.layers.moe.base import Context
-from adaptive.layers.moe.layer import routed_layer
-from adaptive.layers.moe_config import MoEConfig
+from adaptive.layers.moe.settings import MoESettings, RouterSettings
 from adaptive.layers.site import Site
+from adaptive.layers.where import Where
 from adaptive.recipe import list_recipes, load
+from adaptive.settings import leaf_values
 
 CONTRIBUTING = Path(__file__).resolve().parents[3] / "CONTRIBUTING.md"
-WIDTH, SEQ, HIDDEN = 16, 32, 352
-CONFIGS = {load(name).model.moe.router: load(name).model.moe for name in list_recipes() if name.startswith("moe_")}
+WIDTH, SEQ, SIZE = 16, 32, 12
+NEEDED = {  # of those whose defaults do not fit these experts
+    "blockffn": ({}, {"gated": False}),
+    "duo_llm": ({}, {"experts": 2}),
+    "versatile": ({"hidden": 8 * SIZE}, {}),
+}
 
 
 @pytest.fixture
@@ -31,16 +40,26 @@ def example(tmp_path, monkeypatch):
     code = re.search(r"```python\n(\"\"\"Top-1 by.*?)```", CONTRIBUTING.read_text(), re.DOTALL)[1]
     (tmp_path / "example.py").write_text(code)
     monkeypatch.setattr(routers, "__path__", [*routers.__path__, str(tmp_path)])
-    yield MoEConfig("example", experts=4, expert_size=12, experts_per_token=1, options=("temperature=2",))
-    sys.modules.pop("adaptive.layers.moe.routers.example", None)
+    yield importlib.import_module(f"{routers.__name__}.example")
+    sys.modules.pop(f"{routers.__name__}.example", None)
 
 
-def layer(config: MoEConfig):
-    return routed_layer(config, HIDDEN, Site(WIDTH, 0.5, depth=4), jax.random.key(0))
+def settings_of(name: str, router=None, **layer) -> MoESettings:
+    """A small layer's settings with a router's defaults, and what they need."""
+    own, needed = NEEDED.get(name, ({}, {}))
+    chosen = RouterSettings.member(name)(**own | (router or {}))
+    settings = experts.Settings(chosen, **{"expert_size": SIZE} | needed | layer)
+    settings.check(WIDTH, "layer")
+    return settings
+
+
+def layer(settings: MoESettings):
+    return settings.build(Site(WIDTH, 0.5, depth=4), jax.random.key(0))
 
 
 def test_the_router_of_the_guide_is_one_file(example):
-    moe = layer(example)
+    settings = experts.Settings(example.Settings(temperature=2), experts=4, expert_size=SIZE)
+    moe = layer(settings)
     x = jax.random.normal(jax.random.key(1), (2, SEQ, WIDTH))
     y, aux, dispatch = moe(x)
     combine = np.asarray(dispatch.combine_matrix()).reshape(2, SEQ, 4)
@@ -48,24 +67,26 @@ def test_the_router_of_the_guide_is_one_file(example):
     best = logits.argmax(-1)
     np.testing.assert_array_equal(combine.argmax(-1), best)
     np.testing.assert_allclose(combine.max(-1), 1 / (1 + np.exp(-logits.max(-1))), rtol=1e-5)
-    assert aux["load_balancing_loss"].coefficient == example.balance_coefficient
-    dense, _, _ = layer(MoEConfig("example", 4, 12, 1, execution="dense", options=("temperature=2",)))(x)
+    assert aux["load_balancing_loss"].coefficient == 0.01
+    dense, _, _ = layer(dataclasses.replace(settings, execution="dense"))(x)
     np.testing.assert_allclose(y, dense, atol=1e-5)
+    assert moe.flops(SEQ, WIDTH) == (2 * SEQ * WIDTH * 4, 6 * SEQ * WIDTH * SIZE)
 
 
 def test_every_router_has_a_recipe():
-    assert set(CONFIGS) == set(routers.names())
+    leaves = [leaf for name in list_recipes() for leaf in leaf_values(load(name)).items()]
+    assert {value for path, value in leaves if path.endswith(".feed_forward.router")} == set(RouterSettings.kinds())
 
 
 def test_an_unknown_router_names_the_nearest():
     with pytest.raises(RecipeError, match="nearest: expert_choice"):
-        layer(MoEConfig("expert_choise"))
+        RouterSettings.member("expert_choise")
 
 
 @functools.cache
 def generation(name: str):
     """x -> (y, statistics) of one layer of a router, choosing as in generation; compiled once for [2, SEQ, WIDTH]."""
-    moe = layer(CONFIGS[name])
+    moe = layer(settings_of(name))
     assert not moe.refuse_generation()
     graphdef, state = nnx.split(moe)
 
@@ -82,7 +103,7 @@ def x():
     return jax.random.normal(jax.random.key(1), (2, SEQ, WIDTH))
 
 
-every_router = pytest.mark.parametrize("name", routers.names())
+every_router = pytest.mark.parametrize("name", RouterSettings.kinds())
 
 
 @every_router
@@ -108,3 +129,78 @@ def test_statistics_are_sums_over_tokens(name, x):
         np.testing.assert_allclose(2 * whole[stat], one[stat] + two[stat], rtol=1e-4, atol=1e-3, err_msg=stat)
     assert whole["tokens"] == 2 * SEQ
     assert whole["experts_per_token"].sum() == 2 * SEQ
+
+
+VARIANTS = [
+    *((name, {}, {}) for name in RouterSettings.kinds()),
+    ("token_choice", {"score": "cosine", "cosine_size": 5}, {"shared_size": 7}),
+    ("expert_choice", {"decode": "predictor"}, {"gated": False}),
+    ("moe_pp", {"gate": "linear", "residual": False, "constant": 0}, {}),
+    ("remoe", {"normalise": True}, {}),
+    ("acm", {"gate_depth": 1}, {}),
+    ("duo_llm", {"skip": True, "small_size": 5}, {"gated": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "router", "shape"), VARIANTS)
+def test_parameters_are_counted_without_a_layer(name, router, shape):
+    settings = settings_of(name, router, **shape)
+    state = nnx.eval_shape(lambda: nnx.state(layer(settings), nnx.Param))
+    assert settings.parameters(WIDTH) == sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+@every_router
+def test_a_value_that_is_told_is_one_of_the_layers(name, x):
+    """What a block calls is the layer with everything it may know, and its losses are those of a call of its own."""
+    moe = layer(settings_of(name))
+    segments = jnp.where(jnp.arange(SEQ) < 20, 1, 0) + jnp.zeros((2, 1), jnp.int32)
+    where, call = Where.whole((2, SEQ), segments=segments), Call(training=True, key=jax.random.key(3))
+    context = Context(present=segments > 0, segments=segments, training=True, key=jax.random.key(3))
+    graphdef, state = nnx.split(moe)
+
+    @quick.jit
+    def both(state, x):
+        own = nnx.merge(graphdef, state)
+        update, told, logits = own.apply(x, where, call)
+        routed, aux, dispatch = own(x, context)
+        return (update, told.per_token["experts"], own.losses([told])), (routed, dispatch.per_token(), aux), logits
+
+    told, ours, logits = both(state, x)
+    for a, b in zip(told[:2], ours[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert {n: c for n, (_, c) in told[2].items()} == {n: a.coefficient for n, a in ours[2].items()}
+    for n, (value, _) in told[2].items():
+        np.testing.assert_allclose(value, ours[2][n].value, rtol=1e-6)
+    assert logits.shape == (2, SEQ, moe.choices)
+
+
+@pytest.mark.parametrize(("name", "router"), [("token_choice", {"balance": "hf"}), ("acm", {}), ("moe_pp", {})])
+def test_losses_of_several_calls(name, router, x):
+    """Means over all calls, and joint losses of all of them, whatever the axes the calls come with."""
+    moe = layer(settings_of(name, router))
+    where, call = Where.whole((2, SEQ)), Call()
+    graphdef, state = nnx.split(moe)
+    run = quick.jit(lambda state, x: nnx.merge(graphdef, state).apply(x, where, call)[1])
+    told = [run(state, x * f) for f in (1, -2, 0.5)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *told[:2])
+    got = moe.losses([stacked, told[2]])
+    parts = jax.tree.map(lambda *a: jnp.stack(a), *(one.parts for one in told))
+    expected = {n: np.mean([one.losses[n] for one in told]) for n in told[0].losses} | moe.joint_losses(parts)
+    assert set(got) == set(expected)
+    for n, value in expected.items():
+        np.testing.assert_allclose(got[n][0], value, rtol=1e-6)
+    assert moe.losses([]) == {}
+
+
+@pytest.mark.parametrize(("name", "router", "shape"), [*VARIANTS, ("token_choice", {"bias": True}, {})])
+def test_every_array_says_what_it_is(name, router, shape):
+    """Logical axes of every dimension, leading ones named, and of parameters what weight decay asks."""
+    settings, site = settings_of(name, router, **shape), Site(WIDTH, 0.5, (2, 3), 0, (0, 1, 2), 6)
+    state = nnx.eval_shape(lambda: nnx.state(settings.build(site, jax.random.key(0))))
+    for path, leaf in nnx.to_flat_state(state):
+        said = leaf.get_metadata()
+        assert said["axes"][:2] == ("uses", "layers"), path
+        assert len(said["axes"]) == len(leaf.shape), path
+        if isinstance(leaf, nnx.Param):
+            vector = leaf.shape[2:] == () or path[-1] in ("gain", "bias", "base") or path[-2:] == ("norm", "weight")
+            assert (said["role"] != "matrix") == vector, path

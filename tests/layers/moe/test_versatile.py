@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expert_oracle import model_of
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
-from adaptive.layers.moe.layer import layer_from_weights
-from adaptive.layers.moe.routers.versatile import hidden_units
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
+from adaptive.layers.moe.routers.versatile import Settings, hidden_units
 
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, LOOPS = 2, 6, 8, 24, 8, 4
 TRAINING = Context(training=True)
@@ -204,17 +203,14 @@ def test_flops_count_what_training_computes():
 
 @pytest.mark.parametrize("settings", [{"expert_size": 5}, {"experts_per_token": 1.5}, {"activation": "gelu"}])
 def test_what_does_not_fit_is_refused(settings):
-    with pytest.raises(RecipeError, match=r"model\.moe"):
+    with pytest.raises(RecipeError, match="settings"):
         layer_from_weights("versatile", arrays(), **settings)
 
 
 def test_generation_with_a_cache_is_the_forward_pass_of_the_model():
-    config = TransformerConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-        init_std=0.3, moe=MoEConfig(router="versatile", expert_size=4),
-    )  # fmt: skip
-    built, tokens = build_model(config, key=jax.random.key(0)), jnp.arange(12).reshape(2, 6)
-    assert built.block.feed_forward_norm is None
+    built = model_of(experts.Settings(Settings(hidden=32), expert_size=4))
+    tokens = jnp.arange(12).reshape(2, 6)
+    assert built.body.stack.blocks[0].feed_forward_norm is None
     whole = built(tokens).logits
     out, cache = built.prefill(tokens[:, :4], built.init_cache(2, 6))
     np.testing.assert_allclose(out.logits, whole[:, :4], atol=1e-5)

@@ -13,7 +13,7 @@ computes the rows gathered for it. "topk" mixes as in training and computes both
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ BIG, SMALL, SKIP = range(3)
 class Settings(RouterSettings):
     """The paper: a big feed-forward of 10240, a small one of 640. It prints neither alpha nor tau: ours. The big one's
     width is expert_size."""
+
+    even: ClassVar[bool] = False  # the two are of different sizes
 
     phase: Literal["random", "router"] = "router"
     small_size: int = ranged(0, least=0)  # hidden width of the small feed-forward; 0: a sixteenth of the big one's
@@ -101,7 +103,7 @@ class Layer(RoutedLayer):
 
     def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         router, big, small = jax.random.split(key, 3)
-        self.config, self.site = config, site
+        self.settings, self.site = config, site
         assert isinstance(config.router, Settings)
         self.options = o = config.router
         self.choices = config.choices
@@ -141,7 +143,7 @@ class Layer(RoutedLayer):
             valid = present & (taken < SKIP)
             ones = jnp.ones((*taken.shape, 1))
             dispatch = by_token(taken[..., None], ones, valid[..., None], 2, zero_weights=zero)
-        y, lost = self._computed(x, dispatch, "dense" if choice is None else _each_its_own(self.config.execution))
+        y, lost = self._computed(x, dispatch, "dense" if choice is None else _each_its_own(self.settings.execution))
         stats = statistics(dispatch, logits, claimed, context.present)
         stats |= {"lost": lost, "overflow": overflow, "big": jax.lax.stop_gradient(share[..., BIG]).sum()}
         parts = {"big": share[..., BIG].sum(1), "tokens": present.sum(1).astype(jnp.float32)}

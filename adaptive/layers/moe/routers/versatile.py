@@ -88,7 +88,7 @@ class Layer(RoutedLayer):
 
     def __init__(self, config: MoESettings, site: Site, key: jax.Array):
         feed_forward, router, loops = jax.random.split(key, 3)
-        self.config, self.site = config, site
+        self.settings, self.site = config, site
         assert isinstance(config.router, Settings)
         self.options = o = config.router
         self.choices = config.choices
@@ -107,7 +107,7 @@ class Layer(RoutedLayer):
         return width, {"experts": experts, "expert_size": hidden // experts, "hidden": hidden, "loops": loops}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
-        c, o = self.config, self.options
+        c, o = self.settings, self.options
         present = where_present(context.present, x.shape[:2])
         key = context.key if context.training else None
         taken = straight_through(self.loops(x), self.tau[...], key)  # [batch, seq, loops]
@@ -143,7 +143,7 @@ class Layer(RoutedLayer):
         self.tau[...] = jnp.maximum(self.tau[...] * self.options.tau_decay, self.options.tau_last)
 
     def describe(self) -> str:
-        c = self.config
+        c = self.settings
         return (
             f"a feed-forward of {self.hidden} hidden units, {self.k} of its {c.experts} slices of {self.size} or up to "
             f"{self.options.loops} times the whole"
@@ -163,7 +163,7 @@ class Layer(RoutedLayer):
         """The same where each token computes its own number of loops alone."""
         one = _Matrices({name: w[None] for name, w in self._weights(x.dtype).items()})
         count = jnp.where(present, jnp.argmax(taken, axis=-1) + 1, 0)
-        execution: Execution = "dense" if self.config.execution == "dense" else "ragged"
+        execution: Execution = "dense" if self.settings.execution == "dense" else "ragged"
         h = x
         for loop in range(self.options.loops):
             index = jnp.zeros((*count.shape, 1), jnp.int32)
@@ -177,7 +177,7 @@ class Layer(RoutedLayer):
 
     def _slices(self, dtype: jax.typing.DTypeLike) -> Weights:
         """The virtual experts: gate, up [experts, width, size], down [experts, size, width]."""
-        whole, n, size = self._weights(dtype), self.config.experts, self.size
+        whole, n, size = self._weights(dtype), self.settings.experts, self.size
         if self.options.slices == "equal":
             inward = lambda w: w.reshape(-1, n, size).swapaxes(0, 1)  # noqa: E731
             outward = whole["down"].reshape(n, size, -1)
