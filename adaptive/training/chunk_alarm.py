@@ -1,11 +1,10 @@
-"""Says when the chunking of an H-Net fails: everything or nothing is kept, slots run out, held-out text is cut
-otherwise than training text."""
+"""Says when chunking fails: everything or nothing is kept, slots run out, held-out text is cut otherwise than training
+text."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adaptive.models.hnet_config import HNetConfig
+from adaptive.training.metrics import finite
 
 EVALUATIONS = 3  # in a row, since routers sway while they learn where to cut
 INTERVALS = 5  # of logging, in a row
@@ -16,14 +15,13 @@ APART = 1.5  # times as many positions per chunk
 
 
 class ChunkAlarm:
-    """Reads the rows of a run in order; `hnet` is model.hnet, of any model.
+    """Reads the rows of a run in order; `chunking` is (dotted path, settings) of every chunking stage.
 
     What was said comes again only after its quantity was well away from the limit in between.
     """
 
-    def __init__(self, hnet: HNetConfig):
-        self._hnet = hnet
-        self._stages = hnet.stages
+    def __init__(self, chunking: Sequence[tuple[str, Any]]):
+        self._chunking = tuple(chunking)
         self._latest: dict[int, float] = {}  # positions per chunk of each stage in the newest training row
         self._counts: dict[str, int] = {}
         self._standing: dict[str, str] = {}
@@ -54,57 +52,61 @@ class ChunkAlarm:
         # Without capacities where there is such an evaluation: what was wanted, whatever found a slot.
         places = ("eval/threshold/routing/", "eval/routing/")
         place = next((p for p in places if f"{p}kept_0" in row), "routing/")
-        for stage in range(self._stages):
-            kept, lost = _number(row, f"{place}kept_{stage}"), _number(row, f"{place}overflow_{stage}") or 0.0
+        for stage in range(len(self._chunking)):
+            kept, lost = finite(row, f"{place}kept_{stage}"), finite(row, f"{place}overflow_{stage}") or 0.0
             if kept is None:
                 continue
             wanted = min(1.0, kept / max(1 - lost, 1e-6))
             length = 1 / max(wanted, 1e-6)
             if place == "routing/":
                 self._latest[stage] = length
-                if row.get("step", 0) > max(self._hnet.capacity_steps, default=0):
+                if row.get("step", 0) > max(self._chunking[stage][1].capacity_steps, default=0):
                     yield self._overflow(stage, lost)
             else:
-                if self._hnet.learned(stage):
+                if self._chunking[stage][1].chunker.learned:
                     yield from self._collapse(stage, wanted, length)
                 if stage in self._latest:
                     yield self._apart(stage, length, self._latest[stage])
 
     def _collapse(self, stage: int, kept: float, length: float) -> Iterator["_Finding"]:
-        target = self._hnet.target(stage)
+        at, settings = self._chunking[stage]
+        target = settings.chunker.expected()
         told = (
-            f"stage {stage} of the H-Net begins a chunk at {kept:.1%} of its positions (target {1 / target:.0%}) in "
+            f"chunking stage {stage} begins a chunk at {kept:.1%} of its positions (target {1 / target:.0%}) in "
             f"{EVALUATIONS} evaluations in a row"
         )
-        slower = f"lower the stage's learning rate (number {stage} of optimizer.stage_rates) or"
-        relief = f"raise model.hnet.ratio_coefficient (now {self._hnet.ratio_coefficient:g}), {slower} all rates"
+        coefficient = getattr(settings.chunker, "ratio_coefficient", None)
+        harder = f"raise {at}.chunker.ratio_coefficient (now {coefficient:g}), " if coefficient is not None else ""
+        relief = f"{harder}lower the stage's learning rate ({at}.rate) or optimizer.learning_rate"
         everything = f"{told}: nothing is compressed. To change: {relief}"
         limit = max(EVERYTHING, (1 + 1 / target) / 2)
         yield _Finding(f"everything {stage}", kept > limit, kept > 0.8 * limit, EVALUATIONS, everything)
         nothing = (
             f"{told}, {length:.0f} positions per chunk: the network inside sees next to nothing. To change: {relief}, "
-            f"or lower model.hnet.ratio_targets (now {target:g})"
+            f"or lower {at}.chunker.target (now {target:g})"
         )
         few = max(1 / (TOO_LONG * target), NOTHING if target < 0.5 / NOTHING else 0.0)
         yield _Finding(f"nothing {stage}", kept < few, kept < 2 * few, EVALUATIONS, nothing)
 
     def _overflow(self, stage: int, lost: float) -> "_Finding":
-        now = self._hnet.at_phase(len(self._hnet.capacity_steps)).capacities
-        size = f" (now {now[stage]:g} at stage {stage})" if now else ""
+        at, settings = self._chunking[stage]
+        now = f" (now {settings.capacities[-1]:g})" if settings.capacities else ""
         message = (
-            f"{lost:.0%} of the chunks that stage {stage} of the H-Net wanted found no slot, above {LOST:.0%} in "
-            f"{INTERVALS} logging intervals in a row, and joined the chunk before; raise model.hnet.capacities{size}, "
-            "or start with larger ones and shrink them later (model.hnet.capacity_steps)"
+            f"{lost:.0%} of the chunks that chunking stage {stage} wanted found no slot, above {LOST:.0%} in "
+            f"{INTERVALS} logging intervals in a row, and joined the chunk before; raise {at}.capacities{now}, or "
+            f"start with larger ones and shrink them later ({at}.capacity_steps)"
         )
         return _Finding(f"overflow {stage}", lost > LOST, lost > LOST / 2, INTERVALS, message)
 
     def _apart(self, stage: int, held_out: float, training: float) -> "_Finding":
+        at, settings = self._chunking[stage]
         ratio = max(held_out, training) / min(held_out, training)
-        noise = ", or lower model.hnet.flip_temperature" if self._hnet.chunker(stage) == "similarity" else ""
+        noisy = hasattr(settings.chunker, "flip_temperature")
+        noise = f", or lower {at}.chunker.flip_temperature" if noisy else ""
         message = (
-            f"stage {stage} of the H-Net puts {held_out:.2f} positions in a chunk on held-out text and {training:.2f} "
-            f"in training, in {EVALUATIONS} evaluations in a row: what is held out is of another kind, or the model "
-            f"has learnt its training text by heart; look at data.paths and how many passes train.steps makes{noise}"
+            f"chunking stage {stage} puts {held_out:.2f} positions in a chunk on held-out text and {training:.2f} in "
+            f"training, in {EVALUATIONS} evaluations in a row: what is held out is of another kind, or the model has "
+            f"learnt its training text by heart; look at data.paths and how many passes train.steps makes{noise}"
         )
         return _Finding(f"apart {stage}", ratio > APART, ratio > (1 + APART) / 2, EVALUATIONS, message)
 
@@ -117,8 +119,3 @@ class _Finding(NamedTuple):
     near: bool
     patience: int
     message: str
-
-
-def _number(row: Mapping[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

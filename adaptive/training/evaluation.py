@@ -9,8 +9,8 @@ import numpy as np
 from adaptive.data.pipeline import Batch, Data
 from adaptive.data.words import row_marker
 from adaptive.runs.state import TrainState
-from adaptive.training.experts import ExpertSums, routed_layers
 from adaptive.training.metrics import chunk_sizes
+from adaptive.training.parts import PartSums
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
 from adaptive.training.report.schema import TokenRecord
@@ -27,7 +27,7 @@ class Evaluator:
 
     def __init__(self, program: Program, data: Data):
         recipe = program.recipe
-        self._recipe, self._data = recipe, data
+        self._recipe, self._data, self._facts = recipe, data, program.facts
         _, self._processes = data_shard(program.mesh)
         wanted = [mode for mode in recipe.eval.selection if mode in program.selections]
         modes = wanted if len(program.selections) > 1 else ("topk",)
@@ -37,19 +37,21 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> tuple[Row, RoutingCounter]:
         """(columns "eval/..." of a metrics row, what routing did under the first way of selecting)."""
-        model, row, first = self._recipe.model, {}, None
+        facts = self._facts
+        row: Row = {}
+        first = None
         for mode, step in self._steps.items():
-            counter = RoutingCounter(model.router.kind, model.recursions if model.share_parameters else 1)
+            counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops)
             nll = tokens = text = 0.0
             scalars: list[dict[str, float]] = []
-            experts = ExpertSums(routed_layers(model))
-            for batch in self._data.validation(self._recipe.eval.batches):
-                out = jax.device_get(step(state, batch))
+            parts = PartSums(facts.experts)
+            for number, batch in enumerate(self._data.validation(self._recipe.eval.batches)):
+                out = jax.device_get(step(state, batch, number))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
                 present = _everywhere(batch.segment_ids) > 0
                 counter.add(out.depth, out.scores, present, [stage.mask for stage in out.stages])
                 scalars.append(out.scalars)
-                experts.add(out.experts)
+                parts.add(out.told)
             if not tokens:
                 continue
             prefix = "eval/" if mode == self.selection else f"eval/{mode}/"
@@ -59,7 +61,7 @@ class Evaluator:
             for name in scalars[0]:
                 row[f"{prefix}{name}"] = float(np.mean([s[name] for s in scalars]))
             row |= chunk_sizes(row, prefix)
-            row |= {f"{prefix}{name}": value for name, value in experts.columns().items()}
+            row |= {f"{prefix}{name}": value for name, value in parts.columns().items()}
             if first is None:
                 first = counter
                 row |= counter.scalars()
@@ -77,7 +79,7 @@ class Evaluator:
         row = Batch(tokens[:-1], tokens[1:], np.arange(seq, dtype=np.int32), ones, ones.astype(np.float32))
         row = row_marker(self._recipe.data.boundaries, self._data.tokenizer)(row)
         batch = jax.tree.map(lambda a: np.broadcast_to(a, (rows, seq)), row)
-        out = jax.device_get(self._steps[self.selection](state, batch))
+        out = jax.device_get(self._steps[self.selection](state, batch, 0))
         losses: list[float | None] = [None, *map(float, out.token_nll[0, :-1])]
         stages = [(stage.mask[0], stage.prob[0]) for stage in out.stages]
         return passage_tokens(self._data.tokenizer, ids[:-1].tolist(), out.depth[0].tolist(), losses, stages)

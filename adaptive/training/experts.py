@@ -1,20 +1,18 @@
-"""What the experts of routed feed-forwards did over an interval: columns of a row, and alarms when routing fails.
+"""What the experts of routed feed-forwards did over an interval, as columns of a row.
 
-A step gives, under names "experts/NAME", sums over its tokens for every call of a routed layer in the order they ran
-(adaptive/layers/moe/base.py, `statistics`). They are added up over the interval, never sampled: one step may be a
-transient. All here is numpy on the host.
+They are made of sums over tokens for every call of a routed feed-forward (adaptive/layers/moe/base.py, `statistics`),
+which `adaptive.training.parts` adds up. All here is numpy on the host.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from adaptive.models.config import TransformerConfig
-
 PREFIX, BY_LAYER = "experts/", "experts/by_layer/"
 Row = dict[str, Any]
+Sums = Mapping[str, np.ndarray]  # f64[calls, ...] by name
 
 # A router's own sums: name -> (column, what it is divided by).
 _SHARES = {
@@ -30,46 +28,64 @@ _DENOMINATORS = {"reusable", "quantiles", "chunks_8", "chunks_64"}
 _COMMON = ("calls", "tokens", "claimed", "kept", "experts_per_token", "dropped", "lost", "z", "entropy", "top")
 
 
-def routed_layers(config: TransformerConfig) -> tuple[int, ...]:
-    """Numbers, from 0 in the unrolled network, of the layers whose feed-forwards are routed, in the order they run."""
-    if config.moe.router == "none":
-        return ()
-    return tuple(i for i in range(config.num_layers) if i not in config.moe.dense_layers)
+def columns(parts: Mapping[str, Sums], experts: Sequence[Any] = ()) -> Row:
+    """Columns of a row, listed in adaptive/training/metrics.py; {} where nothing was routed.
+
+    parts    sums f64[calls, ...] of routed feed-forwards, by path
+    experts  those of the model's facts; calls of parts that are not among them are numbered from 0
+    """
+    if not parts:
+        return {}
+    order = _running_order({path: len(sums["tokens"]) for path, sums in parts.items()}, experts)
+    measures = {path: _measures(sums) for path, sums in parts.items()}
+    names = dict.fromkeys(name for own in measures.values() for name in own)
+    each = lambda own, name, call: own[name][call] if name in own else math.nan  # noqa: E731
+    lists = {name: np.array([each(measures[c.part], name, c.call) for c in order]) for name in names}
+    row: Row = {f"{PREFIX}{name}": _mean(values) for name, values in lists.items()}
+    row[f"{BY_LAYER}layer"] = [c.layer for c in order]
+    if len(parts) > 1:
+        row[f"{BY_LAYER}part"] = [c.part for c in order]
+    row |= {f"{BY_LAYER}{name}": [_rounded(v) for v in values] for name, values in lists.items()}
+    counts = np.stack([parts[c.part]["experts_per_token"][c.call] for c in order])
+    row[f"{BY_LAYER}experts_per_token"] = _histograms(counts)
+    loads = {path: _shares(sums) for path, sums in parts.items()}
+    row[f"{PREFIX}load"] = [loads[c.part][c.call] for c in order]
+    return row
 
 
-class ExpertSums:
-    """Adds up the sums of several steps; `layers` numbers their calls, () from 0."""
+class _Call(NamedTuple):
+    """One call of a routed feed-forward: its part's path, which of the part's calls, and the layer's number."""
 
-    def __init__(self, layers: Sequence[int] = ()):
-        self._layers = tuple(layers)
-        self.clear()
+    part: str
+    call: int
+    layer: int
 
-    def clear(self) -> None:
-        self._sums: dict[str, np.ndarray] = {}
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        """A step's metrics, of which those named "experts/..." are used: f32[calls, ...] each."""
-        for name, value in metrics.items():
-            if name.startswith(PREFIX):
-                short = name.removeprefix(PREFIX)
-                self._sums[short] = self._sums.get(short, 0.0) + np.asarray(value, np.float64)
+def _running_order(calls: Mapping[str, int], experts: Sequence[Any]) -> list[_Call]:
+    """All calls in the order they run, given how many each part has: blocks of one stack take turns."""
+    known = {one.path: one.layers for one in experts}
+    stacks: dict[str, list[_Call]] = {}
+    for path in sorted(calls, key=[*known, *calls].index):
+        numbers = known.get(path, ())
+        numbers = numbers if len(numbers) == calls[path] else tuple(range(calls[path]))
+        stacks.setdefault(_stack(path), []).extend(_Call(path, i, layer) for i, layer in enumerate(numbers))
+    return [call for own in stacks.values() for call in sorted(own, key=lambda call: call.layer)]
 
-    def columns(self) -> Row:
-        """Columns of a row, listed in adaptive/training/metrics.py; {} where nothing was routed."""
-        if not self._sums:
-            return {}
-        s, calls = self._sums, len(self._sums["tokens"])
-        ran = s["tokens"] > 0
-        layers = _measures(s)
-        row: Row = {f"{PREFIX}{name}": _mean(values) for name, values in layers.items()}
-        row[f"{BY_LAYER}layer"] = list(self._layers) if len(self._layers) == calls else list(range(calls))
-        row |= {f"{BY_LAYER}{name}": [_rounded(v) for v in values] for name, values in layers.items()}
-        row[f"{BY_LAYER}experts_per_token"] = _histograms(s["experts_per_token"])
-        load = _true_claims(s)
-        decimals = 3 + len(str(load.shape[1]))  # a thousandth of the fair share, or finer
-        shares = np.round(load / np.maximum(load.sum(-1, keepdims=True), 1.0), decimals)
-        row[f"{PREFIX}load"] = [share.tolist() if there else None for share, there in zip(shares, ran, strict=True)]
-        return row
+
+def _stack(path: str) -> str:
+    """Path of the stack that a block's part is in."""
+    return path.rpartition("/blocks/")[0]
+
+
+def layers_of(row: Mapping[str, Any], place: str = "") -> list[tuple[int, str]]:
+    """(number, stack) of the layer of each call in a row's lists; "" for the stack where the numbers alone tell.
+
+    place  "" in rows of training, "eval/" or "eval/threshold/" in rows of evaluations
+    """
+    numbers, parts = row[f"{place}{BY_LAYER}layer"], row.get(f"{place}{BY_LAYER}part")
+    if parts is None or len(set(numbers)) == len(numbers):
+        return [(number, "") for number in numbers]
+    return [(number, _stack(part)) for number, part in zip(numbers, parts, strict=True)]
 
 
 def scalar_columns(row: Mapping[str, Any]) -> Row:
@@ -80,13 +96,13 @@ def scalar_columns(row: Mapping[str, Any]) -> Row:
             out[name] = value
             continue
         place, found, short = name.partition(BY_LAYER)
-        if found and short not in ("layer", "experts_per_token"):
-            numbers = row[f"{place}{BY_LAYER}layer"]
-            out |= {f"{place}{PREFIX}layer_{i}/{short}": v for i, v in zip(numbers, value, strict=True)}
+        if found and short not in ("layer", "part", "experts_per_token"):
+            for (number, stack), one in zip(layers_of(row, place), value, strict=True):
+                out[f"{place}{PREFIX}{stack}{'/' * bool(stack)}layer_{number}/{short}"] = one
     return out
 
 
-def _measures(s: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _measures(s: Sums) -> dict[str, np.ndarray]:
     """Each measure f64[calls], NaN where a call had no tokens."""
     load, tokens = _true_claims(s), np.where(s["tokens"] > 0, s["tokens"], math.nan)
     experts, wanted = load.shape[1], load.sum(-1)
@@ -117,7 +133,7 @@ def _measures(s: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out | {name: np.where(np.isnan(tokens), math.nan, values) for name, values in _own_measures(s).items()}
 
 
-def _own_measures(s: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _own_measures(s: Sums) -> dict[str, np.ndarray]:
     """f64[calls] of a router's own sums: shares of what they count, otherwise means per call."""
     out, per = {}, lambda count: np.maximum(count, 1.0)
     for name in sorted(set(s) - set(_COMMON) - _DENOMINATORS):
@@ -134,9 +150,17 @@ def _own_measures(s: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def _true_claims(s: Mapping[str, np.ndarray]) -> np.ndarray:
+def _true_claims(s: Sums) -> np.ndarray:
     """f64[calls, experts]: pairs that the router wanted. Before drops, because full experts all look alike."""
     return s["claimed"][:, : s["kept"].shape[1]]
+
+
+def _shares(s: Sums) -> list[list[float] | None]:
+    """Each expert's share of a call's load, rounded to a thousandth of the fair share or finer; None without tokens."""
+    load = _true_claims(s)
+    decimals = 3 + len(str(load.shape[1]))
+    shares = np.round(load / np.maximum(load.sum(-1, keepdims=True), 1.0), decimals)
+    return [share.tolist() if there else None for share, there in zip(shares, s["tokens"] > 0, strict=True)]
 
 
 def _histograms(counts: np.ndarray) -> list[list[float]]:

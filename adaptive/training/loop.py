@@ -19,11 +19,9 @@ from adaptive.optim.schedule import make_schedule
 from adaptive.runs.checkpoint import Checkpoints, digest
 from adaptive.runs.folder import RunFolder
 from adaptive.runs.state import TrainState
-from adaptive.training.chunk_alarm import ChunkAlarm
+from adaptive.training.alarms import alarms, health_warnings
 from adaptive.training.evaluation import Evaluator
-from adaptive.training.expert_alarm import ExpertAlarm
-from adaptive.training.experts import routed_layers
-from adaptive.training.metrics import Meter, MetricsLog, OneStepLate, health_warnings, read_rows
+from adaptive.training.metrics import Meter, MetricsLog, OneStepLate, read_rows
 from adaptive.training.plan import cost_of
 from adaptive.training.program import Program, Steps, profiled
 from adaptive.training.progress import Progress
@@ -58,7 +56,8 @@ class Loop:
         self.primary = jax.process_index() == 0
         self.say = say
         self.evaluator = Evaluator(program, data)
-        self.alarms = ExpertAlarm(self.recipe.model.moe.router), ChunkAlarm(self.recipe.model.hnet)
+        self.facts = program.facts
+        self.alarms = alarms(self.facts)
         self.late, self.bad_in_row = OneStepLate(), 0
         self.first_row = True  # the first step of an attempt is logged, so that there is something to see at once
         self.schedule = make_schedule(
@@ -78,7 +77,7 @@ class Loop:
         if self.primary:
             save_record(self.plan, self.folder.path)
         seconds = (self.log.last or {}).get("seconds", 0.0)
-        self.meter = Meter(cost_of(self.plan), seconds, layers=routed_layers(recipe.model))
+        self.meter = Meter(cost_of(self.plan), seconds, experts=self.facts.experts)
         batches = self.data.train(data_state)
         with contextlib.ExitStack() as at_exit:
             at_exit.callback(batches.close)
@@ -205,7 +204,7 @@ class Loop:
             self.passage = self.evaluator.passage(state)
         row = {**self.meter.position(step), **columns}
         self.record(row)
-        for warning in health_warnings(row, step / self.recipe.train.steps):
+        for warning in health_warnings(row, self.facts.recursion, step / self.recipe.train.steps):
             self.say(f"warning: {warning}")
         self.counter = counter
         if self.primary:
@@ -218,13 +217,12 @@ class Loop:
             return
         save_record(self.counter.record(step, self.evaluator.selection, self.passage, continuation), self.folder.path)
         report = write_report(self.folder.path)
-        stages = self.recipe.model.hnet.stages
-        if stages and self.passage:
+        if self.facts.chunking and self.passage:
             print("\nheld-out text and its chunks:\n")
-            print_chunks(self.passage, stages, sys.stdout)
-        if self.recipe.model.recursions > 1 and self.passage:
+            print_chunks(self.passage, len(self.facts.chunking), sys.stdout)
+        if self.facts.recursions > 1 and self.passage:
             print("\nheld-out text, shaded by how many times each token went through the shared block:\n")
-            print_passage(self.passage, self.recipe.model.recursions, sys.stdout)
+            print_passage(self.passage, self.facts.recursions, sys.stdout)
         if continuation is not None:
             print(f"\na continuation of {continuation.prompt!r}:\n\n{continuation.prompt}{continuation.text}")
         print(f"\nworkdir      {self.folder.path}")

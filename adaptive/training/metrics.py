@@ -9,11 +9,17 @@ A row is one flat JSON object. Rows of training steps hold
     mfu_active, mfu_dense_equivalent where the device's peak is known
     aux/NAME, routing/NAME           auxiliary losses before their coefficients; router statistics
     experts/NAME                     what experts did, below
-    routing/NAME_S                   of H-Nets: what chunking stage S did, below
+    routing/NAME_S                   what chunking stage S did, below
 
 and rows of evaluations hold step, tokens, flops, seconds and eval/loss, eval/bits_per_byte, eval/dead_token_ratio,
-eval/routing/NAME, eval/experts/NAME; a second way of selecting is named in between, as in eval/threshold/loss. Values
-are means over the steps since the row before, because a single step may be a transient. What is not finite is null.
+eval/routing/NAME, eval/experts/NAME, eval/told/PATH/NAME, eval/keys_attended, eval/keys/PATH; a second way of selecting
+is named in between, as in eval/threshold/loss. Values are means over the steps since the row before, because a single
+step may be a transient. What is not finite is null.
+
+Parts of the model tell what they did. PATH is a part's place in the model below its body, such as stack/blocks/0/mixer:
+
+    keys/PATH, keys_attended         keys that a query reads, of an attention's layers and of all; of evaluations alone
+    told/PATH/NAME                   any other sum that a part tells: its mean over calls
 
 Models with routed feed-forwards (mixtures of experts) have, summed over all tokens of the interval and then averaged
 over the calls of such layers (a layer that several recursions share is called in each of them):
@@ -31,17 +37,18 @@ over the calls of such layers (a layer that several recursions share is called i
     experts/NAME                     a router's own statistics: means per call (least: the smallest score taken), shares
                                      (cls_8: experts that none of 8 neighbouring tokens uses; loops: mean passes)
     experts/by_layer/NAME            each of these as a list over calls, in the order they run
-    experts/by_layer/layer           their layers' numbers in the unrolled network, from 0
+    experts/by_layer/layer           their layers' numbers in the unrolled network, from 0, of the body they are in
+    experts/by_layer/part            their PATHs, where there is more than one
     experts/by_layer/experts_per_token   [calls][n]: share of tokens with 0, 1, ... experts (16: 16 or more)
     experts/load                     [calls][experts]: each expert's share of the load; null for a call without tokens
 
-H-Nets have, for each chunking stage S from 0, the bytes, inwards, means over the batch:
+Each chunking stage S, from 0, which sees the bytes, inwards has means over the batch:
 
     routing/kept_S                   share of its positions that begin a chunk
     routing/chunks_per_byte          chunks of the innermost stage; routing/bytes_per_chunk: one over that
     routing/probability_S            mean boundary probability; routing/probability_std_S: its spread over positions
     routing/near_half_S              share of positions whose probability is within 0.05 of one half
-    routing/overflow_S               share of boundaries that found no slot (model.hnet.capacities)
+    routing/overflow_S               share of boundaries that found no slot (`capacities` of the stage)
     routing/ratio_loss_global_S      ratio loss over the whole batch; routing/ratio_loss_device_S: mean of each device's
 """
 
@@ -59,8 +66,8 @@ import jax
 from adaptive.data.files import write_text_atomically
 from adaptive.errors import UserError
 from adaptive.runs.folder import METRICS_FILE
-from adaptive.training.experts import PREFIX as EXPERTS
-from adaptive.training.experts import ExpertSums
+from adaptive.training.parts import PREFIX as TOLD
+from adaptive.training.parts import PartSums
 
 Row = dict[str, Any]
 
@@ -178,7 +185,7 @@ class Meter:
 
     seconds  continues from an earlier attempt of the run
     clock    returns seconds
-    layers   numbers of the layers whose feed-forwards are routed, in the order they run
+    experts  of the model's facts
     """
 
     def __init__(
@@ -186,10 +193,10 @@ class Meter:
         cost: StepCost,
         seconds: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
-        layers: Sequence[int] = (),
+        experts: Sequence[Any] = (),
     ):
         self._cost, self._clock = cost, clock
-        self._experts = ExpertSums(layers)
+        self._parts = PartSums(experts)
         self._origin = clock() - seconds
         self._begin_interval()
 
@@ -197,16 +204,16 @@ class Meter:
         self._steps, self._wait, self._idle = 0, 0.0, 0.0
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
-        self._experts.clear()
+        self._parts.clear()
         self._since = self._clock()
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """The metrics of one step: scalars, and sums named "experts/..."."""
+        """The metrics of one step: scalars, and sums named "told/PATH:NAME"."""
         self._steps += 1
         if not metrics.get("skipped"):  # of a step that changed nothing the sums are of no model in use
-            self._experts.add(metrics)
+            self._parts.add(metrics)
         for name, value in metrics.items():
-            if name.startswith(EXPERTS):
+            if name.startswith(TOLD):
                 continue
             number = float(value)
             self._counts.setdefault(name, 0)
@@ -243,7 +250,7 @@ class Meter:
             means["skipped"] = int(self._sums.get("skipped", 0))
         if "ce" in means:
             means["bits_per_byte"] = bits_per_byte(means["ce"], self._cost.bytes_per_token)
-        row = {**self.position(step), **means, **chunk_sizes(means), **self._experts.columns(), **more, **self._rates()}
+        row = {**self.position(step), **means, **chunk_sizes(means), **self._parts.columns(), **more, **self._rates()}
         self._begin_interval()
         return row
 
@@ -265,7 +272,7 @@ class Meter:
 
 
 def chunk_sizes(means: Mapping[str, float], place: str = "") -> Row:
-    """Bytes per chunk of an H-Net, from mean counts: the mean of sizes themselves would be that of the largest."""
+    """Bytes per innermost chunk, from mean counts: the mean of sizes themselves would be that of the largest."""
     chunks = means.get(f"{place}routing/chunks_per_byte")
     return {} if chunks is None else {f"{place}routing/bytes_per_chunk": 1 / chunks if chunks else math.nan}
 
@@ -275,45 +282,7 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / (math.log(2) * bytes_per_token) if bytes_per_token > 0 else math.nan
 
 
-LATE = 0.5  # share of a run after which routers are expected to have settled
-
-
-def health_warnings(row: Mapping[str, Any], progress: float = 1.0) -> list[str]:
-    """One sentence for each worrying value of a training or evaluation row.
-
-    progress  share of the run's steps taken at the row. Limits: MoR paper, section on router design (its good runs have
-    sampling accuracy above 99%, dead tokens below 0.4%, MaxVio 0.27); data wait above 3% of the step.
-    """
-    found = []
-    for prefix in ("", "eval/"):
-        accuracy = _number(row, f"{prefix}routing/accuracy")
-        if progress >= LATE and accuracy is not None and accuracy < 0.95:
-            found.append(
-                f"sampling accuracy {accuracy:.1%} (good: above 99%): the causal decision often differs from top-k, "
-                "so generated text takes other depths than training did; raise model.router.aux_coefficient"
-            )
-        max_vio = _number(row, f"{prefix}routing/max_vio")
-        if max_vio is not None and max_vio > 1:
-            found.append(
-                f"MaxVio {max_vio:.2f} (good: below 0.5): one depth takes more than twice its share of tokens; "
-                "raise model.router.balance_coefficient"
-            )
-    dead = _number(row, "eval/dead_token_ratio")
-    if dead is not None and dead > 0.05 + (_number(row, "eval/dead_token_ratio_by_chance") or 0.0):
-        found.append(
-            f"{dead:.1%} of positions never reach the last recursion (good: below 0.4%): the router chooses by position"
-        )
-    wait, step = _number(row, "data_wait_ms"), _number(row, "step_ms")
-    if wait is not None and step and wait > 0.03 * step:
-        found.append(
-            f"the step waits {wait:.1f} ms of {step:.1f} ms for data ({wait / step:.0%}): raise data.prefetch or "
-            "prepare a token store with `python -m adaptive.data prepare`"
-        )
-    if _number(row, "skipped"):
-        found.append(f"{row['skipped']} step(s) skipped: the loss or a gradient was not finite")
-    return list(dict.fromkeys(found))
-
-
-def _number(row: Mapping[str, Any], name: str) -> float | None:
+def finite(row: Mapping[str, Any], name: str) -> float | None:
+    """A row's number; None where it has none or one that is not finite."""
     value = row.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,7 +1,9 @@
 """What is about to happen: printed before the first step, and kept as plan.json."""
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +16,6 @@ from adaptive.training.metrics import StepCost
 from adaptive.training.program import Compiled, Program
 from adaptive.training.report.collect import plan_costs
 from adaptive.training.report.schema import PlanRecord
-from kernels_pallas import attention
 
 
 def make_plan(program: Program, byte_lengths: np.ndarray, sample: np.ndarray) -> PlanRecord:
@@ -36,10 +37,16 @@ def make_plan(program: Program, byte_lengths: np.ndarray, sample: np.ndarray) ->
         mesh=dict(program.mesh.shape),
         compute_dtype=str(program.dtype),
         peak_flops_per_s=None if peak is None else peak * program.mesh.size,
-        kernels={"attention": attention.IMPLEMENTATION, "gather, scatter, top-k": "XLA"},
+        kernels={operation: _runs_on(operation, device.platform) for operation in program.facts.kernels},
         versions=versions,
         **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, recipe.train.remat),
     )
+
+
+def _runs_on(operation: str, platform: str) -> str:
+    """What computes an operation on a platform, and why: its own package says."""
+    room = "adaptive" if operation == "routing" else "kernels_pallas"
+    return importlib.import_module(f"{room}.{operation}").runs_on(platform)
 
 
 def with_compiled(plan: PlanRecord, compiled: Compiled) -> PlanRecord:
@@ -58,7 +65,7 @@ def cost_of(plan: PlanRecord) -> StepCost:
 
 def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     """What a user should know before the wait for the compiler."""
-    recipe = program.recipe
+    recipe, facts = program.recipe, program.facts
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     body = plan.unique_parameters - plan.embedding_parameters
     lines = [
@@ -67,13 +74,12 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     ]
     if plan.capacities:
         shares = ", ".join(map(str, plan.capacities))
-        lines.append(
-            f"routing   {recipe.model.router.kind}, {plan.recursions} recursions over {shares} of {plan.seq_len}"
-        )
-    lines += _chunk_lines(recipe)
-    if program.experts_described:
-        lines.append(f"experts   {program.experts_described}")
-        lines += [f"          {line}" for line in program.expert_lines]
+        lines.append(f"routing   {facts.depth}, {plan.recursions} recursions over {shares} of {plan.seq_len}")
+    lines += _chunk_lines(facts.chunking, plan.seq_len)
+    lines += [f"experts   {described}" for described in program.experts_described]
+    lines += [f"          {line}" for line in program.expert_lines]
+    if recipe.objective.kind() != "next_token":
+        lines.append(f"objective {recipe.objective.kind().replace('_', ' ')}")
     lines += [
         f"mesh      {mesh} on {plan.devices} x {plan.device_kind}, {plan.compute_dtype}"
         + (f", {program.accumulation} micro-batches" if program.accumulation > 1 else ""),
@@ -81,26 +87,25 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
         f"{_count(plan.steps * plan.tokens_per_step)} tokens; {_schedule(recipe)}",
         f"compute   {plan.flops_per_step * plan.steps:.3g} FLOPs in all, {plan.flops_per_step:.3g} a step: "
         f"{plan.flops_per_step / plan.dense_flops_per_step:.0%} of what it would be with every token at full depth",
-        "kernels   " + "; ".join(f"{op}: {choice}" for op, choice in plan.kernels.items()),
+        *(f"kernels   {operation}: {choice}" for operation, choice in plan.kernels.items()),
     ]
     if plan.peak_flops_per_s is None:
         lines.append(f"MFU       not shown: {peak_of(plan.device_kind, plan.compute_dtype).why}")
     return lines
 
 
-def _chunk_lines(recipe: Recipe) -> list[str]:
-    """One line per chunking stage of an H-Net: what decides, and the slots of every phase of the capacities."""
-    hnet, lines = recipe.model.hnet, []
-    phases = [hnet.at_phase(i) for i in range(len(hnet.capacity_steps) + 1)]
-    positions = [recipe.data.seq_len] * len(phases)
-    for stage in range(hnet.stages):
-        slots = [phase.capacity(stage, n) for phase, n in zip(phases, positions, strict=True)]
-        aim = f" of about {hnet.target(stage):g}" if hnet.learned(stage) else ""
-        room = ", ".join(
-            f"{slot} of {n}" + (f" from step {hnet.capacity_steps[i - 1]}" if i else "")
-            for i, (slot, n) in enumerate(zip(slots, positions, strict=True))
-        )
-        lines.append(f"chunks    stage {stage}: {hnet.chunker(stage)}{aim}; room for {room}")
+def _chunk_lines(chunking: Sequence[tuple[str, Any]], seq_len: int) -> list[str]:
+    """One line per chunking stage: what decides, and its slots, which may change at steps of the schedule, its own or
+    that of a stage around it."""
+    lines, positions = [], {0: seq_len}
+    for stage, (_, settings) in enumerate(chunking):
+        steps = sorted({*positions, *settings.capacity_steps})
+        before = {step: positions[max(begin for begin in positions if begin <= step)] for step in steps}
+        slots = {step: max(at for at in settings.slots(n) if at[0] <= step)[1] for step, n in before.items()}
+        chunker = settings.chunker
+        aim = f" of about {chunker.expected():g}" if chunker.expected() > 1 else ""
+        room = ", ".join(f"{slots[step]} of {before[step]}" + (f" from step {step}" if step else "") for step in steps)
+        lines.append(f"chunks    stage {stage}: {chunker.kind()}{aim}; room for {room}")
         positions = slots
     return lines
 

@@ -175,7 +175,7 @@ class WandbTracker:
             self._mode = "offline"
             run = wandb.init(mode="offline", settings=_settings(), **self._about)
         run.define_metric("step")
-        for pattern in ("*", "eval/*", "aux/*", "routing/*", "experts/*"):
+        for pattern in ("*", "eval/*", "aux/*", "routing/*", "experts/*", "told/*"):
             run.define_metric(pattern, step_metric="step")
         for lowest in ("loss", "eval/loss", "eval/bits_per_byte"):
             run.define_metric(lowest, step_metric="step", summary="min")

@@ -1,10 +1,9 @@
-"""Where an H-Net cut its text, as HTML; "" for models that cut none."""
+"""Where chunking stages cut the text, as HTML; "" for models that cut none."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptive.models.hnet_config import HNetConfig
 from adaptive.training.report.bars import histogram
 from adaptive.training.report.charts import COLOURS, Point, Series, line_chart
 from adaptive.training.report.layout import grid, section, smooth
@@ -16,12 +15,6 @@ from adaptive.training.report.svg import element
 
 _MOST_OVERSHOOT = 3.0  # times the highest target that the chart of chunk sizes shows
 _SELECTIONS = {"topk": "with the capacities of training", "threshold": "without capacities, as in generation"}
-_RULES = {
-    "stride": "every so many positions",
-    "space": "where a blank or a mark follows a letter",
-    "words": "where a word begins, as a splitter says",
-    "none": "everywhere",
-}
 
 
 def chunks(run: Run) -> str:
@@ -58,18 +51,24 @@ def bytes_per_chunk(row: Mapping[str, float | None], stages: Sequence[int], plac
     return out
 
 
-def _config(run: Run) -> HNetConfig | None:
-    return run.recipe.model.hnet if run.recipe and run.recipe.model.hnet.layout else None
+def _learned(run: Run, stage: int) -> bool:
+    """Whether a router decides there; taken for granted where no recipe tells."""
+    return run.chunking[stage].chunker.learned if run.chunking else True
+
+
+def _target(run: Run, stage: int) -> float | None:
+    """Bytes per chunk of a stage that the chunkers aim at; None where nothing is aimed at or known."""
+    around = [settings.chunker for settings in run.chunking[: stage + 1]]
+    aims = bool(around) and all(chunker.learned for chunker in around)
+    return math.prod(chunker.expected() for chunker in around) if aims else None
 
 
 def _limited(run: Run) -> bool:
-    config = _config(run)
-    return config is not None and bool(config.capacities)
+    return any(settings.capacities for settings in run.chunking)
 
 
 def _lead(run: Run, stages: int) -> str:
-    config = _config(run)
-    rules = {s: _RULES[config.chunker(s)] for s in range(stages) if not config.learned(s)} if config else {}
+    rules = {s: settings.chunker.rule() for s, settings in enumerate(run.chunking) if not settings.chunker.learned}
     told = " ".join(f"Stage {s} begins a chunk {rule}." for s, rule in rules.items())
     if len(rules) == stages:
         return f"{told} Nothing of that is learned."
@@ -83,8 +82,7 @@ def _passage(run: Run, stages: int) -> str:
         return ""
     losses = sorted(token.loss for token in passage if token.loss is not None)
     high = max(losses[int(0.95 * (len(losses) - 1))], 1e-6) if losses else 1.0
-    config = _config(run)
-    learned = [config is None or config.learned(s) for s in range(stages)]
+    learned = [_learned(run, s) for s in range(stages)]
     swatch = lambda kind, text, **more: element(  # noqa: E731
         "span", element("i", kind=f"swatch {kind}", **more) + text
     )
@@ -108,17 +106,15 @@ def _histogram(record: ChunkRecord, run: Run) -> str:
         if seen >= 0.9 * total:
             tenth = length
             break
-    config = _config(run)
-    target = math.prod(config.target(s) for s in range(record.stage + 1)) if config else 0.0
-    pulled = f", target {target:g}" if config and config.learned(record.stage) else ""
+    target = _target(run, record.stage)
+    pulled = f", target {target:g}" if target is not None else ""
     note = f"mean {record.mean:.2f} bytes{pulled}; nine in ten have at most {tenth}"
     title = f"Lengths of held-out chunks, stage {record.stage}"
     return histogram(title, record.lengths, x="bytes", colour=1 + record.stage % COLOURS, note=note)
 
 
 def _curves(run: Run, stages: Sequence[int]) -> list[str]:
-    config = _config(run)
-    learned = [s for s in stages if config is None or config.learned(s)]
+    learned = [s for s in stages if _learned(run, s)]
     share: dict[str, Any] = {"x": "tokens", "y_range": (0, None), "percent": True}
     sizes = [series for s in stages for series in _sizes(run, stages, s)]
     near = [series for s in learned for series in _both(run, f"near_half_{s}", f"stage {s}", s)]
@@ -149,14 +145,13 @@ def _sizes(run: Run, stages: Sequence[int], stage: int) -> list[Series]:
         known = ((row.get("tokens"), bytes_per_chunk(row, stages[: stage + 1], place)) for row in rows)
         return [(float(at), sizes[-1]) for at, sizes in known if at is not None and len(sizes) == stage + 1]
 
-    config, colour = _config(run), 1 + stage % COLOURS
+    colour = 1 + stage % COLOURS
     training, held_out = points(run.training, ""), points(run.evaluations, "eval/")
     found = [
         Series(f"stage {stage}", smooth(training), colour),
         Series(f"stage {stage}, held-out", held_out, colour, "dots"),
     ]
-    if config is not None and all(config.learned(s) for s in range(stage + 1)):
-        level = math.prod(config.target(s) for s in range(stage + 1))
+    if (level := _target(run, stage)) is not None:
         found.append(_level(f"stage {stage}, target", training or held_out, level, colour))
     return found
 
@@ -169,12 +164,13 @@ def _highest(series: Sequence[Series]) -> float | None:
 
 
 def _against_target(run: Run, name: str, stages: Sequence[int]) -> list[Series]:
-    config, found = _config(run), []
+    found = []
     for s in stages:
         training, held_out = _both(run, f"{name}_{s}", f"stage {s}", s)
         found += [training, held_out]
-        if config is not None and config.learned(s):
-            found.append(_level(f"stage {s}, target", training.points, 1 / config.target(s), training.colour))
+        if run.chunking and _learned(run, s):
+            level = 1 / run.chunking[s].chunker.expected()
+            found.append(_level(f"stage {s}, target", training.points, level, training.colour))
     return found
 
 
@@ -189,7 +185,7 @@ def _overflow(run: Run, stages: Sequence[int]) -> str:
         return ""
     return line_chart(
         "Boundaries without a slot", series, x="tokens", y="share of boundaries", y_range=(0, None), percent=True,
-        note="they join the chunk before; model.hnet.capacities makes room",
+        note="they join the chunk before; a stage's capacities make room",
     )  # fmt: skip
 
 
@@ -200,8 +196,9 @@ def _ratio_losses(run: Run, stages: Sequence[int]) -> str:
         series.append(Series(f"stage {s}, whole batch", whole, 1 + s % COLOURS))
         series.append(Series(f"stage {s}, by device", own, 1 + s % COLOURS, "dashed"))
         apart = apart or any(abs(a - b) > 1e-4 for (_, a), (_, b) in zip(whole, own, strict=False))
-    config = _config(run)
-    used = f"; trained: {'whole batch' if config.ratio_over == 'global' else 'by device'}" if config else ""
+    over = {getattr(settings.chunker, "ratio_over", "") for settings in run.chunking} - {""}
+    names = {"global": "whole batch", "device": "by device"}
+    used = f"; trained: {' and '.join(names[name] for name in sorted(over))}" if over else ""
     same = "" if apart else "; both are the same here"
     note = f"1 at the target{used}{same}"
     return line_chart("Ratio losses", series, x="tokens", y="mean over the interval", note=note)

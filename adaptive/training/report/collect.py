@@ -7,7 +7,6 @@ import numpy as np
 
 from adaptive.account import account, dense_equivalent, layer_counts, paper_flops_per_token, recursion_capacities
 from adaptive.data.tokenizers import Tokenizer
-from adaptive.models.config import TransformerConfig
 from adaptive.training.report.schema import (
     END_MARK,
     MOST_BYTES,
@@ -22,32 +21,34 @@ from adaptive.training.report.schema import (
 
 
 def plan_costs(
-    config: TransformerConfig, seq_len: int, batch_size: int, remat: Literal["none", "layer", "dots"] = "none"
+    model: Any, seq_len: int, batch_size: int, remat: Literal["none", "layer", "dots"] = "none"
 ) -> dict[str, Any]:
-    """The fields of a PlanRecord that follow from the model and the batch: its kind, sizes, capacities and FLOPs."""
-    active, dense = account(config, seq_len), dense_equivalent(config, seq_len)
-    sizes, (unique_layers, layers) = active.parameters, layer_counts(config)
+    """The fields of a PlanRecord that follow from the model's settings and the batch: its kind, sizes, capacities and
+    FLOPs."""
+    active, dense, facts = account(model, seq_len), dense_equivalent(model, seq_len), model.facts()
+    sizes, (unique_layers, layers) = active.parameters, layer_counts(model)
     ends = sizes.embedding + sizes.head + sizes.routers
     lines = (
         AccountLine(a.name, a.train_useful * batch_size, d.train_useful * batch_size)
         for a, d in zip(active.stages, dense.stages, strict=True)
     )
     return {
-        "family": config.family,
-        "router": config.router.kind,
+        "family": facts.family,
+        "title": facts.title,
+        "router": facts.depth,
         "unique_parameters": sizes.total,
         "embedding_parameters": sizes.embedding + sizes.head,
         "effective_parameters": sizes.effective + ends,
         "unique_layers": unique_layers,
         "effective_layers": layers,
-        "recursions": config.recursions,
-        "capacities": recursion_capacities(config, seq_len),
+        "recursions": facts.recursions,
+        "capacities": recursion_capacities(model, seq_len),
         "seq_len": seq_len,
         "tokens_per_step": seq_len * batch_size,
         "flops_per_step": active.train_flops_per_token * seq_len * batch_size,
         "dense_flops_per_step": dense.train_flops_per_token * seq_len * batch_size,
         "executed_flops_per_step": active.train_flops(remat) * batch_size,
-        "paper_flops_per_token": paper_flops_per_token(config, seq_len),
+        "paper_flops_per_token": paper_flops_per_token(model, seq_len),
         "account": tuple(lines),
     }
 
@@ -55,12 +56,14 @@ def plan_costs(
 class RoutingCounter:
     """Counts what routing did over held-out batches.
 
-    router      "none", "expert_choice" or "token_choice"
+    router      kind of the depth strategy; "none" where every position takes the same path
     recursions  passes through the shared block at most
+    stops       whether a pass's scores are for stopping there, not for taking it
     """
 
-    def __init__(self, router: str, recursions: int):
-        self._router, self._n = router, recursions
+    def __init__(self, router: str, recursions: int, *, stops: bool = False):
+        self._router, self._n, self._stops = router, recursions, stops
+        self._scored = False
         self._histograms = np.zeros((recursions, 2, SCORE_BINS), np.int64)
         self._agree = np.zeros(recursions, np.int64)
         self._candidates = np.zeros(recursions, np.int64)
@@ -80,9 +83,9 @@ class RoutingCounter:
         """One batch.
 
         depth    i32[batch, seq]   passes each position took
-        scores   f32[batch, seq] per recursion (Trace.scores); empty without a router
+        scores   f32[batch, seq] per recursion (Trace.scores); empty where no router ranks or stops positions
         present  bool[batch, seq]  positions that hold a token
-        boundaries  bool[batch, seq] per stage of an H-Net: where chunks begin
+        boundaries  bool[batch, seq] per chunking stage: where chunks begin
         """
         depth, present = np.asarray(depth), np.asarray(present, bool)
         self._chunks.add(boundaries, present)
@@ -90,10 +93,10 @@ class RoutingCounter:
         self._rows += depth.shape[0]
         self._reached = self._reached + ((depth == self._n) & present).sum(0)
         self._present = self._present + present.sum(0)
+        self._scored = self._scored or bool(scores)
         for r, score in enumerate(scores):
-            # Under expert choice a token is at recursion r + 1 if it took as many passes (who left cannot come back);
-            # under token choice score r is the probability of stopping there.
-            chosen = depth == r + 1 if self._router == "token_choice" else depth > r
+            # A token takes pass r + 1 if it took as many in all: who left cannot come back.
+            chosen = depth == r + 1 if self._stops else depth > r
             candidate = present & np.isfinite(score)
             value = np.clip(np.asarray(score)[candidate], 0.0, 1.0)
             taken = chosen[candidate]
@@ -104,8 +107,8 @@ class RoutingCounter:
             self._candidates[r] += value.size
 
     def scalars(self) -> dict[str, float]:
-        """Columns of an evaluation's row: the dead token ratio and its value by chance; none without a router."""
-        if self._router == "none" or not self._rows:
+        """Columns of an evaluation's row: the dead token ratio and its value by chance; none without scores."""
+        if not self._scored:
             return {}
         dead, chance = self._dead()
         return {"eval/dead_token_ratio": dead, "eval/dead_token_ratio_by_chance": chance}
@@ -119,14 +122,15 @@ class RoutingCounter:
     ) -> RoutingRecord:
         """All that was counted."""
         routed = self._router != "none" and self._rows > 0
-        dead, chance = self._dead() if routed else (None, None)
+        dead, chance = self._dead() if self._scored else (None, None)
         return RoutingRecord(
             step=step,
             selection=selection,
             router=self._router,
+            stops=self._stops,
             recursions=tuple(self._recursion(r) for r in range(self._n)) if routed else (),
             depth_counts=tuple(self._depths.tolist()),
-            last_recursion_rate=tuple(np.round(self._rate(), 4).tolist()) if routed else (),
+            last_recursion_rate=tuple(np.round(self._rate(), 4).tolist()) if self._scored else (),
             rows=self._rows,
             dead_token_ratio=dead,
             dead_token_ratio_by_chance=chance,
@@ -137,7 +141,7 @@ class RoutingCounter:
 
     def _recursion(self, r: int) -> RecursionRecord:
         selected, unselected = (tuple(h.tolist()) for h in self._histograms[r])
-        judged = self._router == "expert_choice" and self._candidates[r] > 0
+        judged = not self._stops and self._candidates[r] > 0
         return RecursionRecord(
             r + 1, selected, unselected, float(self._agree[r] / self._candidates[r]) if judged else None
         )
@@ -157,7 +161,7 @@ class RoutingCounter:
 
 
 class ChunkCounter:
-    """Lengths of an H-Net's chunks over held-out batches."""
+    """Lengths of chunks over held-out batches."""
 
     def __init__(self) -> None:
         self._lengths: dict[int, np.ndarray] = {}
@@ -191,7 +195,7 @@ def passage_tokens(
 ) -> tuple[TokenRecord, ...]:
     """The passage `ids` with each token's text, depth and loss (nats, as a target; None for the first).
 
-    stages  of an H-Net, each (where chunks begin, probabilities of it, NaN where the stage sees no position)
+    stages  that chunk, each (where chunks begin, probabilities of it, NaN where the stage sees no position)
 
     A character whose bytes are spread over several tokens is the text of the last of them.
     """

@@ -3,6 +3,7 @@
 import html
 
 from adaptive.training.report.charts import Series, line_chart
+from adaptive.training.report.chunks import stages_of
 from adaptive.training.report.layout import grid, section, smooth, table
 from adaptive.training.report.numbers import compact, duration, percent
 from adaptive.training.report.runs import Run
@@ -52,18 +53,14 @@ def _account(run: Run) -> str:
     for part, active, dense in lines:
         saved = percent(1 - active / dense) if active < dense else "—"
         rows.append((part, compact(active, unit), compact(dense, unit), saved))
-    if plan.router == "none" and plan.family != "hnet":
+    if all(active == dense for _, active, dense in lines):  # nothing is routed
         rows = [("per training step", "useful"), *(row[:2] for row in rows[1:])]
     notes = []
     if plan.executed_flops_per_step:
         notes.append(f"As executed, attention over all pairs included: {compact(plan.executed_flops_per_step, unit)}.")
     if plan.paper_flops_per_token:
-        paper = (
-            "H-Net paper (forward, per byte, at the target ratios)"
-            if plan.family == "hnet"
-            else "MoR paper (forward, per token)"
-        )
-        notes.append(f"In the accounting of the {paper}: {compact(plan.paper_flops_per_token, unit)}.")
+        per = "byte, at the target ratios" if stages_of(run) else "token"
+        notes.append(f"In the published accounting, forward per {per}: {compact(plan.paper_flops_per_token, unit)}.")
     lead = "Useful matrix multiplications, forward and backward; attention counts the pairs that causality allows."
     return (
         element("p", lead, kind="lead") + table(rows, kind="account", last_is_sum=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from adaptive.training.experts import BY_LAYER, PREFIX
+from adaptive.training.experts import BY_LAYER, PREFIX, layers_of
 from adaptive.training.report.bars import bar_chart
 from adaptive.training.report.charts import Point, Series, line_chart
 from adaptive.training.report.heat import heat_map
@@ -46,21 +46,38 @@ def experts(run: Run) -> str:
     )
 
 
-def layer_name(run: Run, number: int) -> str:
-    """Of a layer of the unrolled network, with the recursion where a block is used several times."""
-    model = run.recipe.model if run.recipe else None
-    if model is None or model.recursions == 1:
-        return f"layer {number}"
-    inner = number - model.unique_ends
-    within = 0 <= inner < model.block_size * model.recursions
-    return f"layer {number}, recursion {inner // model.block_size + 1}" if within else f"layer {number}"
+def layer_names(run: Run, row: Mapping[str, Any], place: str = "") -> list[str]:
+    """Of each call in a row's lists: its layer in the unrolled network, its stack where there are several, and the
+    recursion where a block is used several times."""
+    parts = row.get(f"{place}{BY_LAYER}part")
+    passes = _passes(run)
+    names = []
+    for i, (number, stack) in enumerate(layers_of(row, place)):
+        part = parts[i] if parts else next(iter(passes), ("", 0))[0]
+        found = passes.get((part, number))
+        names.append(
+            f"layer {number}"
+            + (f" of {stack}" if stack else "")
+            + (f", recursion {found}" if found is not None else "")
+        )
+    return names
+
+
+def _passes(run: Run) -> dict[tuple[str, int], int | None]:
+    """(part, layer) of every call of a routed feed-forward -> its recursion, from 1; None outside of one."""
+    found: dict[tuple[str, int], int | None] = {}
+    for one in run.experts:
+        inside = run.facts.recursions > 1 and one.setting.startswith(f"{run.facts.recursion}.core.")
+        each = len(one.layers) // run.facts.recursions
+        found |= {(one.path, layer): i // each + 1 if inside else None for i, layer in enumerate(one.layers)}
+    return found
 
 
 def _loads(run: Run, row: Mapping[str, Any], place: str) -> list[tuple[str, list[float] | None]]:
-    layers, load = row[f"{place}{BY_LAYER}layer"], row[f"{place}{PREFIX}load"]
+    load = row[f"{place}{PREFIX}load"]
     return [
-        (layer_name(run, number), shares and [share * len(shares) for share in shares])
-        for number, shares in zip(layers, load, strict=True)
+        (name, shares and [share * len(shares) for share in shares])
+        for name, shares in zip(layer_names(run, row, place), load, strict=True)
     ]
 
 
@@ -134,7 +151,7 @@ def _histogram(row: Mapping[str, Any]) -> str:
 
 def _layers(run: Run, row: Mapping[str, Any]) -> str:
     lines: list[tuple[str, ...]] = [("", *(title for title, _, _ in _TABLE))]
-    for i, number in enumerate(row[f"{BY_LAYER}layer"]):
+    for i, layer in enumerate(layer_names(run, row)):
         values = ((row.get(f"{BY_LAYER}{name}", {})[i], form) for _, name, form in _TABLE)
-        lines.append((layer_name(run, number), *("—" if v is None else form(v) for v, form in values)))
+        lines.append((layer, *("—" if v is None else form(v) for v, form in values)))
     return table(lines, kind="compare")

@@ -4,7 +4,7 @@ import html
 from typing import Any
 
 from adaptive.training.report.charts import Series, line_chart
-from adaptive.training.report.chunks import size_tile
+from adaptive.training.report.chunks import size_tile, stages_of
 from adaptive.training.report.layout import grid, section, smooth, table
 from adaptive.training.report.numbers import compact, duration, percent
 from adaptive.training.report.runs import Run
@@ -20,7 +20,7 @@ def tiles(run: Run) -> str:
     held_out = run.points("eval/bits_per_byte", "step")
     if held_out:
         causal = final.get("eval/threshold/bits_per_byte")
-        how = "as generated" if plan.family == "hnet" else "causal routing"
+        how = "as generated" if stages_of(run) else "causal routing"
         detail = f"{how}: {causal:.3f}" if causal is not None else f"at first {held_out[0][1]:.2f}"
         entries.append(("held-out bits per byte", f"{held_out[-1][1]:.3f}", detail))
     elif last.get("bits_per_byte") is not None:
@@ -38,7 +38,7 @@ def tiles(run: Run) -> str:
     if run.flops_saved is not None:
         spent = f"{compact(plan.flops_per_step * run.step, 'FLOP')} spent"
         if run.flops_saved > 5e-4:
-            what = "FLOPs saved" if plan.family == "hnet" else "FLOPs saved by routing"
+            what = "FLOPs saved" if stages_of(run) else "FLOPs saved by routing"
             entries.append((what, percent(run.flops_saved), spent))
         elif plan.flops_per_step:
             entries.append(("training compute", compact(plan.flops_per_step * run.step, "FLOP"), _work(run)))
@@ -50,10 +50,8 @@ def tiles(run: Run) -> str:
 
 
 def _work(run: Run) -> str:
-    moe = run.recipe.model.moe if run.recipe else None
-    if moe is None or moe.router == "none":
-        return "nothing routed"
-    return f"{moe.experts_per_token:g} of {moe.experts} experts a token"
+    kinds = dict.fromkeys((one.settings.router.per_token(), one.settings.experts) for one in run.experts)
+    return ", ".join(f"{taken:g} of {experts} experts a token" for taken, experts in kinds) or "nothing routed"
 
 
 def _tile(name: str, value: str, detail: str) -> str:
@@ -99,7 +97,7 @@ def _held_out(run: Run, measure: str, x: str) -> list[Series]:
     }
     found = [Series("held-out", run.points(f"eval/{measure}", x), 2, "dots")]
     for i, (selection, name) in enumerate(others.items()):
-        how = "as generated" if run.plan.family == "hnet" else _SELECTIONS.get(selection, selection)
+        how = "as generated" if stages_of(run) else _SELECTIONS.get(selection, selection)
         found.append(Series(f"held-out, {how}", run.points(name, x), 3 + i, "dashed"))
     return found
 

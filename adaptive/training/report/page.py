@@ -12,6 +12,7 @@ from adaptive.training.report.compare import comparison
 from adaptive.training.report.compute import compute
 from adaptive.training.report.experts import experts
 from adaptive.training.report.overview import learning, recipe, tiles
+from adaptive.training.report.parts import parts
 from adaptive.training.report.routing import deep_tokens, routing
 from adaptive.training.report.runs import Run, load_run
 from adaptive.training.report.schema import REPORT_FILE
@@ -44,6 +45,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
             deep_tokens(run),
             routing(run),
             experts(run),
+            parts(run),
             compute(run),
             recipe(run),
             element("footer", html.escape(_footer(run))),
@@ -80,20 +82,14 @@ def _asset(name: str) -> str:
 
 
 def _header(run: Run) -> str:
-    kinds = {
-        "vanilla": "Transformer", "recursive": "Recursive transformer", "mor": "Mixture-of-Recursions",
-        "hnet": "H-Net",
-    }  # fmt: skip
-    routers = {"expert_choice": "expert choice", "token_choice": "token choice"}
     plan = run.plan
-    facts = [kinds.get(plan.family, ""), routers.get(plan.router, "")]
+    facts = [run.title, _words(plan.router) if plan.router != "none" else ""]
     if stages := stages_of(run):
         facts.append(f"{len(stages)} chunking stage{'s' * (len(stages) > 1)}")
     if plan.recursions > 1:
         facts.append(f"{plan.recursions} recursions")
-    moe = run.recipe.model.moe if run.recipe else None
-    if moe is not None and moe.router != "none":
-        facts.append(f"{moe.experts} experts, {routers.get(moe.router, moe.router.replace('_', ' '))}")
+    kinds = dict.fromkeys((one.settings.experts, one.settings.router.kind()) for one in run.experts)
+    facts += [f"{experts} experts, {_words(router)}" for experts, router in kinds]
     facts.append(f"step {run.step:,}" + (f" of {plan.steps:,}" if plan.steps and not run.finished else ""))
     if plan.devices:
         facts.append(f"{plan.devices} \u00d7 {plan.device_kind}")
@@ -108,6 +104,10 @@ def _header(run: Run) -> str:
         + (element("p", html.escape(about), kind="about") if about else "")
         + element("p", html.escape(line), kind="facts"),
     )
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def _alerts(run: Run) -> str:

@@ -17,7 +17,7 @@ _SELECTIONS = {"topk": "by top-k, as in training", "threshold": "causally, by th
 def routing(run: Run) -> str:
     record = run.routing
     over_time = _routing_curves(run)
-    expert = record.router == "expert_choice" or (record.router == "none" and run.plan.router == "expert_choice")
+    expert = not record.stops
     histograms = [
         mirrored_histogram(
             f"Recursion {r.recursion}",
@@ -28,7 +28,7 @@ def routing(run: Run) -> str:
         )
         for r in record.recursions
     ]
-    heading = "Decision scores on held-out text" if histograms else ""
+    heading = "Decision scores on held-out text" if any(histograms) else ""
     lead = (
         "How likely each candidate was to be chosen: up, those that top-k selected; down, those it passed over. Two "
         "spikes, near 1 and near 0, mean that a fixed threshold takes the same decisions without seeing the future."

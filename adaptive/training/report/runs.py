@@ -1,6 +1,7 @@
 """A run as a report sees it: the files of its workdir, and the few numbers that sum it up."""
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Callable
@@ -10,9 +11,8 @@ from typing import Any, TypeVar
 from adaptive.errors import RecipeError, UserError
 from adaptive.recipe import Recipe, difference, leaves, load, show
 from adaptive.runs.folder import METRICS_FILE, RECIPE_FILE
-from adaptive.training.chunk_alarm import ChunkAlarm
-from adaptive.training.expert_alarm import ExpertAlarm
-from adaptive.training.metrics import Row, health_warnings, read_rows
+from adaptive.training.alarms import alarms, health_warnings
+from adaptive.training.metrics import Row, read_rows
 from adaptive.training.report.schema import (
     PLAN_FILE,
     ROUTING_FILE,
@@ -35,6 +35,26 @@ class Run:
     routing: RoutingRecord
     recipe: Recipe | None
     missing: tuple[str, ...]
+
+    @functools.cached_property
+    def facts(self) -> Any:
+        """Of the model (`adaptive.models.facts`); None without a recipe."""
+        return self.recipe.model.facts() if self.recipe else None
+
+    @property
+    def chunking(self) -> tuple[Any, ...]:
+        """Settings of every chunking stage; () where there are none or no recipe tells."""
+        return tuple(settings for _, settings in self.facts.chunking) if self.facts else ()
+
+    @property
+    def experts(self) -> tuple[Any, ...]:
+        """Routed feed-forwards; () where there are none or no recipe tells."""
+        return self.facts.experts if self.facts else ()
+
+    @property
+    def title(self) -> str:
+        """What the model is called."""
+        return self.facts.title if self.facts else self.plan.title
 
     @property
     def name(self) -> str:
@@ -86,14 +106,13 @@ class Run:
         progress = self.step / self.plan.steps if self.plan.steps else 1.0
         skipped = sum(row.get("skipped") or 0 for row in self.training)
         newest = [{**self.last, "skipped": skipped}, self.last_evaluation]
-        alarms: list[ExpertAlarm | ChunkAlarm] = [ExpertAlarm(self.recipe.model.moe.router if self.recipe else "")]
-        if self.recipe:
-            alarms.append(ChunkAlarm(self.recipe.model.hnet))
+        heard = alarms(self.facts) if self.facts else []
         for row in sorted((*self.training, *self.evaluations), key=lambda row: row["step"]):
-            for alarm in alarms:
+            for alarm in heard:
                 alarm(row)
-        found = [text for row in newest for text in health_warnings(row, progress)]
-        return list(dict.fromkeys(found + [text for alarm in alarms for text in alarm.standing()]))
+        recursion = self.facts.recursion if self.facts else "model.body"
+        found = [text for row in newest for text in health_warnings(row, recursion, progress)]
+        return list(dict.fromkeys(found + [text for alarm in heard for text in alarm.standing()]))
 
     def settings(self) -> list[tuple[str, str]]:
         """(dotted path, value) of every setting of the recipe."""

@@ -37,9 +37,11 @@ class PlanRecord:
     unique_parameters     of the model as stored, embeddings included; `embedding_parameters` of them are embeddings
     effective_parameters  of the unrolled model, shared layers counted at every use
     flops_per_step        useful (adaptive.account), forward and backward, with the capacities that are computed
-    dense_flops_per_step  the same if every token took every layer, and every position of an H-Net were a chunk
+    dense_flops_per_step  the same if every token took every layer, and every position were a chunk
     executed_flops_per_step  analytic, as executed: attention over all pairs, and what is recomputed
     paper_flops_per_token    forward FLOPs in the published accounting
+    family, title         what the model is called, in a word and for people
+    router                kind of the depth strategy; "none" where every position takes the same path
     capacities            tokens per sequence that each recursion computes; () without a router
     peak_flops_per_s      of all devices together; None: not known
     memory                bytes of the compiled step by kind ("arguments", "temporaries", "outputs", "code")
@@ -47,8 +49,9 @@ class PlanRecord:
     """
 
     name: str = ""
-    family: str = ""  # vanilla | recursive | mor | hnet
-    router: str = "none"  # none | expert_choice | token_choice
+    family: str = ""
+    title: str = ""
+    router: str = "none"
     unique_parameters: int = 0
     embedding_parameters: int = 0
     effective_parameters: int = 0
@@ -84,7 +87,7 @@ class RecursionRecord:
 
     selected, unselected  how many candidates have their decision score in each of SCORE_BINS bins
     accuracy              share of candidates whose causal decision (score at least 0.5) agrees with the selection;
-                          None under token choice, where depth is one decision among several
+                          None where depth is one decision among several
     """
 
     recursion: int  # from 1
@@ -98,7 +101,7 @@ class TokenRecord:
     """One token of the passage: its text ("" for all but the last byte of a character), the passes it took through the
     shared block, and its loss in nats as the target of the token before; None where there is none.
 
-    begins         of an H-Net: how many stages begin a chunk here, stage 0 first
+    begins         how many chunking stages begin a chunk here, stage 0 first
     probabilities  that a chunk of each stage begins here; ends before the first stage that never sees this position
     """
 
@@ -111,7 +114,7 @@ class TokenRecord:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkRecord:
-    """Chunks of one stage of an H-Net on held-out text.
+    """Chunks of one stage on held-out text.
 
     lengths  how many have 1, 2, 3, ... bytes; the last number is of those with so many or more
     mean     bytes per chunk, all chunks counted in full
@@ -132,18 +135,20 @@ class SampleRecord:
 class RoutingRecord:
     """What routing did on held-out text at the newest evaluation, a passage of it, and a continuation.
 
+    stops                 whether a recursion's scores are for stopping there, not for taking it
     recursions            () without a router
     depth_counts          tokens that took 0, 1, 2, ... passes through the shared block
     last_recursion_rate   per position, share of the rows where it reached the last recursion
     rows                  held-out sequences counted
     dead_token_ratio      share of positions that reached the last recursion in none of them
     dead_token_ratio_by_chance  what that share would be if every position were as likely as any other
-    chunks                of each stage of an H-Net
+    chunks                of each chunking stage
     """
 
     step: int = 0
     selection: str = "topk"  # how depth was chosen: topk | threshold
     router: str = "none"
+    stops: bool = False
     recursions: tuple[RecursionRecord, ...] = ()
     depth_counts: tuple[int, ...] = ()
     last_recursion_rate: tuple[float, ...] = ()
