@@ -27,6 +27,8 @@ class AxisRules:
     vocab: tuple[str, ...] = ("tensor",)  # [vocab, width]
     experts: tuple[str, ...] = ("expert",)  # parameters [experts, ...]
     expert_ff: tuple[str, ...] = ("tensor",)  # parameters [experts, width, expert_ff]
+    layers: tuple[str, ...] = ()  # of parameters of several layers, which a scan runs over
+    uses: tuple[str, ...] = ()  # of parameters that each pass of a recursion has of its own
 
     def spec(self, *names: str | None) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names (None: replicated).
