@@ -1,29 +1,38 @@
 """A recipe: everything that defines a run, as one tree of frozen dataclasses.
 
-recipes/NAME.py has a function `recipe() -> Recipe`. Dotted overrides change leaves (`train.steps=100`), and what ran is
-kept, fully resolved, as JSON that can be run again. Nothing here imports jax.
+recipes/NAME.py, or any Python file, has a function `recipe() -> Recipe`. Dotted overrides change leaves
+(`train.steps=100`) and what a node is (`model.body.depth=token_choice`). What ran is kept, fully resolved, as JSON that
+can be run again. No jax back-end is started here.
 """
 
 import dataclasses
 import importlib
+import importlib.util
 import json
-import math
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from adaptive import settings
 from adaptive.data.config import DATA_PRESETS, DataConfig
 from adaptive.errors import RecipeError
-from adaptive.models.config import TransformerConfig
+from adaptive.layers.moe.settings import MoESettings
+from adaptive.models import language_model
+from adaptive.models.bodies import hnet
+from adaptive.objectives import Objective, next_token
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
-from adaptive.overrides import leaf_kinds, leaf_values, nearest, parse, read, with_leaf
 from adaptive.parallel.config import MeshConfig
 from adaptive.runs.config import CheckpointConfig
+from adaptive.settings import nearest, show
 from adaptive.training.config import EvalConfig, LogConfig, TrainConfig
 
-FORMAT_VERSION = 3  # 1: before experts, 2: before H-Net; the settings that these lack had what is now their default
+FORMAT_VERSION = 4  # from 4 on the model is a tree of parts
 SHARED_MODULES = ("bases", "hnet_bases")  # modules of recipes/ that hold what families share
+ABOUT = ("name", "description", "published")  # fields of a recipe that are no settings
+ABSENT = "(absent)"  # a setting that one of two recipes does not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,8 @@ class Recipe:
 
     name: str
     description: str = ""
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: language_model.Settings = field(default_factory=language_model.Settings)
+    objective: Objective = field(default_factory=next_token.Settings)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -61,9 +71,9 @@ class Recipe:
     def with_(self, *overrides: str) -> "Recipe":
         """A copy with settings replaced, each given as `a.b=value`; `data=NAME` sets what a preset of data.NAME sets.
 
-        Presets are applied before single settings, whatever the order. Raises RecipeError for a name that does not
-        exist (with the nearest that do), a value of the wrong type, and a name given twice. The result is not
-        validated: settings that belong together may be changed in several calls.
+        Presets come before single settings, and what a node is before what is below it, whatever the order. Raises
+        RecipeError for a name that does not exist (with the nearest that do), a value of the wrong type, and a name
+        given twice. The result is not validated: settings that belong together may be changed in several calls.
         """
         pairs = [_split(text) for text in overrides]
         names = [name for name, _ in pairs]
@@ -72,30 +82,33 @@ class Recipe:
                 given = " and ".join(text for other, text in pairs if other == name)
                 raise RecipeError(f"{name} is given more than once: {given}; keep one")
         out = self
-        for name, text in sorted(pairs, key=lambda pair: pair[0] != "data"):
+        for name, text in sorted(pairs, key=lambda pair: pair[0].count(".")):
             if name == "data":
                 out = dataclasses.replace(out, data=dataclasses.replace(out.data, **_preset(text)))
             else:
-                out = with_leaf(out, name, parse(_kind(name), text, where=name))
+                value = settings.parse(_kind(out, name), text, where=name)
+                out = settings.with_leaf(out, name, value)
         return out
 
     def validate(self) -> None:
         """Raises RecipeError for the first setting or combination that cannot work, as far as no device is needed."""
-        for path, value in leaves(self).items():
-            _check_range(path, value)
+        settings.check_ranges(self)
         self.model.validate()
-        _check_combinations(self)
+        self.data.validate()
+        self.train.validate(self.data.seq_len)
+        self.eval.validate()
+        self.mesh.validate(self._experts())
+        self._check_words()
 
     def to_json(self) -> str:
         """All fields, resolved, as indented JSON; `from_json` gives back an equal recipe."""
-        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+        return json.dumps({"format_version": FORMAT_VERSION, **settings.to_tree(self)}, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str, *, where: str = "recipe.json") -> "Recipe":
         """The recipe that `to_json` wrote. `where` names it in messages.
 
-        Settings that a file of an older format lacks have their defaults. Raises RecipeError for malformed JSON, a
-        newer format, and fields that are unknown, missing or of another type.
+        Raises RecipeError for malformed JSON, another format, and fields that are unknown, missing or of another type.
         """
         try:
             tree = json.loads(text)
@@ -104,10 +117,33 @@ class Recipe:
         if not isinstance(tree, dict) or not isinstance(tree.get("format_version"), int):
             raise RecipeError(f"{where} is not a saved recipe: it has no format_version")
         version = tree.pop("format_version")
-        if not 1 <= version <= FORMAT_VERSION:
-            newer = "; update adaptive to read it" if version > FORMAT_VERSION else ""
-            raise RecipeError(f"{where} has recipe format {version}, this version reads 1 to {FORMAT_VERSION}{newer}")
-        return read(Recipe, tree, where=where, fill=version < FORMAT_VERSION)
+        if version < FORMAT_VERSION:
+            raise RecipeError(
+                f"{where} has recipe format {version}, written before a model's settings became a tree; this "
+                f"version reads format {FORMAT_VERSION} alone. Start from the recipe's name and what differs"
+            )
+        if version > FORMAT_VERSION:
+            raise RecipeError(
+                f"{where} has recipe format {version}, this version reads {FORMAT_VERSION}; update adaptive to read it"
+            )
+        return settings.read(Recipe, tree, where=where)
+
+    def _experts(self) -> list[tuple[int, bool | None]]:
+        """Of every feed-forward with experts: how many, and whether their rows are ragged (None: not known)."""
+        ragged = {"capacity": False, "ragged": True}
+        routed = [node for _, node in settings.nodes(self.model, "model") if isinstance(node, MoESettings)]
+        return [(node.experts, ragged.get(node.execution)) for node in routed]
+
+    def _check_words(self) -> None:
+        stages = [stage for stage in self.model.body.stages() if isinstance(stage, hnet.Settings)]
+        kinds = [stage.chunker.kind() for stage in stages if stage.chunker.reads == "boundaries"]
+        if kinds and self.data.boundaries == "none":
+            raise RecipeError(f"the chunker {kinds[0]} needs data.boundaries=words")
+        if self.data.boundaries != "none" and not kinds:
+            raise RecipeError(f"data.boundaries={self.data.boundaries}: only the chunker words reads it")
+
+
+# Loading
 
 
 def list_recipes() -> list[str]:
@@ -118,7 +154,7 @@ def list_recipes() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """The recipe recipes/NAME.py, or the one saved in the file NAME where NAME ends in .json.
+    """The recipe recipes/NAME.py, or that of the file NAME: saved (.json), or written in Python (.py).
 
     Raises RecipeError for an unknown name, with the nearest ones, and for a file that cannot be read.
     """
@@ -128,33 +164,61 @@ def load(name: str) -> Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the saved recipe {name}: {error}") from None
         return Recipe.from_json(text, where=name)
+    if name.endswith(".py"):
+        return _from_python(Path(name))
     known = list_recipes()
     if name not in known:
         near = nearest(name, known)
         hint = f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(known)}"
-        raise RecipeError(f"there is no recipe '{name}'; {hint} (--list_recipes shows all; a saved one ends in .json)")
+        raise RecipeError(
+            f"there is no recipe '{name}'; {hint} (--list_recipes shows all; a file of your own ends in .py, a saved "
+            "recipe in .json)"
+        )
     return importlib.import_module(f"recipes.{name}").recipe()
+
+
+def _from_python(path: Path) -> Recipe:
+    """What the file's `recipe()` returns; without a name of its own it has the file's."""
+    made = getattr(_module(path), "recipe", None)
+    recipe = made() if callable(made) else None
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path} has no function recipe() that returns an adaptive.recipe.Recipe")
+    return recipe if recipe.name else dataclasses.replace(recipe, name=path.stem)
+
+
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError(f"cannot read the recipe {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # Leaves
 
-ABOUT = ("name", "description", "published")  # fields that are no settings
 
-
-def setting_kinds() -> dict[str, Any]:
-    """Dotted path -> type of every setting of a recipe."""
-    return {path: kind for path, kind in leaf_kinds(Recipe).items() if path.partition(".")[0] not in ABOUT}
+def setting_kinds(recipe: Recipe) -> dict[str, Any]:
+    """Dotted path -> type of every setting of the recipe; of a node that can be several things, their door."""
+    return {path: kind for path, kind in settings.leaf_kinds(recipe).items() if _head(path) not in ABOUT}
 
 
 def leaves(recipe: Recipe) -> dict[str, Any]:
-    """Dotted path -> value of every setting of a recipe."""
-    return {path: value for path, value in leaf_values(recipe).items() if path.partition(".")[0] not in ABOUT}
+    """Dotted path -> value of every setting of the recipe; of a node that can be several things, its kind."""
+    return {path: value for path, value in settings.leaf_values(recipe).items() if _head(path) not in ABOUT}
 
 
 def difference(a: Recipe, b: Recipe) -> list[str]:
-    """The settings that differ, each as "path: value in a -> value in b"."""
+    """The settings that differ, each as "path: value in a -> value in b"; (absent) where only the other has it."""
     before, after = leaves(a), leaves(b)
-    return [f"{p}: {show(before[p])} -> {show(after[p])}" for p in before if before[p] != after[p]]
+    paths = [*before, *(path for path in after if path not in before)]
+
+    def shown(values: dict[str, Any], path: str) -> str:
+        return show(values[path]) if path in values else ABSENT
+
+    both = [(path, shown(before, path), shown(after, path)) for path in paths]
+    return [f"{path}: {old} -> {new}" for path, old, new in both if old != new]
 
 
 # Settings that may change when a run is resumed: they do not alter the mathematics of any step, only where it is
@@ -166,43 +230,54 @@ _FREE = (
 
 
 def identity_difference(a: Recipe, b: Recipe) -> list[str]:
-    """As `difference`, for the settings that define a run alone: model, data, optimizer, schedule, steps, batch, seed,
-    compute dtype. Two recipes without such a difference may share a workdir."""
+    """As `difference`, for the settings that define a run alone: model, objective, data, optimizer, schedule, steps,
+    batch, seed, compute dtype. Two recipes without such a difference may share a workdir."""
     return [line for line in difference(a, b) if not line.startswith(_FREE)]
 
 
-def show(value: Any) -> str:
-    """A leaf's value as an override spells it; text that is empty or ends in a space in quotes."""
-    if isinstance(value, tuple):
-        return ",".join(map(show, value)) or "()"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return value if value and value == value.strip() else f'"{value}"'
-    return "none" if value is None else str(value)
-
-
-def describe(recipe: Recipe) -> str:
-    """Every setting in groups, as printed by --print_recipe; a star marks what differs from the recipe's file."""
-    try:
-        filed = leaves(load(recipe.name))
-    except RecipeError:
-        filed = leaves(recipe)
+def describe(recipe: Recipe, filed: Recipe | None = None) -> str:
+    """Every setting, nested as the recipe is, as printed by --print_recipe; a star marks what differs from `filed`, by
+    default the recipe of this name."""
+    if filed is None:
+        filed = load(recipe.name) if recipe.name in list_recipes() else recipe
+    before = leaves(filed)
     lines = [f"{recipe.name}: {recipe.description}"]
     if recipe.published.result:
         lines.append(f"reproduces: {recipe.published.result} ({recipe.published.source})")
     if recipe.published.notes:
         lines.append(f"notes: {recipe.published.notes}")
-    group = ""
+    kinds, headed = setting_kinds(recipe), set()
+    longest = max(2 * path.count(".") + len(path.rpartition(".")[2]) for path in kinds)
     for path, value in leaves(recipe).items():
-        head, _, rest = path.partition(".")
-        if head != group:
-            group = head
-            lines += ["", head]
-        changed = filed[path] != value
-        was = f"   (recipe: {show(filed[path])})" if changed else ""
-        lines.append(f"{'*' if changed else ' '} {rest:<30}{show(value)}{was}")
+        *groups, name = _steps(path)
+        if not groups:
+            lines.append("")
+        for i, group in enumerate(groups):
+            if (own := ".".join(groups[: i + 1])) not in headed:
+                headed.add(own)
+                lines += [""] * (i == 0) + [f"  {'  ' * i}{group}"]
+        headed.add(path)
+        changed = path not in before or before[path] != value
+        was = f"   (recipe: {show(before[path])})" if changed and path in before else ""
+        shown = "" if value is True and settings.is_choice(kinds[path]) else show(value)
+        label = f"{'  ' * len(groups)}{name}"
+        lines.append(f"{'*' if changed else ' '} {label:<{longest}}  {shown}{was}".rstrip())
     return "\n".join(lines)
+
+
+def _steps(path: str) -> list[str]:
+    """The parts of a dotted path, a number together with what it counts: model, body, stack, blocks.0, mixer."""
+    steps: list[str] = []
+    for part in path.split("."):
+        if part.isdecimal():
+            steps[-1] += f".{part}"
+        else:
+            steps.append(part)
+    return steps
+
+
+def _head(path: str) -> str:
+    return path.partition(".")[0]
 
 
 # Overrides
@@ -224,108 +299,51 @@ def _preset(name: str) -> dict[str, Any]:
     return DATA_PRESETS[name]
 
 
-def _kind(path: str) -> Any:
-    kinds = setting_kinds()
+def _kind(recipe: Recipe, path: str) -> Any:
+    """The type of the setting at `path`; RecipeError where the recipe has none, with what it has."""
+    kinds = setting_kinds(recipe)
     if path in kinds:
         return kinds[path]
-    if path.partition(".")[0] in ABOUT:
+    if _head(path) in ABOUT:
         raise RecipeError(f"{path} tells of a recipe and is no setting; copy the recipe's file to change it")
     inside = [known for known in kinds if known.startswith(f"{path}.")]
     if inside:
-        raise RecipeError(f"{path} is a group of settings; set one of {', '.join(inside)}")
-    leaf = next((known for known in kinds if path.startswith(f"{known}.")), None)
-    if leaf:
-        raise RecipeError(f"{path} does not exist: {leaf} is a single value")
-    near = nearest(path, kinds)
-    groups = dict.fromkeys(known.partition(".")[0] for known in kinds)
-    hint = f"nearest: {', '.join(near)}" if near else f"settings are in {', '.join(groups)}"
-    raise RecipeError(f"{path} does not exist; {hint} (--print_recipe shows all)")
+        below = dict.fromkeys(_steps(known[len(path) + 1 :])[0] for known in inside)
+        raise RecipeError(f"{path} is a group of settings; set one of its {', '.join(below)}")
+    why = next(_reasons(recipe, path), "")
+    if not why:
+        near = nearest(path, kinds)
+        groups = dict.fromkeys(map(_head, kinds))
+        why = f"nearest: {', '.join(near)}" if near else f"settings are in {', '.join(groups)}"
+    raise RecipeError(f"{path} does not exist; {why} (--print_recipe shows all)")
 
 
-# Validation
-
-_AT_LEAST = {
-    "model.init_std": 0, "model.router.z_coefficient": 0, "model.router.aux_coefficient": 0,
-    "model.router.capacity_warmup_steps": 0, "model.router.balance_coefficient": 0,
-    "model.router.bias_update_rate": 0, "model.router.balance_warmup_steps": 0,
-    "data.seq_len": 2, "data.validation_every": 2, "data.prefetch": 1, "data.shuffle_seed": 0,
-    "optimizer.weight_decay": 0, "schedule.warmup_steps": 0, "mesh.fsdp": 1, "mesh.expert": 1,
-    "mesh.tensor": 1, "mesh.expert_parallel.nodes": 1, "mesh.expert_parallel.overlap": 1,
-    "train.steps": 1, "train.batch_size": 1, "train.device_batch_size": 0, "train.seed": 0, "train.loss_chunk": 0,
-    "train.max_bad_steps": 1, "eval.every": 0, "eval.batches": 0, "checkpoint.every": 0, "checkpoint.keep_last": 1,
-    "checkpoint.keep_every": 0, "log.every": 1, "log.profile_start": 0, "log.profile_steps": 0, "log.sample_tokens": 0,
-}  # fmt: skip
-_ABOVE_ZERO = (
-    "model.norm_eps", "model.rope_theta", "model.router.temperature", "optimizer.learning_rate", "optimizer.eps",
-    "optimizer.clip_norm", "train.step_timeout_s",
-)  # fmt: skip
-_FRACTIONS = ("schedule.decay_fraction", "schedule.floor")
-_BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
-_SELECTIONS = ("topk", "threshold")
-
-
-def _check_range(path: str, value: Any) -> None:
-    least = _AT_LEAST.get(path, -math.inf)
-    for wrong, rule in (
-        (isinstance(value, int | float) and value < least, f"must be at least {least}"),
-        (path in _ABOVE_ZERO and value <= 0, "must be above 0"),
-        (path in _FRACTIONS and not 0 <= value <= 1, "must be from 0 to 1"),
-        (path in _BELOW_ONE and not 0 <= value < 1, "must be from 0 to below 1"),
-    ):
-        if wrong:
-            raise RecipeError(f"{path}={show(value)}: {rule}")
+def _reasons(recipe: Recipe, path: str) -> Iterator[str]:
+    """Why there is nothing at `path`, where the way there says it."""
+    node: Any = recipe
+    done: list[str] = []
+    for part in path.split("."):
+        at = ".".join(done)
+        if isinstance(node, tuple) and node and dataclasses.is_dataclass(node[0]):
+            if not (part.isdecimal() and int(part) < len(node)):
+                yield f"{at} has {len(node)}, numbered from 0"
+                return
+            node = node[int(part)]
+        elif not dataclasses.is_dataclass(node):
+            choice = settings.is_choice(kind := setting_kinds(recipe)[at])
+            yield f"{at} is none; it can be {settings.expected(kind)}" if choice else f"{at} is a single value"
+            return
+        elif not hasattr(node, part) or part not in settings.hints(type(node)):
+            if isinstance(node, settings.Member):
+                yield from _elsewhere(node, at, part)
+            return
+        else:
+            node = getattr(node, part)
+        done.append(part)
 
 
-def _check_combinations(r: Recipe) -> None:
-    _check_stage_rates(r)
-    if r.mesh.data == 0 or r.mesh.data < -1:
-        raise RecipeError(f"mesh.data={r.mesh.data}: must be at least 1, or -1 for the devices the other axes leave")
-    experts = r.model.moe.experts if r.model.moe.router != "none" else 0
-    ragged = {"capacity": False, "ragged": True}.get(r.model.moe.execution)
-    r.mesh.expert_parallel.validate(devices=r.mesh.expert, experts=experts, ragged=ragged)
-    if ("words" in r.model.hnet.chunkers and r.model.hnet.stages > 0) != (r.data.boundaries == "words"):
-        raise RecipeError(
-            f"model.hnet.chunkers={show(r.model.hnet.chunkers)} with data.boundaries={r.data.boundaries}: the chunker "
-            "words needs data.boundaries=words, and nothing else reads it"
-        )
-    if not r.data.paths or not all(r.data.paths):
-        raise RecipeError("data.paths is empty: name what to read, as in data.paths=corpus/ or data=embedded")
-    if r.data.weights and len(r.data.weights) != len(r.data.paths):
-        raise RecipeError(
-            f"data.weights has {len(r.data.weights)} numbers for {len(r.data.paths)} data.paths "
-            f"({show(r.data.paths)}): give one per path, or none to mix by size (data.weights=)"
-        )
-    if any(weight <= 0 for weight in r.data.weights):
-        raise RecipeError(
-            f"data.weights={show(r.data.weights)}: each must be above 0; leave out what is not to be read"
-        )
-    if not r.data.tokenizer:
-        raise RecipeError("data.tokenizer is empty: bytes, hnet-bytes, bpe-4096, or a tokenizer.json")
-    if r.train.loss_chunk and r.data.seq_len % r.train.loss_chunk:
-        raise RecipeError(
-            f"train.loss_chunk={r.train.loss_chunk} does not divide data.seq_len={r.data.seq_len}; "
-            f"nearest that does: {_nearest_divisor(r.data.seq_len, r.train.loss_chunk)}; 0 chooses one"
-        )
-    unknown = [name for name in r.eval.selection if name not in _SELECTIONS]
-    if unknown or not r.eval.selection:
-        raise RecipeError(f"eval.selection={show(r.eval.selection)}: expected one or both of {', '.join(_SELECTIONS)}")
-
-
-def _check_stage_rates(r: Recipe) -> None:
-    rates, hnet = r.optimizer.stage_rates, r.model.hnet
-    for name, used in (("stage_rates", bool(rates)), ("decay", r.optimizer.decay == "official")):
-        if used and not hnet.layout:
-            raise RecipeError(
-                f"optimizer.{name}={show(getattr(r.optimizer, name))} is for H-Nets, and model.hnet.layout is empty"
-            )
-    if rates and len(rates) != hnet.stages + 1:
-        raise RecipeError(
-            f"optimizer.stage_rates has {len(rates)} numbers for the {hnet.stages + 1} stages of "
-            f"model.hnet.layout={hnet.layout}: give one for each, the innermost last, or none (optimizer.stage_rates=)"
-        )
-    if any(rate <= 0 for rate in rates):
-        raise RecipeError(f"optimizer.stage_rates={show(rates)}: each must be above 0")
-
-
-def _nearest_divisor(n: int, to: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - to))
+def _elsewhere(node: settings.Member, at: str, name: str) -> Iterator[str]:
+    """Other members of the node's door that have the field `name`."""
+    kinds = [kind for kind in node.kinds() if name in settings.hints(node.member(kind))]
+    if kinds:
+        yield f"{at}={node.kind()} has no {name}; {', '.join(kinds)} {'has' if len(kinds) == 1 else 'have'}"

@@ -10,19 +10,19 @@ Cost:     not measured; reduced twin: recipes/vanilla_tiny.py with data.tokenize
           minutes)
 """
 
+from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import BPE_STEPS, RATE_L, published, stack, trained
+from recipes.bases import changed, titled
+from recipes.hnet_bases import BPE_STEPS, RATE_L, attends, on_bytes, published, repeated, trained
 
 
 def recipe() -> Recipe:
+    network = on_bytes(1536, plain.Settings(repeated(attends(1536, 4096, repeat=24))))
     return titled(
-        trained(stack('["T24"]', (1536,), (4096,)), RATE_L, BPE_STEPS).with_(
-            "model.vocab_size=50304",
-            "model.tie_embeddings=true",
-            "model.hnet.embedding_std=0.02",
-            "data.tokenizer=openai-community/gpt2",
-            "data.seq_len=1792",
+        changed(
+            trained(network, RATE_L, BPE_STEPS),
+            model={"vocab_size": 50304, "tie_embeddings": True, "embedding_std": 0.02},
+            data={"tokenizer": "openai-community/gpt2", "seq_len": 1792},
         ),
         "bpe_l",
         "Transformer on GPT-2's tokens, size L (757M)",

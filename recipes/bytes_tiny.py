@@ -8,15 +8,19 @@ Cost:     as many training FLOPs as hnet_tiny and hnet_2stage_tiny (the account 
 """
 
 from adaptive.recipe import Recipe
-from recipes import bases
+from recipes.bases import changed, tiny, titled
 from recipes.hnet_bases import TINY_FLOPS, budgeted
 
 
 def recipe() -> Recipe:
-    network = bases.tiny().with_(
-        "model.vocab_size=256", "data.tokenizer=hnet-bytes", "schedule.decay_shape=sqrt", "optimizer.learning_rate=3e-3"
+    network = changed(
+        tiny(),
+        model={"vocab_size": 256},
+        data={"tokenizer": "hnet-bytes"},
+        optimizer={"learning_rate": 3e-3},
+        schedule={"decay_shape": "sqrt"},
     )
-    return bases.titled(
+    return titled(
         budgeted(network, TINY_FLOPS),
         "bytes_tiny",
         "Transformer on the bytes of the embedded English text, for a CPU",

@@ -10,14 +10,15 @@ Cost:     not measured; reduced twin: recipes/hnet_2stage_tiny.py with data.path
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import titled
+from recipes.bases import changed, titled
 from recipes.hnet_bases import CHINESE_STEPS, RATE_XL, elsewhere, two_stages
 
 
 def recipe() -> Recipe:
     return titled(
-        two_stages(30, (1536, 2048), (4096, 5504), RATE_XL, steps=CHINESE_STEPS, settled=0.6).with_(
-            "data.paths=opencsg/Fineweb-Edu-Chinese-V2.1"
+        changed(
+            two_stages(30, (1536, 2048), (4096, 5504), RATE_XL, count=CHINESE_STEPS, settled=0.6),
+            data={"paths": ("opencsg/Fineweb-Edu-Chinese-V2.1",)},
         ),
         "hnet_2stage_chinese",
         "H-Net, two stages, size XL, on Chinese (1.76B)",

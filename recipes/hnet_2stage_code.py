@@ -11,14 +11,15 @@ Cost:     not measured; reduced twin: recipes/hnet_2stage_tiny.py with data.path
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import titled
+from recipes.bases import changed, titled
 from recipes.hnet_bases import CODE_STEPS, RATE_XL, elsewhere, two_stages
 
 
 def recipe() -> Recipe:
     return titled(
-        two_stages(28, (1536, 2048), (4096, 5504), RATE_XL, steps=CODE_STEPS).with_(
-            "data.paths=codeparrot/codeparrot-clean", "data.text_key=content"
+        changed(
+            two_stages(28, (1536, 2048), (4096, 5504), RATE_XL, count=CODE_STEPS),
+            data={"paths": ("codeparrot/codeparrot-clean",), "text_key": "content"},
         ),
         "hnet_2stage_code",
         "H-Net, two stages, size XL, on code (1.65B)",

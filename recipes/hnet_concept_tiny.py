@@ -7,14 +7,15 @@ Expect:   not measured
 Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 """
 
+from adaptive.layers.chunkers import similarity
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import chunks, tiny
+from recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:
     return titled(
-        tiny('["m2", ["T4"], "m2"]', (128, 192), (0, 512), *chunks("similarity", (3,), (0.5,)), "model.hnet.merge=sum"),
+        tiny(tiny_stage(similarity.Settings(target=3.0), 0.5, merge="sum")),
         "hnet_concept_tiny",
         "ConceptMoE's chunking on the embedded English text, for a CPU",
     )

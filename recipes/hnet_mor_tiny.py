@@ -6,22 +6,17 @@ Expect:   not measured
 Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 """
 
+from adaptive.layers.chunkers import dynamic
 from adaptive.recipe import Recipe
-from recipes.bases import mor, titled
-from recipes.hnet_bases import TINY_FLOPS, budgeted, chunks, tiny
+from recipes.bases import layers_of, mor_depth, shared, titled
+from recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:
-    network = tiny('["m2", ["model"], "m2"]', (128, 192), (0,), *chunks("dynamic", (4,), (0.44,))).with_(
-        "model.hidden_size=192",
-        "model.intermediate_size=512",
-        "model.num_layers=5",
-        "model.num_heads=6",
-        "model.num_kv_heads=2",
-        "model.head_dim=32",
-    )
+    inside = layers_of(layers=5, heads=6, kv_heads=2, head_dim=32, hidden=512)
+    network = shared(inside, 3, depth=mor_depth())
     return titled(
-        budgeted(mor(network, 3), TINY_FLOPS),
+        tiny(tiny_stage(dynamic.Settings(target=4.0), 0.44, inner=network)),
         "hnet_mor_tiny",
         "Mixture-of-Recursions on chunks of the embedded English text, for a CPU",
     )

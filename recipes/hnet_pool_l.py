@@ -8,14 +8,15 @@ Expect:   held-out FineWeb-Edu 0.780 bits per byte, average accuracy 51.6, 6.0 b
 Cost:     not measured; reduced twin: recipes/hnet_pool_tiny.py (CPU, minutes)
 """
 
+from adaptive.layers.chunkers import stride
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, published, ruled, stack, trained
+from recipes.hnet_bases import attends, published, ruled, scans
 
 
 def recipe() -> Recipe:
     return titled(
-        ruled(trained(stack('["m4", ["T28"], "m4"]', (1024, 1536), (0, 4096)), RATE_L), "stride", 0.2),
+        ruled(scans(repeat=4), 1024, attends(1536, 4096, repeat=28), 1536, stride.Settings(length=6), 0.2),
         "hnet_pool_l",
         "H-Net (pool), size L (847M): a chunk every 6 bytes",
         published("0.780 bits per byte, average accuracy 51.6, 6.0 bytes per chunk"),

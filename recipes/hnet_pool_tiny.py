@@ -7,14 +7,15 @@ Expect:   not measured
 Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 """
 
+from adaptive.layers.chunkers import stride
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import chunks, tiny
+from recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:
     return titled(
-        tiny('["m2", ["T4"], "m2"]', (128, 192), (0, 512), *chunks("stride", (4,), (0.3,))),
+        tiny(tiny_stage(stride.Settings(length=4), 0.3)),
         "hnet_pool_tiny",
         "H-Net (pool) on the embedded English text, for a CPU",
     )

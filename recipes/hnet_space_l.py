@@ -8,14 +8,15 @@ Expect:   held-out FineWeb-Edu 0.755 bits per byte, average accuracy 53.4, 6.0 b
 Cost:     not measured; reduced twin: recipes/hnet_space_tiny.py (CPU, minutes)
 """
 
+from adaptive.layers.chunkers import space
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, published, ruled, stack, trained
+from recipes.hnet_bases import attends, published, ruled, scans
 
 
 def recipe() -> Recipe:
     return titled(
-        ruled(trained(stack('["m4", ["T28"], "m4"]', (1024, 1536), (0, 4096)), RATE_L), "space", 0.29),
+        ruled(scans(repeat=4), 1024, attends(1536, 4096, repeat=28), 1536, space.Settings(), 0.29),
         "hnet_space_l",
         "H-Net (space), size L (847M): a chunk after every space",
         published("0.755 bits per byte, average accuracy 53.4, 6.0 bytes per chunk"),

@@ -6,14 +6,15 @@ Expect:   not measured
 Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 """
 
+from adaptive.layers.chunkers import space
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import chunks, tiny
+from recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:
     return titled(
-        tiny('["m2", ["T4"], "m2"]', (128, 192), (0, 512), *chunks("space", (6,), (0.44,))),
+        tiny(tiny_stage(space.Settings(), 0.44)),
         "hnet_space_tiny",
         "H-Net (space) on the embedded English text, for a CPU",
     )

@@ -7,14 +7,15 @@ Expect:   held-out bits per byte 2.48 at step 200 and 2.12 at the end, 3.7 bytes
 Cost:     as many training FLOPs as bytes_tiny and hnet_2stage_tiny (the account says 9 TFLOPs); not yet timed
 """
 
+from adaptive.layers.chunkers import dynamic
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import chunks, tiny
+from recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:
     return titled(
-        tiny('["m2", ["T4"], "m2"]', (128, 192), (0, 512), *chunks("dynamic", (4,), (0.44,))),
+        tiny(tiny_stage(dynamic.Settings(target=4.0), 0.44)),
         "hnet_tiny",
         "H-Net, one stage, on the embedded English text, for a CPU",
     )

@@ -6,14 +6,15 @@ Expect:   not measured
 Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 """
 
+from adaptive.layers.chunkers import words
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import chunks, tiny
+from recipes.bases import changed, titled
+from recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:
     return titled(
-        tiny('["m2", ["T4"], "m2"]', (128, 192), (0, 512), *chunks("words", (6,), (0.44,)), "data.boundaries=words"),
+        changed(tiny(tiny_stage(words.Settings(), 0.44)), data={"boundaries": "words"}),
         "hnet_words_tiny",
         "H-Net on the words of the embedded English text, for a CPU",
     )

@@ -8,14 +8,15 @@ Expect:   held-out FineWeb-Edu 0.845 bits per byte, average accuracy 44.3, at 2.
 Cost:     not measured; reduced twin: recipes/bytes_tiny.py (CPU, minutes)
 """
 
+from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, published, stack, trained
+from recipes.hnet_bases import RATE_L, attends, on_bytes, published, repeated, trained
 
 
 def recipe() -> Recipe:
     return titled(
-        trained(stack('["T16"]', (1024,), (2816,)), RATE_L),
+        trained(on_bytes(1024, plain.Settings(repeated(attends(1024, 2816, repeat=16)))), RATE_L),
         "llamabyte_global_l",
         "Transformer on bytes with global attention, size L (206M)",
         published("0.845 bits per byte, average accuracy 44.3"),

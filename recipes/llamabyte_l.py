@@ -9,14 +9,16 @@ Expect:   held-out FineWeb-Edu 0.859 bits per byte, average accuracy 44.1 (H-Net
 Cost:     not measured; reduced twin: recipes/bytes_tiny.py (CPU, minutes)
 """
 
+from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, WINDOW, published, stack, trained
+from recipes.hnet_bases import RATE_L, WINDOW, attends, on_bytes, published, repeated, trained
 
 
 def recipe() -> Recipe:
+    one = attends(1024, 2816, window=WINDOW, repeat=16)
     return titled(
-        trained(stack('["T16"]', (1024,), (2816,), windows=(WINDOW,)), RATE_L),
+        trained(on_bytes(1024, plain.Settings(repeated(one))), RATE_L),
         "llamabyte_l",
         "Transformer on bytes with a window of 1024, size L (206M)",
         published("0.859 bits per byte, average accuracy 44.1"),

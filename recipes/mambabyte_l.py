@@ -8,14 +8,15 @@ Expect:   held-out FineWeb-Edu 0.845 bits per byte, average accuracy 44.3 (H-Net
 Cost:     not measured; reduced twin: recipes/mambabyte_tiny.py (CPU, minutes)
 """
 
+from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, published, stack, trained
+from recipes.hnet_bases import RATE_L, on_bytes, published, repeated, scans, trained
 
 
 def recipe() -> Recipe:
     return titled(
-        trained(stack('["m28"]', (1024,), (0,)), RATE_L),
+        trained(on_bytes(1024, plain.Settings(repeated(scans(repeat=28)))), RATE_L),
         "mambabyte_l",
         "Mamba-2 on bytes, size L (185M)",
         published("0.845 bits per byte, average accuracy 44.3"),

@@ -6,14 +6,15 @@ Expect:   not measured
 Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 """
 
+from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import tiny
+from recipes.hnet_bases import repeated, tiny, tiny_scans
 
 
 def recipe() -> Recipe:
     return titled(
-        tiny('["m8"]', (128,), (0,)),
+        tiny(plain.Settings(repeated(tiny_scans(8)))),
         "mambabyte_tiny",
         "Mamba-2 on the bytes of the embedded English text, for a CPU",
     )

@@ -6,13 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import acm
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = acm.Settings(experts_per_token=2)
     return titled(
-        moe(tiny(600), "acm", experts=4, per_token=2, size=88),
+        moe(tiny(600), router, experts=4, size=88),
         "moe_acm_tiny",
         "Prefixes of learners (adaptive computation modules) on the embedded English text, for a CPU",
     )

@@ -6,13 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import adamoe
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = adamoe.Settings(experts_per_token=3, null_experts=4)
     return titled(
-        moe(tiny(600), "adamoe", "null_experts=4", per_token=3, size=176),
+        moe(tiny(600), router),
         "moe_adamoe_tiny",
         "AdaMoE (top-3 of 8 true and 4 null experts) on the embedded English text, for a CPU",
     )

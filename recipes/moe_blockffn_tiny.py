@@ -6,15 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import blockffn
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = blockffn.Settings(experts_per_token=4.0, hold_steps=200, window=50)
     return titled(
-        moe(tiny(600), "blockffn", "hold_steps=200", "window=50", experts=16, per_token=4, size=32).with_(
-            "model.moe.gated=false"
-        ),
+        moe(tiny(600), router, experts=16, size=32, gated=False),
         "moe_blockffn_tiny",
         "BlockFFN (a ReLU router over small experts) on the embedded English text, for a CPU",
     )

@@ -6,10 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import duo_llm
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
-    base = moe(tiny(600), "duo_llm", "random_steps=400", "budget=0.5", "tau_decay=0.997", experts=2, per_token=1)
-    return titled(base, "moe_duo_tiny", "Big or small feed-forwards (Duo-LLM) on the embedded English text, for a CPU")
+    router = duo_llm.Settings(random_steps=400, budget=0.5, tau_decay=0.997)
+    return titled(
+        moe(tiny(600), router, experts=2, size=352),
+        "moe_duo_tiny",
+        "Big or small feed-forwards (Duo-LLM) on the embedded English text, for a CPU",
+    )

@@ -6,13 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import dynamoe
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = dynamoe.Settings(schedule="descending", least=1, most=4)
     return titled(
-        moe(tiny(600), "dynamoe", "schedule=descending", "least=1", "most=4", size=176),
+        moe(tiny(600), router),
         "moe_dynamoe_tiny",
         "DynaMoE (experts above a threshold) on the embedded English text, for a CPU",
     )

@@ -6,11 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import expert_choice
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = expert_choice.Settings()
     return titled(
-        moe(tiny(600), "expert_choice"), "moe_ec_tiny", "Expert-choice experts on the embedded English text, for a CPU"
+        moe(tiny(600), router),
+        "moe_ec_tiny",
+        "Expert-choice experts on the embedded English text, for a CPU",
     )

@@ -6,15 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import longcat
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = longcat.Settings(experts_per_token=3, balance_coefficient=0.0, zero_experts=4, route_scale=3.0)
     return titled(
-        moe(tiny(600), "longcat", "zero_experts=4", "route_scale=3", per_token=3, size=176).with_(
-            "model.moe.balance_coefficient=0"
-        ),
+        moe(tiny(600), router),
         "moe_longcat_tiny",
         "Identity experts under a controller (LongCat) on the embedded English text, for a CPU",
     )

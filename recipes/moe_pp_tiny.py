@@ -7,15 +7,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import moe_pp
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = moe_pp.Settings(balance_coefficient=0.06, capacity_factor=2.0, capacity_of="pair")
     return titled(
-        moe(tiny(600), "moe_pp", "capacity_of=pair", size=176).with_(
-            "model.moe.capacity_factor=2", "model.moe.balance_coefficient=0.06"
-        ),
+        moe(tiny(600), router),
         "moe_pp_tiny",
         "MoE++ (zero, copy and constant experts) on the embedded English text, for a CPU",
     )

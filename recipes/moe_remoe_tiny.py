@@ -6,13 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import remoe
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = remoe.Settings()
     return titled(
-        moe(tiny(600), "remoe", size=176),
+        moe(tiny(600), router),
         "moe_remoe_tiny",
         "ReMoE (a ReLU router under an L1 loss) on the embedded English text, for a CPU",
     )

@@ -6,13 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import top_p
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
+    router = top_p.Settings(p=0.4, most=4)
     return titled(
-        moe(tiny(600), "top_p", "p=0.4", "most=4", size=176),
+        moe(tiny(600), router),
         "moe_top_p_tiny",
         "Top-p experts on the embedded English text, for a CPU",
     )

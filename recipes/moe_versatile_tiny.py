@@ -6,14 +6,15 @@ Expect:   see docs/moe.md
 Cost:     see docs/moe.md
 """
 
+from adaptive.layers.moe.routers import versatile
 from adaptive.recipe import Recipe
 from recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:
-    base = moe(tiny(600), "versatile", "tau_decay=0.9967", experts=8, per_token=2)
+    router = versatile.Settings(hidden=352, tau_decay=0.9967)
     return titled(
-        base.with_("model.moe.expert_size=0", "model.moe.balance_coefficient=0.01"),  # slices: an eighth each
+        moe(tiny(600), router, experts=8, size=44),  # slices: an eighth each
         "moe_versatile_tiny",
         "A feed-forward used in width and in depth (VersatileFFN) on the embedded English text, for a CPU",
     )

@@ -8,12 +8,12 @@ Cost:     not measured; reduced twin: recipes/mor_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, mor, titled
+from recipes.bases import llama_360m, mor, steps, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        mor(llama_360m(), 2).with_("train.steps=12619", "schedule.warmup_steps=86"),
+        steps(mor(llama_360m(), 2), 12619, warmup=86),
         "mor2_360m",
         "MoR, 360M shape, 1 + 15 x 2 + 1 layers (167M), expert choice",
         Published(

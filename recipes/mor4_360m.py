@@ -9,12 +9,12 @@ Cost:     not measured; reduced twin: recipes/mor_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, mor, titled
+from recipes.bases import llama_360m, mor, steps, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        mor(llama_360m(), 4).with_("model.num_layers=34", "train.steps=14216", "schedule.warmup_steps=86"),
+        steps(mor(llama_360m(layers=34), 4), 14216, warmup=86),
         "mor4_360m",
         "MoR, 360M shape, 1 + 8 x 4 + 1 layers (98M), expert choice",
         Published(

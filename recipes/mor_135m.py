@@ -14,7 +14,7 @@ from recipes.bases import UNPRINTED_RATE, budgeted, llama_135m, mor, titled
 
 def recipe() -> Recipe:
     return titled(
-        budgeted(mor(llama_135m().with_("model.num_layers=32"), 3), 16.5e18),
+        budgeted(mor(llama_135m(layers=32), 3), 16.5e18),
         "mor_135m",
         "MoR, 135M shape, 1 + 10 x 3 + 1 layers (42M), expert choice",
         Published(

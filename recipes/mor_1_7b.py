@@ -14,7 +14,7 @@ from recipes.bases import UNPRINTED_RATE, budgeted, llama_1_7b, mor, titled
 
 def recipe() -> Recipe:
     return titled(
-        budgeted(mor(llama_1_7b().with_("model.num_layers=26"), 3), 16.5e18),
+        budgeted(mor(llama_1_7b(layers=26), 3), 16.5e18),
         "mor_1_7b",
         "MoR, 1.7B shape, 1 + 8 x 3 + 1 layers (0.67B), expert choice",
         Published(

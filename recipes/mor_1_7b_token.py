@@ -13,7 +13,7 @@ from recipes.bases import UNPRINTED_RATE, budgeted, llama_1_7b, mor_token, title
 
 def recipe() -> Recipe:
     return titled(
-        budgeted(mor_token(llama_1_7b().with_("model.num_layers=26"), 3), 68.5e18),
+        budgeted(mor_token(llama_1_7b(layers=26), 3), 68.5e18),
         "mor_1_7b_token",
         "MoR, 1.7B shape, 1 + 8 x 3 + 1 layers (0.67B), token choice",
         Published(

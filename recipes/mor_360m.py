@@ -8,12 +8,12 @@ Cost:     not measured; reduced twin: recipes/mor_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, mor, titled
+from recipes.bases import llama_360m, mor, steps, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        mor(llama_360m(), 3).with_("train.steps=14161", "schedule.warmup_steps=86"),
+        steps(mor(llama_360m(), 3), 14161, warmup=86),
         "mor_360m",
         "MoR, 360M shape, 1 + 10 x 3 + 1 layers (118M), expert choice",
         Published(

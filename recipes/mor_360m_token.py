@@ -8,12 +8,12 @@ Cost:     not measured; reduced twin: recipes/mor_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, mor_token, titled
+from recipes.bases import llama_360m, mor_token, steps, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        mor_token(llama_360m(), 3).with_("train.steps=14161", "schedule.warmup_steps=86"),
+        steps(mor_token(llama_360m(), 3), 14161, warmup=86),
         "mor_360m_token",
         "MoR, 360M shape, 1 + 10 x 3 + 1 layers (118M), token choice",
         Published(

@@ -6,13 +6,14 @@ Expect:   held-out bits per byte 2.80 at step 200 and 2.18 at the end (2026-11-2
 Cost:     6.6 TFLOPs; 1 min 57 s on two cores of an AMD EPYC, compilation included
 """
 
+from adaptive.layers.moe.routers import expert_choice
 from adaptive.recipe import Recipe
 from recipes.bases import moe, mor, tiny, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        moe(mor(tiny(600), 3), "expert_choice"),
+        mor(moe(tiny(600), expert_choice.Settings()), 3),
         "mor_moe_tiny",
         "Mixture-of-Recursions whose feed-forward is expert-choice experts, for a CPU",
     )

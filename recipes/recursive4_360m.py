@@ -9,12 +9,12 @@ Cost:     not measured; reduced twin: recipes/recursive_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, recursive, titled
+from recipes.bases import llama_360m, recursive, steps, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        recursive(llama_360m(), 4).with_("model.num_layers=34", "train.steps=8883", "schedule.warmup_steps=57"),
+        steps(recursive(llama_360m(layers=34), 4), 8883, warmup=57),
         "recursive4_360m",
         "recursive transformer, 360M shape, 1 + 8 x 4 + 1 layers (98M)",
         Published(

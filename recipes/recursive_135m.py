@@ -14,7 +14,7 @@ from recipes.bases import UNPRINTED_RATE, budgeted, llama_135m, recursive, title
 
 def recipe() -> Recipe:
     return titled(
-        budgeted(recursive(llama_135m().with_("model.num_layers=32"), 3), 16.5e18),
+        budgeted(recursive(llama_135m(layers=32), 3), 16.5e18),
         "recursive_135m",
         "recursive transformer, 135M shape, 1 + 10 x 3 + 1 layers (42M)",
         Published(

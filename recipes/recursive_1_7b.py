@@ -14,7 +14,7 @@ from recipes.bases import UNPRINTED_RATE, budgeted, llama_1_7b, recursive, title
 
 def recipe() -> Recipe:
     return titled(
-        budgeted(recursive(llama_1_7b().with_("model.num_layers=26"), 3), 16.5e18),
+        budgeted(recursive(llama_1_7b(layers=26), 3), 16.5e18),
         "recursive_1_7b",
         "recursive transformer, 1.7B shape, 1 + 8 x 3 + 1 layers (0.67B)",
         Published(

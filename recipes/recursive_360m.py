@@ -8,12 +8,12 @@ Cost:     not measured; reduced twin: recipes/recursive_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, recursive, titled
+from recipes.bases import llama_360m, recursive, steps, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        recursive(llama_360m(), 3).with_("train.steps=9438", "schedule.warmup_steps=57"),
+        steps(recursive(llama_360m(), 3), 9438, warmup=57),
         "recursive_360m",
         "recursive transformer, 360M shape, 1 + 10 x 3 + 1 layers (118M)",
         Published(

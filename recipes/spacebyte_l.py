@@ -10,15 +10,17 @@ Expect:   held-out FineWeb-Edu 0.791 bits per byte, average accuracy 49.4, 6.0 b
 Cost:     not measured; reduced twin: recipes/spacebyte_tiny.py (CPU, minutes)
 """
 
+from adaptive.layers.chunkers import space
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, published, ruled, stack, trained
+from recipes.hnet_bases import attends, published, ruled
 
 
 def recipe() -> Recipe:
-    network = stack('["T8", ["T16"], "T8"]', (768, 1536), (2048, 4096), windows=("767", "-1"), heads="12,16")
+    side = attends(768, 2048, heads=12, window=768, repeat=8)
+    inside = attends(1536, 4096, repeat=16)
     return titled(
-        ruled(trained(network, RATE_L), "space", 0.29),
+        ruled(side, 768, inside, 1536, space.Settings(), 0.29),
         "spacebyte_l",
         "SpaceByte, size L (567M): transformers, a chunk after every space",
         published("0.791 bits per byte, average accuracy 49.4, 6.0 bytes per chunk"),

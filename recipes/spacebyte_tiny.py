@@ -6,14 +6,16 @@ Expect:   not measured
 Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 """
 
+from adaptive.layers.chunkers import space
 from adaptive.recipe import Recipe
 from recipes.bases import titled
-from recipes.hnet_bases import chunks, tiny
+from recipes.hnet_bases import repeated, tiny, tiny_attends, tiny_stage
 
 
 def recipe() -> Recipe:
+    side = repeated(tiny_attends(128, 384, window=128))
     return titled(
-        tiny('["T1", ["T4"], "T1"]', (128, 192), (384, 512), *chunks("space", (6,), (0.44,))),
+        tiny(tiny_stage(space.Settings(), 0.44, side=side)),
         "spacebyte_tiny",
         "SpaceByte on the embedded English text, for a CPU",
     )

@@ -8,12 +8,12 @@ Cost:     not measured; reduced twin: recipes/vanilla_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, titled
+from recipes.bases import llama_360m, steps, titled
 
 
 def recipe() -> Recipe:
     return titled(
-        llama_360m().with_("train.steps=9438", "schedule.warmup_steps=57"),
+        steps(llama_360m(), 9438, warmup=57),
         "vanilla_360m",
         "vanilla transformer, 360M shape, 32 layers (315M)",
         Published(

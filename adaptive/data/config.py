@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+from adaptive.errors import RecipeError
+from adaptive.settings import ranged, show
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -19,18 +22,34 @@ class DataConfig:
 
     source: Literal["embedded", "files", "tokens", "huggingface", "synthetic"] = "embedded"
     paths: tuple[str, ...] = ("english",)
-    weights: tuple[float, ...] = ()  # proportion of rows drawn from each path; () mixes by size (streams equally)
+    # Proportion of rows drawn from each path; () mixes by size (streams equally).
+    weights: tuple[float, ...] = ranged((), above=0)
     tokenizer: str = "bytes"  # bytes | hnet-bytes | bpe-4096 | path or hub name of a tokenizer.json
     text_key: str = "text"  # field of jsonl and parquet rows
     token_dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of headerless .bin files
-    seq_len: int = 256
+    seq_len: int = ranged(256, least=2)
     shuffle: bool = True
-    shuffle_seed: int = 0
+    shuffle_seed: int = ranged(0, least=0)
     cross_document: bool = False  # True: attend and predict across document boundaries (as the MoR release trains)
     boundaries: Literal["none", "words"] = "none"  # where chunks of an H-Net begin: words as HAT splits them
-    validation_every: int = 20  # document i is validation when i % every == every - 1; 0: nothing is held out
-    prefetch: int = 4  # batches prepared ahead, per process
+    # Document i is validation when i % every == every - 1; 0: nothing is held out.
+    validation_every: int = ranged(20, least=0)
+    prefetch: int = ranged(4, least=1)  # batches prepared ahead, per process
     cache_dir: str = ""  # where token stores are kept; "" is the user's cache directory
+
+    def validate(self) -> None:
+        """Raises RecipeError for settings that cannot work together."""
+        if not self.paths or not all(self.paths):
+            raise RecipeError("data.paths is empty: name what to read, as in data.paths=corpus/ or data=embedded")
+        if self.weights and len(self.weights) != len(self.paths):
+            raise RecipeError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths "
+                f"({show(self.paths)}): give one per path, or none to mix by size (data.weights=)"
+            )
+        if not self.tokenizer:
+            raise RecipeError("data.tokenizer is empty: bytes, hnet-bytes, bpe-4096, or a tokenizer.json")
+        if self.validation_every == 1:
+            raise RecipeError("data.validation_every=1 holds out every document: at least 2, or 0 to hold out none")
 
 
 # `data=NAME` on the command line replaces these fields and leaves the others as the recipe has them.

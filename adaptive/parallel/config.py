@@ -1,9 +1,11 @@
 """The device mesh, and how experts use it: plain data."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
 
 from adaptive.errors import RecipeError
+from adaptive.settings import ranged
 
 Strategy = Literal["expert", "gather", "data", "tensor"]
 
@@ -23,8 +25,10 @@ class ExpertParallel:
     exchange: Literal["flat", "hierarchical"] = (
         "flat"  # all-to-all at once, or within nodes first and then between them
     )
-    nodes: int = 1  # nodes that the expert axis spans, each with as many devices; for exchange=hierarchical
-    overlap: int = 1  # parts in which tokens travel: one is computed while the next is under way
+    nodes: int = ranged(
+        1, least=1
+    )  # nodes that the expert axis spans, each with as many devices; for exchange=hierarchical
+    overlap: int = ranged(1, least=1)  # parts in which tokens travel: one is computed while the next is under way
     buffer_factor: float = -1.0  # rows that a device receives at most, over those it sends; -1: all that can ever come
 
     def validate(self, *, devices: int, experts: int = 0, ragged: bool | None = None) -> None:
@@ -46,7 +50,7 @@ class ExpertParallel:
                 f"{', '.join(map(str, fits))}, or {name}.strategy=tensor splits each expert's hidden units instead"
             )
         travels = self.strategy in ("auto", "expert")
-        if self.nodes < 1 or devices % self.nodes:
+        if devices % self.nodes:
             fits = [d for d in range(1, devices + 1) if devices % d == 0]
             raise RecipeError(
                 f"{name}.nodes={self.nodes} does not divide mesh.expert={devices}; it can be one of "
@@ -63,8 +67,6 @@ class ExpertParallel:
                     f"strategy={self.strategy} exchanges no tokens" if not travels else "ragged rows are sent directly"
                 )
                 raise RecipeError(f"{name}.exchange=hierarchical: {why}; use exchange=flat")
-        if self.overlap < 1:
-            raise RecipeError(f"{name}.overlap={self.overlap}: must be at least 1, which sends all tokens at once")
         if self.overlap > 1 and not travels:
             raise RecipeError(
                 f"{name}.overlap={self.overlap}: strategy={self.strategy} exchanges no tokens; use overlap=1"
@@ -88,8 +90,18 @@ class MeshConfig:
     tensor  heads, feed-forward and vocabulary are split
     """
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int = ranged(-1, least=-1)
+    fsdp: int = ranged(1, least=1)
+    expert: int = ranged(1, least=1)
+    tensor: int = ranged(1, least=1)
     expert_parallel: ExpertParallel = ExpertParallel()
+
+    def validate(self, layers: Iterable[tuple[int, bool | None]]) -> None:
+        """Raises RecipeError for settings that do not fit each other or the model.
+
+        layers  how many experts each kind of layer has, and whether their rows are ragged (None: not known)
+        """
+        if self.data == 0:
+            raise RecipeError("mesh.data=0: must be at least 1, or -1 for the devices the other axes leave")
+        for experts, ragged in list(layers) or [(0, None)]:
+            self.expert_parallel.validate(devices=self.expert, experts=experts, ragged=ragged)

@@ -3,33 +3,62 @@
 import dataclasses
 from typing import Literal
 
+from adaptive.errors import RecipeError
+from adaptive.settings import ranged, show
+
+SELECTIONS = ("topk", "threshold")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 100
-    batch_size: int = 8  # sequences per optimizer step, over all devices
-    device_batch_size: int = 0  # most sequences a device computes at once; 0: no accumulation
-    seed: int = 0
+    """How long, on how much, and how a step is computed."""
+
+    steps: int = ranged(100, least=1)
+    batch_size: int = ranged(8, least=1)  # sequences per optimizer step, over all devices
+    device_batch_size: int = ranged(0, least=0)  # most sequences a device computes at once; 0: no accumulation
+    seed: int = ranged(0, least=0)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     remat: Literal["none", "layer", "dots"] = "none"  # recompute in the backward pass: nothing, layers, all but matmuls
-    loss_chunk: int = 0  # positions whose logits exist at once, per sequence; 0: chosen from the vocabulary
-    max_bad_steps: int = 5  # consecutive non-finite steps after which the run stops
-    step_timeout_s: float = 1800.0  # a step that takes longer is reported with every thread's stack, and the run ends
+    loss_chunk: int = ranged(
+        0, least=0
+    )  # positions whose logits exist at once, per sequence; 0: chosen from the vocabulary
+    max_bad_steps: int = ranged(5, least=1)  # consecutive non-finite steps after which the run stops
+    # A step that takes longer is reported with every thread's stack, and the run ends.
+    step_timeout_s: float = ranged(1800.0, above=0)
+
+    def validate(self, seq_len: int) -> None:
+        """Raises RecipeError for settings that do not fit rows of this length."""
+        if self.loss_chunk and seq_len % self.loss_chunk:
+            divisors = [d for d in range(1, seq_len + 1) if seq_len % d == 0]
+            near = min(divisors, key=lambda d: abs(d - self.loss_chunk))
+            raise RecipeError(
+                f"train.loss_chunk={self.loss_chunk} does not divide data.seq_len={seq_len}; nearest that does: "
+                f"{near}; 0 chooses one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    every: int = 100  # steps; 0: only at the end
-    batches: int = 8  # held-out batches per evaluation; 0: all of them
-    selection: tuple[str, ...] = ("topk", "threshold")  # how routed models choose: as trained, and causally
+    """When and how models are evaluated."""
+
+    every: int = ranged(100, least=0)  # steps; 0: only at the end
+    batches: int = ranged(8, least=0)  # held-out batches per evaluation; 0: all of them
+    selection: tuple[str, ...] = SELECTIONS  # how routed models choose: as trained, and causally
+
+    def validate(self) -> None:
+        """Raises RecipeError for an unknown way of choosing."""
+        if not self.selection or not set(self.selection) <= set(SELECTIONS):
+            raise RecipeError(f"eval.selection={show(self.selection)}: expected one or both of {', '.join(SELECTIONS)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: int = 10  # steps between rows of metrics.jsonl
+    """What is kept and shown of a run."""
+
+    every: int = ranged(10, least=1)  # steps between rows of metrics.jsonl
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is present
     project: str = "adaptive"
-    profile_start: int = 0  # first step of a jax.profiler trace
-    profile_steps: int = 0  # how many steps to trace; 0: none
+    profile_start: int = ranged(0, least=0)  # first step of a jax.profiler trace
+    profile_steps: int = ranged(0, least=0)  # how many steps to trace; 0: none
     sample_prompt: str = "The "
-    sample_tokens: int = 200
+    sample_tokens: int = ranged(200, least=0)

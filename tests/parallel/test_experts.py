@@ -246,7 +246,6 @@ def test_settings_that_do_not_fit():
         (ExpertParallel(exchange="hierarchical"), 4, ["nodes=1", "above 1 and below mesh.expert"]),
         (ExpertParallel("gather", "hierarchical", 2), 4, ["strategy=gather exchanges no tokens"]),
         (ExpertParallel("data", overlap=2), 4, ["overlap=2", "strategy=data exchanges no tokens"]),
-        (ExpertParallel(overlap=0), 4, ["overlap=0", "at least 1"]),
         (ExpertParallel(buffer_factor=0), 4, ["buffer_factor=0", "above 0, or -1"]),
     ]:
         with pytest.raises(RecipeError) as error:
