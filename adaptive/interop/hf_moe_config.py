@@ -4,12 +4,18 @@ A field that is left out has the library's default for the kind. Fields that can
 ignored; a field that would, in a way this package has no counterpart for, is refused by name.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from adaptive.errors import RecipeError
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.config import TransformerConfig
+from adaptive.layers import stack
+from adaptive.layers.block import Settings as Block
+from adaptive.layers.feed_forwards import FeedForward, dense, experts
+from adaptive.layers.mixers.attention import Settings as Attention
+from adaptive.layers.moe.routers import token_choice
+from adaptive.models import language_model
+from adaptive.models.bodies import plain
 
 Kind = Literal["mixtral", "olmoe", "qwen3_moe"]
 
@@ -38,7 +44,7 @@ QK_NORMS: dict[Kind, Literal["none", "head", "full"]] = {"mixtral": "none", "olm
 KINDS: tuple[Kind, ...] = tuple(QK_NORMS)
 
 
-def config_from_transformers(kind: Kind, config: Mapping[str, Any]) -> TransformerConfig:
+def config_from_transformers(kind: Kind, config: Mapping[str, Any]) -> language_model.Settings:
     """The model that a config.json of this kind describes; raises RecipeError, naming the field, where there is none.
 
     The coefficient of the balancing loss is router_aux_loss_coef where output_router_logits is set and 0 otherwise, as
@@ -46,31 +52,13 @@ def config_from_transformers(kind: Kind, config: Mapping[str, Any]) -> Transform
     """
     fields = _Fields(kind, config)
     fields.refuse_what_has_no_counterpart()
-    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    layers = fields.integer("num_hidden_layers")
-    head_dim = fields.integer_or_none("head_dim") or width // heads
-    if kind == "olmoe" and heads * head_dim != width:
-        raise RecipeError(
-            f"official olmoe: its query norm is as wide as the model, so num_attention_heads={heads} times "
-            f"head_dim={head_dim} must be hidden_size={width}"
-        )
-    ours = TransformerConfig(
+    ours = language_model.Settings(
         vocab_size=fields.integer("vocab_size"),
-        hidden_size=width,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=fields.integer_or_none("num_key_value_heads") or heads,
-        head_dim=head_dim,
+        width=fields.integer("hidden_size"),
+        body=plain.Settings(_stack(fields)),
         norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=_rope_theta(fields),
-        attention_bias=kind != "mixtral" and fields.boolean("attention_bias"),
-        qk_norm=QK_NORMS[kind],
-        clip_qkv=_clip(fields) if kind == "olmoe" else 0.0,
-        attention_window=_window(fields),
         padding_token=_padding_token(fields),
         tie_embeddings=fields.boolean("tie_word_embeddings"),
-        moe=_experts(fields, layers),
     )
     ours.validate()
     return ours
@@ -134,6 +122,49 @@ class _Fields:
                 )
 
 
+def _stack(fields: _Fields) -> stack.Settings:
+    """The layers, as the shortest pattern that repeats."""
+    attention, feed_forwards = _attention(fields), _feed_forwards(fields)
+    layers = len(feed_forwards)
+    period = next((p for p in range(1, layers + 1) if feed_forwards[:p] * (layers // p) == feed_forwards), layers)
+    runs = [(feed_forward, len(list(run))) for feed_forward, run in itertools.groupby(feed_forwards[:period])]
+    blocks = tuple(Block(attention, feed_forward, repeat=count) for feed_forward, count in runs)
+    return stack.Settings(blocks, repeats=layers // max(period, 1))
+
+
+def _attention(fields: _Fields) -> Attention:
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    head_dim = fields.integer_or_none("head_dim") or width // max(heads, 1)
+    if fields.kind == "olmoe" and heads * head_dim != width:
+        raise RecipeError(
+            f"official olmoe: its query norm is as wide as the model, so num_attention_heads={heads} times "
+            f"head_dim={head_dim} must be hidden_size={width}"
+        )
+    return Attention(
+        heads=heads,
+        kv_heads=fields.integer_or_none("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        rope_theta=_rope_theta(fields),
+        window=_window(fields),
+        bias=fields.kind != "mixtral" and fields.boolean("attention_bias"),
+        qk_norm=QK_NORMS[fields.kind],
+        clip_qkv=_clip(fields) if fields.kind == "olmoe" else 0.0,
+    )
+
+
+def _feed_forwards(fields: _Fields) -> list[FeedForward]:
+    """That of each layer."""
+    layers = fields.integer("num_hidden_layers")
+    if layers < 1:
+        raise fields.wrong("num_hidden_layers", "must be at least 1")
+    plain_one, routed, only = (
+        dense.Settings(fields.integer("intermediate_size")),
+        _experts(fields),
+        _dense_layers(fields),
+    )
+    return [plain_one if routed is None or only(i) else routed for i in range(layers)]
+
+
 def _rope_theta(fields: _Fields) -> float:
     """The base of the rotary embedding; of the two dicts that may hold it the older, rope_scaling, comes first."""
     name = "rope_scaling" if fields.given("rope_scaling") else "rope_parameters"
@@ -185,20 +216,22 @@ def _padding_token(fields: _Fields) -> int:
     return token % vocabulary
 
 
-def _experts(fields: _Fields, layers: int) -> MoEConfig:
-    experts, dense = _count(fields), _dense_layers(fields, layers)
-    qwen = fields.kind == "qwen3_moe"
-    if len(dense) == layers or (qwen and experts == 0):
-        return MoEConfig()
-    normalise = fields.kind == "mixtral" or fields.boolean("norm_topk_prob")
-    return MoEConfig(
-        router="token_choice",
-        experts=experts,
+def _experts(fields: _Fields) -> experts.Settings | None:
+    """The experts of the layers that have them; None: no layer has."""
+    count, qwen = _count(fields), fields.kind == "qwen3_moe"
+    if qwen and count == 0:
+        return None
+    return experts.Settings(
+        router=token_choice.Settings(
+            experts_per_token=fields.integer("num_experts_per_tok"),
+            balance_coefficient=fields.number("router_aux_loss_coef")
+            if fields.boolean("output_router_logits")
+            else 0.0,
+            normalise=fields.kind == "mixtral" or fields.boolean("norm_topk_prob"),
+            balance="hf",
+        ),
+        experts=count,
         expert_size=fields.integer("moe_intermediate_size" if qwen else "intermediate_size"),
-        experts_per_token=float(fields.integer("num_experts_per_tok")),
-        balance_coefficient=fields.number("router_aux_loss_coef") if fields.boolean("output_router_logits") else 0.0,
-        dense_layers=dense,
-        options=(f"normalise={str(normalise).lower()}", "balance=hf"),
     )
 
 
@@ -213,13 +246,13 @@ def _count(fields: _Fields) -> int:
     return fields.integer(names[0] if names else "num_experts")
 
 
-def _dense_layers(fields: _Fields, layers: int) -> tuple[int, ...]:
-    """Layers whose feed-forward is dense; Qwen alone has them."""
+def _dense_layers(fields: _Fields) -> Callable[[int], bool]:
+    """Which layers' feed-forward is dense; Qwen alone has such."""
     if fields.kind != "qwen3_moe":
-        return ()
+        return lambda _: False
     step, only = fields.integer("decoder_sparse_step"), fields.given("mlp_only_layers") or ()
     if step < 1:
         raise fields.wrong("decoder_sparse_step", "must be at least 1: every step-th layer has experts")
     if isinstance(only, str) or not all(isinstance(i, int) and not isinstance(i, bool) for i in only):
         raise fields.wrong("mlp_only_layers", "must be a list of layer numbers, from 0")
-    return tuple(i for i in range(layers) if i in only or (i + 1) % step)
+    return lambda layer: layer in only or bool((layer + 1) % step)

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptive.errors import RecipeError
-from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.layers import block, stack
+from adaptive.layers.feed_forwards import dense
+from adaptive.layers.mixers import attention
+from adaptive.models import language_model
+from adaptive.models.bodies import Body, plain
+from adaptive.models.bodies.recursive import KeysValues
+from adaptive.models.bodies.recursive import Settings as Recursive
+from adaptive.models.depth import Depth, expert_choice, token_choice
+from adaptive.models.depth import all as all_tokens
 
 _SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")
 _ROUTERS = ("linear", "mlp", "wide_mlp")
@@ -12,41 +20,24 @@ _ROUTERS = ("linear", "mlp", "wide_mlp")
 _PLAIN = {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "rope_scaling": (None,)}
 
 
-def config_from_official(config: Mapping[str, Any]) -> TransformerConfig:
+def config_from_official(config: Mapping[str, Any]) -> language_model.Settings:
     """The model that an official configuration describes, as the released code builds it.
 
-    Where the depth does not divide, that code drops layers and numbers the rest anew: `num_layers` counts what is left.
-    `base_depth` it reads only when `num_recursion` is 1, which keeps that many layers of a vanilla model; otherwise it
-    follows from the depth. Its wide_mlp router is as wide as its mlp. How a shared block was initialised is of no
-    matter here. Raises RecipeError, naming the key, for what is missing or unknown or has no counterpart.
+    Where the depth does not divide, that code drops layers and numbers the rest anew. `base_depth` it reads only when
+    `num_recursion` is 1, which keeps that many layers of a vanilla model; otherwise it follows from the depth. Its
+    wide_mlp router is as wide as its mlp. How a shared block was initialised is of no matter here. Raises RecipeError,
+    naming the key, for what is missing or unknown or has no counterpart.
     """
     llama = _Section(config, "llama", required=True)
-    recursive, kv, mor = (_Section(config, name) for name in ("recursive", "kv_sharing", "mor"))
-    for key, plain in _PLAIN.items():
-        if llama.get(key, plain[0]) not in plain:
-            raise RecipeError(f"official config: llama.{key}={llama.get(key)!r} is not supported, only {plain[0]!r}")
-    layers, recursions, sharing = _structure(llama.integer("num_hidden_layers"), recursive, kv, mor)
-    heads, width = llama.integer("num_attention_heads"), llama.integer("hidden_size")
-    # The released configuration check copies the recursion's sharing over the keys' and values'.
-    policy = "per_recursion"
-    if kv.enabled and recursions > 1:
-        policy = "hybrid" if mor.enabled and kv.get("update_cache", False) else "shared"
-    ours = TransformerConfig(
+    for key, known in _PLAIN.items():
+        if llama.get(key, known[0]) not in known:
+            raise RecipeError(f"official config: llama.{key}={llama.get(key)!r} is not supported, only {known[0]!r}")
+    ours = language_model.Settings(
         vocab_size=llama.integer("vocab_size"),
-        hidden_size=width,
-        intermediate_size=llama.integer("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=llama.integer("num_key_value_heads", heads),
-        head_dim=llama.integer("head_dim", width // heads),
-        norm_eps=float(llama.get("rms_norm_eps", 1e-5)),
-        rope_theta=float(llama.get("rope_theta", 10_000.0)),
+        width=llama.integer("hidden_size"),
+        body=_body(config, llama),
         tie_embeddings=bool(llama.get("tie_word_embeddings", True)),
-        recursions=recursions,
-        sharing=sharing,  # type: ignore[arg-type]
-        share_parameters=recursive.enabled or recursions == 1,
-        kv=policy,  # type: ignore[arg-type]
-        router=_router(config, mor, recursions) if mor.enabled else RouterConfig(),
+        norm_eps=float(llama.get("rms_norm_eps", 1e-5)),
     )
     ours.validate()
     return ours
@@ -86,52 +77,113 @@ class _Section:
         return value
 
 
+def _body(config: Mapping[str, Any], llama: _Section) -> Body:
+    recursive, kv, mor = (_Section(config, name) for name in ("recursive", "kv_sharing", "mor"))
+    layers, recursions, sharing = _structure(llama.integer("num_hidden_layers"), recursive, kv, mor)
+    one = _block(llama)
+    if recursions == 1:
+        return plain.Settings(stack.Settings((one,), repeats=layers))
+    middle = sharing.startswith("middle")
+    end = stack.Settings((one,)) if middle else None
+    return Recursive(
+        prelude=end,
+        core=stack.Settings((one,), repeats=(layers - 2 * middle) // recursions),
+        coda=end,
+        recursions=recursions,
+        depth=_depth(config, mor, recursions) if mor.enabled else all_tokens.Settings(),
+        shared="all" if recursive.enabled else "none",
+        order="sequence" if sharing.endswith("sequence") else "cycle",
+        keys_values=_keys_values(kv, mor, sharing),
+    )
+
+
+def _block(llama: _Section) -> block.Settings:
+    heads, width = llama.integer("num_attention_heads"), llama.integer("hidden_size")
+    attends = attention.Settings(
+        heads=heads,
+        kv_heads=llama.integer("num_key_value_heads", heads),
+        head_dim=llama.integer("head_dim", width // max(heads, 1)),
+        rope_theta=float(llama.get("rope_theta", 10_000.0)),
+    )
+    return block.Settings(attends, dense.Settings(llama.integer("intermediate_size")))
+
+
 def _structure(layers: int, recursive: _Section, kv: _Section, mor: _Section) -> tuple[int, int, str]:
     """Unrolled layers, recursions and sharing strategy."""
     if mor.enabled and not recursive.enabled:
         raise RecipeError("official config: mor.enable needs recursive.enable to be true")
-    shared = recursive if recursive.enabled else kv
+    shared, name = (recursive, "recursive") if recursive.enabled else (kv, "kv_sharing")
     if not shared.enabled:
         return layers, 1, "middle_cycle"
     sharing, recursions = str(shared.choice("sharing", _SHARINGS)), shared.integer("num_recursion")
-    if not recursive.enabled:  # keys and values shared between the layers of a vanilla model, none is dropped
-        return layers, recursions, sharing
-    if recursive.get("ln_share", True) is not True:
+    if recursive.get("ln_share", True) is not True and recursive.enabled:
         raise RecipeError(
             "official config: recursive.ln_share=false (norms of their own at every recursion) is not supported; "
             "it must be true"
         )
+    if mor.enabled and sharing.endswith("sequence"):
+        raise RecipeError(
+            f"official config: recursive.sharing={sharing}: routing needs one contiguous block per recursion; use "
+            "cycle or middle_cycle"
+        )
     if recursions == 1:
-        base = recursive.integer("base_depth")
-        if base < 1 or layers % base:
-            raise RecipeError(
-                f"official config: recursive.base_depth={base} must divide llama.num_hidden_layers={layers}"
-            )
-        return base, 1, sharing
+        return _without_recursion(layers, recursive, mor), 1, sharing
     ends = 2 if sharing.startswith("middle") else 0
-    kept = (layers - ends) // max(recursions, 1) * recursions + ends
-    return (
-        (kept if kept > ends else layers),
-        recursions,
-        sharing,
-    )  # too few layers: validate() names the depths that fit
+    inner = layers - ends
+    # Layers that do not divide are dropped, of recursive models alone.
+    if recursions < 1 or inner < recursions or (inner % recursions and not recursive.enabled):
+        near = sorted({ends + max(1, inner // max(recursions, 1) + more) * max(recursions, 1) for more in (0, 1)})
+        raise RecipeError(
+            f"official config: {name}.num_recursion={recursions} does not divide the depth: "
+            f"llama.num_hidden_layers={layers} with sharing={sharing} must be "
+            f"{'first + block * recursions + last' if ends else 'block * recursions'}; nearest: "
+            f"{', '.join(map(str, near))}"
+        )
+    return inner // recursions * recursions + ends, recursions, sharing
 
 
-def _router(config: Mapping[str, Any], mor: _Section, recursions: int) -> RouterConfig:
+def _without_recursion(layers: int, recursive: _Section, mor: _Section) -> int:
+    """Layers of a model with `num_recursion` 1."""
+    if mor.enabled:
+        raise RecipeError("official config: mor.enable needs recursive.num_recursion of at least 2")
+    if not recursive.enabled:
+        return layers
+    base = recursive.integer("base_depth")
+    if base < 1 or layers % base:
+        raise RecipeError(f"official config: recursive.base_depth={base} must divide llama.num_hidden_layers={layers}")
+    return base
+
+
+def _keys_values(kv: _Section, mor: _Section, sharing: str) -> KeysValues:
+    """The released configuration check copies the recursion's sharing over the keys' and values'."""
+    if not kv.enabled:
+        return "per_recursion"
+    if mor.enabled and kv.get("update_cache", False):
+        if mor.get("type") != "expert" or sharing != "middle_cycle":
+            raise RecipeError(
+                "official config: kv_sharing.update_cache is defined for mor.type=expert with "
+                "recursive.sharing=middle_cycle only"
+            )
+        return "hybrid"
+    if sharing == "middle_sequence":
+        raise RecipeError("official config: kv_sharing is undefined for sharing=middle_sequence; use middle_cycle")
+    return "shared"
+
+
+def _depth(config: Mapping[str, Any], mor: _Section, recursions: int) -> Depth:
     expert = mor.choice("type", ("expert", "token")) == "expert"
+    part = mor.section("expert" if expert else "token")
     network = mor.choice("router_type", _ROUTERS, "linear")
     common: dict[str, Any] = {
         "network": "mlp" if network == "wide_mlp" else network,
         "temperature": float(mor.get("temp", 1.0)),
         "random": bool(mor.get("rand_router", False)),
         "z_coefficient": float(mor.get("z_coeff", 0.001)) if mor.get("z_loss", False) else 0.0,
+        "gating": part.choice("gating", ("weighted", "additive"), "weighted"),
     }
-    part = mor.section("expert" if expert else "token")
-    common["gating"] = part.choice("gating", ("weighted", "additive"), "weighted")
     if expert:
         warmup = part.get("cap_warmup_step")
-        return RouterConfig(
-            kind="expert_choice",
+        return expert_choice.Settings(
             activation=part.choice("router_func", ("sigmoid", "tanh", None)) or "none",  # type: ignore[arg-type]
             alpha=float(part.get("alpha", 0.1)),
             capacities=_capacities(mor.get("capacity"), recursions),
@@ -141,8 +193,7 @@ def _router(config: Mapping[str, Any], mor: _Section, recursions: int) -> Router
             **common,
         )
     activation = part.choice("router_func", ("softmax", "sigmoid", None), "softmax") or "softmax"
-    return RouterConfig(
-        kind="token_choice",
+    return token_choice.Settings(
         activation=activation,  # type: ignore[arg-type]
         alpha=float(part.get("alpha", 0.1 if activation == "sigmoid" else 1.0)),
         balancing=part.choice("balancing", ("loss", "loss_free", None)) or "none",  # type: ignore[arg-type]
@@ -164,4 +215,8 @@ def _capacities(value: Any, recursions: int) -> tuple[float, ...]:
         raise RecipeError(
             f"official config: mor.capacity={value!r} must be {recursions} fractions separated by commas"
         ) from None
+    if found and len(found) != recursions:
+        raise RecipeError(
+            f"official config: mor.capacity has {len(found)} fractions for recursive.num_recursion={recursions}"
+        )
     return found

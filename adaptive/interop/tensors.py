@@ -1,7 +1,7 @@
 """What every kind of official weights shares: which tensor is which parameter, read in both directions."""
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from adaptive.errors import CheckpointError
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
+from adaptive.layers import block, stack
+from adaptive.models import language_model
+from adaptive.models.language_model import LanguageModel
 
 Path = tuple[Hashable, ...]
 
@@ -31,36 +32,61 @@ class Part(NamedTuple):
         return self.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.shape[1:])
 
 
-class Leaf(NamedTuple):
-    """One parameter of ours: `parts`, all of one shape, in row-major order over the leading axes `stack` (layers,
-    experts)."""
+# The tensors of each parameter, all of one shape, by its path in the nnx state: in row-major order over the parameter's
+# leading axes (passes, layers, experts).
+Layout = dict[Path, tuple[Part, ...]]
+# (path in a block, official tensor named as inside its layer) of each parameter of one block; a path comes again for
+# every further expert.
+BlockParts = Callable[[block.Settings], Iterator[tuple[Path, Part]]]
 
-    stack: tuple[int, ...]
-    parts: tuple[Part, ...]
+
+def one(name: str, shape: tuple[int, ...], transposed: bool = False) -> tuple[Part]:
+    """A parameter that is one tensor."""
+    return (Part(name, shape, transposed),)
 
 
-Layout = dict[Path, Leaf]  # by a parameter's path in the nnx state
+def stack_layout(path: Path, settings: stack.Settings, parts: BlockParts, *names: Sequence[str]) -> Layout:
+    """Where the blocks of the stack at `path` lie.
+
+    names  official name of each of its layers, in the order they run; once more for every further pass of a recursion
+           that has parameters of its own
+    """
+    found: dict[Path, list[Part]] = {}
+    for i, own in enumerate(settings.blocks):
+        for name in (layers[number] for layers in names for number in settings.numbers(i)):
+            for inner, part in parts(own):
+                found.setdefault((*path, "blocks", i, *inner), []).append(part._replace(name=f"{name}.{part.name}"))
+    return {path: tuple(pieces) for path, pieces in found.items()}
 
 
 def parts_of(layout: Layout) -> dict[str, Part]:
     """The official tensors of a layout by their names."""
-    return {part.name: part for leaf in layout.values() for part in leaf.parts}
+    return {part.name: part for parts in layout.values() for part in parts}
 
 
-def built(config: TransformerConfig, layout: Layout, named: Mapping[str, jax.Array]) -> Any:
-    """The model that `config` describes, with the tensors `named` as its parameters. Nothing is drawn."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0))))
+def built(settings: language_model.Settings, layout: Layout, named: Mapping[str, jax.Array]) -> LanguageModel:
+    """The model that `settings` describe, with the tensors `named` as its parameters. Nothing is drawn."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: settings.build(jax.random.key(0))))
     filled = [
         (path, leaf.replace(_parameter(layout[path], named, leaf.shape))) for path, leaf in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def taken_apart(model: nnx.Module, layout: Layout) -> dict[str, jax.Array]:
+def language_model_of(kind: str, model: nnx.Module) -> LanguageModel:
+    """The model itself; CheckpointError where it is another module."""
+    if not isinstance(model, LanguageModel):
+        raise CheckpointError(
+            f"official {kind}: a {type(model).__name__} has no official names, only a LanguageModel has"
+        )
+    return model
+
+
+def taken_apart(model: LanguageModel, layout: Layout) -> dict[str, jax.Array]:
     """The parameters of `model` as tensors f32 under their official names, each distinct one once."""
     found: dict[str, list[tuple[int, jax.Array]]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
-        parts = layout[path].parts
+        parts = layout[path]
         shape = parts[0].own_shape
         value = leaf[...].reshape(-1, *(shape[::-1] if parts[0].transposed else shape))
         pieces = value.transpose(0, *range(len(shape), 0, -1)) if parts[0].transposed else value
@@ -128,8 +154,8 @@ def listed(names: Iterable[str]) -> str:
     return f"{shown}{rest} {'is' if len(names) == 1 else 'are'}"
 
 
-def _parameter(leaf: Leaf, named: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """The parameter of shape `shape` that `leaf` describes."""
-    rows = [named[part.name][slice(*part.rows)] if part.rows else named[part.name] for part in leaf.parts]
-    pieces = [piece.T if part.transposed else piece for piece, part in zip(rows, leaf.parts, strict=True)]
-    return (jnp.stack(pieces) if leaf.stack else pieces[0]).reshape(shape)
+def _parameter(parts: tuple[Part, ...], named: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """The parameter of shape `shape` that lies in `parts`."""
+    rows = [named[part.name][slice(*part.rows)] if part.rows else named[part.name] for part in parts]
+    pieces = [piece.T if part.transposed else piece for piece, part in zip(rows, parts, strict=True)]
+    return (jnp.stack(pieces) if len(pieces) > 1 else pieces[0]).reshape(shape)

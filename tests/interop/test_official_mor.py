@@ -14,7 +14,7 @@ from oracle import mor as oracle
 from adaptive.errors import UserError
 from adaptive.interop import from_official, to_official
 from adaptive.interop.official_mor_config import config_from_official
-from adaptive.models.transformer import Transformer
+from adaptive.models.language_model import LanguageModel
 
 CONFIGS = oracle.configs()
 # The first recursion's keys and values are those of all tokens: our model asks for a first capacity of 1 then.
@@ -114,7 +114,7 @@ def test_warmups_equal_the_oracle(name):
 
 def test_a_small_first_capacity_with_shared_keys_is_refused():
     config = CONFIGS["expert-kv-small-first"]
-    with pytest.raises(UserError, match="first fraction must be 1"):
+    with pytest.raises(UserError, match="first share must be 1"):
         from_official("mor", oracle.random_tensors(config, 0), config)
 
 
@@ -133,8 +133,8 @@ def test_loaded_model_is_an_ordinary_one():
     config = CONFIGS["expert-aux-router-mlp"]
     tensors = {k: np.asarray(v).astype(np.float16) for k, v in oracle.random_tensors(config, 0).items()}
     loaded = from_official("mor", tensors, config)
-    fresh = Transformer(config_from_official(config), key=jax.random.key(0))
-    assert isinstance(loaded, Transformer) and nnx.graphdef(loaded) == nnx.graphdef(fresh)
+    fresh = config_from_official(config).build(jax.random.key(0))
+    assert isinstance(loaded, LanguageModel) and nnx.graphdef(loaded) == nnx.graphdef(fresh)
     pairs = zip(nnx.to_flat_state(nnx.state(loaded)), nnx.to_flat_state(nnx.state(fresh)), strict=True)
     for (path, mine), (same, other) in pairs:
         assert path == same and mine.get_metadata() == other.get_metadata()
@@ -181,7 +181,7 @@ def test_wide_router_is_as_wide_as_its_tensors():
             value = np.random.default_rng(p).standard_normal(shape) / np.sqrt(shape[1])
             tensors[f"model.layers.{p}.mor_router.router.{index}.weight"] = jnp.asarray(value, jnp.float32)
     model = from_official("mor", tensors, config)
-    assert model.config.router.network == "wide_mlp"
+    assert model.settings.body.depth.network == "wide_mlp"
     want = oracle.forward(tensors, config, row())
     np.testing.assert_allclose(model(row()).logits, want["logits"], atol=2e-5, rtol=2e-6)
 

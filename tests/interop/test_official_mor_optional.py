@@ -17,7 +17,7 @@ def test_a_missing_loss_free_bias_is_zero():
     tensors = oracle.random_tensors(config, 0)
     without = {key: value for key, value in tensors.items() if key != "model.layers.1.router_bias"}
     assert len(without) == len(tensors) - 1
-    np.testing.assert_array_equal(from_official("mor", without, config).router_bias[...], jnp.zeros(3))
+    np.testing.assert_array_equal(from_official("mor", without, config).body.depth.bias[...], jnp.zeros(3))
 
 
 def test_a_random_router_needs_no_tensors_and_repeats_itself():
