@@ -17,7 +17,7 @@ Rule = Literal["train", "causal"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["step", "key", "layer", "previous", "given", "passes"],
-    meta_fields=["rule", "sees", "limited", "training", "keep", "writes", "rows"],
+    meta_fields=["rule", "sees", "limited", "training", "counts", "keep", "writes", "rows"],
 )
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -28,6 +28,7 @@ class Call:
     sees      "past", or "all": whether attention is causal
     limited   whether the capacities of training hold
     training  whether noise and warm-ups apply
+    counts    whether attention counts the queries and keys that it reads; in training it does not
     keep      whether parts return the state after the pass even where they were given none
     writes    whether positions enter the state that they read; False: they read it as it is
     step      i32[] training step, while a warm-up lasts; None: none does
@@ -44,6 +45,7 @@ class Call:
     sees: Literal["past", "all"] = "past"
     limited: bool = True
     training: bool = False
+    counts: bool = True
     keep: bool = False
     writes: bool = True
     step: jax.Array | None = None

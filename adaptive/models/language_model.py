@@ -216,7 +216,7 @@ class LanguageModel(nnx.Module):
             raise RecipeError(reason)
         given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
         where = Where.after(cache["seen"][0], tokens.shape[1], valid)
-        call = Call(rule="causal", limited=False, given=given, rows=rows)
+        call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows)
         through = self.body(self._embed(tokens), where, call, cache["body"])
         after = {"seen": cache["seen"] + where.counts(), "body": through.state}
         return self._output(through.hidden, through.aux, through.trace, True), after

@@ -169,7 +169,10 @@ class Attention(MixerModule):
             out = out + use(self.o_bias, x.dtype)
         if state is None and call.keep and where.exists is not None:
             keys = keys._replace(index=jnp.where(where.exists, keys.index, -1))
-        told = Told() if call.training or state is not None else Told(stats=attended(where, s.window, call.sees))
+        told = Told()
+        if call.counts and not call.training:
+            read = None if state is None else Where.whole(keys.index.shape, None, keys.segments, keys.index >= 0)
+            told = Told(stats=attended(where, s.window, call.sees, read))
         return out, keys if call.keep or state is not None else None, told
 
     def empty(self, rows: int, slots: int, dtype: Any) -> KeyValues:
@@ -201,11 +204,22 @@ def written(state: KeyValues, own: KeyValues, where: Where) -> KeyValues:
     return state._replace(k=one(state.k, own.k), v=one(state.v, own.v), index=one(state.index, own.index))
 
 
-def attended(where: Where, window: int, sees: str) -> dict[str, jax.Array]:
-    """f32[] each: queries that exist, and the pairs of a query and a key that they read, of a pass without a state.
+def attended(where: Where, window: int, sees: str, read: Where | None = None) -> dict[str, jax.Array]:
+    """f32[] each: queries that exist, and the pairs of a query and a key that they read.
 
-    By counting, so that nothing of queries times keys exists.
+    read  all positions of the rows, where keys are theirs; None: keys are those of the queries' own positions
     """
+    present = where.present()
+    there = jnp.ones(where.shape, jnp.float32) if present is None else present.astype(jnp.float32)
+    keys = _seen(where if read is None else read, window, sees)
+    if read is not None:
+        keys = take_rows(keys, where.index)
+    return {"queries": there.sum(), "keys": (keys * there).sum()}
+
+
+def _seen(where: Where, window: int, sees: str) -> jax.Array:
+    """f32[rows, n]: how many of these positions each of them sees. By counting, so that nothing of queries times keys
+    exists."""
     present = where.present()
     there = jnp.ones(where.shape, jnp.float32) if present is None else present.astype(jnp.float32)
     total = jnp.cumsum(there, axis=1)
@@ -215,12 +229,11 @@ def attended(where: Where, window: int, sees: str) -> dict[str, jax.Array]:
         since = jax.vmap(lambda index: jnp.searchsorted(index, index - window, side="right"))(where.index)
         first = jnp.maximum(first, since.astype(jnp.int32))
     before = jnp.where(first > 0, jnp.take_along_axis(total, jnp.maximum(first - 1, 0), axis=1), 0.0)
-    if sees == "all":
-        last = place if where.segments is None else jax.vmap(_last_of)(where.segments)
-        end = total[:, -1:] if where.segments is None else jnp.take_along_axis(total, last, axis=1)
-    else:
-        end = total
-    return {"queries": there.sum(), "keys": ((end - before) * there).sum()}
+    if sees == "past":
+        return total - before
+    last = place if where.segments is None else jax.vmap(_last_of)(where.segments)
+    end = total[:, -1:] if where.segments is None else jnp.take_along_axis(total, last, axis=1)
+    return end - before
 
 
 def _last_of(segments: jax.Array) -> jax.Array:
