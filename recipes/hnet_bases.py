@@ -254,6 +254,30 @@ def tiny_stage(
     )
 
 
+def tiny_two_stages(inner: Body) -> hnet.Settings:
+    """Two Mamba-2 layers around a transformer and a Mamba-2 layer around `inner`, of width 192: chunks of about 3 by 3
+    bytes, and rates as in `tiny_stage`."""
+    side = tiny_attends(128, 384, window=128)
+    second = hnet.Settings(
+        encoder=stacked(side, tiny_scans(1)),
+        chunker=dynamic.Settings(target=3.0),
+        inner=inner,
+        inner_width=192,
+        decoder=stacked(tiny_scans(1), side),
+        capacities=(0.65,),
+        rate=1.5,
+    )
+    return hnet.Settings(
+        encoder=repeated(tiny_scans(2)),
+        chunker=dynamic.Settings(target=3.0),
+        inner=second,
+        inner_width=128,
+        decoder=repeated(tiny_scans(2)),
+        capacities=(0.5,),
+        rate=2.0,
+    )
+
+
 def budgeted(recipe: Recipe, flops: float) -> Recipe:
     """Steps that `flops` buy, forward and backward, by the compute account; a tenth of them warm up."""
     per_step = account(recipe.model, recipe.data.seq_len).train_flops_per_token * tokens_per_step(recipe)
