@@ -1,4 +1,4 @@
-"""A hybrid Mixture-of-Recursions on bytes: a core of twice (three Mamba-2 layers, one of attention), taken up to 2 times.
+"""A hybrid Mixture-of-Recursions on bytes: its core is twice (three Mamba-2 layers, one of attention), up to 2 times.
 
 python -m adaptive.train --recipe mor_hybrid_tiny
 Numbers:  our own, for a CPU in minutes; routing as in mor_tiny, three to one as in published hybrids
