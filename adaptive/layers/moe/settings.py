@@ -56,7 +56,16 @@ class MoESettings(FeedForward):
         if not tokens:
             return Cost()
         router, router_train, experts = self.router.layer_cost(self, tokens, site)
-        return Cost(feed_forward=experts, router=router, router_train=router_train, last=experts / 3)
+        shared = 6.0 * tokens * site.width * self.shared_size
+        # The gradient of the weights needs what experts give; nothing needs what the shared feed-forward does.
+        return Cost(
+            feed_forward=experts,
+            experts=experts - shared,
+            router=router,
+            router_inside=router,
+            router_train=router_train,
+            last=shared / 3,
+        )
 
     def matrices(self) -> int:
         """Matrices of an expert."""
