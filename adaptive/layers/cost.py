@@ -57,8 +57,9 @@ class Cost:
     state_space       a scan in blocks, all pairs of a block and padding included; `state_space_useful` over the causal
                       pairs of positions that exist; `state_space_again`: what its backward pass always computes a
                       second time
+    feed_forward      `experts` of it in experts, whose matmuls have a batch axis
     router            what decides: depth (token choice: all of it at the first recursion), experts, where chunks begin;
-                      router_train: with its backward pass
+                      `router_inside` of it inside layers; `router_train`: with its backward pass
     last              of all these what layer-wise recomputation leaves out: matmuls at the end of its units, whose
                       results no gradient needs, and those outside of any
     """
@@ -75,7 +76,9 @@ class Cost:
     state_space_useful: float = 0.0
     state_space_again: float = 0.0
     feed_forward: float = 0.0
+    experts: float = 0.0
     router: float = 0.0
+    router_inside: float = 0.0
     router_train: float = 0.0
     head: float = 0.0
     last: float = 0.0
@@ -110,13 +113,14 @@ class Cost:
         return self.train - self.state_space_again - 3 * self._idle
 
     def recomputed(self, remat: str) -> float:
-        """FLOPs of the second forward pass: under "layer" all matmuls of the layers but `last`; under "dots" those of
-        attention and of the scans, which are not kept."""
+        """FLOPs of the second forward pass: under "layer" all matmuls of the layers but `last`; under "dots" those with
+        a batch axis, in attention, scans and experts, which are not kept."""
         match remat:
             case "layer":
-                return self.projections + self.attention + self.state_space + self.feed_forward - self.last
+                inside = self.projections + self.attention + self.state_space + self.feed_forward + self.router_inside
+                return inside - self.last
             case "dots":
-                return self.attention + self.state_space
+                return self.attention + self.state_space + self.experts
         return 0.0
 
     @property
