@@ -1,4 +1,4 @@
-"""Mixture-of-Depths, and what CONTRIBUTING.md says of it: a router of depth is one file, and nothing else knows of it."""
+"""Mixture-of-Depths, and what CONTRIBUTING.md says of it: a router of depth is one file that nothing else knows of."""
 
 import dataclasses
 import importlib
@@ -132,7 +132,6 @@ def test_a_cache_is_no_cache(model, built):
 
 # Around a core of one line
 
-
 WIDTH = 8
 
 
@@ -164,13 +163,16 @@ def by_hand(x, router, predictor, share):
     return x, taken, loss
 
 
+def strategy():
+    keys = iter(jax.random.split(jax.random.key(3)))
+    return mixture_of_depths.Settings(share=0.4).build(4, Site(WIDTH, 0.5), keys)
+
+
 def test_gate_and_selection_are_the_formula():
-    strategy = mixture_of_depths.Settings(share=0.4).build(
-        4, Site(WIDTH, 0.5), iter(jax.random.split(jax.random.key(3)))
-    )
-    router, predictor = (np.asarray(p[...], np.float64) for p in (strategy.router, strategy.predictor))
+    made = strategy()
+    router, predictor = (np.asarray(p[...], np.float64) for p in (made.router, made.predictor))
     x = np.random.default_rng(1).normal(size=(3, 10, WIDTH))
-    run = quick.jit(lambda x: strategy(core, x, Where.whole(x.shape[:2]), Call(), Carried(None)))
+    run = quick.jit(lambda x: made(core, x, Where.whole(x.shape[:2]), Call(), Carried(None)))
     routed = run(jnp.asarray(x, jnp.float32))
     rows = [by_hand(row, router, predictor, 0.4) for row in x]
     np.testing.assert_allclose(routed.x, np.stack([row[0] for row in rows]), rtol=1e-4, atol=1e-4)
@@ -181,11 +183,9 @@ def test_gate_and_selection_are_the_formula():
 
 
 def test_padding_is_never_taken_and_shares_are_of_what_exists():
-    strategy = mixture_of_depths.Settings(share=0.4).build(
-        4, Site(WIDTH, 0.5), iter(jax.random.split(jax.random.key(3)))
-    )
+    made = strategy()
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 10, WIDTH)), jnp.float32)
-    run = quick.jit(lambda x, where: strategy(core, x, where, Call(), Carried(None)))
+    run = quick.jit(lambda x, where: made(core, x, where, Call(), Carried(None)))
     alone = run(x[:, :5], Where.whole((1, 5)))
     beside = run(x, Where.whole((1, 10), exists=jnp.arange(10)[None] < 5))
     np.testing.assert_allclose(beside.x[:, :5], alone.x, rtol=1e-4, atol=1e-5)
@@ -196,11 +196,11 @@ def test_padding_is_never_taken_and_shares_are_of_what_exists():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recursions": 5}, r"model.body.depth.every=2 does not divide the 5 recursions"),
-        ({"keys_values": "shared"}, r"keys_values=per_recursion, not shared"),
+        ({"recursions": 5}, "every=2 does not divide the 5 recursions"),
+        ({"keys_values": "shared"}, "keys_values=per_recursion, not shared"),
         (
             {"depth": mixture_of_depths.Settings(share=1.5)},
-            r"model.body.depth.share=1.5: must be above 0 and at most 1",
+            "share=1.5: must be above 0 and at most 1",
         ),
     ],
 )
