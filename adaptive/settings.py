@@ -54,8 +54,8 @@ class Member:
 
 @functools.cache
 def _names(package: str) -> tuple[str, ...]:
-    path = importlib.import_module(package).__path__
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")))
+    files = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    return tuple(sorted(name for name in files if hasattr(importlib.import_module(f"{package}.{name}"), "Settings")))
 
 
 def ranged(

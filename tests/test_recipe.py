@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from adaptive.errors import RecipeError
-from adaptive.overrides import expected, leaf_kinds, parse, read
+from adaptive.layers.moe.routers import top_p
+from adaptive.models.depth import token_choice
 from adaptive.recipe import (
-    FORMAT_VERSION,
     Published,
     Recipe,
     describe,
@@ -24,6 +22,7 @@ from adaptive.recipe import (
     load,
     setting_kinds,
 )
+from adaptive.settings import expected, is_choice, leaf_kinds, parse, read, show
 
 TINY = load("mor_tiny")
 
@@ -34,14 +33,20 @@ def message(call, *args, **kwargs) -> str:
     return str(raised.value)
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_importing_recipes_does_not_import_jax():
-    code = (
-        "import sys, adaptive.recipe, adaptive.account, adaptive.peaks; adaptive.recipe.load('mor_360m'); "
-        "sys.exit('jax' in sys.modules)"
-    )
+def test_a_refused_setting_starts_no_back_end():
+    code = """
+import jax, adaptive.errors, adaptive.recipe, adaptive.account
+from jax._src import xla_bridge
+recipe = adaptive.recipe.load("mor_360m")
+recipe.validate()
+for wrong in ("model.body.depth=expert", "model.body.core.blocks.0.mixer.kv_heads=4"):
+    try:
+        recipe.with_(wrong).validate()
+    except adaptive.errors.RecipeError:
+        continue
+    raise SystemExit("not refused")
+raise SystemExit(bool(xla_bridge._backends))
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -57,8 +62,9 @@ def test_importing_recipes_does_not_import_jax():
         ("optimizer.learning_rate=3e-4", "optimizer.learning_rate", 3e-4),
         ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
         ("model.tie_embeddings=false", "model.tie_embeddings", False),
-        ("model.router.kind=token_choice", "model.router.kind", "token_choice"),
-        ("model.router.capacities=1,0.5,0.25", "model.router.capacities", (1.0, 0.5, 0.25)),
+        ("model.body.order=sequence", "model.body.order", "sequence"),
+        ("model.body.depth.capacities=1,0.5,0.25", "model.body.depth.capacities", (1.0, 0.5, 0.25)),
+        ("model.body.core.blocks.0.mixer.heads=8", "model.body.core.blocks.0.mixer.heads", 8),
         ("data.paths=a b.txt, c=d.txt", "data.paths", ("a b.txt", "c=d.txt")),
         ("data.weights=", "data.weights", ()),
         ("data.weights=()", "data.weights", ()),
@@ -72,17 +78,40 @@ def test_override_sets_one_leaf_with_its_type(override, path, value):
     assert {p for p in before if before[p] != after[p]} <= {path}
 
 
+def test_a_node_is_set_by_the_name_of_a_member_and_has_its_defaults():
+    routed = TINY.with_("model.body.depth=token_choice")
+    assert leaves(routed)["model.body.depth"] == "token_choice"
+    assert routed.model.body.depth == token_choice.Settings()
+    assert routed.model.body.core == TINY.model.body.core
+    ends = TINY.with_("model.body.coda=none", "model.body.core.blocks.0.feed_forward=none").model.body
+    assert (ends.coda, ends.core.blocks[0].feed_forward) == (None, None)
+    assert ends.prelude == TINY.model.body.prelude
+
+
+def test_nodes_are_set_before_what_is_below_them_whatever_the_order():
+    given = (
+        "model.body.core.blocks.0.feed_forward.router.p=0.5", "model.body=recursive",
+        "model.body.core.blocks.0.feed_forward.router=top_p", "model.body.core.blocks.0.feed_forward=experts",
+    )  # fmt: skip
+    recipe = load("vanilla_tiny").with_(*given)
+    assert recipe == load("vanilla_tiny").with_(*reversed(given))
+    assert recipe.model.body.core.blocks[0].feed_forward.router == top_p.Settings(p=0.5)
+    recipe.validate()
+
+
 def test_large_whole_numbers_are_exact():
     assert parse(int, "9007199254740993", where="x") == 9007199254740993
     assert parse(int, "1e9", where="x") == 10**9
 
 
 def test_every_leaf_type_of_the_tree_can_be_set_from_its_printed_form():
-    for path, kind in setting_kinds().items():
+    for path, kind in setting_kinds(TINY).items():
         value = leaves(TINY)[path]
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        text = text.lower() if kind is bool else text
-        assert parse(kind, text, where=path) == value
+        text = value if isinstance(value, str) else show(value)
+        parsed = parse(kind, text, where=path)
+        if is_choice(kind):
+            parsed = parsed if parsed is None else parsed.kind() if hasattr(parsed, "kind") else True
+        assert parsed == value
         assert expected(kind)
 
 
@@ -94,7 +123,7 @@ class _Odd:
 
 
 def test_optional_and_integer_tuples():
-    kinds = leaf_kinds(_Odd)
+    kinds = leaf_kinds(_Odd())
     assert parse(kinds["maybe"], "none", where="maybe") is None
     assert parse(kinds["maybe"], "3", where="maybe") == 3
     assert parse(kinds["counts"], "1,2e1", where="counts") == (1, 20)
@@ -110,9 +139,9 @@ def test_optional_and_integer_tuples():
         ("steps=1", ["train.steps"]),
         ("lr=1", ["optimizer.learning_rate"]),
         ("fsdp=2", ["mesh.fsdp"]),
-        ("hidden=2", ["model.hidden_size"]),
+        ("hidden=2", ["model.body.core.blocks.0.feed_forward.hidden"]),
         ("optim.beta2=2", ["optimizer.beta2"]),
-        ("zzzqq=1", ["settings are in model, data, optimizer"]),
+        ("zzzqq=1", ["settings are in model, objective, data, optimizer"]),
         ("train.steps=abc", ["train.steps=abc", "a whole number"]),
         ("train.steps=1.5", ["a whole number", "not a fraction"]),
         ("train.steps=1e999999999", ["a whole number"]),
@@ -120,9 +149,15 @@ def test_optional_and_integer_tuples():
         ("optimizer.beta1=nan", ["a number"]),
         ("optimizer.eps=1/2", ["a number", "decimal"]),
         ("model.tie_embeddings=yes", ["true or false"]),
-        ("model.router.kind=expert_chioce", ["one of none, expert_choice, token_choice", "did you mean expert_choice"]),
+        ("model.body.depth=expert_chioce", ["one of all, expert_choice,", "did you mean expert_choice"]),
+        ("model.body.depth.sampling=aux", ["one of aux_loss, aux_router, none"]),
+        ("model.body.depth.balance_coefficient=1", ["model.body.depth=expert_choice has no", "; token_choice has"]),
+        ("model.body.stack.repeats=3", ["model.body=recursive has no stack; plain has"]),
+        ("model.body.core.blocks.1.repeat=2", ["model.body.core.blocks has 1, numbered from 0"]),
+        ("model.body.core.blocks.first.repeat=2", ["model.body.core.blocks has 1, numbered from 0"]),
+        ("model.body.coda=false", ["model.body.coda=false", "true", "none"]),
         ("data.weights=1,x", ["numbers separated by commas"]),
-        ("model.router=expert_choice", ["group of settings", "model.router.kind"]),
+        ("model.body.core=plain", ["model.body.core is a group of settings", "blocks.0, repeats"]),
         ("train.steps.x=1", ["train.steps is a single value"]),
         ("train.steps", ["name=value"]),
         ("=3", ["name=value"]),
@@ -135,6 +170,13 @@ def test_refused_overrides_say_what_would_be_right(override, parts):
     text = message(TINY.with_, override)
     for part in parts:
         assert part in text
+
+
+def test_what_is_below_nothing_says_so():
+    alone = TINY.with_("model.body.coda=none", "model.body.core.blocks.0.feed_forward=none")
+    assert "model.body.coda is none" in message(alone.with_, "model.body.coda.repeats=2")
+    text = message(alone.with_, "model.body.core.blocks.0.feed_forward.hidden=2")
+    assert "feed_forward is none; it can be one of dense, experts" in text
 
 
 def test_a_name_given_twice_is_refused():
@@ -159,9 +201,27 @@ def test_unknown_recipe_names_the_nearest():
     assert "--list_recipes" in message(load, "qqqqqqqq")
 
 
+OWN = """
+from dataclasses import replace
+from adaptive.recipe import Recipe, load
+
+def recipe() -> Recipe:
+    return replace(load("mor_tiny"), name="")
+"""
+
+
+def test_a_recipe_may_be_any_python_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    assert load(str(path)) == dataclasses.replace(TINY, name="mine")
+    path.write_text("recipe = 3")
+    assert "no function recipe()" in message(load, str(path))
+    assert "there is no such file" in message(load, str(tmp_path / "other.py"))
+
+
 def test_a_saved_recipe_can_be_loaded(tmp_path):
     path = tmp_path / "recipe.json"
-    changed = TINY.with_("train.steps=7", "model.router.capacities=1,0.5,0.25")
+    changed = TINY.with_("train.steps=7", "model.body.depth.capacities=1,0.5,0.25")
     path.write_text(changed.to_json())
     assert load(str(path)) == changed
 
@@ -191,8 +251,12 @@ def _changed(change) -> str:
         (lambda t: t["train"].update(steps=True), ["whole number"]),
         (lambda t: t["train"].update(remat="all"), ["none, layer, dots"]),
         (lambda t: t["data"].update(paths="english"), ["names separated by commas"]),
-        (lambda t: t.update(model=3), ["TransformerConfig"]),
+        (lambda t: t.update(model=3), ["recipe.json.model is 3", "an object"]),
+        (lambda t: t["model"]["body"].update(kind="recusrive"), ["recipe.json.model.body=recusrive", "recursive"]),
+        (lambda t: t["model"]["body"].pop("kind"), ['recipe.json.model.body lacks its "kind"']),
+        (lambda t: t["model"]["body"]["core"]["blocks"][0].pop("repeat"), ["model.body.core.blocks.0 lacks repeat"]),
         (lambda t: t.update(format_version=99), ["format 99", "update adaptive"]),
+        (lambda t: t.update(format_version=3), ["format 3", "written before a model's settings became a tree"]),
         (lambda t: t.pop("format_version"), ["no format_version"]),
     ],
 )
@@ -202,20 +266,16 @@ def test_saved_recipes_are_read_strictly(change, parts):
         assert part in text
 
 
-def test_what_an_older_format_lacks_has_its_default():
-    tree = json.loads(TINY.to_json())
-    older = {**tree, "format_version": 1, "mesh": {name: tree["mesh"][name] for name in ("data", "fsdp", "tensor")}}
-    assert Recipe.from_json(json.dumps(older)) == TINY
-    assert "lacks expert" in message(Recipe.from_json, json.dumps({**older, "format_version": FORMAT_VERSION}))
-    assert "lacks name" in message(Recipe.from_json, json.dumps({k: v for k, v in older.items() if k != "name"}))
-
-
 def test_malformed_json_names_file_and_line():
     assert "w/recipe.json, line 2" in message(Recipe.from_json, '{\n"a" 3}', where="w/recipe.json")
 
 
-def test_json_keeps_every_field():
-    recipe = dataclasses.replace(TINY, published=Published("r", "s", 1e9, 2e18, "n"))
+@pytest.mark.parametrize("overrides", [
+    (), ("model.body.coda=none",), ("model.body.core.blocks.0.feed_forward=experts",),
+    ("model.body=hnet", "model.body.inner=recursive"),
+])  # fmt: skip
+def test_json_keeps_every_field(overrides):
+    recipe = dataclasses.replace(TINY, published=Published("r", "s", 1e9, 2e18, "n")).with_(*overrides)
     assert Recipe.from_json(recipe.to_json()) == recipe
 
 
@@ -232,26 +292,45 @@ def test_difference_names_path_and_both_values():
     assert difference(TINY, TINY) == []
 
 
+def test_difference_of_trees_of_another_shape():
+    other = TINY.with_("model.body.depth=all", "model.body.coda=none")
+    lines = difference(TINY, other)
+    assert "model.body.depth: expert_choice -> all" in lines
+    assert "model.body.depth.alpha: 0.1 -> (absent)" in lines
+    assert "model.body.depth.loop: (absent) -> false" in lines
+    assert "model.body.coda: true -> none" in lines
+    assert len(difference(other, TINY)) == len(lines)
+
+
 SHARED_WORKDIR = {
     "data.prefetch", "data.cache_dir", "train.device_batch_size", "train.remat", "train.loss_chunk",
     "train.max_bad_steps", "train.step_timeout_s",
 }  # fmt: skip
 
 
-def test_identity_is_every_setting_but_a_short_list():
+@pytest.mark.parametrize("name", ["mor_tiny", "hnet_moe_tiny"])
+def test_identity_is_every_setting_but_a_short_list(name):
     """Each leaf in turn: a new one belongs to the run's identity until it is listed here."""
-    for path, kind in setting_kinds().items():
+    recipe = load(name)
+    for path, kind in setting_kinds(recipe).items():
         free = path.partition(".")[0] in ("mesh", "eval", "checkpoint", "log") or path in SHARED_WORKDIR
-        other = TINY.with_(f"{path}={_other_value(kind, leaves(TINY)[path])}")
-        assert len(difference(TINY, other)) == 1, path
-        assert (identity_difference(TINY, other) == []) == free, path
+        text = _other_value(kind, leaves(recipe)[path])
+        if text is None:
+            continue
+        other = recipe.with_(f"{path}={text}")
+        assert path in difference(recipe, other)[0]
+        assert (identity_difference(recipe, other) == []) == free, path
 
 
-def _other_value(kind, value):
+def _other_value(kind, value) -> str | None:
+    """Another value as an override spells it; None of a node that can be one thing alone."""
+    if is_choice(kind):
+        others = [text for text in expected(kind).removeprefix("one of ").split(", ") if text not in (value, "true")]
+        return others[0] if others else None
     if kind is bool:
         return str(not value).lower()
     if isinstance(value, int | float):
-        return value + 1
+        return str(value + 1)
     if isinstance(value, tuple):
         return "7" if value != ("7",) else "8"
     return next((str(v) for v in getattr(kind, "__args__", ()) if v != value), f"{value}x")
@@ -263,11 +342,21 @@ def test_describe_marks_what_differs_from_the_file():
     assert len(marked) == 1
     assert "steps" in marked[0] and f"(recipe: {TINY.train.steps})" in marked[0]
     for path in leaves(TINY):
-        assert any(line[2:].startswith(path.partition(".")[2] + " ") for line in lines), path
+        assert any(line[2:].split()[:1] == [path.rpartition(".")[2]] for line in lines), path
+
+
+def test_describe_shows_the_tree():
+    lines = [" ".join(line[4:].split()) for line in describe(TINY).splitlines() if line.startswith("    ")]
+    first = lines.index("body recursive")
+    assert lines[first : first + 5] == ["body recursive", "prelude", "blocks.0", "mixer attention", "heads 4"]
+    marked = [line for line in describe(TINY.with_("model.body.depth=token_choice")).splitlines() if line[:1] == "*"]
+    assert " ".join(marked[0].split()) == "* depth token_choice (recipe: expert_choice)"
+    assert any(line.split()[1] == "balance_coefficient" for line in marked)
 
 
 def test_describe_a_recipe_that_has_no_file():
     assert "*" not in describe(dataclasses.replace(TINY, name="mine"))
+    assert "*" in describe(dataclasses.replace(TINY.with_("train.steps=5"), name="mine"), filed=TINY)
 
 
 # Validation
@@ -281,7 +370,7 @@ def test_describe_a_recipe_that_has_no_file():
         (["train.device_batch_size=-1"], ["train.device_batch_size"]),
         (["data.seq_len=1"], ["data.seq_len=1", "at least 2"]),
         (["schedule.warmup_steps=-1"], ["schedule.warmup_steps"]),
-        (["schedule.decay_fraction=1.5"], ["from 0 to 1"]),
+        (["schedule.decay_fraction=1.5"], ["at least 0 and at most 1"]),
         (["optimizer.beta2=1"], ["below 1"]),
         (["optimizer.clip_norm=0"], ["above 0"]),
         (["mesh.fsdp=0"], ["mesh.fsdp"]),
@@ -294,11 +383,16 @@ def test_describe_a_recipe_that_has_no_file():
         (["train.loss_chunk=100"], ["does not divide data.seq_len=256", "128"]),
         (["eval.selection=top"], ["topk, threshold"]),
         (["eval.selection="], ["topk, threshold"]),
-        (["model.recursions=4"], ["does not divide the depth", "6"]),
-        (["model.router.capacities=0.5,0.75,1"], ["must not increase", "1,0.75,0.5"]),
-        (["model.kv=shared", "model.router.capacities=0.5,0.5,0.5"], ["model.kv=shared", "must be 1"]),
-        (["model.num_kv_heads=3"], ["num_kv_heads can be 1, 2, 4"]),
-        (["model.router.temperature=0"], ["model.router.temperature", "above 0"]),
+        (["data.validation_every=1"], ["data.validation_every=1", "at least 2"]),
+        (["data.boundaries=words"], ["data.boundaries=words", "only the chunker words"]),
+        (["model.body.recursions=0"], ["model.body.recursions=0", "at least 1"]),
+        (["model.body.depth.capacities=0.5,0.75,1"], ["must not increase", "1,0.75,0.5"]),
+        (
+            ["model.body.keys_values=shared", "model.body.depth.capacities=0.5,0.5,0.5"],
+            ["keys_values=shared", "must be 1"],
+        ),
+        (["model.body.core.blocks.0.mixer.kv_heads=3"], ["blocks.0.mixer.heads=4", "kv_heads can be 1, 2, 4"]),
+        (["model.body.depth.temperature=0"], ["model.body.depth.temperature=0", "above 0"]),
     ],
 )
 def test_invalid_recipes_say_what_would_be_right(overrides, parts):
@@ -317,13 +411,15 @@ def test_list_is_sorted_and_leaves_out_shared_modules():
     assert not {"bases", "hnet_bases"} & set(names)
 
 
-def test_every_setting_is_read_by_the_code():
-    """An option that parses and does nothing is worse than a missing one: some module reads each as an attribute."""
-    declared = ("config.py", "recipe.py", "overrides.py")
-    sources = [p for p in (ROOT / "adaptive").rglob("*.py") if p.name not in declared]
-    configs = "\n".join(p.read_text().split("def ", 1)[-1] for p in (ROOT / "adaptive").rglob("config.py"))
-    code = "\n".join(p.read_text() for p in sources) + configs
-    unread = [path for path in setting_kinds() if not re.search(rf"\.{path.rpartition('.')[2]}\b", code)]
-    unread = [path for path in unread if not path.startswith("mesh.")]  # read by the names of the mesh's axes
-    unread = [path for path in unread if path != "model.hnet.rotary_dims"]  # with all that `HNetConfig.shape` reads
-    assert not unread
+def test_experts_fit_the_mesh():
+    routed = load("moe_tc_tiny")
+    routed.with_("mesh.expert=4").validate()
+    assert "mesh.expert=3 does not divide the 8 experts" in message(routed.with_("mesh.expert=3").validate)
+    bounded = routed.with_(
+        "mesh.expert_parallel.buffer_factor=2", "model.body.stack.blocks.0.feed_forward.execution=capacity"
+    )
+    assert "buffer_factor bounds ragged rows" in message(bounded.validate)
+
+
+def test_the_chunker_words_and_its_data_belong_together():
+    assert "needs data.boundaries=words" in message(load("hnet_words_tiny").with_("data.boundaries=none").validate)
