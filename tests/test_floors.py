@@ -52,6 +52,12 @@ def test_rooms_import_from_the_floors_below():
     assert not up
 
 
+def test_training_knows_no_model():
+    found = {target for module, targets in imports().items() if room(module) == "training" for target in targets}
+    parts = ("adaptive.models.", "adaptive.layers.")
+    assert {target for target in found if target.startswith(parts)} <= {"adaptive.models.language_model"}
+
+
 def test_no_circles():
     graph = imports()
 

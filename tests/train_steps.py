@@ -10,8 +10,7 @@ import optax
 import quick
 
 from adaptive.data.batch import Batch
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
+from adaptive.models.language_model import Settings
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, placement
@@ -51,25 +50,25 @@ class Program:
 
 @functools.cache
 def compiled_step(
-    config: TransformerConfig, tx: optax.GradientTransformation, mesh: tuple[int, int, int, int], rows: int, seq: int,
+    model: Settings, tx: optax.GradientTransformation, mesh: tuple[int, int, int, int], rows: int, seq: int,
     accumulation: int = 1,
 ) -> Program:  # fmt: skip
     """The train step of a model on a mesh of the first devices, for batches [rows, seq]."""
     devices = make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
-    build = _build(config)
+    build = _build(model)
     graphdef, _ = abstract_model(build)
     step = make_train_step(graphdef, tx, accumulation=accumulation)
     shardings = state_shardings(build, tx, devices, RULES)
     program = Program(build, tx, devices, shardings, None)
     with placement(devices, RULES):
-        batch = jax.device_put(packed_batch(rows, seq, config.vocab_size), batch_sharding(devices, RULES))
+        batch = jax.device_put(packed_batch(rows, seq, model.vocab_size), batch_sharding(devices, RULES))
         lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(program.state(), batch)
         return dataclasses.replace(program, compiled=lowered.compile(quick.OPTIONS))
 
 
 @functools.cache
-def _build(config: TransformerConfig) -> Build:
-    return lambda key: build_model(config, key=key)
+def _build(model: Settings) -> Build:
+    return model.build
 
 
 @functools.cache

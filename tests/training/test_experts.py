@@ -1,5 +1,6 @@
 """What experts did over an interval: against direct counts, over steps, through a real step and evaluation."""
 
+import dataclasses
 import json
 import math
 
@@ -9,16 +10,27 @@ import numpy as np
 import optax
 import pytest
 import quick
+import shapes
 from train_steps import compiled_step, packed_batch
 
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.layers import stack
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import token_choice
+from adaptive.models.bodies import plain
+from adaptive.models.facts import Experts
 from adaptive.runs.state import abstract_model
-from adaptive.training.experts import ExpertSums, routed_layers, scalar_columns
+from adaptive.training.experts import layers_of, scalar_columns
 from adaptive.training.metrics import Meter, MetricsLog, StepCost, read_rows
+from adaptive.training.parts import PartSums
 from adaptive.training.step import make_eval_step
 
 TOKENS, EXPERTS, CHOICES = 40, 4, 6
+PART = "stack/blocks/1/feed_forward"
+
+
+def known(*layers, part=PART):
+    """What a model's facts say of experts in these layers."""
+    return Experts(part, f"model.body.{part.replace('/', '.')}", None, layers)
 
 
 def drawn(rng):
@@ -28,7 +40,7 @@ def drawn(rng):
     return wanted, kept, rng.normal(size=(TOKENS, CHOICES))
 
 
-def sums_of(*calls):
+def sums_of(*calls, part=PART):
     """What a step returns of such calls."""
 
     def one(wanted, kept, logits):
@@ -49,13 +61,13 @@ def sums_of(*calls):
         }
 
     made = [one(*call) for call in calls]
-    return {f"experts/{name}": np.stack([np.asarray(m[name], np.float32) for m in made]) for name in made[0]}
+    return {f"told/{part}:{name}": np.stack([np.asarray(m[name], np.float32) for m in made]) for name in made[0]}
 
 
 def test_columns_equal_a_direct_count_over_the_steps():
     rng = np.random.default_rng(0)
     steps = [(drawn(rng), drawn(rng)) for _ in range(3)]
-    sums = ExpertSums((1, 3))
+    sums = PartSums([known(1, 3)])
     for step in steps:
         sums.add(sums_of(*step))
     row = sums.columns()
@@ -100,7 +112,7 @@ def test_columns_equal_a_direct_count_over_the_steps():
 
 def test_no_column_of_zero_experts_without_them_and_none_at_all_without_routing():
     wanted, kept, logits = drawn(np.random.default_rng(1))
-    sums = ExpertSums()
+    sums = PartSums()
     sums.add(sums_of((wanted[:, :EXPERTS], kept, logits[:, :EXPERTS])))
     assert "experts/zero_share" not in sums.columns() and sums.columns()["experts/by_layer/layer"] == [0]
     sums.clear()
@@ -115,8 +127,8 @@ def test_a_routers_own_sums_are_shares_of_what_they_count():
         "touched_8": 12.0, "chunks_8": 5.0, "reused": 3.0, "reusable": 12.0, "quantile": 0.6, "quantiles": 2.0,
         "big": 10.0, "chunk_sparsity": 0.5, "loops": [tokens / 4, 3 * tokens / 4],
     }  # fmt: skip
-    step |= {f"experts/{name}": np.array([value]) for name, value in own.items()}
-    sums = ExpertSums()
+    step |= {f"told/{PART}:{name}": np.array([value]) for name, value in own.items()}
+    sums = PartSums()
     sums.add(step)
     sums.add(step)
     row = sums.columns()
@@ -134,7 +146,7 @@ def test_a_call_that_no_token_reached_is_left_out_of_means(tmp_path):
     step = sums_of(call, call)
     for value in step.values():
         value[1] = 0.0
-    sums = ExpertSums()
+    sums = PartSums()
     sums.add(step)
     row = sums.columns()
     assert row["experts/load"][1] is None and math.isnan(row["experts/by_layer/empty"][1])
@@ -145,12 +157,12 @@ def test_a_call_that_no_token_reached_is_left_out_of_means(tmp_path):
 
 def test_a_meter_adds_up_an_interval_and_a_skipped_step_adds_nothing(tmp_path):
     rng = np.random.default_rng(3)
-    meter = Meter(StepCost(TOKENS, 1.0, 1.0, 1.0), layers=(0, 1))
+    meter = Meter(StepCost(TOKENS, 1.0, 1.0, 1.0), experts=[known(0, 1)])
     first, second, bad = ((drawn(rng), drawn(rng)) for _ in range(3))
     for step, skipped in ((first, 0), (bad, 1), (second, 0)):
         meter.add({"ce": 1.0, "skipped": np.int32(skipped), **sums_of(*step)})
     row = meter.row(3)
-    direct = ExpertSums((0, 1))
+    direct = PartSums([known(0, 1)])
     direct.add(sums_of(*first))
     direct.add(sums_of(*second))
     assert {name: value for name, value in row.items() if name.startswith("experts/")} == direct.columns()
@@ -162,7 +174,7 @@ def test_a_meter_adds_up_an_interval_and_a_skipped_step_adds_nothing(tmp_path):
 
 
 def test_layers_get_names_of_their_own_where_only_scalars_are_understood():
-    sums = ExpertSums((2, 5))
+    sums = PartSums([known(2, 5)])
     rng = np.random.default_rng(4)
     sums.add(sums_of(drawn(rng), drawn(rng)))
     row = {f"eval/{name}": value for name, value in sums.columns().items()}
@@ -173,32 +185,45 @@ def test_layers_get_names_of_their_own_where_only_scalars_are_understood():
     assert not [name for name in flat if "by_layer" in name or name.endswith("/layer")]
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, ()),
-        ({"moe": MoEConfig(router="token_choice")}, (0, 1, 2, 3, 4)),
-        ({"moe": MoEConfig(router="token_choice", dense_layers=(0, 3))}, (1, 2, 4)),
-        (
-            {
-                "recursions": 3,
-                "sharing": "middle_cycle",
-                "router": RouterConfig(kind="expert_choice"),
-                "moe": MoEConfig(router="expert_choice"),
-            },
-            (0, 1, 2, 3, 4),
-        ),
-    ],
-)
-def test_routed_layers_are_numbered_in_the_unrolled_network(changes, expected):
-    assert routed_layers(TransformerConfig(num_layers=5, **changes)) == expected
+def test_blocks_of_one_stack_take_turns_and_loads_are_as_long_as_there_are_experts():
+    rng = np.random.default_rng(6)
+    few, many = "core/blocks/0/feed_forward", "core/blocks/1/feed_forward"
+    sums = PartSums([known(0, part="prelude/blocks/0/feed_forward"), known(1, 3, part=few), known(2, 4, part=many)])
+    sums.add(sums_of(drawn(rng), drawn(rng), part=many))
+    wanted, kept, logits = drawn(rng)
+    sums.add(sums_of(*[(wanted[:, :3], kept[:, :3], logits[:, :3])] * 2, part=few))
+    row = sums.columns()
+    assert row["experts/by_layer/layer"] == [1, 2, 3, 4] and row["experts/by_layer/part"] == [few, many] * 2
+    assert [len(load) for load in row["experts/load"]] == [3, 4, 3, 4]
+    assert np.isnan(row["experts/by_layer/zero_share"]).tolist() == [True, False] * 2
+    assert row["experts/zero_share"] == pytest.approx(np.nanmean(row["experts/by_layer/zero_share"]), rel=1e-4)
+    assert layers_of(row) == [(1, ""), (2, ""), (3, ""), (4, "")]
+
+
+def test_layers_of_different_networks_are_told_apart_where_their_numbers_do_not():
+    rng = np.random.default_rng(7)
+    outer, inner = "encoder/blocks/0/feed_forward", "inner/stack/blocks/0/feed_forward"
+    sums = PartSums([known(0, part=outer), known(0, part=inner)])
+    for part in (inner, outer):
+        sums.add(sums_of(drawn(rng), part=part))
+    row = sums.columns()
+    assert row["experts/by_layer/part"] == [outer, inner], "in the order they run"
+    assert layers_of(row) == [(0, "encoder"), (0, "inner/stack")]
+    flat = scalar_columns(row)
+    assert flat["experts/inner/stack/layer_0/router_z"] == row["experts/by_layer/router_z"][1]
+
+
+def test_a_model_whose_core_has_experts_tells_every_pass():
+    model = shapes.recursive(8, 3, feed_forward=experts.Settings(experts=4, expert_size=8))
+    first, core, last = model.facts().experts
+    assert (first.layers, core.layers, last.layers) == ((0,), (1, 2, 3, 4, 5, 6), (7,))
 
 
 ROWS, SEQ = 4, 16
-MOE = TransformerConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-    init_std=0.2, moe=MoEConfig("token_choice", experts=4, expert_size=8, capacity_factor=1.0, dense_layers=(0,)),
-)  # fmt: skip
+DENSE = shapes.block(heads=2, kv_heads=1, hidden=24)
+ROUTED = experts.Settings(token_choice.Settings(capacity_factor=1.0), experts=4, expert_size=8)
+PATTERN = (DENSE, dataclasses.replace(DENSE, feed_forward=ROUTED))
+MOE = shapes.wrapped(plain.Settings(stack.Settings(PATTERN)), vocab_size=32, width=16)
 
 
 def test_a_train_step_reports_what_its_experts_did_and_accumulation_changes_nothing():
@@ -206,7 +231,7 @@ def test_a_train_step_reports_what_its_experts_did_and_accumulation_changes_noth
     rows = []
     for accumulation in (1, 2):
         program = compiled_step(MOE, optax.sgd(0.1), (1, 1, 1, 1), ROWS, SEQ, accumulation)
-        meter = Meter(StepCost(ROWS * SEQ, 1.0, 1.0, 1.0), layers=routed_layers(MOE))
+        meter = Meter(StepCost(ROWS * SEQ, 1.0, 1.0, 1.0), experts=MOE.facts().experts)
         _, metrics = program.run(program.state(), batch)
         meter.add(jax.device_get(metrics))
         rows.append({name: value for name, value in meter.row(1).items() if name.startswith("experts/")})
@@ -227,11 +252,11 @@ def test_an_evaluation_reports_the_same_on_held_out_text_for_each_way_of_selecti
     for selection in ("topk", "threshold"):
         step = make_eval_step(graphdef, jnp.ones(32, jnp.int32), selection=selection)
         evaluate = quick.jit(step)
-        sums = ExpertSums(routed_layers(MOE))
-        sums.add(jax.device_get(evaluate(state.params, state.buffers, batch).experts))
+        sums = PartSums(MOE.facts().experts)
+        sums.add(jax.device_get(evaluate(state.params, state.buffers, batch, jax.random.key(0)).told))
         columns[selection] = sums.columns()
     _, metrics = program.run(state, batch)
-    trained = ExpertSums(routed_layers(MOE))
+    trained = PartSums(MOE.facts().experts)
     trained.add(jax.device_get(metrics))
     for name, value in trained.columns().items():
         np.testing.assert_allclose(columns["topk"][name], value, rtol=1e-4, atol=1e-6, err_msg=name)

@@ -4,8 +4,10 @@ import types
 from pathlib import Path
 
 import numpy as np
+import shapes
 
-from adaptive.training.expert_alarm import ExpertAlarm
+from adaptive.layers.feed_forwards import experts
+from adaptive.training.alarms import alarms
 from adaptive.training.loop import Loop
 from adaptive.training.metrics import MetricsLog
 from adaptive.training.progress import Progress
@@ -18,7 +20,7 @@ def test_an_alarm_of_experts_is_said_when_its_row_is_recorded():
         log=MetricsLog(None),
         progress=Progress(10, enabled=False),
         tracker=NoTracker(),
-        alarms=(ExpertAlarm("token_choice"),),
+        alarms=alarms(shapes.plain(feed_forward=experts.Settings()).facts()),
         say=said.append,
     )
     row = {"step": 1, "experts/by_layer/layer": [0], "experts/by_layer/dropped_fraction": [0.3]}
@@ -30,6 +32,10 @@ def test_an_alarm_of_experts_is_said_when_its_row_is_recorded():
 def test_steps_that_are_not_finite_are_told_of_by_their_scalars():
     folder = types.SimpleNamespace(path=Path("run"))
     loop = types.SimpleNamespace(bad_in_row=3, folder=folder)
-    metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(1), "experts/z": np.full(2, np.nan)}
+    metrics = {
+        "loss": np.float32(np.nan),
+        "grad_norm": np.float32(1),
+        "told/mixer:z": np.full(2, np.nan),
+    }
     message = Loop.not_finite(loop, 7, metrics)
     assert "3 steps in a row" in message and "(loss nan)" in message

@@ -1,4 +1,4 @@
-"""The rows of a run: what is kept over a resume, means over an interval, ratios, alarms."""
+"""The rows of a run: what is kept over a resume, means over an interval, ratios."""
 
 import dataclasses
 import json
@@ -16,7 +16,6 @@ from adaptive.training.metrics import (
     OneStepLate,
     StepCost,
     bits_per_byte,
-    health_warnings,
     read_rows,
 )
 
@@ -117,26 +116,3 @@ def test_bits_per_byte():
     assert bits_per_byte(8 * math.log(2), 1.0) == pytest.approx(8.0)
     assert bits_per_byte(8 * math.log(2), 4.0) == pytest.approx(2.0)
     assert math.isnan(bits_per_byte(1.0, 0.0))
-
-
-@pytest.mark.parametrize(
-    ("row", "progress", "expected"),
-    [
-        ({"routing/accuracy": 0.94}, 1.0, "sampling accuracy 94.0%"),
-        ({"eval/routing/accuracy": 0.5}, 0.6, "sampling accuracy"),
-        ({"routing/accuracy": 0.94}, 0.2, ""),
-        ({"routing/accuracy": 0.96}, 1.0, ""),
-        ({"routing/max_vio": 1.2}, 0.1, "MaxVio 1.20"),
-        ({"routing/max_vio": 0.9}, 1.0, ""),
-        ({"eval/dead_token_ratio": 0.3}, 1.0, "30.0% of positions"),
-        ({"eval/dead_token_ratio": 0.3, "eval/dead_token_ratio_by_chance": 0.29}, 1.0, ""),
-        ({"data_wait_ms": 10.0, "step_ms": 100.0}, 1.0, "waits 10.0 ms"),
-        ({"data_wait_ms": 2.0, "step_ms": 100.0}, 1.0, ""),
-        ({"skipped": 2}, 1.0, "2 step(s) skipped"),
-        ({"skipped": 0, "routing/accuracy": None}, 1.0, ""),
-    ],
-)
-def test_health_warnings(row, progress, expected):
-    found = health_warnings(row, progress)
-    assert len(found) == bool(expected)
-    assert expected in "".join(found)

@@ -1,34 +1,29 @@
-"""The train step: accumulation, skipped steps, clipping, schedules."""
+"""The train step: accumulation, skipped steps, clipping."""
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import quick
+import shapes
 from flax import nnx
 from train_steps import compiled_step, packed_batch
 
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.build import build_model
-from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.optim.build import decayed, make_optimizer
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import expert_choice as experts_choose
+from adaptive.models.depth import expert_choice, token_choice
+from adaptive.optim.build import make_optimizer
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
-from adaptive.optim.schedule import make_schedule, phases
 from adaptive.runs.state import abstract_model
 
 ROWS, SEQ, ONE = 4, 8, (1, 1, 1, 1)
 GRADIENT = optax.sgd(1.0)
-VANILLA = TransformerConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-    init_std=0.2,
-)  # fmt: skip
-LOSS_FREE = RouterConfig(kind="token_choice", activation="softmax", alpha=1.0, balancing="loss_free")
-TOKEN = dataclasses.replace(VANILLA, recursions=2, sharing="cycle", router=LOSS_FREE)
-EXPERTS = dataclasses.replace(VANILLA, moe=MoEConfig("expert_choice", experts=4, expert_size=12))
+SHAPE = {"vocab_size": 32, "width": 16, "hidden": 24, "heads": 2, "kv_heads": 1}
+VANILLA = shapes.plain(2, **SHAPE)
+TOKEN = shapes.mor(2, 2, token_choice.Settings(balancing="loss_free"), ends=0, **SHAPE)
+EXPERTS = shapes.plain(2, feed_forward=experts.Settings(experts_choose.Settings(), experts=4, expert_size=12), **SHAPE)
 ADAM = make_optimizer(OptimizerConfig(), ScheduleConfig(kind="constant"), 10)
 
 
@@ -46,7 +41,7 @@ def one_step(accumulation: int):
 def test_loss_is_the_mean_over_counted_targets():
     batch = packed_batch(ROWS, SEQ, 32)
     program = compiled_step(VANILLA, GRADIENT, ONE, ROWS, SEQ)
-    graphdef, _ = abstract_model(lambda key: build_model(VANILLA, key=key))
+    graphdef, _ = abstract_model(VANILLA.build)
 
     @quick.jit
     def logits_of(params, batch):
@@ -108,15 +103,10 @@ def test_a_router_that_is_not_a_number_skips_the_step():
             np.testing.assert_array_equal(a, b)
 
 
-def small_params(auxiliary: bool):
-    router = RouterConfig(kind="expert_choice", sampling="aux_router" if auxiliary else "aux_loss")
-    config = dataclasses.replace(VANILLA, recursions=2, sharing="cycle", router=router)
-    return nnx.state(build_model(config, key=jax.random.key(0)), nnx.Param)
-
-
 def test_auxiliary_routers_are_clipped_apart():
     """A huge gradient of one group leaves the other group's update as it is."""
-    params = small_params(auxiliary=True)
+    model = shapes.mor(2, 2, expert_choice.Settings(sampling="aux_router"), ends=0, **SHAPE)
+    params = nnx.state(model.build(jax.random.key(0)), nnx.Param)
     tx = make_optimizer(OptimizerConfig(weight_decay=0.0, eps=1.0, clip_norm=1.0), ScheduleConfig(kind="constant"), 10)
 
     def updates(main: float, auxiliary: float):
@@ -131,40 +121,3 @@ def test_auxiliary_routers_are_clipped_apart():
         same, moved = (c, b) if "aux_routers" in jax.tree_util.keystr(path) else (b, c)
         np.testing.assert_array_equal(a, same)
         assert np.any(a != moved)
-
-
-def test_norms_alone_are_not_decayed():
-    params = small_params(auxiliary=False)
-    flags = {jax.tree_util.keystr(p): f for p, f in jax.tree_util.tree_leaves_with_path(decayed(params))}
-    kept = {name for name, decay in flags.items() if not decay}
-    assert kept and all("norm" in name for name in kept)
-    assert len(kept) == 3 and any("embedding" in n for n in flags.keys() - kept)
-    tx = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), ScheduleConfig(kind="constant"), 10)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    for (path, update), param in zip(
-        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
-    ):
-        decay = 0.0 if jax.tree_util.keystr(path) in kept else 0.05
-        np.testing.assert_allclose(update, -decay * param, rtol=1e-5, atol=1e-9)
-
-
-def test_trapezoid_of_the_published_runs():
-    """Steps and decay of the 360M runs (released configurations): vanilla 9438 and 1888, MoR 14161 and 2832."""
-    config = ScheduleConfig(kind="trapezoid", warmup_steps=57)
-    assert phases(config, 9438) == (57, 1888)
-    assert phases(dataclasses.replace(config, warmup_steps=86), 14161) == (86, 2832)
-    rate = make_schedule(config, 3e-3, 9438)
-    for t, share in [(0, 0), (1, 1 / 57), (56, 56 / 57), (57, 1), (7550, 1), (7551, 1 - 1 / 1888), (9437, 1 / 1888)]:
-        assert float(rate(t)) == pytest.approx(3e-3 * share, rel=1e-4), t
-
-
-def test_cosine_ends_at_its_floor():
-    rate = make_schedule(ScheduleConfig(kind="cosine", warmup_steps=10, floor=0.1), 2.0, 110)
-    for t, value in [(0, 0), (5, 1), (10, 2), (60, 1.1), (35, 0.2 + 0.9 * (1 + 2**-0.5)), (110, 0.2), (200, 0.2)]:
-        assert float(rate(t)) == pytest.approx(value, rel=1e-5), t
-
-
-def test_a_short_run_shortens_its_warm_up():
-    assert phases(ScheduleConfig(warmup_steps=100, decay_fraction=0.2), 10) == (8, 2)
-    rate = make_schedule(ScheduleConfig(warmup_steps=100, decay_fraction=0.2), 1.0, 10)
-    assert [round(float(rate(t)), 4) for t in (0, 4, 8, 9, 10)] == [0, 0.5, 1, 0.5, 0]
