@@ -231,9 +231,11 @@ def _seen(where: Where, window: int, sees: str) -> jax.Array:
     before = jnp.where(first > 0, jnp.take_along_axis(total, jnp.maximum(first - 1, 0), axis=1), 0.0)
     if sees == "past":
         return total - before
-    last = place if where.segments is None else jax.vmap(_last_of)(where.segments)
-    end = total[:, -1:] if where.segments is None else jnp.take_along_axis(total, last, axis=1)
-    return end - before
+    last = jnp.full(where.shape, where.shape[1] - 1) if where.segments is None else jax.vmap(_last_of)(where.segments)
+    if window:
+        until = jax.vmap(lambda index: jnp.searchsorted(index, index + window))(where.index)
+        last = jnp.minimum(last, until.astype(jnp.int32) - 1)
+    return jnp.take_along_axis(total, last, axis=1) - before
 
 
 def _last_of(segments: jax.Array) -> jax.Array:
