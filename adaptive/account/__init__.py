@@ -164,7 +164,9 @@ def account(
     stages = len(model.body.stages()) - 1
     counts = Taken(taken, inner_taken) if stages else Taken(passes=taken)
     if counts.chunks is not None and len(counts.chunks) != stages:
-        raise RecipeError(f"{len(counts.chunks)} chunk counts for the {stages} chunking stages: give one each")
+        raise RecipeError(
+            f"{len(counts.chunks)} chunk counts for {stages} chunking stage{'s' * (stages > 1)}: give one each"
+        )
     if counts.passes is not None and len(counts.passes) != model.body.passes:
         raise RecipeError(f"{len(counts.passes)} token counts for {model.body.passes} recursions: give one each")
     head = Cost("head", tokens=seq_len, head=2.0 * seq_len * model.width * model.vocab_size)
