@@ -1,65 +1,227 @@
-"""What the documents name exists: settings, recipes, commands, files."""
+"""What the documents name exists: settings, recipes, commands and their options, files. What they show runs."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
+import inspect
 import re
+import shlex
 import typing
 from pathlib import Path
-from typing import Any
 
+import jax
 import pytest
+import quick
 
-from adaptive import recipe, settings
+from adaptive import command, recipe, settings
+from adaptive.data.config import DATA_PRESETS, DataConfig
+from adaptive.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-GROUPS = [field.name for field in dataclasses.fields(recipe.Recipe) if field.name not in recipe.ABOUT]
-
-
-def exists(kind: Any, steps: list[str]) -> bool:
-    """Whether a setting of this type has something at the end of these steps, whatever its nodes are."""
-    if not steps:
-        return True
-    if settings.is_nodes(kind):
-        return steps[0].isdecimal() and exists(typing.get_args(kind)[0], steps[1:])
-    for node in [kind, *typing.get_args(kind)]:
-        if not settings.is_dataclass_or_door(node):
-            continue
-        members = map(node.member, node.kinds()) if issubclass(node, settings.Member) else [node]
-        for known in map(settings.hints, members):
-            if steps[0] in known and exists(known[steps[0]], steps[1:]):
-                return True
-    return False
-
+FILES = {".py", ".jsonl", ".json", ".txt", ".md", ".html"}
+COMMAND = r"scripts/train|python -m (?:adaptive|launch)"
+NEEDS = "# needs "  # how a block begins that needs files, a network or a trained run
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language; "": of none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for own, text in fenced if own == language]
+
+
+# Settings
+
+
+def classes(kind) -> list[type]:
+    """The dataclasses that a node of this type can be."""
+    node = settings._node(kind)
+    if node is None:
+        return []
+    return [node.member(name) for name in node.kinds()] if issubclass(node, settings.Member) else [node]
+
+
+def below(kind, name: str) -> list:
+    """Types of what `name` can be inside a node of this type."""
+    if settings.is_nodes(kind):
+        return [typing.get_args(kind)[0]] if name.isdecimal() else []
+    return [fields(one)[name] for one in classes(kind) if name in fields(one)]
+
+
+@functools.cache
+def fields(cls: type) -> dict:
+    return {field.name: settings.hints(cls)[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def everywhere() -> dict[str, list]:
+    """Name -> types of the settings of this name, wherever in a recipe."""
+    seen, due, found = set(), [recipe.Recipe], {}
+    while due:
+        cls = due.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        for name, kind in fields(cls).items():
+            found.setdefault(name, []).append(kind)
+            due += classes(typing.get_args(kind)[0] if settings.is_nodes(kind) else kind)
+    return found
+
+
+def kinds_at(path: str) -> list:
+    """Types of what stands at a dotted path that begins anywhere in a recipe."""
+    first, *rest = path.split(".")
+    found = everywhere()[first]
+    for name in rest:
+        found = [kind for one in found for kind in below(one, name)]
+    return found
+
+
+def fits(kinds: list, text: str) -> bool:
+    """Whether a setting of one of these types can have the value."""
+    for kind in kinds:
+        if kind is DataConfig and text in DATA_PRESETS:
+            return True
+        with contextlib.suppress(RecipeError, KeyError):
+            settings.parse(kind, text, where="")
+            return True
+    return False
+
+
 @pages
 def test_settings_exist(page):
-    named = re.findall(rf"(?<![\w./])((?:{'|'.join(sorted(GROUPS))})(?:\.[a-z]\w*)+)(?![\w./(*])", page.read_text())
-    files = {".py", ".jsonl", ".json", ".txt", ".md"}
-    unknown = {n for n in named if not exists(recipe.Recipe, n.split(".")) and Path(n).suffix not in files}
-    assert not unknown
+    # Parameters have dotted names too.
+    text = re.sub(r"^(Parameters|Buffers): .*?(?=\n\n)", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    named = re.findall(r"`([a-z]\w*(?:\.\w+)+)`", text)
+    named += re.findall(rf"(?<![\w./])((?:{'|'.join(fields(recipe.Recipe))})(?:\.[a-z0-9]\w*)+)(?![\w./(*])", text)
+    unknown = {path for path in named if path.split(".")[0] in everywhere() and not kinds_at(path)}
+    assert not {path for path in unknown if Path(path).suffix not in FILES}
+    given = re.findall(
+        r"(?<![\w.$-])([a-z]\w*(?:\.\w+)*)=([\w.,+-]*\w)(?![\w(.])", "\n".join(re.findall("`[^`\n]*`", text))
+    )
+    wrong = {f"{path}={value}" for path, value in given if path.split(".")[0] in everywhere()
+             and value != value.upper() and not fits(kinds_at(path), value)}  # fmt: skip
+    assert not wrong
 
 
 @pages
 def test_recipes_exist(page):
     text = page.read_text()
     named = set(re.findall(r"--recipe ([a-z]\w+)\b(?!/|\.)", text))
-    named |= set(re.findall(r"`((?:mor|recursive|vanilla)\d?_\w+)`", text))
+    sizes = r"tiny|\d+m|\d_\db|x?l"
+    families = "mor|mod|moe|recursive|vanilla|hnet|bytes|bpe|llamabyte|mambabyte|spacebyte"
+    named |= set(re.findall(rf"`((?:{families})\d?_(?:[a-z0-9]+_)*(?:{sizes})(?:_[a-z]+)*)`", text))
     assert named - {"mor_360m_short"} <= set(recipe.list_recipes())
 
 
+# Commands
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Commands of this package that a page shows, in words, those of a block with the variables that it sets."""
+    found = []
+    for block in blocks(page, ""):
+        for name, value in re.findall(r"^([A-Z]+)=(\S+)$", block, re.MULTILINE):
+            block = block.replace(f"${name}", value)
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [shlex.split(line, comments=True) for line in lines if re.search(COMMAND, line)]
+    found += [
+        shlex.split(line)
+        for line in re.findall(r"`((?:\./scripts/train|python -m adaptive)[^`\n]*)`", page.read_text())
+    ]
+    return found
+
+
+def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
+    if "-m" in words:
+        at = words.index("-m")
+        return words[at + 1], words[at + 2 :]
+    at = next(i for i, word in enumerate(words) if word.endswith("scripts/train"))
+    return "adaptive.train", words[at + 1 :]
+
+
+def abstract(word: str) -> bool:
+    """Whether a word stands for another: NAME, ..."""
+    return word == "..." or (word.isupper() and word.isalpha())
+
+
 @pages
-def test_commands_and_links_exist(page):
+def test_commands_can_be_given(page):
+    for words in commands(page):
+        name, arguments = module_and_arguments(words)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"no module {name}"
+        if name == "launch.local" and "--" in arguments:
+            check_training(arguments[arguments.index("--") + 1 :])
+            arguments = arguments[: arguments.index("--")]
+        if name == "adaptive.train":
+            check_training(arguments)
+        else:
+            check_options(name, arguments)
+
+
+def check_training(arguments: list[str]) -> None:
+    """The options exist, the recipe does, and takes the settings."""
+    module = importlib.import_module("adaptive.train")
+    overrides = [word for word in command.parse_with_settings(module.FLAGS, arguments) if not abstract(word)]
+    name = module.FLAGS.recipe
+    if name and not abstract(name) and "/" not in name:
+        recipe.load(name).with_(*overrides).validate()
+
+
+def check_options(name: str, arguments: list[str]) -> None:
+    """The options, by their names, are in the source of the command, of bench in that of what it measures."""
+    if importlib.util.find_spec(name).submodule_search_locations:
+        name += ".__main__"
+    source = inspect.getsource(importlib.import_module(name))
+    if name == "adaptive.bench" and arguments and arguments[0] != "train":
+        assert arguments[0] in importlib.import_module(name).OPERATIONS
+        source = inspect.getsource(importlib.import_module(f"adaptive.benchmarks.{arguments[0]}"))
+    for word in arguments:
+        if word.startswith("--"):
+            option = word[2:].partition("=")[0]
+            assert f'"{option}"' in source or f'"--{option}"' in source, f"{name} has no option --{option}"
+
+
+@pages
+def test_modules_files_and_links_exist(page):
     text = page.read_text()
     for module in set(re.findall(r"python -m ((?:adaptive|launch)[\w.]*\w)", text)):
         assert importlib.util.find_spec(module), f"no module {module}"
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
         assert (page.parent / target).exists(), target
-    for target in re.findall(r"`((?:adaptive|docs|launch|recipes|requirements|scripts|tests)/[\w./-]+\.\w+)`", text):
+    rooms = "adaptive|docs|kernels_pallas|launch|recipes|requirements|scripts|tests"
+    for target in re.findall(rf"`((?:{rooms})/[\w./-]*)`", text):
         assert (ROOT / target).exists(), target
+    for target in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py|[a-z_]+\.py)`", text):
+        assert target == "utils.py" or any((base / target).exists() for base in rooms_of(ROOT)), target
+
+
+@functools.cache
+def rooms_of(root: Path) -> list[Path]:
+    """Folders that a page may name a file from."""
+    return [
+        root,
+        *(path for path in (root / "adaptive").rglob("*") if path.is_dir()),
+        root / "adaptive",
+        root / "recipes",
+    ]
+
+
+# Programs
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
+def test_programs_run(page, monkeypatch):
+    """The Python blocks of a page, one after another in one program; but for those that need more than this package."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick.OPTIONS))
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        if not block.startswith(NEEDS):
+            exec(compile(block, str(page), "exec"), names)
 
 
 def test_no_line_is_too_wide():
