@@ -24,6 +24,8 @@ from adaptive.models.language_model import Settings
 from adaptive.objectives.cross_entropy import cross_entropy_sum
 from adaptive.peaks import peak_of
 
+pytestmark = pytest.mark.compiles
+
 D, F, V, H, K, HD, S = 32, 48, 64, 4, 2, 8, 24  # those of `shapes` but for the vocabulary
 TOKEN, CAPACITY = token_choice.Settings(), token_choice.Settings(execution="capacity")
 EXPERTS = experts.Settings(choosing_experts.Settings(), experts=4, expert_size=20)

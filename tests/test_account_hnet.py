@@ -30,6 +30,8 @@ from adaptive.models.language_model import Settings
 from adaptive.recipe import load
 from kernels_pallas import ssd
 
+pytestmark = pytest.mark.compiles
+
 # Total, embeddings and head, each stage's own (released configurations, instantiated)
 SIZES = {
     "hnet_1stage_l": (679_405_312, 524_288, (55_957_248, 622_923_776)),

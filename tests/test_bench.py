@@ -11,6 +11,8 @@ from adaptive.account import account
 from adaptive.benchmarks import train_step
 from adaptive.recipe import load
 
+pytestmark = pytest.mark.compiles
+
 SMALL = ("model.hidden_size=32", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
          "model.intermediate_size=48", "data.seq_len=24", "train.batch_size=8")  # fmt: skip
 

@@ -14,6 +14,8 @@ from adaptive.interop.files import read_tensors, write_safetensors
 from adaptive.runs.load import find, load
 from adaptive.training.metrics import read_rows
 
+pytestmark = pytest.mark.compiles
+
 pytest.importorskip("safetensors")
 
 CONFIG = oracle.official(["m1", ["T1"], "m1"], [16, 24], vocab=256, ff=[0, 64], heads=[2, 3])

@@ -13,6 +13,8 @@ from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe, list_recipes, load
 from adaptive.training.program import Program
 
+pytestmark = pytest.mark.compiles
+
 ROWS, SEQ = 2, 24
 
 

@@ -19,6 +19,8 @@ from adaptive.runs.checkpoint import Checkpoints
 from adaptive.runs.load import find, load
 from adaptive.runs.state import initial_state
 
+pytestmark = pytest.mark.compiles
+
 HNET = (
     'model.hnet.layout=["T1", ["T1"], "T1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=16",
     "model.vocab_size=256", "model.tie_embeddings=false", "model.hnet.heads=2", "model.hnet.rotary_dims=4",

@@ -7,6 +7,8 @@ import pytest
 from adaptive.train import main
 from adaptive.training.metrics import read_rows
 
+pytestmark = pytest.mark.compiles
+
 SMALL = (
     "model.hidden_size=16", "model.intermediate_size=16", "model.num_heads=2", "model.num_kv_heads=2",
     "model.head_dim=8", "data.seq_len=32", "train.batch_size=8", "train.steps=3", "schedule.warmup_steps=1",

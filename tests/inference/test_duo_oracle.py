@@ -14,6 +14,8 @@ from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.build import build_model
 from adaptive.models.config import TransformerConfig
 
+pytestmark = pytest.mark.compiles
+
 LAYERS = 2
 
 

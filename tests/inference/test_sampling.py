@@ -15,6 +15,8 @@ from adaptive.models.build import build_model
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
 
+pytestmark = pytest.mark.compiles
+
 PLAIN = (
     "model.hidden_size=16", "model.intermediate_size=32", "model.num_heads=2", "model.num_kv_heads=2",
     "model.head_dim=8", "model.num_layers=5", "model.vocab_size=320",

@@ -17,6 +17,8 @@ from adaptive.interop import from_official, to_official
 from adaptive.interop.official_hnet_config import config_from_official, config_to_official
 from adaptive.models.hnet import HNet
 
+pytestmark = pytest.mark.compiles
+
 CONFIGS = oracle.configs()
 # Gradients where a letter, a depth or an option is new; of the rest, values alone.
 GRADIENTS = {"one-same-width", "one-hybrid", "one-lists", "two-widening", "three"}

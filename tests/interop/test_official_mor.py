@@ -16,6 +16,8 @@ from adaptive.interop import from_official, to_official
 from adaptive.interop.official_mor_config import config_from_official
 from adaptive.models.language_model import LanguageModel
 
+pytestmark = pytest.mark.compiles
+
 CONFIGS = oracle.configs()
 # The first recursion's keys and values are those of all tokens: our model asks for a first capacity of 1 then.
 REFUSED = {"expert-kv-small-first"}

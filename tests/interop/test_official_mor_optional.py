@@ -9,6 +9,8 @@ from oracle import mor as oracle
 from adaptive.errors import UserError
 from adaptive.interop import from_official
 
+pytestmark = pytest.mark.compiles
+
 TOKENS = np.random.default_rng(7).integers(0, 64, (2, 12), dtype=np.int32)
 
 

@@ -20,6 +20,8 @@ from adaptive.interop.hf_moe_config import KINDS, config_from_transformers
 from adaptive.models.config import TransformerConfig
 from adaptive.models.transformer import Transformer
 
+pytestmark = pytest.mark.compiles
+
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.npz"))
 GRADIENTS = ("mixtral", "mixtral-window", "olmoe", "qwen3_moe", "qwen3_moe-dense")

@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 from adaptive.benchmarks import ema as benchmark
 from kernels_pallas.ema import ema, forms, gpu, linear, reference, tpu
 
+pytestmark = pytest.mark.compiles
+
 FORMS = {
     "pairs": forms.by_pairs,
     "blocks": functools.partial(forms.by_blocks, block=8),

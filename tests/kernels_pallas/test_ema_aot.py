@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.ema import ema
 
+pytestmark = pytest.mark.compiles
+
 KERNEL = {"v5e": "tpu_custom_call", "h200": "__gpu$xla.gpu.triton"}
 
 

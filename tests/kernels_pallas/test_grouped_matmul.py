@@ -13,6 +13,8 @@ from jax.test_util import check_grads
 
 from kernels_pallas.grouped_matmul import gpu, grouped_matmul, grouped_swiglu, reference, swiglu, tpu
 
+pytestmark = pytest.mark.compiles
+
 CASES = {
     "balanced": (64, [16, 16, 16, 16]),
     "empty groups, rows past the last": (50, [0, 7, 0, 30, 0]),

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 
+pytestmark = pytest.mark.compiles
+
 ROWS, GROUPS, WIDTH, HIDDEN = 2048, 16, 960, 512
 KERNEL = {"v5e": "tpu_custom_call", "h200": "__gpu$xla.gpu.triton"}
 

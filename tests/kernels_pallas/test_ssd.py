@@ -15,6 +15,8 @@ from kernels_pallas import ssd as package
 from kernels_pallas.ssd import chunked, gpu, reference, tpu
 from kernels_pallas.ssd.blocks import runs_of
 
+pytestmark = pytest.mark.compiles
+
 ssd = quick.jit(package.ssd, static_argnames="block")
 recurrence = quick.jit(reference.ssd)
 KERNELS = {

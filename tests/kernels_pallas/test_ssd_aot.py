@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.ssd import ssd
 
+pytestmark = pytest.mark.compiles
+
 KERNEL = {"v5e": "tpu_custom_call", "h200": "__gpu$xla.gpu.triton"}
 HEADS, DIM, N = 32, 64, 128
 WHOLE = (PartitionSpec(),) * 9

@@ -16,6 +16,8 @@ from adaptive.layers.mixers.attention import Settings, attended
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
 
+pytestmark = pytest.mark.compiles
+
 WIDTH, EPS = 12, 1e-3
 LLAMA = Settings(heads=4, kv_heads=2, head_dim=6, rope_theta=100.0)
 BATCH, SEQ = 2, 7

@@ -11,6 +11,8 @@ from adaptive.errors import RecipeError
 from adaptive.layers.chunkers import Heard, make_chunker, space_like
 from adaptive.routing.boundaries import Boundaries
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, WIDTH = 3, 40, 6
 
 

@@ -14,6 +14,8 @@ from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, constrain_state, placement
 
+pytestmark = pytest.mark.compiles
+
 WIDTH, EPS = 12, 1e-3
 OPTIONS = SSMOptions(expand=2, d_state=5, d_conv=4, head_dim=6, block=8)
 BATCH, SEQ = 2, 21

@@ -12,6 +12,8 @@ from flax import nnx
 from adaptive.layers.layout import BlockShape, parse_layout
 from adaptive.layers.stack import Places, Stack
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, WIDTH = 2, 12, 16
 SHAPE = BlockShape(
     width=WIDTH, intermediate=20, heads=2, rotary_dim=4, window=-1, expand=2, d_state=4, d_conv=4, ssm_head_dim=8,

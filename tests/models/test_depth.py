@@ -16,6 +16,8 @@ from adaptive.models.depth import Carried, expert_choice, token_choice
 from adaptive.models.depth import all as everyone
 from adaptive.routing.expert_choice import capacity_limit
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, WIDTH = 2, 24, 16
 EXPERT, TOKEN = expert_choice.Settings(), token_choice.Settings()
 X = np.random.default_rng(3).normal(size=(BATCH, SEQ, WIDTH)).astype(np.float32)

@@ -17,6 +17,8 @@ from adaptive.layers.stack import Places
 from adaptive.models.config import TransformerConfig
 from adaptive.models.hnet_config import HNetConfig
 
+pytestmark = pytest.mark.compiles
+
 LENGTHS = [7, 11, 6]
 SEGMENTS = np.repeat([1, 2, 3], LENGTHS)[None].repeat(BATCH, 0).astype(np.int32)
 TIGHT = {1: (0.3,), 2: (0.3, 1.0), 3: (0.3, 1.0, 1.0)}  # 8 slots for the chunks of 24 bytes

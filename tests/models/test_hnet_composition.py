@@ -15,6 +15,8 @@ from adaptive.layers.site import Buffer
 from adaptive.layers.stack import Places
 from adaptive.models.config import RouterConfig
 
+pytestmark = pytest.mark.compiles
+
 CHUNKS, CAPACITY = 6, 16
 EXPERT = RouterConfig(kind="expert_choice", alpha=1.0, z_coefficient=0.1)
 AUXILIARY = RouterConfig(kind="expert_choice", sampling="aux_router", alpha=1.0)

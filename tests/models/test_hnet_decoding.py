@@ -13,6 +13,8 @@ from hnet_models import composed, forward, hnet, random_bytes, split_model
 from adaptive.errors import RecipeError
 from adaptive.models.config import RouterConfig
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, ROOM = 3, 16, 20
 LENGTHS = np.array([10, 4, 7])
 EXPERT = RouterConfig(kind="expert_choice", alpha=1.0)

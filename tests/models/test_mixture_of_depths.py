@@ -28,6 +28,8 @@ from adaptive.recipe import Recipe
 from adaptive.runs.state import abstract_model, initial_state
 from adaptive.training.step import make_train_step
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).resolve().parents[2]
 SEQ, SHARE = 16, 0.25
 PLAIN = recursive(layers=4, recursions=4, ends=0, shared="none")  # four blocks, each with parameters of its own

@@ -17,6 +17,8 @@ from adaptive.layers.moe_config import MoEConfig
 from adaptive.models.build import build_model
 from adaptive.models.config import RouterConfig, TransformerConfig
 
+pytestmark = pytest.mark.compiles
+
 SEQ, VOCAB = 24, 40
 BASE = TransformerConfig(
     vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_layers=5, num_heads=2, num_kv_heads=1, head_dim=8,

@@ -12,6 +12,8 @@ from hnet_models import forward, split_model
 from adaptive.errors import RecipeError
 from adaptive.models.depth import expert_choice, token_choice
 
+pytestmark = pytest.mark.compiles
+
 SEQ, VOCAB = 24, 40
 PLAIN = shapes.plain(8)
 AUXILIARY = expert_choice.Settings(sampling="aux_router")

@@ -9,6 +9,8 @@ import quick
 
 from adaptive.objectives.cross_entropy import LOGITS_BUDGET, chunk_length, cross_entropy_sum
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module")
 def example():

@@ -18,6 +18,8 @@ from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, axis_rules, placement
 from adaptive.routing.dispatch import Dispatch, by_expert, by_token, to_rows, to_slots
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, K = 8, 4, 8, 16, 8, 2
 AXES = {"up": ("experts", "width", "expert_ff"), "down": ("experts", "expert_ff", "width")}
 

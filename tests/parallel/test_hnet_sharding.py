@@ -17,6 +17,8 @@ from train_steps import compiled_step, packed_batch
 from adaptive.models.config import RouterConfig, TransformerConfig
 from adaptive.models.hnet_config import HNetConfig
 
+pytestmark = pytest.mark.compiles
+
 ROWS, SEQ = 8, 16
 RATE = 1e3  # parameters move so far that rounding them does not hide their gradient
 GRADIENT = optax.sgd(RATE)

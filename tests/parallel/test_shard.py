@@ -12,6 +12,8 @@ from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, placement
 from adaptive.parallel.shard import sharded
 
+pytestmark = pytest.mark.compiles
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 4, 3)).astype(np.float32)
 WEIGHTS = {"scale": RNG.normal(size=3).astype(np.float32), "shift": RNG.normal(size=(1, 3)).astype(np.float32)}

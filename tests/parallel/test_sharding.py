@@ -21,6 +21,8 @@ from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, constrain, placement
 from adaptive.runs.state import state_shardings
 
+pytestmark = pytest.mark.compiles
+
 ROWS, SEQ = 8, 16
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)]  # data, fsdp, expert, tensor
 WITH_EXPERTS = [(8, 1, 1, 1), (1, 1, 8, 1), (1, 2, 2, 2)]

@@ -9,6 +9,8 @@ import quick
 from adaptive.routing import boundaries as plain
 from adaptive.routing.boundaries import Boundaries, gather, straight_through
 
+pytestmark = pytest.mark.compiles
+
 select_boundaries = quick.jit(plain.select_boundaries, static_argnums=1)
 dechunk = quick.jit(plain.dechunk, static_argnames="smooth")
 merged, chunk_statistics = quick.jit(plain.merged), quick.jit(plain.chunk_statistics)

@@ -8,6 +8,8 @@ from adaptive.routing.boundaries import Boundaries, select_boundaries
 from adaptive.routing.stages import at_bytes
 from adaptive.routing.types import StageTrace
 
+pytestmark = pytest.mark.compiles
+
 OUTER = np.array([[1, 0, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1]], bool)
 EXISTS = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], bool)
 PROB = np.linspace(0.1, 0.9, 12).reshape(2, 6)

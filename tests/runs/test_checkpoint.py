@@ -28,6 +28,8 @@ from adaptive.runs.checkpoint import FORMAT_VERSION, Checkpoints, digest
 from adaptive.runs.config import CheckpointConfig
 from adaptive.runs.state import TrainState, fresh_state
 
+pytestmark = pytest.mark.compiles
+
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_1"
 MODEL = TransformerConfig(
     vocab_size=32,

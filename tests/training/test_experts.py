@@ -24,6 +24,8 @@ from adaptive.training.metrics import Meter, MetricsLog, StepCost, read_rows
 from adaptive.training.parts import PartSums
 from adaptive.training.step import make_eval_step
 
+pytestmark = pytest.mark.compiles
+
 TOKENS, EXPERTS, CHOICES = 40, 4, 6
 PART = "stack/blocks/1/feed_forward"
 

@@ -15,6 +15,8 @@ import pytest
 
 from adaptive.training.metrics import read_rows
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 120
 TINY = (

@@ -18,6 +18,8 @@ from adaptive.optim.build import make_optimizer
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.runs.state import abstract_model
 
+pytestmark = pytest.mark.compiles
+
 ROWS, SEQ, ONE = 4, 8, (1, 1, 1, 1)
 GRADIENT = optax.sgd(1.0)
 SHAPE = {"vocab_size": 32, "width": 16, "hidden": 24, "heads": 2, "kv_heads": 1}

@@ -15,6 +15,8 @@ from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
 from adaptive.layers.moe.routers import acm as router
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, WIDTH, SIZE, N = 2, 6, 8, 5, 4
 TRAINING = Context(training=True)
 

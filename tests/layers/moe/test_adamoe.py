@@ -21,6 +21,8 @@ from expert_oracle import (
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.routers.adamoe import with_null_columns
 
+pytestmark = pytest.mark.compiles
+
 N, M, K = 4, 3, 3
 
 

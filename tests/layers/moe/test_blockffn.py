@@ -24,6 +24,8 @@ from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context
 from adaptive.layers.moe.routers.blockffn import sparsity
 
+pytestmark = pytest.mark.compiles
+
 E = 6
 
 

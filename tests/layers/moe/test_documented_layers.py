@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.compiles
+
 DOC = Path(__file__).resolve().parents[3] / "docs" / "moe.md"
 
 

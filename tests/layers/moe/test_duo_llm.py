@@ -13,6 +13,8 @@ from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
 from adaptive.layers.moe.routers.duo_llm import Settings
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, WIDTH, HIDDEN, NARROW = 2, 6, 8, 16, 3
 
 

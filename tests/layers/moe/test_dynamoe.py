@@ -23,6 +23,8 @@ from adaptive.layers.moe.routers.dynamoe import Router, Settings, limits
 from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.site import Site
 
+pytestmark = pytest.mark.compiles
+
 E = 6
 
 

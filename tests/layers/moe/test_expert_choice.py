@@ -18,6 +18,8 @@ from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
 from adaptive.routing import scale
 
+pytestmark = pytest.mark.compiles
+
 B, S, D, F, E, K = 2, 16, 8, 12, 4, 2
 WEIGHTS = weights_of(E, E, width=D, hidden=F, seed=5) | {"router.threshold": np.full(E, 0.25), "router.updates": 0.0}
 X = inputs(B, S, D)

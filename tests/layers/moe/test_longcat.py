@@ -21,6 +21,8 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context
 
+pytestmark = pytest.mark.compiles
+
 N, Z, K = 4, 3, 3
 
 

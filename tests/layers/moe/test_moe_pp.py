@@ -30,6 +30,8 @@ from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.base import Context
 from adaptive.layers.moe.routers.moe_pp import Settings
 
+pytestmark = pytest.mark.compiles
+
 N, CONST, COPY, ZERO = 4, 2, 1, 1
 ALL = N + CONST + COPY + ZERO
 WIDTH = 6

@@ -25,6 +25,8 @@ from adaptive.layers.where import Where
 from adaptive.recipe import list_recipes, load
 from adaptive.settings import leaf_values
 
+pytestmark = pytest.mark.compiles
+
 CONTRIBUTING = Path(__file__).resolve().parents[3] / "CONTRIBUTING.md"
 WIDTH, SEQ, SIZE = 16, 32, 12
 NEEDED = {  # of those whose defaults do not fit these experts

@@ -15,6 +15,8 @@ from adaptive.layers.moe.base import Context
 from adaptive.routing.balance import balancing_loss, importance_and_load
 from adaptive.routing.capacity import keep_within, slots
 
+pytestmark = pytest.mark.compiles
+
 B, S, D, F, E, K = 2, 16, 8, 12, 8, 2
 WEIGHTS = weights_of(E, E, width=D, hidden=F, seed=5)
 X = inputs(B, S, D)

@@ -13,6 +13,8 @@ from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
 from adaptive.layers.moe.routers.versatile import Settings, hidden_units
 
+pytestmark = pytest.mark.compiles
+
 BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, LOOPS = 2, 6, 8, 24, 8, 4
 TRAINING = Context(training=True)
 
