@@ -14,10 +14,14 @@ from oracle import hnet as oracle
 
 from adaptive.errors import UserError
 from adaptive.interop import from_official, to_official
+from adaptive.interop.official_hnet import official_layout
 from adaptive.interop.official_hnet_config import config_from_official, config_to_official
-from adaptive.models.hnet import HNet
-
-pytestmark = pytest.mark.compiles
+from adaptive.interop.tensors import built
+from adaptive.layers.chunkers import stride
+from adaptive.layers.feed_forwards import dense
+from adaptive.models.bodies import recursive
+from adaptive.models.language_model import LanguageModel
+from adaptive.settings import with_leaf
 
 CONFIGS = oracle.configs()
 # Gradients where a letter, a depth or an option is new; of the rest, values alone.
@@ -39,6 +43,11 @@ def case(name):
     want = [oracle.forward(tensors, config, row) for row in batch.rows]
     assert min(out.margin for out in want) > 1e-3, "choose another seed: boundaries are decided by rounding"
     return config, tensors, batch, want
+
+
+def chunking(settings):
+    """Settings of the stages that chunk, from the outside in."""
+    return settings.body.stages()[:-1]
 
 
 def check_stages(trace, row, want):
@@ -145,7 +154,7 @@ def test_round_trip(name):
     assert set(back) == set(tensors)
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
-    assert config_from_official(config_to_official(model.config)) == model.config
+    assert config_from_official(config_to_official(model.settings)) == model.settings
 
 
 def test_loaded_model_is_an_ordinary_one():
@@ -153,9 +162,9 @@ def test_loaded_model_is_an_ordinary_one():
     config = CONFIGS["two-widening"]
     tensors = {k: v.astype(np.float16) for k, v in oracle.random_tensors(config, 0).items()}
     loaded = from_official("hnet", tensors, config)
-    fresh = nnx.eval_shape(lambda: HNet(config_from_official(config), key=jax.random.key(0)))
-    assert isinstance(loaded, HNet) and nnx.graphdef(loaded) == nnx.graphdef(fresh)
-    assert loaded.config.hnet.capacities == ()  # no limit on chunks
+    fresh = nnx.eval_shape(lambda: config_from_official(config).build(jax.random.key(0)))
+    assert isinstance(loaded, LanguageModel) and nnx.graphdef(loaded) == nnx.graphdef(fresh)
+    assert [stage.capacities for stage in chunking(loaded.settings)] == [(), ()]  # no limit on chunks
     pairs = zip(nnx.to_flat_state(nnx.state(loaded)), nnx.to_flat_state(nnx.state(fresh)), strict=True)
     for (path, mine), (same, other) in pairs:
         assert path == same and mine.get_metadata() == other.get_metadata()
@@ -194,9 +203,9 @@ def test_released_sizes(layout, widths, ff, count):
                      "window_size": [1023] * (stages - 1) + [-1]},
         "tie_embeddings": False,
     }  # fmt: skip
-    model = nnx.eval_shape(lambda: HNet(config_from_official(config), key=jax.random.key(0)))
+    model = nnx.eval_shape(lambda: config_from_official(config).build(jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
-    assert model.config.hnet.ratio_targets == ((6.0,) if stages == 2 else (3.0, 3.0))
+    assert [stage.chunker.target for stage in chunking(model.settings)] == ([6.0] if stages == 2 else [3.0, 3.0])
 
 
 def broken(change):
@@ -244,7 +253,10 @@ def test_tensors_that_do_not_fit(change, message):
         ("d_intermediate", [0, 0, 128], "has a feed-forward"),
         ("arch_layout", ["m2", ["T1"]], "arch_layout at the top: a list of 2"),
         ("arch_layout", ["m2", ["x4"], "m2"], "no block"),
-        ("arch_layout", ["m2", ["model"], "m2"], "no network 'model'"),
+        ("arch_layout", ["m2", ["model"], "m2"], r"arch_layout at \[1\]\[0\].* cannot read 'model'"),
+        ("attn_cfg.num_heads", [2, 3, 3], "letter T: width 16 is not a multiple of the 3 attention heads"),
+        ("attn_cfg.rotary_emb_dim", [2, -1, 2], r"attn_cfg\.rotary_emb_dim has -1; it must be integers of at least 0"),
+        ("attn_cfg.rotary_emb_dim", [2, 3, 2], "must be even"),
         ("ratio_targets", [3.0], "must be a list of 2 numbers"),
         ("ratio_targets", [3.0, 1.0], "must be above 1"),
     ],
@@ -262,19 +274,56 @@ def test_configurations_that_do_not_fit(path, value, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("path", "value", "message"),
     [
-        ({"chunkers": ("stride",)}, "chunkers=dynamic, not stride"),
-        ({"merge": "sum"}, "merge=boundary"),
-        ({"layout": '["m1", ["model"], "m1"]'}, "ends in blocks"),
+        ("body.chunker", stride.Settings(4), "chunker=dynamic in every stage, not stride"),
+        ("body.merge", "sum", "merge=boundary"),
+        ("body.inner", recursive.Settings(), "ends in a stack .*, not recursive"),
+        ("body.encoder.stream", "compute", "stream=float32"),
+        ("body.decoder.blocks.0.mixer", None, "has blocks of Mamba-2 or of attention"),
+        ("body.encoder.blocks.0.mixer.d_state", 24, "of one shape in a stage"),
+        ("body.inner.stack.blocks.0.mixer.bias", True, "has blocks of Mamba-2 or of attention"),
+        ("body.inner.stack.blocks.0.feed_forward.hidden", 130, "a multiple of 128 hidden units"),
+        ("norm_eps", 1e-6, "norm_eps=1e-05"),
     ],
 )
-def test_models_without_official_names(change, message):
-    config = config_from_official(CONFIGS["one"])
-    hnet = dataclasses.replace(config.hnet, **change)
-    own = dataclasses.replace(config, hnet=hnet, hidden_size=24, num_heads=2, num_kv_heads=2, head_dim=12)
-    model = nnx.eval_shape(lambda: HNet(own, key=jax.random.key(0)))
+def test_models_without_official_names(path, value, message):
+    settings = with_leaf(config_from_official(CONFIGS["one"]), path, value)
+    if path.endswith("mixer"):
+        settings = with_leaf(settings, "body.decoder.blocks.0.feed_forward", dense.Settings(128))
+    model = nnx.eval_shape(lambda: settings.build(jax.random.key(0)))
     with pytest.raises(UserError, match=message):
         to_official("hnet", model)
-    with pytest.raises(UserError, match="only an HNet has"):
+    with pytest.raises(UserError, match="only a LanguageModel has"):
         to_official("hnet", nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+
+
+def test_how_a_stack_is_written_does_not_matter():
+    """One block that repeats, a pattern that does, and equal blocks in a row have the same names."""
+    config = oracle.official(["m1", ["T1m1T1m1"], "m2"], [16, 16], ff=[0, 128])
+    settings, tensors = config_from_official(config), oracle.random_tensors(config, 0)
+    pattern = dataclasses.replace(settings.body.inner.stack, blocks=settings.body.inner.stack.blocks[:2], repeats=2)
+    twice = with_leaf(settings, "body.inner.stack", pattern)
+    twice = with_leaf(twice, "body.decoder.repeats", 1)
+    twice = with_leaf(twice, "body.decoder.blocks.0.repeat", 2)
+    assert config_to_official(twice) == config_to_official(settings)
+    layout = official_layout(twice)
+    model = built(twice, layout, {name: jnp.asarray(value) for name, value in tensors.items()})
+    back = to_official("hnet", model)
+    assert set(back) == set(tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+    tokens = np.random.default_rng(0).integers(0, 40, (1, 12))
+    want = oracle.forward(tensors, config, tokens[0]).logits
+    np.testing.assert_allclose(quick.jit(model)(tokens).logits[0], want, atol=1e-4, rtol=0)
+
+
+def test_numpy_tokens_eagerly():
+    """What the batch gives may be numpy's, and nothing need be compiled."""
+    config, tensors, batch, want = case("one")
+    model = from_official("hnet", tensors, config)
+    rows, n = batch.rows, batch.rows.shape[1]
+    lengths = np.array([n, n - 3])
+    logits = model(rows, valid=np.arange(n) < lengths[:, None]).logits
+    for i, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[i, :length], want[i].logits[:length], atol=1e-4, rtol=0)
