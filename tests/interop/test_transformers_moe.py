@@ -17,8 +17,12 @@ from flax import nnx
 from adaptive.errors import UserError
 from adaptive.interop import from_official, to_official
 from adaptive.interop.hf_moe_config import KINDS, config_from_transformers
-from adaptive.models.config import TransformerConfig
-from adaptive.models.transformer import Transformer
+from adaptive.layers.feed_forwards import dense, experts
+from adaptive.layers.mixers import mamba2
+from adaptive.layers.moe.routers import top_p
+from adaptive.models.bodies import recursive
+from adaptive.models.language_model import LanguageModel
+from adaptive.settings import leaf_values, with_leaf
 
 pytestmark = pytest.mark.compiles
 
@@ -124,8 +128,8 @@ def test_loaded_model_is_an_ordinary_one():
         tensors = {key: value.astype(np.float16) for key, value in under(name, "published").items()}
         loaded = from_official(kind_of(name), tensors, config_of(name))
         ours = config_from_transformers(kind_of(name), config_of(name))
-        fresh = nnx.eval_shape(lambda ours=ours: Transformer(ours, key=jax.random.key(0)))
-        assert isinstance(loaded, Transformer) and nnx.graphdef(loaded) == nnx.graphdef(fresh)
+        fresh = nnx.eval_shape(lambda ours=ours: ours.build(jax.random.key(0)))
+        assert isinstance(loaded, LanguageModel) and nnx.graphdef(loaded) == nnx.graphdef(fresh)
         pairs = zip(nnx.to_flat_state(nnx.state(loaded)), nnx.to_flat_state(nnx.state(fresh)), strict=True)
         for (path, mine), (other, theirs) in pairs:
             assert path == other and mine.get_metadata() == theirs.get_metadata()
@@ -170,43 +174,71 @@ def read(name, **changes):
 @pytest.mark.parametrize(
     ("name", "changes", "fields"),
     [
-        ("qwen3_moe", {"sliding_window": 2}, {"attention_window": 0}),
-        ("qwen3_moe", {"sliding_window": 2, "use_sliding_window": True}, {"attention_window": 2}),
-        ("qwen3_moe", {"sliding_window": None, "use_sliding_window": True}, {"attention_window": 0}),
-        ("olmoe", {"sliding_window": 2}, {"attention_window": 0}),
-        ("mixtral", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
-        ("mixtral", {"head_dim": None}, {"head_dim": 4}),
-        ("mixtral", {"attention_bias": True}, {"attention_bias": False}),  # no such field: the library ignores it too
+        ("qwen3_moe", {"sliding_window": 2}, {"mixer.window": 0}),
+        ("qwen3_moe", {"sliding_window": 2, "use_sliding_window": True}, {"mixer.window": 2}),
+        ("qwen3_moe", {"sliding_window": None, "use_sliding_window": True}, {"mixer.window": 0}),
+        ("olmoe", {"sliding_window": 2}, {"mixer.window": 0}),
+        ("mixtral", {"num_key_value_heads": None}, {"mixer.kv_heads": 4}),
+        ("mixtral", {"head_dim": None}, {"mixer.head_dim": 4}),
+        ("mixtral", {"attention_bias": True}, {"mixer.bias": False}),  # no such field: the library ignores it too
         ("mixtral", {"norm_topk_prob": False, "hidden_act": "swish"}, {}),
-        ("mixtral", {"rope_scaling": {"type": "default"}, "rope_theta": 77}, {"rope_theta": 77.0}),
-        ("mixtral", {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, {"rope_theta": 5.0}),
-        ("mixtral", {"rope_parameters": None}, {"rope_theta": 1e6}),
-        ("olmoe", {"rope_parameters": {}}, {"rope_theta": 1e4}),
-        ("olmoe", {"clip_qkv": 8}, {"clip_qkv": 8.0}),
+        ("mixtral", {"rope_scaling": {"type": "default"}, "rope_theta": 77}, {"mixer.rope_theta": 77.0}),
+        ("mixtral", {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, {"mixer.rope_theta": 5.0}),
+        ("mixtral", {"rope_parameters": None}, {"mixer.rope_theta": 1e6}),
+        ("olmoe", {"rope_parameters": {}}, {"mixer.rope_theta": 1e4}),
+        ("olmoe", {"clip_qkv": 8}, {"mixer.clip_qkv": 8.0}),
         ("olmoe", {"pad_token_id": -1}, {"padding_token": 39}),
     ],
 )
 def test_fields_mean_what_they_mean_to_the_library(name, changes, fields):
-    unchanged, got = read(name), read(name, **changes)
-    changed = {field for field in vars(unchanged) if getattr(unchanged, field) != getattr(got, field)}
-    assert changed <= set(fields)
-    assert {field: getattr(got, field) for field in fields} == fields
+    """`fields`: settings of ours by their path in the model, or in its blocks."""
+    inside = "body.stack.blocks.0."
+    unchanged, got = (
+        {path.removeprefix(inside): value for path, value in leaf_values(settings).items()}
+        for settings in (read(name), read(name, **changes))
+    )
+    assert {path for path in unchanged if unchanged[path] != got[path]} <= set(fields)
+    assert {path: got[path] for path in fields} == fields
+
+
+def blocks(settings):
+    return settings.body.stack.blocks
 
 
 def test_what_is_left_out_has_the_default_of_the_library():
     mixtral, olmoe, qwen = (config_from_transformers(kind, {}) for kind in KINDS)
-    assert (mixtral.hidden_size, mixtral.moe.expert_size, mixtral.num_kv_heads, mixtral.rope_theta) == (
-        4096, 14336, 8, 1e6,
-    )  # fmt: skip
-    assert (olmoe.num_kv_heads, olmoe.moe.experts, olmoe.moe.experts_per_token, olmoe.padding_token) == (16, 64, 8, 1)
-    assert (qwen.head_dim, qwen.moe.expert_size, qwen.norm_eps, qwen.attention_window) == (64, 768, 1e-6, 0)
-    assert "normalise=true" in mixtral.moe.options and "normalise=false" in olmoe.moe.options
+    layers = [settings.body.layers for settings in (mixtral, olmoe, qwen)]
+    assert layers == [32, 16, 24] and all(len(blocks(s)) == 1 for s in (mixtral, olmoe, qwen))
+    mixer, routed = blocks(mixtral)[0].mixer, blocks(mixtral)[0].feed_forward
+    assert (mixtral.width, routed.expert_size, mixer.kv_heads, mixer.rope_theta) == (4096, 14336, 8, 1e6)
+    assert routed.router.normalise
+    mixer, routed = blocks(olmoe)[0].mixer, blocks(olmoe)[0].feed_forward
+    assert (mixer.kv_heads, routed.experts, routed.router.experts_per_token, olmoe.padding_token) == (16, 64, 8, 1)
+    assert not routed.router.normalise
+    mixer, routed = blocks(qwen)[0].mixer, blocks(qwen)[0].feed_forward
+    assert (mixer.head_dim, routed.expert_size, qwen.norm_eps, mixer.window) == (64, 768, 1e-6, 0)
+
+
+def dense_layers(settings):
+    stack = settings.body.stack
+    assert all(isinstance(b.feed_forward, dense.Settings | experts.Settings) for b in stack.blocks)
+    of = [i for i, block in enumerate(stack.blocks) if isinstance(block.feed_forward, dense.Settings)]
+    return sorted(number for i in of for number in stack.numbers(i))
 
 
 def test_dense_layers_are_those_of_the_library():
-    assert read("qwen3_moe-dense").moe.dense_layers == (0, 2, 3, 4)
-    assert read("qwen3_moe", mlp_only_layers=[0, 1]).moe.router == "none"
-    assert read("qwen3_moe", num_local_experts=0).moe.router == "none"
+    assert dense_layers(read("qwen3_moe-dense")) == [0, 2, 3, 4]
+    assert dense_layers(read("qwen3_moe", mlp_only_layers=[0, 1])) == [0, 1]
+    assert dense_layers(read("qwen3_moe", num_local_experts=0)) == [0, 1]
+
+
+def test_layers_are_the_shortest_pattern():
+    settings = read("qwen3_moe", num_hidden_layers=12, decoder_sparse_step=3)
+    assert dense_layers(settings) == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert [block.repeat for block in blocks(settings)] == [2, 1] and settings.body.stack.repeats == 4
+    settings = read("qwen3_moe", num_hidden_layers=12, decoder_sparse_step=3, mlp_only_layers=[2])
+    assert dense_layers(settings) == [0, 1, 2, 3, 4, 6, 7, 9, 10]
+    assert [block.repeat for block in blocks(settings)] == [5, 1, 2, 1, 2, 1] and settings.body.stack.repeats == 1
 
 
 def test_the_balancing_loss_is_reported_where_it_is_not_trained():
@@ -243,7 +275,7 @@ def test_the_balancing_loss_is_reported_where_it_is_not_trained():
         ("olmoe", {"attention_dropout": 0.1}, "attention_dropout=0.1: has no counterpart"),
         ("olmoe", {"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: has no counterpart"),
-        ("mixtral", {"num_key_value_heads": 3}, "num_kv_heads can be 1, 2, 4"),
+        ("mixtral", {"num_key_value_heads": 3}, r"heads=4 is not a multiple of .*kv_heads can be 1, 2, 4"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be at least 1"),
         ("qwen3_moe", {"mlp_only_layers": "0"}, "mlp_only_layers='0': must be a list"),
     ],
@@ -320,7 +352,7 @@ def test_the_head_of_a_tied_model():
         assert set(back) == set(tensors)
         np.testing.assert_array_equal(back[embedding], tensors[embedding])
     model = from_official("mixtral", repeated | {head: 2 * tensors[embedding]}, config)
-    assert not model.config.tie_embeddings
+    assert not model.settings.tie_embeddings
     out = model(jnp.asarray(recorded(name)["tokens"], jnp.int32))
     np.testing.assert_allclose(out.logits, 2 * recorded(name)["logits"], atol=4e-5, rtol=0)
     gradients = compiled(jax.grad(lambda tensors: loss_and_output(tensors, name)[0]))(repeated)
@@ -330,15 +362,31 @@ def test_the_head_of_a_tied_model():
 
 
 def test_only_a_model_of_the_kind_goes_out():
-    models = {
-        kind: from_official(kind, under(kind, "published"), config_of(kind)) for kind in KINDS
-    }  # fmt: skip
-    with pytest.raises(UserError, match=r"official olmoe: a model of this kind has model\.qk_norm=full"):
+    models = {kind: from_official(kind, under(kind, "published"), config_of(kind)) for kind in KINDS}
+    with pytest.raises(UserError, match=r"official olmoe: a model of this kind has qk_norm=full"):
         to_official("olmoe", models["mixtral"])
-    with pytest.raises(UserError, match=r"has model\.qk_norm=none"):
+    with pytest.raises(UserError, match=r"has qk_norm=none"):
         to_official("mixtral", models["qwen3_moe"])
-    dense = Transformer(TransformerConfig(hidden_size=16, num_layers=2), key=jax.random.key(0))
-    with pytest.raises(UserError, match=r"has model\.moe\.router=token_choice"):
-        to_official("mixtral", dense)
     with pytest.raises(UserError, match="has no official names"):
         to_official("mixtral", nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("body.stack.blocks.0.feed_forward", dense.Settings(8), r"has experts in every layer"),
+        ("body.stack.blocks.0.feed_forward", None, "has one kind of experts"),
+        ("body.stack.blocks.0.feed_forward.router", top_p.Settings(), "has router=token_choice"),
+        ("body.stack.blocks.0.feed_forward.router.normalise", False, r"has router\.normalise=true"),
+        ("body.stack.blocks.0.feed_forward.router.capacity_factor", 1.0, r"has router\.capacity_factor=0"),
+        ("body.stack.blocks.0.feed_forward.activation", "gelu", "has activation=silu"),
+        ("body.stack.blocks.0.mixer.bias", True, "has no biases"),
+        ("body.stack.blocks.0.mixer.rotary_dim", 2, "rotates all channels"),
+        ("body.stack.blocks.0.mixer", mamba2.Settings(head_dim=8), "has the same attention in every layer"),
+        ("body", recursive.Settings(), r"is one stack \(body=plain\), not recursive"),
+    ],
+)
+def test_models_without_official_names(path, value, message):
+    settings = with_leaf(config_from_transformers("mixtral", config_of("mixtral")), path, value)
+    with pytest.raises(UserError, match=message):
+        to_official("mixtral", nnx.eval_shape(lambda: settings.build(jax.random.key(0))))
