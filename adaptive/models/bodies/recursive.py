@@ -268,8 +268,8 @@ class _Core:
     """The shared block with the policy of its keys and values (MoR paper, section 2.3); see `Core`."""
 
     def __init__(self, body: Recursive, whole: Where, first: int, *, cached: bool):
-        """whole: all positions of the rows; first: number of the core's first layer; cached: whether states are those of
-        generation."""
+        """whole: all positions of the rows; first: number of the core's first layer; cached: whether states are those
+        of generation."""
         s = body.settings
         self._stack, self._policy, self._whole, self._cached = body.core, s.keys_values, whole, cached
         self._first, self._layers, self._passes = first, s.core.layers, s.recursions
