@@ -81,8 +81,8 @@ class Chunker(Member):
 
 
 class ChunkerModule(nnx.Module):
-    """Decides every position from itself and its past, which keeps the model causal. A document's first position begins a
-    chunk."""
+    """Decides every position from itself and its past, which keeps the model causal. A document's first position
+    begins a chunk."""
 
     def __call__(self, heard: Heard) -> Boundaries:
         """Of every position [batch, n]; a rule is certain, so its probabilities are 1 and 0."""

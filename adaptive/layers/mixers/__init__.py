@@ -50,8 +50,8 @@ class MixerModule(nnx.Module):
     def __call__(self, x: jax.Array, where: Where, call: Call, state: State | None) -> tuple[jax.Array, State, Told]:
         """x [rows, n, width] at `where` -> (its update of the same shape, the state after it, what it did).
 
-        state  of this layer, leaves [rows, ...]: what the same rows left behind; None: nothing. Returned if one was given
-               or with `call.keep`; None otherwise
+        state  of this layer, leaves [rows, ...]: what the same rows left behind; None: nothing. Returned if one was
+               given or with `call.keep`; None otherwise
         """
         raise NotImplementedError
 

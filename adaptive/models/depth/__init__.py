@@ -89,8 +89,8 @@ class Core(Protocol):
 
 
 class Routed(NamedTuple):
-    """The stream [rows, n, width] after all passes, what is carried on, losses, what was decided, and what the core did in
-    each pass."""
+    """The stream [rows, n, width] after all passes, what is carried on, losses, what was decided, and what the core did
+    in each pass."""
 
     x: jax.Array
     carried: Carried
