@@ -59,8 +59,8 @@ class Site(NamedTuple):
 
 def lead_axes(stack: tuple[int, ...]) -> Axes:
     """Logical names of the leading axes of stacked parameters."""
-    names: Axes = ("uses", "layers")
-    return names[2 - len(stack) :]
+    names: list[str | None] = ["uses", "layers"]
+    return tuple(names[2 - len(stack) :])
 
 
 def param(value: jax.Array, axes: Axes, *, stack: tuple[int, ...] = (), role: Role, group: str = "main") -> nnx.Param:
