@@ -8,15 +8,17 @@ import re
 
 import numpy as np
 import pytest
-from training.example_run import ROUTERS, recipe_of, routed, write_example
+import shapes
+from training.example_run import MODELS, recipe_of, routed, write_example
 
 from adaptive.data.tokenizers import Bytes
 from adaptive.errors import UserError
+from adaptive.layers.feed_forwards import experts
 from adaptive.report import main
 from adaptive.training.report.bars import bar_chart, mirrored_histogram
 from adaptive.training.report.charts import Series, line_chart, smoothed, thinned
 from adaptive.training.report.collect import RoutingCounter, passage_tokens, plan_costs
-from adaptive.training.report.experts import layer_name
+from adaptive.training.report.experts import layer_names
 from adaptive.training.report.heat import heat_map
 from adaptive.training.report.numbers import clock, compact, duration
 from adaptive.training.report.page import write_report
@@ -60,14 +62,14 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    return {kind: write_example(root / kind, kind, steps=200) for kind in ROUTERS}
+    return {kind: write_example(root / kind, kind, steps=200) for kind in MODELS}
 
 
 def report(workdir, *compare) -> Page:
     return Page(write_report(workdir, compare).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", MODELS)
 def test_the_page_is_whole_small_and_needs_nothing_from_outside(runs, kind):
     page = report(runs[kind])
     assert len(page.text.encode()) < 1_000_000
@@ -114,8 +116,7 @@ def test_a_run_with_experts_shows_which_did_the_work(runs, kind):
     cells = re.findall(r"<td [^>]*>([\d.]+)</td>", tables[0])
     experts = len(load[0])
     assert [float(c) for c in cells] == pytest.approx([s * experts for row in load for s in row], abs=6e-3)
-    first = 1 if kind == "moe" else 0
-    assert f'title="layer {first}, expert 1: {cells[1]} of its fair share"' in tables[0]
+    assert f'title="layer 1, expert 1: {cells[1]} of its fair share"' in tables[0]
     assert "8 experts, token choice" in page.text if kind == "moe" else "4 of 64 experts a token" in page.text
     assert "nothing routed" not in page.text
 
@@ -138,9 +139,11 @@ def test_a_heat_map_of_very_many_experts_stays_small():
 
 
 def test_layers_of_a_recursion_are_named_with_it(tmp_path):
-    recipe = recipe_of("mor").with_("model.moe.router=expert_choice")
-    (tmp_path / "recipe.json").write_text(recipe.to_json())
-    names = [layer_name(load_run(tmp_path), i) for i in range(11)]
+    model = shapes.mor(11, 3, feed_forward=experts.Settings())
+    (tmp_path / "recipe.json").write_text(dataclasses.replace(recipe_of("mor"), model=model).to_json())
+    parts = [one.path for one in model.facts().experts for _ in one.layers]
+    row = {"experts/by_layer/layer": list(range(11)), "experts/by_layer/part": parts}
+    names = layer_names(load_run(tmp_path), row)
     assert names[0] == "layer 0" and names[10] == "layer 10"
     assert names[1] == "layer 1, recursion 1" and names[4] == "layer 4, recursion 2"
     assert names[9] == "layer 9, recursion 3"

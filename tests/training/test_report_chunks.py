@@ -6,10 +6,10 @@ import re
 
 import numpy as np
 import pytest
+import shapes
 from training.test_report import Page
 
 from adaptive.data.tokenizers import load_tokenizer
-from adaptive.models.hnet_config import HNetConfig
 from adaptive.recipe import Recipe
 from adaptive.training.metrics import MetricsLog
 from adaptive.training.progress import evaluation_line, plain_line
@@ -22,7 +22,7 @@ from adaptive.training.report.runs import load_run
 from adaptive.training.report.schema import MOST_BYTES, PlanRecord, RoutingRecord, load_record, save_record
 
 TEXT = "Der Fluß steigt, und die Brücke hält.\n"
-TWO = HNetConfig(layout='["m1", ["m1", ["T1"], "m1"], "m1"]', widths=(64, 64, 64), heads=(2,), ratio_targets=(3.0,))
+TWO = shapes.hnet(("m1", ("m1", ("T1",), "m1"), "m1"))
 
 
 def stages_of_text(ids):
@@ -40,10 +40,8 @@ def passage():
     return passage_tokens(tokenizer, ids, np.ones(len(ids), int), loss, stages_of_text(ids))
 
 
-def write_run(folder, passage, hnet=TWO, capacities=()):
-    hnet = dataclasses.replace(hnet, capacities=capacities)
-    recipe = Recipe(name="made").with_("model.vocab_size=256", "data.tokenizer=hnet-bytes")
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, hnet=hnet))
+def write_run(folder, passage, model=TWO):
+    recipe = dataclasses.replace(Recipe(name="made").with_("data.tokenizer=hnet-bytes"), model=model)
     folder.mkdir()
     (folder / "recipe.json").write_text(recipe.to_json())
     log = MetricsLog.open(folder, 0)
@@ -59,7 +57,7 @@ def write_run(folder, passage, hnet=TWO, capacities=()):
         if step % 50 == 0:
             log.write(far | {"eval/loss": 2.0, "eval/bits_per_byte": 2.6} | {f"eval/{n}": v for n, v in logged.items()})
     log.close()
-    save_record(PlanRecord(name="made", family="hnet", steps=200, flops_per_step=1.0, dense_flops_per_step=3.0), folder)
+    save_record(PlanRecord(name="made", steps=200, flops_per_step=1.0, dense_flops_per_step=3.0), folder)
     counter = RoutingCounter("none", 1)
     ids = np.array([[254, *TEXT.encode()]] * 3)
     masks = [np.stack([mask] * 3) for mask, _ in stages_of_text(ids[0])]
@@ -127,10 +125,16 @@ def test_the_page_shows_passage_lengths_and_curves(tmp_path, passage):
 
 
 def test_rules_are_told_and_their_probabilities_are_not(tmp_path, passage):
-    rule = dataclasses.replace(TWO, chunkers=("space", "stride"))
-    run = load_run(write_run(tmp_path / "run", passage, rule, capacities=(0.5, 0.5)))
+    rule = shapes.hnet(
+        ("m1", ("m1", ("T1",), "m1"), "m1"), chunker=("space", "stride"), target=3.0, capacities=(0.5, 0.5)
+    )
+    run = load_run(write_run(tmp_path / "run", passage, rule))
     text = chunks(run)
-    assert "a blank or a mark follows a letter" in text and "Nothing of that is learned" in text
+    assert (
+        "every 3 positions" in text
+        and "a blank or a mark follows a letter" in text
+        and "Nothing of that is learned" in text
+    )
     assert "begins a chunk of 4 bytes" in text and ", p 0.90" not in text and "target" not in text.lower()
     assert "Mean probability" not in text and "Ratio losses" not in text and "with the capacities of training" in text
 
