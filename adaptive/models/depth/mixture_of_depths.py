@@ -107,7 +107,7 @@ class MixtureOfDepths(DepthModule):
         chosen = chosen_of(selection, n)
         stats = {
             "loss": sampling_loss(decision, chosen, exists),
-            "accuracy": mean_over(((decision > 0) == chosen).astype(jnp.float32), exists),
+            "predictor_accuracy": mean_over(((decision > 0) == chosen).astype(jnp.float32), exists),
         }
         return add_rows(x, selection.indices, _gated(new, h, selection)), after.state, told, selection, stats
 
