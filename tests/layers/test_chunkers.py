@@ -8,18 +8,18 @@ import quick
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers.chunkers import Heard, make_chunker, space_like
+from adaptive.layers.chunkers import Chunker, Heard
+from adaptive.layers.chunkers.space import space_like
 from adaptive.routing.boundaries import Boundaries
+from adaptive.settings import check_ranges
 
 pytestmark = pytest.mark.compiles
 
 BATCH, SEQ, WIDTH = 3, 40, 6
 
 
-def chunker(kind, *, width=WIDTH, target=4.0, temperature=6.0, seed=0):
-    return make_chunker(
-        kind, width, target=target, flip_temperature=temperature, std=0.3, key=jax.random.key(seed)
-    )  # fmt: skip
+def chunker(kind, *, width=WIDTH, seed=0, **settings):
+    return Chunker.member(kind)(**settings).build(width, 0.3, jax.random.key(seed))
 
 
 def normal(*shape: int, seed: int = 1) -> np.ndarray:
@@ -128,7 +128,7 @@ def test_zero_vectors_have_finite_gradients(kind):
 @pytest.mark.parametrize("temperature", [2.0, 6.0])
 def test_noise_draws_from_sharpened_probabilities(temperature):
     """Boundaries are drawn with p^(1/tau) at and above one half, 1 - (1 - p)^(1/tau) below."""
-    module = chunker("similarity", temperature=temperature)
+    module = chunker("similarity", flip_temperature=temperature)
     hidden = normal(8, 512, WIDTH)
     prob = np.asarray(decided(module, heard(hidden)).prob, np.float64)
     drawn = np.stack([decided(module, heard(hidden, key=jax.random.key(i))).wanted for i in range(16)])
@@ -148,7 +148,7 @@ def test_noise_draws_from_sharpened_probabilities(temperature):
 
 def test_without_noise_the_half_decides():
     sound = heard(key=jax.random.key(5))
-    calm = decided(chunker("similarity", temperature=0.0), sound)
+    calm = decided(chunker("similarity", flip_temperature=0.0), sound)
     np.testing.assert_array_equal(calm.wanted, np.asarray(calm.prob) >= 0.5)
     noisy = decided(chunker("similarity"), sound)
     np.testing.assert_array_equal(noisy.prob, calm.prob)
@@ -193,7 +193,7 @@ def test_space_begins_where_a_space_follows_none(text):
 def test_stride_counts_within_documents():
     first = np.zeros((1, SEQ), bool)
     first[0, [7, 30]] = True
-    got = chunker("stride", target=4.0)(heard(np.zeros((1, SEQ, WIDTH)), first=first))
+    got = chunker("stride", length=4)(heard(np.zeros((1, SEQ, WIDTH)), first=first))
     want = [0, 4, *range(7, 30, 4), *range(30, SEQ, 4)]
     assert np.flatnonzero(got.wanted[0]).tolist() == want and got.prob[0].tolist() == [t in want for t in range(SEQ)]
 
@@ -210,12 +210,24 @@ def test_none_begins_a_chunk_everywhere():
     assert np.all(chunker("none")(heard()).wanted)
 
 
-@pytest.mark.parametrize(("kind", "message"), [("space", "for stage 0"), ("words", "data.boundaries=words")])
+@pytest.mark.parametrize(("kind", "message"), [("space", "the outermost stage"), ("words", "data.boundaries=words")])
 def test_rules_that_read_what_is_not_there(kind, message):
     with pytest.raises(RecipeError, match=message):
         chunker(kind)(heard())
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "similarity", "stride", "space", "words", "none"])
-def test_only_probabilities_of_learned_chunkers_smooth(kind):
-    assert chunker(kind).learned == (kind in ("dynamic", "similarity"))
+def test_only_probabilities_of_learned_chunkers_smooth():
+    assert {kind for kind in Chunker.kinds() if Chunker.member(kind).learned} == {"dynamic", "similarity"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("dynamic", {"target": 1.0}, "chunker.target=1.0: must be above 1"),
+        ("similarity", {"flip_temperature": -1.0}, "flip_temperature=-1.0: must be at least 0"),
+        ("stride", {"length": 1}, "length=1: must be at least 2"),
+    ],
+)
+def test_settings_that_cannot_be(kind, change, message):
+    with pytest.raises(RecipeError, match=message):
+        check_ranges(Chunker.member(kind)(**change), "chunker.")

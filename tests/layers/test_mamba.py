@@ -1,5 +1,6 @@
 """The Mamba-2 layer against the same written out in numpy, one position after another, and against itself in parts."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,7 +10,11 @@ import pytest
 import quick
 from flax import nnx
 
-from adaptive.layers.mamba import Mamba2, SSMOptions
+from adaptive.errors import RecipeError
+from adaptive.layers.call import Call
+from adaptive.layers.mixers.mamba2 import Settings
+from adaptive.layers.site import Site
+from adaptive.layers.where import Where
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, constrain_state, placement
@@ -17,14 +22,14 @@ from adaptive.parallel.rules import AxisRules, constrain_state, placement
 pytestmark = pytest.mark.compiles
 
 WIDTH, EPS = 12, 1e-3
-OPTIONS = SSMOptions(expand=2, d_state=5, d_conv=4, head_dim=6, block=8)
+OPTIONS = Settings(expand=2, d_state=5, d_conv=4, head_dim=6, block=8)
 BATCH, SEQ = 2, 21
 SEGMENTS = jnp.asarray([[3] * 2 + [1] * 9 + [3] * 1 + [2] * 9, [7] * 13 + [8] * 8], jnp.int32)
 
 
 def layer(options=OPTIONS, seed=0, width=WIDTH):
     """A layer whose scales are all random, of a size that tells them apart."""
-    module = Mamba2(width, options, std=0.5, out_std=0.5, key=jax.random.key(seed), norm_eps=EPS)
+    module = options.build(Site(width, 0.5, norm_eps=EPS), jax.random.key(seed))
     rng = np.random.default_rng(seed)
     for name in ("d", "norm", "dt_bias"):
         param = getattr(module, name)
@@ -65,22 +70,24 @@ def written_out(module, x, segments):
     return np.stack(out), conv, state
 
 
+@quick.jit(static_argnames="keep")
+def run(module, x, segments=None, valid=None, state=None, keep=True):
+    """(update, state) at the first positions of rows."""
+    where = Where.whole(x.shape[:2], None, segments, valid)
+    return module(x, where, Call(keep=keep), state)[:2]
+
+
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
-@pytest.mark.parametrize("options", [OPTIONS, OPTIONS._replace(d_conv=1, expand=1, head_dim=3, block=256)])
+@pytest.mark.parametrize("options", [OPTIONS, dataclasses.replace(OPTIONS, d_conv=1, expand=1, head_dim=3, block=256)])
 def test_equals_the_formulas(options, segments):
     module, x = layer(options), inputs()
-    update, state = quick.jit(lambda m, x: m(x, segments=segments, keep=True))(module, x)
+    update, state = run(module, x, segments)
     ids = np.zeros((BATCH, SEQ), int) if segments is None else np.asarray(segments)
     for row in range(BATCH):
         expected, conv, ssm = written_out(module, x[row], ids[row])
         np.testing.assert_allclose(update[row], expected, rtol=2e-4, atol=2e-5)
         np.testing.assert_allclose(state.conv[row], conv, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(state.ssm[row], ssm, rtol=2e-4, atol=1e-5)
-
-
-@quick.jit(static_argnames="keep")
-def run(module, x, segments=None, valid=None, state=None, keep=True):
-    return module(x, segments=segments, valid=valid, state=state, keep=keep)
 
 
 def close(got, expected):
@@ -91,7 +98,7 @@ def close(got, expected):
 def test_goes_on_where_it_left_off(parts):
     module, x = layer(), inputs()
     whole = run(module, x)
-    state, updates, first = module.empty_state(BATCH, x.dtype), [], 0
+    state, updates, first = module.empty(BATCH, 0, x.dtype), [], 0
     for n in parts:
         update, state = run(module, x[:, first : first + n], state=state)
         updates.append(update)
@@ -165,26 +172,26 @@ def test_a_slow_decay_survives_bfloat16():
     module.a_log[...] = jnp.full_like(module.a_log[...], np.log(1e-3))
     module.dt_bias[...] = jnp.full_like(module.dt_bias[...], np.log(np.expm1(1.0)))
     module.conv_x_bias[...] = jnp.zeros_like(module.conv_x_bias[...])
-    empty = module.empty_state(BATCH, x.dtype)
+    empty = module.empty(BATCH, 0, x.dtype)
     after = run(module, x, state=empty._replace(ssm=jnp.full_like(empty.ssm, 1000.0)))[1]
     np.testing.assert_allclose(after.ssm, 1000 * np.exp(-1e-3 * SEQ), rtol=1e-5)
 
 
 def test_sharded_equals_unsharded():
     """Rows over data, heads over tensor; gradients too, of parameters that are split and of those that are not."""
-    module = layer(OPTIONS._replace(head_dim=3), width=12)
+    module = layer(dataclasses.replace(OPTIONS, head_dim=3), width=12)
     x, target = inputs(batch=4), inputs(2, batch=4)
     segments = jnp.concatenate([SEGMENTS, SEGMENTS])
 
     def loss(module, x, target):
-        update, state = module(x, segments=segments, keep=True)
+        update, state, _ = module(x, Where.whole(x.shape[:2], None, segments), Call(keep=True), None)
         return (update * target).mean() + 0.1 * (state.ssm**2).mean()
 
-    plain = nnx.jit(nnx.value_and_grad(loss))(module, x, target)
+    plain = quick.jit(nnx.value_and_grad(loss))(module, x, target)
     mesh, rules = make_mesh(MeshConfig(data=2, tensor=4)), AxisRules()
     with placement(mesh, rules):
 
-        @nnx.jit
+        @quick.jit
         def placed(module, x, target):
             nnx.update(module, constrain_state(nnx.state(module)))
             value, grads = nnx.value_and_grad(loss)(module, x, target)
@@ -196,8 +203,8 @@ def test_sharded_equals_unsharded():
 
 
 def test_starts_as_the_published_layer():
-    options = SSMOptions(d_state=16, head_dim=8)
-    module = Mamba2(64, options, std=0.02, out_std=0.005, key=jax.random.key(0), stack=(3,))
+    site = Site(64, 0.02, stack=(3,), out_std=0.005)
+    module = Settings(d_state=16, head_dim=8).build(site, jax.random.key(0))
     shapes = {path[0]: param.shape for path, param in nnx.to_flat_state(nnx.state(module))}
     heads, dim, n = 16, 8, 16
     assert shapes == {
@@ -221,6 +228,15 @@ def test_starts_as_the_published_layer():
         assert len(param.get_metadata()["axes"]) == param.ndim
 
 
+def test_holes_among_the_positions_are_as_if_they_had_never_been():
+    module, x = layer(), inputs()
+    exists = np.random.default_rng(6).random((1, SEQ)) < 0.6
+    where = Where.whole((1, SEQ)).only(jnp.asarray(exists))
+    update, state, _ = quick.jit(lambda m, x, w: m(x, w, Call(keep=True), None))(module, x[:1], where)
+    own, last = run(module, x[:1][exists][None])
+    close((update[exists], *state), (own[0], *last))
+
+
 def test_heads_must_divide_the_inner_channels():
-    with pytest.raises(ValueError, match="2 \\* 12 = 24 is not a multiple of head_dim=64"):
-        Mamba2(12, SSMOptions(), std=0.02, out_std=0.02, key=jax.random.key(0))
+    with pytest.raises(RecipeError, match=r"a.b.expand \* width = 24 is not a multiple of .*64; nearest.* 32"):
+        Settings().check(12, "a.b")
