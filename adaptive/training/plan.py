@@ -37,13 +37,13 @@ def make_plan(program: Program, byte_lengths: np.ndarray, sample: np.ndarray) ->
         mesh=dict(program.mesh.shape),
         compute_dtype=str(program.dtype),
         peak_flops_per_s=None if peak is None else peak * program.mesh.size,
-        kernels={operation: _runs_on(operation, device.platform) for operation in program.facts.kernels},
+        kernels={operation: runs_on(operation, device.platform) for operation in program.facts.kernels},
         versions=versions,
         **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, recipe.train.remat),
     )
 
 
-def _runs_on(operation: str, platform: str) -> str:
+def runs_on(operation: str, platform: str) -> str:
     """What computes an operation on a platform, and why: its own package says."""
     room = "adaptive" if operation == "routing" else "kernels_pallas"
     return importlib.import_module(f"{room}.{operation}").runs_on(platform)

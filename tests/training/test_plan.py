@@ -1,0 +1,65 @@
+"""What a run says before it compiles, from the facts of its model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import shapes
+
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import expert_choice
+from adaptive.objectives import next_token
+from adaptive.parallel.mesh import make_mesh
+from adaptive.recipe import Recipe
+from adaptive.training.plan import make_plan, plan_lines, runs_on
+from adaptive.training.program import Program
+
+
+def lines_of(model, **changes) -> list[str]:
+    recipe = dataclasses.replace(Recipe(name="made", model=model).with_("data.seq_len=64"), **changes)
+    program = Program(recipe, make_mesh(recipe.mesh))
+    return plan_lines(make_plan(program, np.ones(model.vocab_size, int), np.arange(8)), program)
+
+
+def beginning(lines: list[str], word: str) -> list[str]:
+    return [line.removeprefix(word).strip() for line in lines if line.startswith(word)]
+
+
+def test_a_router_of_depth_and_kinds_of_experts_are_told():
+    few, many = experts.Settings(experts=4), experts.Settings(expert_choice.Settings(), experts=8)
+    pattern = [shapes.block(feed_forward=moe) for moe in (few, many, few)]
+    lines = lines_of(shapes.mor(8, 2, pattern=pattern))
+    assert beginning(lines, "routing") == ["expert_choice, 2 recursions over 64, 32 of 64"]
+    first, second = beginning(lines, "experts")
+    assert first.startswith("token_choice: 4 experts") and second.startswith("expert_choice: 8 experts")
+    names = [line.partition(":")[0] for line in beginning(lines, "kernels")]
+    assert names == ["attention", "routing", "grouped_matmul"]
+
+
+def test_slots_of_nested_stages_follow_both_schedules():
+    model = shapes.hnet(("m1", ("m1", ("T1",), "m1"), "m1"), chunker=("dynamic", "stride"), target=3.0)
+    inner = dataclasses.replace(model.body.inner, capacities=(1.0, 0.5), capacity_steps=(200,))
+    model = shapes.with_body(model, capacities=(1.0, 0.5), capacity_steps=(100,), inner=inner)
+    lines = lines_of(model)
+    assert beginning(lines, "chunks") == [
+        "stage 0: dynamic of about 3; room for 64 of 64, 32 of 64 from step 100",
+        "stage 1: stride of about 3; room for 64 of 64, 32 of 32 from step 100, 16 of 32 from step 200",
+    ]
+    assert [line.partition(":")[0] for line in beginning(lines, "kernels")] == ["ssd", "routing", "ema", "attention"]
+    assert not beginning(lines, "routing") and not beginning(lines, "experts")
+
+
+def test_an_objective_other_than_the_usual_is_told():
+    class Settings(next_token.Settings):
+        @classmethod
+        def kind(cls) -> str:
+            return "other_words"
+
+    assert beginning(lines_of(shapes.plain(2), objective=Settings()), "objective") == ["other words"]
+    assert not beginning(lines_of(shapes.plain(2)), "objective")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_every_operation_says_what_computes_it(platform):
+    texts = [runs_on(operation, platform) for operation in ("attention", "ssd", "ema", "grouped_matmul", "routing")]
+    assert all(texts) and ("Pallas for TPUs" in texts[1]) == (platform == "tpu")
