@@ -11,16 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import quick
+import shapes
 from flax import nnx
 
-from adaptive.layers import block, stack
 from adaptive.layers.feed_forwards import FeedForward
-from adaptive.layers.mixers import attention
 from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context, RoutedLayer, Routing
-from adaptive.models.bodies import plain
 from adaptive.models.language_model import LanguageModel
-from adaptive.models.language_model import Settings as ModelSettings
 
 
 @dataclasses.dataclass
@@ -141,9 +138,8 @@ def build(router: str, weights: dict, options: dict | None = None, **settings) -
 
 def model_of(feed_forward: FeedForward, layers: int = 2) -> LanguageModel:
     """A small transformer with this feed-forward in every layer."""
-    blocks = (block.Settings(attention.Settings(heads=2, kv_heads=1, head_dim=8), feed_forward),)
-    body = plain.Settings(stack.Settings(blocks, repeats=layers))
-    return ModelSettings(32, 16, body, init_std=0.3, embedding_std=0.3).build(jax.random.key(0))
+    size = {"width": 16, "heads": 2, "kv_heads": 1, "init_std": 0.3, "embedding_std": 0.3}
+    return shapes.plain(layers, feed_forward=feed_forward, **size).build(jax.random.key(0))
 
 
 def run(layer: RoutedLayer, x: np.ndarray, **context) -> tuple[jax.Array, Routing]:

@@ -206,7 +206,7 @@ def test_padding_counts_nowhere():
 def test_the_budget_is_that_of_all_layers_together():
     settings = experts.Settings(router.Settings(), experts=4, expert_size=8, execution="dense")
     out = model_of(settings)(jnp.arange(12).reshape(2, 6))
-    (told,) = out.trace.told.values()
+    (told,) = out.trace.experts().values()
     k = np.asarray(told.per_token["experts"])  # [layers, batch, seq]
     want = reference_losses(None, None, np.eye(5)[k], 0.5)
     for name, value in want.items():

@@ -229,7 +229,7 @@ def model(**own):
 def test_the_budget_is_that_of_all_layers_together():
     built, tokens = model(), jnp.arange(12).reshape(2, 6)
     out = built(tokens)
-    (told,) = out.trace.told.values()
+    (told,) = out.trace.experts().values()
     share = told.parts["big"] / 6  # [layers, batch]
     assert not np.allclose(share[0], share[1])
     np.testing.assert_allclose(out.aux["budget_loss"].value, np.mean((np.mean(share, 0) - 0.5) ** 2), atol=1e-7)
