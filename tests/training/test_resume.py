@@ -1,5 +1,7 @@
 """The command itself, killed, stopped, resumed, damaged and asked for the impossible, as a user would see it."""
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -7,12 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 
+from adaptive.recipe import load
 from adaptive.training.metrics import read_rows
 
 pytestmark = pytest.mark.compiles
@@ -20,7 +25,6 @@ pytestmark = pytest.mark.compiles
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 120
 TINY = (
-    "--recipe=mor_tiny", "model.hidden_size=16", "model.intermediate_size=16", "model.num_heads=2", "model.head_dim=8",
     "data.seq_len=32", "train.batch_size=8", f"train.steps={STEPS}", "schedule.warmup_steps=4", "train.seed=5",
     "eval.every=0", "eval.batches=1", "checkpoint.every=10", "checkpoint.keep_last=3", "checkpoint.keep_every=60",
     "log.every=1", "log.wandb=disabled", "log.sample_tokens=4",
@@ -28,12 +32,33 @@ TINY = (
 SPLIT = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
 
 
+@functools.cache
+def recipe() -> str:
+    """A file with mor_tiny, smaller."""
+    filed = load("mor_tiny")
+    shape = {"heads": 2, "kv_heads": 2, "hidden": 16}
+    model = shapes.mor(
+        5, 3, filed.model.body.depth, vocab_size=filed.model.vocab_size, width=16, init_std=0.02, **shape
+    )
+    path = Path(tempfile.mkdtemp()) / "small.json"
+    path.write_text(dataclasses.replace(filed, model=model).to_json())
+    return str(path)
+
+
 class Run:
     """`python -m adaptive.train` in a workdir."""
 
     def __init__(self, workdir: Path, *arguments: str):
         self.workdir = workdir
-        command = [sys.executable, "-m", "adaptive.train", f"--workdir={workdir}", *TINY, *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "adaptive.train",
+            f"--recipe={recipe()}",
+            f"--workdir={workdir}",
+            *TINY,
+            *arguments,
+        ]
         self._out = (workdir.parent / f"{workdir.name}.out").open("a+")
         self._from = self._out.tell()
         self.popen = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=self._out, stderr=subprocess.STDOUT)
@@ -128,8 +153,8 @@ def test_another_mesh_goes_on_with_the_same_losses(straight, tmp_path):
 def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(straight, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
-    output = Run(workdir, *SPLIT, "model.router.alpha=0.2", "optimizer.learning_rate=0.5").end(2)
-    assert "model.router.alpha: 0.1 -> 0.2" in output and "optimizer.learning_rate: 0.0025 -> 0.5" in output
+    output = Run(workdir, *SPLIT, "model.body.depth.alpha=0.2", "optimizer.learning_rate=0.5").end(2)
+    assert "model.body.depth.alpha: 0.1 -> 0.2" in output and "optimizer.learning_rate: 0.0025 -> 0.5" in output
     assert "Traceback" not in output
     path = workdir / "checkpoints" / str(STEPS) / "about" / "metadata"
     path.write_text(json.dumps({**about(workdir, STEPS), "format_version": 2}))

@@ -91,9 +91,11 @@ class RoutingCounter:
         self._chunks.add(boundaries, present)
         self._depths += np.bincount(depth[present], minlength=self._n + 1)[: self._n + 1]
         self._rows += depth.shape[0]
-        self._reached = self._reached + ((depth == self._n) & present).sum(0)
-        self._present = self._present + present.sum(0)
-        self._scored = self._scored or bool(scores)
+        # Who can reach the last recursion: with chunks inside, positions that begin one.
+        candidate = present & np.isfinite(scores[0]) if len(scores) else present
+        self._reached = self._reached + ((depth == self._n) & candidate).sum(0)
+        self._present = self._present + candidate.sum(0)
+        self._scored = self._scored or len(scores) > 0
         for r, score in enumerate(scores):
             # A token takes pass r + 1 if it took as many in all: who left cannot come back.
             chosen = depth == r + 1 if self._stops else depth > r

@@ -138,7 +138,7 @@ class RoutingRecord:
     stops                 whether a recursion's scores are for stopping there, not for taking it
     recursions            () without a router
     depth_counts          tokens that took 0, 1, 2, ... passes through the shared block
-    last_recursion_rate   per position, share of the rows where it reached the last recursion
+    last_recursion_rate   per position, share of the rows that could take it to the last recursion and did
     rows                  held-out sequences counted
     dead_token_ratio      share of positions that reached the last recursion in none of them
     dead_token_ratio_by_chance  what that share would be if every position were as likely as any other
