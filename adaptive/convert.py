@@ -79,7 +79,7 @@ def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Seq
     print(f"read      {tensors}: {len(named)} tensors, {numbers:,} numbers", flush=True)
     model: Any = from_official(kind, named, official)
     del named  # as large as the model, and so is much of what follows
-    recipe = Recipe(name_of(config), f"{kind} weights of {tensors.name}, converted", model.config)
+    recipe = Recipe(name_of(config), f"{kind} weights of {tensors.name}, converted", model.settings)
     defaults = [f"data.tokenizer={name}" for name in [TOKENIZERS.get(kind)] if name]
     given = {text.partition("=")[0] for text in settings}
     recipe = recipe.with_(*(text for text in defaults if text.partition("=")[0] not in given), *settings)

@@ -11,6 +11,7 @@ from oracle import hnet as oracle
 from adaptive import train
 from adaptive.convert import main
 from adaptive.interop.files import read_tensors, write_safetensors
+from adaptive.interop.official_hnet_config import config_from_official
 from adaptive.runs.load import find, load
 from adaptive.training.metrics import read_rows
 
@@ -48,7 +49,7 @@ def test_in_trained_further_and_out(convert, tmp_path, capfd):
     tensors, text = oracle.random_tensors(CONFIG, 0), b"The cat sat on the mat."
     trained = load(find("run"))
     assert trained.step == 0 and trained.recipe.name == "small" and not trained.refuse_generation
-    assert trained.tokenizer.vocab_size == 256 and trained.recipe.model.hnet.capacities == ()
+    assert trained.tokenizer.vocab_size == 256 and trained.recipe.model.body.capacities == ()
     model = nnx.merge(trained.graphdef, trained.state)
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
     want = oracle.forward(tensors, CONFIG, tokens)
@@ -57,7 +58,8 @@ def test_in_trained_further_and_out(convert, tmp_path, capfd):
     code, said = convert(*OUT)
     assert code == 0, said
     back = read_tensors("out/back.safetensors")
-    assert set(back) == set(tensors) and json.loads((tmp_path / "out/back.json").read_text()) == CONFIG
+    written = json.loads((tmp_path / "out/back.json").read_text())
+    assert set(back) == set(tensors) and config_from_official(written) == trained.recipe.model
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
 
@@ -86,7 +88,7 @@ def test_in_trained_further_and_out(convert, tmp_path, capfd):
         ([*IN, "--config", "wider.json"], ["embeddings.weight has shape [256, 16], expected [256, 32]"]),
         ([*IN, "--workdir", "taken"], ["taken holds a run already"]),
         ([*IN, "--workdir", "full"], ["full is not the folder of a run"]),
-        ([*IN, "model.hnet.widths=16,48"], ["another model than the tensors"]),
+        ([*IN, "model.body.inner_width=48"], ["another model than the tensors"]),
         ([*IN, "--kind", "mixtral"], ["--kind mixtral does not say how text becomes tokens", "data.tokenizer="]),
         ([*OUT, "train.steps=3"], ["takes no settings"]),
         ([*OUT, "--export", "x.pt"], ["must end in .safetensors"]),
