@@ -117,6 +117,24 @@ def test_recipes_exist(page):
     assert named - {"mor_360m_short"} <= set(recipe.list_recipes())
 
 
+@pages
+def test_tables_list_what_exists(page):
+    """Tables of settings and options have such in their first column; options are of the page's command."""
+    heading = ""
+    for line in page.read_text().splitlines():
+        if not line.startswith("|"):
+            heading = ""
+            continue
+        first = line.split("|")[1]
+        heading = heading or first.strip()
+        if heading in ("setting", "option") or heading.startswith("below"):
+            unknown = [path for path in re.findall(r"`([a-z][\w.]*)`", first)
+                       if path.split(".")[0] not in everywhere() or not kinds_at(path)]  # fmt: skip
+            assert not unknown
+            if options := re.findall(r"`(--\w+)", first):
+                check_options(f"adaptive.{page.stem}", options)
+
+
 # Commands
 
 
