@@ -1,5 +1,7 @@
 """What parts of the model told of themselves beyond what other sections know, as HTML; "" where none did."""
 
+from typing import Literal
+
 from adaptive.training.parts import KEYS, PREFIX
 from adaptive.training.report.charts import COLOURS, Series, exact, line_chart
 from adaptive.training.report.layout import grid, section, smooth, table
@@ -11,7 +13,9 @@ def parts(run: Run) -> str:
     told = _columns(run, PREFIX)
     names = dict.fromkeys(_divided(column)[1] for column in told)
     charts = [_chart(run, name, [column for column in told if _divided(column)[1] == name]) for name in names]
-    return section("What the parts tell", grid(_keys(run), *charts), _newest(run, told))
+    return section(
+        "What the parts tell", grid(_keys(run, "half" if any(charts) else "full"), *charts), _newest(run, told)
+    )
 
 
 def _columns(run: Run, prefix: str) -> list[str]:
@@ -26,13 +30,13 @@ def _divided(column: str) -> tuple[str, str]:
     return path, name
 
 
-def _keys(run: Run) -> str:
+def _keys(run: Run, size: Literal["half", "full"]) -> str:
     series = [
         Series(column.removeprefix(KEYS), run.points(f"eval/{column}", "tokens"), 1 + i % COLOURS, "dots")
         for i, column in enumerate(_columns(run, KEYS))
     ]
     note = "positions that a query of held-out text reads, on average"
-    return line_chart("Keys per query", series, x="tokens", y="keys", y_range=(0, None), note=note)
+    return line_chart("Keys per query", series, x="tokens", y="keys", y_range=(0, None), size=size, note=note)
 
 
 def _chart(run: Run, name: str, columns: list[str]) -> str:
