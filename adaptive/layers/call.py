@@ -16,7 +16,7 @@ Rule = Literal["train", "causal"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "key", "layer", "previous", "given", "passes"],
+    data_fields=["step", "key", "layer", "previous", "given", "passes", "experts_per_token"],
     meta_fields=["rule", "sees", "limited", "training", "counts", "keep", "writes", "rows"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Call:
     previous  f32[rows, n, choices]: logits of the router of the layer below, for routers that read them
     given     what came with the batch by name ("tokens", "boundaries"), of the outermost positions alone
     passes    i32[], perhaps traced: passes of a recursion whose positions all take the same; None: as the settings say
+    experts_per_token  i32[rows]: average in each row, for routers whose experts take tokens; None: as the settings say
     rows      decoding of one position per row: how many rows with a new chunk a network inside an H-Net computes at
               once; 0: all rows
     """
@@ -54,6 +55,7 @@ class Call:
     previous: jax.Array | None = None
     given: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     passes: jax.Array | None = None
+    experts_per_token: jax.Array | None = None
     rows: int = 0
 
     def replace(self, **changes: Any) -> "Call":

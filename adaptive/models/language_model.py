@@ -110,6 +110,7 @@ class LanguageModel(nnx.Module):
         step: jax.Array | None = None,
         key: jax.Array | None = None,
         passes: jax.Array | None = None,
+        experts_per_token: jax.Array | None = None,
         logits: bool = True,
     ) -> Output:
         """One forward pass.
@@ -127,6 +128,8 @@ class LanguageModel(nnx.Module):
         step           i32[] training step, while a warm-up lasts; None: no warm-up
         key            PRNG key of noise in training and of random routing
         passes         i32[], perhaps traced: passes of a recursion with depth=all; None: as the settings say
+        experts_per_token  i32[batch], the average in each sequence, for the router expert_choice: its experts take so
+                       many tokens of a sequence or chunk, up to its `most_per_token`; None: as the settings say
         logits         False leaves them out, for a loss that computes them in chunks from `hidden` and `head_weight`
         """
         if valid is not None:
@@ -141,6 +144,7 @@ class LanguageModel(nnx.Module):
             key=key,
             given=given,
             passes=passes,
+            experts_per_token=experts_per_token,
         )
         shape = (tokens.shape[0], tokens.shape[1])
         if positions is None and not self.settings.body.counts_documents():

@@ -29,6 +29,7 @@ class Context(NamedTuple):
     training   whether noise and warm-ups apply
     key        PRNG key of this layer's noise; None: none is drawn
     segments   i32[batch, seq]  documents, 0 is padding; None: one document per row
+    limit      i32[batch]  average experts per token of each sequence, for expert choice; None: as the settings say
     """
 
     present: jax.Array | None = None
@@ -37,6 +38,7 @@ class Context(NamedTuple):
     training: bool = False
     key: jax.Array | None = None
     segments: jax.Array | None = None
+    limit: jax.Array | None = None
 
 
 class Routing(NamedTuple):
@@ -86,6 +88,7 @@ class RoutedLayer(FeedForwardModule):
             training=call.training,
             key=call.key,
             segments=where.segments,
+            limit=call.experts_per_token,
         )
         y, routing = self.routed(x, context)
         told = Told(routing.losses, routing.stats, routing.parts, {"experts": routing.dispatch.per_token()})

@@ -316,6 +316,8 @@ class HNet(BodyModule):
         found = found._replace(wanted=found.wanted & exists)
         segments = where.segments
         if s.packing == "device" and state is None:
+            if call.experts_per_token is not None:
+                raise RecipeError("packing=device joins rows, which have no experts_per_token each: set packing=row")
             found, exists, segments, h = packed(found, exists, segments, h)
         n = h.shape[1]
         selection, mask = select_boundaries(found, s.capacity(n) if call.limited else n)

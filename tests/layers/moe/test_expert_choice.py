@@ -9,13 +9,17 @@ import numpy as np
 import optax
 import pytest
 import quick
+import shapes
 from expert_oracle import blind_to_the_future, close, executions_agree, inputs, router_gradients, run, weights_of
 from flax import nnx
+from hnet_models import forward
 from oracle import moe as oracle
 
 from adaptive.errors import RecipeError
+from adaptive.layers.feed_forwards import experts as of_experts
 from adaptive.layers.moe import layer_from_weights
 from adaptive.layers.moe.base import Context
+from adaptive.layers.moe.routers.expert_choice import Settings
 from adaptive.routing import scale
 
 pytestmark = pytest.mark.compiles
@@ -136,6 +140,47 @@ def test_flaxformers_rounding_and_minimum():
     halves = layer_of({"rounding": "nearest"}, experts_per_token=1)
     assert [halves.router.capacity(n) for n in (6, 10, 14)] == [2, 2, 4]  # 1.5, 2.5, 3.5
     assert [layer_of(experts_per_token=1).router.capacity(n) for n in (1, 3, 7, 8)] == [1, 1, 1, 2]
+
+
+def test_each_sequence_by_its_own_number():
+    """EC-DLM's dynamic k: a sample's experts take max(S k_b // E, 1)."""
+    weights = weights_of(8, 8, width=D, hidden=F, seed=5)
+    x = inputs(2, 32, D)
+    logits = oracle.linear_logits(x, weights["router.weight"])
+    layer = layer_of({"score": "selected", "most_per_token": 3, "decode": "refuse"}, weights)
+    call = quick.jit(lambda limit: layer.router(jnp.asarray(x, jnp.float32), Context(limit=limit)))
+    for numbers, taken in (([1, 3], [4, 12]), ([2, 2], [8, 8])):
+        routing = call(jnp.array(numbers))
+        assert routing.dispatch.index.shape == (2, 8, 12)
+        chooses(routing, oracle.expert_choice(logits, lambda n, b, k=numbers: oracle.rows_ecdlm(n, k[b], 8)), 8)
+        np.testing.assert_array_equal(routing.dispatch.mask().sum(1), np.repeat(taken, 8).reshape(2, 8))
+    # Without a schedule nothing is wider than the static number.
+    assert decide(layer, x).dispatch.index.shape == (2, 8, 8)
+    for group in ("batch", "position"):
+        with pytest.raises(RecipeError, match=f"router.group={group} .* set group=sequence"):
+            decide(layer_of({"group": group}), limit=jnp.array([1, 1]))
+
+
+def model_of(k: float, model=shapes.plain, **options):
+    router = Settings(score="selected", decode="refuse", experts_per_token=k, **options)
+    feed_forward = of_experts.Settings(router, experts=4, expert_size=8, execution="dense")
+    return model(2, width=16, heads=2, kv_heads=1, feed_forward=feed_forward)
+
+
+def test_a_model_takes_a_number_for_each_sequence():
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 40, (2, 16)))
+    out = forward(model_of(2, most_per_token=4))(tokens, experts_per_token=np.array([1, 3]))
+    (told,) = out.trace.experts().values()
+    np.testing.assert_array_equal(told.per_token["experts"].sum(-1), [[16, 48]] * 2)
+    for row, k in enumerate((1, 3)):
+        np.testing.assert_allclose(out.logits[row], forward(model_of(k))(tokens).logits[row], atol=1e-5)
+
+
+def test_rows_that_are_joined_take_no_number_each():
+    body = model_of(2).body
+    model = shapes.hnet(("m1", body, "m1"), widths=(16, 16), packing="device").build(jax.random.key(0))
+    with pytest.raises(RecipeError, match="set packing=row"):
+        jax.eval_shape(model, jnp.zeros((2, 16), jnp.int32), experts_per_token=jnp.array([1, 1]))
 
 
 def test_scaled_weights():
@@ -463,6 +508,7 @@ def test_cost_follows_experts_per_token_and_not_experts():
         ({"group": "chunk", "chunk": 0}, {}, "chunk=0: must be at least 1"),
         ({"minimum": 0}, {}, "minimum=0: must be at least 1"),
         ({"momentum": 1.0}, {}, "router.momentum=1.0: must be at least 0 and below 1"),
+        ({"most_per_token": 1.0}, {}, "from settings.router.experts_per_token=2 to settings.experts=4"),
         ({"select": "threshold", "group": "batch"}, {}, "set group=sequence"),
         ({"scale_to_shared": True}, {}, "shared_size"),
         ({}, {"experts_per_token": 5}, "router.experts_per_token=5: .* at most settings.experts=4"),

@@ -53,12 +53,18 @@ class Settings(Scored):
     predictor_coefficient: float = ranged(0.01, least=0)
     rounding: Literal["down", "nearest"] = "down"  # of group * k / experts; nearest: halves to even
     minimum: int = ranged(1, least=1)  # tokens that every expert takes at least
+    most_per_token: float = ranged(0.0, least=0)  # the largest average that a call asks for; 0: experts_per_token
     load_coefficient: float = ranged(0.0, least=0)  # EC-DLM's loss that pushes popular tokens down
     jitter: float = ranged(0.0, least=0, most=1)  # training multiplies the router's input by U(1 - jitter, 1 + jitter)
     scale_to_shared: bool = False  # multiplies a token's weights by a factor of the number of its experts (EC-DLM)
 
     def check(self, config: MoESettings, at: str) -> None:
         super().check(config, at)
+        if self.most_per_token and not self.experts_per_token <= self.most_per_token <= config.experts:
+            raise RecipeError(
+                f"{at}.router.most_per_token={self.most_per_token:g}: must be from {at}.router.experts_per_token="
+                f"{self.experts_per_token:g} to {at}.experts={config.experts}, or 0 for experts_per_token"
+            )
         if self.select == "threshold" and self.group != "sequence":
             raise RecipeError(
                 f"{at}.router.select=threshold compares no tokens, so {at}.router.group={self.group} has no meaning: "
@@ -81,9 +87,11 @@ class Settings(Scored):
         own = {"popularity_loss": self.load_coefficient, "predictor_loss": self.predictor_coefficient}
         return super().coefficients() | own
 
-    def takes(self, config: MoESettings, tokens: Any) -> Any:
-        """Tokens that an expert takes from a group of `tokens`, an int or i32[...] of them."""
-        found = scaled(tokens, self.experts_per_token / config.experts, self.rounding)
+    def takes(self, config: MoESettings, tokens: Any, k: float | None = None) -> Any:
+        """Tokens that an expert takes from a group of `tokens`, an int or i32[...] of them, for `k` experts per token;
+        None: as many as the settings say."""
+        k = self.experts_per_token if k is None else k
+        found = scaled(tokens, k / config.experts, self.rounding)
         if isinstance(found, int):
             return min(tokens, max(found, self.minimum))
         return jnp.maximum(found, self.minimum)
@@ -118,7 +126,8 @@ class Router(ExpertRouter):
     sigmoid     logits           sigmoid, divided by its sum over the experts that took the token (EC-DLM)
 
     A token that no expert takes has weight 0 everywhere. Ties go to the earlier token. An expert takes
-    `rounding`(n experts_per_token / experts) of the n real tokens of a group. Its losses are popularity_loss
+    `rounding`(n k / experts) of the n real tokens of a group, where k is experts_per_token or, in sequences and chunks,
+    what the context's `limit` says of the sequence, up to most_per_token. Its losses are popularity_loss
     (load_coefficient) and predictor_loss.
     """
 
@@ -134,18 +143,18 @@ class Router(ExpertRouter):
         self.updates = site.buffer(jnp.zeros(()))
         self.table = scale.expert_choice_table(config.experts, shared_in_experts(config)) if o.scale_to_shared else ()
 
-    def capacity(self, tokens: int) -> int:
-        """Tokens that an expert takes from a group of `tokens`.
+    def capacity(self, tokens: int, k: float | None = None) -> int:
+        """Tokens that an expert takes from a group of `tokens` for `k` experts per token; None: as the settings say.
 
         Raises RecipeError where the sequences of a batch are too few for one of them.
         """
-        experts, k = self.config.experts, self.options.experts_per_token
+        experts, k = self.config.experts, self.options.experts_per_token if k is None else k
         if self.options.group == "position" and tokens * k < experts:
             raise RecipeError(
                 f"router.group=position chooses among the {tokens} sequences of a batch, too few for {experts} experts "
                 f"and {k:g} of them per token: train.batch_size must be at least {math.ceil(experts / k)}"
             )
-        return self.options.takes(self.config, tokens)
+        return self.options.takes(self.config, tokens, k)
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
@@ -163,9 +172,9 @@ class Router(ExpertRouter):
         elif o.select == "threshold":
             mask, bounds, least, refused = self._first_above(ranked)
         elif o.group in ("batch", "position"):
-            mask, bounds, least = self._across(ranked)
+            mask, bounds, least = self._across(ranked, context)
         else:
-            index, valid, least = self._within(ranked)
+            index, valid, least = self._within(ranked, context)
             mask = _mask_of(index, valid, x.shape[1])
             bounds = None
         weights = self._weights(logits, probabilities, mask)
@@ -214,16 +223,16 @@ class Router(ExpertRouter):
 
     # Who is taken; each gives a mask bool[batch, seq, experts] and, where it trains, the least score that was taken
 
-    def _within(self, ranked: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _within(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Top tokens of every sequence or chunk: positions i32[batch, experts, n], valid, least score f32[experts]."""
         batch, seq, experts = ranked.shape
         length = min(self.options.chunk, seq) if self.options.group == "chunk" else seq
         chunks = -(-seq // length)
         padded = jnp.pad(ranked, ((0, 0), (0, chunks * length - seq), (0, 0)), constant_values=-jnp.inf)
         scores = padded.reshape(batch, chunks, length, experts).transpose(0, 3, 1, 2)
-        capacity = self.capacity(length)
+        capacity = self._most(length, context)
         real = jnp.isfinite(scores[:, :1]).sum(-1, dtype=jnp.int32)  # [batch, 1, chunks] tokens that exist
-        limit = self.options.takes(self.config, real)
+        limit = self._limit(real, context)
         best, index = top_of_sequences(scores, capacity)
         valid = (jnp.arange(capacity) < limit[..., None]) & jnp.isfinite(best)
         last = jnp.where(valid, best, jnp.inf).min(-1)  # [batch, experts, chunks]
@@ -233,8 +242,25 @@ class Router(ExpertRouter):
         flat = lambda a: a.reshape(batch, experts, chunks * capacity)  # noqa: E731
         return flat(position), flat(valid), least
 
-    def _across(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array]:
+    def _limit(self, real: jax.Array, context: Context) -> jax.Array:
+        """Tokens i32, the shape of `real`, that an expert takes from groups of `real` i32[batch, ...] tokens."""
+        if context.limit is None:
+            return self.options.takes(self.config, real)
+        limit = context.limit.reshape(-1, *(1,) * (real.ndim - 1))
+        return self.options.takes(self.config, real * limit, 1.0)
+
+    def _most(self, length: int, context: Context) -> int:
+        """Tokens that an expert may take from a group of `length`, whatever a call asks for."""
+        o = self.options
+        return self.capacity(length, None if context.limit is None else max(o.experts_per_token, o.most_per_token))
+
+    def _across(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, dict[str, int], jax.Array]:
         """Top tokens of the whole batch, or of each position over the batch."""
+        if context.limit is not None:
+            raise RecipeError(
+                f"router.group={self.options.group} chooses over several sequences, which cannot have a number of "
+                "experts per token each: set group=sequence"
+            )
         batch, seq, experts = ranked.shape
         position = self.options.group == "position"
         rows = ranked.transpose(1, 2, 0) if position else ranked.reshape(1, -1, experts).swapaxes(1, 2)
