@@ -31,7 +31,8 @@ class Site(NamedTuple):
     std      of initial weights; out_std: of matrices that write to the residual stream, None: the same
     stack    leading axes of its parameters: (layers,), or (uses, layers) where each pass of a recursion has its own
     uses     passes that share the parameters: buffers have this leading axis; 0: buffers have none
-    layers   number of each stacked layer in the unrolled network, from 0
+    layers   number of each stacked layer in the unrolled network, from 0, in the first pass of a recursion
+    stride   layers between one of them and itself in the next pass; 0: as many as `layers`
     depth    layers of the unrolled network
     norm_eps of its normalisations
     """
@@ -44,6 +45,7 @@ class Site(NamedTuple):
     depth: int = 1
     norm_eps: float = 1e-5
     out_std: float | None = None
+    stride: int = 0
 
     @property
     def writes_std(self) -> float:

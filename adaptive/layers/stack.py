@@ -113,8 +113,9 @@ class Stack(nnx.Module):
         blocks = []
         for i, (one, key) in enumerate(zip(settings.blocks, keys, strict=True)):
             numbers = settings.numbers(i, first)
-            together = site._replace(stack=(len(numbers),), uses=passes if passes > 1 else 0, layers=numbers)
-            apart = site._replace(stack=(passes, len(numbers)), layers=numbers)
+            here = site._replace(stack=(len(numbers),), layers=numbers, stride=settings.layers)
+            together = here._replace(uses=passes if passes > 1 else 0)
+            apart = here._replace(stack=(passes, len(numbers)))
             mixer = apart if shared == "none" and passes > 1 else together
             feed_forward = apart if shared != "all" and passes > 1 else together
             blocks.append(Block(one, mixer, feed_forward, key, making.dtype))

@@ -10,6 +10,7 @@ from flax import nnx
 from hnet_models import forward, split_model
 
 from adaptive.errors import RecipeError
+from adaptive.layers.feed_forwards import experts
 from adaptive.models.depth import expert_choice, token_choice
 
 pytestmark = pytest.mark.compiles
@@ -284,6 +285,7 @@ def test_settings_of_a_block_that_cannot_be(change, message):
         ({"depth": "token_choice", "keys_values": "hybrid"}, r"=hybrid needs model.body.depth=expert_choice"),
         ({"depth": "token_choice", "layers": 4, "recursions": 1}, r"needs model.body.recursions of at least 2"),
         ({"depth": "expert_choice", "order": "sequence"}, r"order=sequence repeats each layer in place"),
+        ({"feed_forward": experts.Settings(), "order": "sequence"}, r"no experts; use order=cycle"),
         ({"keys_values": "shared", "mixer": "mamba2"}, r"only attention has keys and values to share"),
         ({"depth": expert_choice.Settings(capacities=(0.5, 0.7, 0.1))}, r"must not increase.*0.7,0.5,0.1"),
         ({"depth": expert_choice.Settings(capacities=(1.0, 0.7))}, r"2 shares for 3 recursions"),

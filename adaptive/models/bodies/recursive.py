@@ -14,6 +14,7 @@ from adaptive.layers.call import Call, Tales, below, stacked
 from adaptive.layers.cost import CAPACITIES, Cost, Span, Taken
 from adaptive.layers.mixers.attention import KeyValues, written
 from adaptive.layers.mixers.attention import Settings as Attention
+from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.remat import recomputed
 from adaptive.layers.site import Site, passes_of
@@ -94,10 +95,11 @@ class Settings(Body):
             )
         if routed and self.recursions < 2:
             raise RecipeError(f"{at}.depth={self.depth.kind()} needs {at}.recursions of at least 2")
-        if self.order == "sequence" and (routed or len(self.core.blocks) > 1 or not attends):
+        experts = any(isinstance(b.feed_forward, MoESettings) for b in self.core.blocks)
+        if self.order == "sequence" and (routed or len(self.core.blocks) > 1 or not attends or experts):
             raise RecipeError(
                 f"{at}.order=sequence repeats each layer in place: it needs {at}.depth=all and one kind of block with "
-                "attention; use order=cycle"
+                "attention and no experts; use order=cycle"
             )
         self.depth.check(self, f"{at}.depth")
 
@@ -143,15 +145,16 @@ class Settings(Body):
         )
 
     def _pass_cost(self, r: int, width: int, positions: float, counts: Sequence[float], first: int) -> Cost:
-        """FLOPs of pass r of a core whose first layer has the number `first`; counts: positions that each computes."""
+        """FLOPs of pass r of a core whose first layer is number `first` in the first pass; counts: positions that each
+        computes."""
         reuses = r > 0 and self.keys_values != "per_recursion"
         own_keys = not reuses or self.keys_values == "hybrid"
         span = Span(counts[r], counts[0] if reuses else counts[r], positions, own_keys)
         candidates = counts[r - 1] if r else positions
         router, router_train = self.depth.router_flops(r, self.recursions, candidates, width)
-        own = self.core.cost(width, span, first=first, depth=self.layers) + Cost(
-            router=router, router_train=router_train
-        )
+        first += r * self.core.layers
+        own = self.core.cost(width, span, first=first, depth=self.layers)
+        own += Cost(router=router, router_train=router_train)
         # In place all uses of a layer are recomputed together.
         inside = self.order == "sequence" and r + 1 < self.recursions
         name = f"recursion {r + 1}" if self.recursions > 1 else "layers"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shapes
 from expert_oracle import (
     Decision,
     blind_to_the_future,
@@ -19,6 +20,7 @@ from expert_oracle import (
 )
 
 from adaptive.errors import RecipeError
+from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers.dynamoe import Router, Settings, limits
 from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.site import Site
@@ -107,6 +109,21 @@ def test_each_stacked_layer_has_its_own_limit(stack, uses, layers, expected):
     router = Router(config, Site(4, 0.02, stack, uses, layers, 5), jax.random.key(0))
     np.testing.assert_array_equal(router.limit[...], expected)
     assert len(router.limit.get_metadata()["axes"]) == router.limit.ndim
+
+
+@pytest.mark.parametrize("shared", ["all", "none"])
+def test_passes_of_a_core_of_several_blocks_go_on_where_the_last_one_ended(shared):
+    """Ten layers: one, twice the four of the core, where dense and routed ones alternate, and one."""
+    router = Settings(schedule="descending", most=8, threshold="token", quantile=0)
+    pattern = (shapes.block(), shapes.block(feed_forward=experts.Settings(router, experts=8)))
+    model = shapes.recursive(10, 2, pattern=pattern, shared=shared)
+    assert model.body.core.layers == 4 and model.body.prelude.layers == 1
+    routers = [layer.router for layer in model.build(jax.random.key(0)).routed().values()]
+    every = limits("descending", 1, 8, 10)
+    np.testing.assert_array_equal(routers[0].limit[...], [[every[2], every[4]], [every[6], every[8]]])
+    # The account computes each pass by its own limits.
+    first, second = (cost.experts for cost in model.body.cost(32, 16) if cost.recursion)
+    assert first / second == (every[2] + every[4]) / (every[6] + every[8])
 
 
 def top_p_reference(weights, x, *, p, most):

@@ -165,7 +165,8 @@ def limits(schedule: Schedule, least: int, most: int, layers: int) -> list[int]:
 def layers_of(site: Site) -> list[int]:
     """Numbers of the site's layers in the unrolled network, in the order of its buffers' leading axes."""
     passes = site.uses or (site.stack[0] if len(site.stack) > 1 else 1)
-    return [layer + r * len(site.layers) for r in range(passes) for layer in site.layers]
+    stride = site.stride or len(site.layers)
+    return [layer + r * stride for r in range(passes) for layer in site.layers]
 
 
 def _quantile(ranked: jax.Array, q: float) -> jax.Array:
