@@ -87,7 +87,7 @@ def normal_param(
 
 def passes_of(value: nnx.Variable) -> bool:
     """Whether a variable of a recursion's shared block has a leading axis for its passes."""
-    axes = value.get_metadata().get("axes") or ()
+    axes: Axes = value.get_metadata().get("axes") or ()
     return bool(axes) and axes[0] == "uses"
 
 
