@@ -111,7 +111,7 @@ def passage_shaded(passage: Sequence[TokenRecord], deepest: int) -> Text:
 
 
 def print_chunks(passage: Sequence[TokenRecord], stages: int, stream: TextIO | None = None) -> None:
-    """Prints the passage with marks where the chunks of an H-Net begin, in colours where the stream shows them."""
+    """Prints the passage with marks where chunks begin, in colours where the stream shows them."""
     console = Console(file=stream or sys.stdout, highlight=False)
     colour = console.is_terminal and not console.is_dumb_terminal and not console.no_color
     console.print(Text.from_ansi(legend(stages, colour)), soft_wrap=True)
