@@ -6,25 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shapes
 from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.inference.duo_oracle import paths, search
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.build import build_model
-from adaptive.models.config import TransformerConfig
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import duo_llm, token_choice
 
 pytestmark = pytest.mark.compiles
 
 LAYERS = 2
 
 
-def model(router: str = "duo_llm", options: tuple[str, ...] = ("skip=true", "small_size=4")):
-    config = TransformerConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=LAYERS, num_heads=2, num_kv_heads=1, head_dim=8,
-        init_std=0.3, moe=MoEConfig(router=router, experts=2, expert_size=32, execution="dense", options=options)
-    )  # fmt: skip
-    return build_model(config, key=jax.random.key(0))
+DUO = duo_llm.Settings(skip=True, small_size=4)
+
+
+def model(router=DUO, kind=shapes.plain, **shape):
+    feed_forward = experts.Settings(router, experts=2, expert_size=32, execution="dense")
+    small = {"vocab_size": 32, "width": 16, "heads": 2, "kv_heads": 1, "init_std": 0.3}
+    return kind(**({"layers": LAYERS} | shape | small), feed_forward=feed_forward).build(jax.random.key(0))
 
 
 def losses(built, tokens, targets, path) -> np.ndarray:
@@ -33,7 +34,7 @@ def losses(built, tokens, targets, path) -> np.ndarray:
     # and the one that is left is what every choice gives.
     graphdef, state = nnx.split(built)
     other = nnx.merge(graphdef, jax.tree.map(lambda a: a, state))
-    ff = other.block.feed_forward
+    ff = other.body.stack.blocks[0].feed_forward
     hidden = ff.big.up[...].shape[-1]
     for part in ("gate", "up", "down"):
         big, small = getattr(ff.big, part), getattr(ff.small, part)
@@ -77,5 +78,7 @@ def test_paths_begin_with_those_that_cost_least():
 
 
 def test_another_kind_of_model_is_refused():
-    with pytest.raises(RecipeError, match="duo_llm"):
-        search(model("token_choice", ()), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32))
+    loops = {"kind": shapes.recursive, "layers": 4, "recursions": 2}
+    for other in (model(token_choice.Settings()), model(**loops), model(**loops, shared="none")):
+        with pytest.raises(RecipeError, match="duo_llm and without recursions"):
+            search(other, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32))

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 import pytest
 import quick
+import shapes
 
 from adaptive.errors import CheckpointError
-from adaptive.models.build import build_model
-from adaptive.models.config import RouterConfig, TransformerConfig
+from adaptive.models.depth import token_choice
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules
@@ -31,23 +31,13 @@ from adaptive.runs.state import TrainState, fresh_state
 pytestmark = pytest.mark.compiles
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_1"
-MODEL = TransformerConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=4,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    recursions=2,
-    router=RouterConfig(kind="token_choice", balancing="loss_free"),
-)
+LOSS_FREE = token_choice.Settings(balancing="loss_free")
+MODEL = shapes.mor(4, 2, LOSS_FREE, vocab_size=32, width=16, hidden=16, heads=2)
 
 
 def state_on(mesh: MeshConfig, devices=None, seed: int = 0) -> TrainState:
     key = jax.random.key(seed)
-    build = lambda key: build_model(MODEL, key=key)  # noqa: E731
-    return fresh_state(build, optax.adamw(1e-3), key, make_mesh(mesh, devices), AxisRules())
+    return fresh_state(MODEL.build, optax.adamw(1e-3), key, make_mesh(mesh, devices), AxisRules())
 
 
 def small(value: float = 0.0) -> TrainState:
@@ -137,8 +127,8 @@ def test_what_is_on_disk_is_plain(tmp_path):
     assert set(about["program"]) == {"adaptive", "jax"}
     arrays = about["arrays"]
     assert arrays["params/embedding"] == ["float32", [32, 16]]
-    assert arrays["opt/0/mu/block/attention/q"] == ["float32", [1, 16, 2, 8]]
-    assert arrays["buffers/router_bias"] == ["float32", [2]]
+    assert arrays["opt/0/mu/body/core/blocks/0/mixer/q"] == ["float32", [1, 16, 2, 8]]
+    assert arrays["buffers/body/depth/bias"] == ["float32", [2]]
     assert arrays["key"] == ["uint32", [2]] and arrays["step"] == ["int32", []]
     assert len(arrays) == len(jax.tree.leaves(state))
     assert re.fullmatch(r"[\w/]+", "".join(arrays))  # no framework's punctuation

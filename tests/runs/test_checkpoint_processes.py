@@ -65,7 +65,7 @@ sys.exit(cluster.leave(0))
 
 def test_two_processes_decide_everything_together(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    path = os.pathsep.join([str(tmp_path), str(ROOT), str(Path(__file__).parent)])
+    path = os.pathsep.join(map(str, [tmp_path, ROOT, ROOT / "tests", Path(__file__).parent]))
     command = [sys.executable, "-m", "launch.local", "--devices_per_process", "2", "--module", "program", "--"]
     job = subprocess.run(
         [*command, str(tmp_path / "checkpoints")],
