@@ -14,10 +14,11 @@ from flax import nnx
 from adaptive.errors import UserError
 from adaptive.interop import hf_moe, official_hnet, official_mor
 from adaptive.interop.hf_moe_config import KINDS
+from adaptive.models.language_model import LanguageModel
 
 
 class _Kind(NamedTuple):
-    read: Callable[[Mapping[str, Any], Mapping[str, Any]], nnx.Module]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], LanguageModel]
     write: Callable[[nnx.Module], dict[str, jax.Array]]
 
 
@@ -30,7 +31,7 @@ _KINDS = {
 }
 
 
-def from_official(kind: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> nnx.Module:
+def from_official(kind: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> LanguageModel:
     """The model that official `tensors` and `config` describe.
 
     kind     "mor": Mixture-of-Recursions as its authors released it (see adaptive.interop.official_mor); "hnet":
