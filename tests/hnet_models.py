@@ -25,7 +25,7 @@ WIDTHS = {0: (8,), 1: (8, 12), 2: (8, 8, 12), 3: (8, 8, 12, 16)}
 
 def hnet(stages: int = 1, **settings: Any) -> shapes.Model:
     """An H-Net of this many chunking stages; settings of `shapes.hnet`."""
-    return shapes.hnet(LAYOUTS[stages], widths=WIDTHS[stages], **settings)
+    return shapes.hnet(LAYOUTS[stages], **({"widths": WIDTHS[stages]} | settings))
 
 
 def composed(depth: Depth | str = "all", *, outside: dict[str, Any] | None = None, **inside: Any) -> shapes.Model:

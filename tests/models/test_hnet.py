@@ -1,6 +1,5 @@
 """H-Nets of one to three chunking stages: shapes, wiring, packing, capacities, causality, gradients."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+import shapes
 from flax import nnx
 from hnet_models import BATCH, SEQ, WIDTHS, forward, hnet, random_bytes, split_model
 
 from adaptive.errors import RecipeError
-from adaptive.layers.chunkers import BEGIN
-from adaptive.layers.stack import Places
-from adaptive.models.config import TransformerConfig
-from adaptive.models.hnet_config import HNetConfig
+from adaptive.layers.call import Call
+from adaptive.layers.chunkers import BEGIN, dynamic, similarity, stride
+from adaptive.layers.where import Where
+from adaptive.models.bodies import hnet as bodies
 
 pytestmark = pytest.mark.compiles
 
@@ -65,7 +65,8 @@ def test_shapes_and_trace(stages, tokens):
 
 
 def test_a_ratio_loss_for_every_learned_stage(tokens):
-    config = hnet(3, chunkers=("dynamic", "stride", "similarity"), ratio_targets=(2.0, 3.0, 4.0), ratio_coefficient=0.5)
+    learned = [dynamic.Settings(2.0, 0.5), stride.Settings(3), similarity.Settings(4.0, 0.5)]
+    config = hnet(3, chunker=tuple(learned))
     out = forward(config)(tokens)
     assert set(out.aux) == {"ratio_loss_0", "ratio_loss_2"}
     for s, n in ((0, 2.0), (2, 4.0)):
@@ -78,8 +79,9 @@ def test_a_ratio_loss_for_every_learned_stage(tokens):
     assert out.aux.total() == pytest.approx(0.5 * sum(float(aux.value) for aux in out.aux.values()), rel=1e-5)
 
 
-def places(batch: int, n: int) -> Places:
-    return Places(jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n)))
+def applied(stack, x):
+    """The stack's output on whole rows x [batch, n, width]."""
+    return stack(x, Where.whole(x.shape[:2]), Call())[0]
 
 
 @pytest.mark.parametrize("merge", ["boundary", "sum"])
@@ -88,8 +90,8 @@ def test_one_stage_is_its_parts_put_together(merge, tokens):
     config = hnet(merge=merge)
     out = forward(config)(tokens)
     model = nnx.merge(*split_model(config))
-    stage = model.stages[0]
-    h = np.asarray(stage.encoder(model.embedding[...][tokens], places(BATCH, SEQ))[0], np.float64)
+    stage = model.body
+    h = np.asarray(applied(stage.encoder, model.embedding[...][tokens]), np.float64)
     y = h @ np.asarray(stage.residual.weight[...]) + np.asarray(stage.residual.bias[...])
     for row in range(BATCH):
         positions = np.flatnonzero(out.trace.stages[0].boundary_mask[row])
@@ -97,9 +99,9 @@ def test_one_stage_is_its_parts_put_together(merge, tokens):
         if merge == "sum":
             begins = [0, *(positions[:-1] + 1)]
             chunks = np.stack([h[row, a : b + 1].sum(0) for a, b in zip(begins, positions, strict=True)])
-        pad = np.broadcast_to(model.main_pad[...], (len(positions), 4))
+        pad = np.broadcast_to(stage.pad[...], (len(positions), 4))
         wide = jnp.asarray(np.concatenate([chunks, pad], axis=1)[None], jnp.float32)
-        z = np.asarray(model.main(wide, places(1, len(positions)))[0][0], np.float64)[:, :8]
+        z = np.asarray(applied(stage.inner.stack, wide)[0], np.float64)[:, :8]
         value, at = np.zeros(8), -1
         for t in range(SEQ):
             if t in positions:
@@ -107,7 +109,7 @@ def test_one_stage_is_its_parts_put_together(merge, tokens):
                 p = np.clip(float(out.trace.stages[0].boundary_prob[row, t]), 1e-4, 1 - 1e-4)
                 value = p * z[at] + (1 - p) * value
             y[row, t] += value
-    want, _ = stage.decoder(jnp.asarray(y, jnp.float32), places(BATCH, SEQ))
+    want = applied(stage.decoder, jnp.asarray(y, jnp.float32))
     np.testing.assert_allclose(out.hidden, want, atol=2e-4)
 
 
@@ -124,8 +126,9 @@ def test_a_packed_document_has_the_logits_it_has_alone(stages, tokens):
         assert np.all(np.asarray(packed.trace.stages[0].boundary_mask)[:, [0, 7, 18]])
 
 
-@pytest.mark.parametrize("settings", [{"merge": "sum"}, {"chunkers": ("stride",), "ratio_targets": (4.0,)},
-                                      {"chunkers": ("space",)}], ids=["sum", "stride", "space"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{"merge": "sum"}, {"chunker": "stride", "target": 4.0}, {"chunker": "space"}], ids=str
+)
 def test_other_chunkers_keep_documents_apart_too(settings, tokens):
     run = forward(hnet(**settings))
     packed, alone = run(tokens, segment_ids=SEGMENTS), run(np.roll(tokens, -7, axis=1))
@@ -167,10 +170,10 @@ def test_rows_packed_per_device_lend_each_other_slots(tokens):
     """Row 0 takes a chunk at every byte, row 1 at three: 32 slots for both are enough, 16 for each are not."""
     given = np.zeros((BATCH, SEQ), bool)
     given[0], given[1, [0, 5, 11]] = True, True
-    settings = {"chunkers": ("words",), "capacities": (0.67,)}
+    settings = {"chunker": "words", "capacities": (0.67,)}
     together, apart, want = (
         forward(hnet(**s))(tokens, boundaries=given)
-        for s in ({**settings, "packing": "device"}, settings, {"chunkers": ("words",)})
+        for s in ({**settings, "packing": "device"}, settings, {"chunker": "words"})
     )
     np.testing.assert_allclose(together.logits, want.logits, atol=1e-4)
     assert together.trace.scalars["overflow_0"] == 0 and apart.trace.scalars["overflow_0"] == pytest.approx(8 / 27)
@@ -190,17 +193,17 @@ def test_threshold_knows_no_capacity(tokens):
 
 # Causality
 
-CASES: dict[str, TransformerConfig] = {
+CASES = {
     "no chunking": hnet(0),
     **{f"{n} stages": hnet(n) for n in (1, 2, 3)},
     **{f"{n} stages, overflowing": hnet(n, capacities=TIGHT[n]) for n in (1, 2, 3)},
     "sum": hnet(merge="sum", capacities=TIGHT[1]),
     "device": hnet(2, packing="device", capacities=TIGHT[2]),
-    "similarity": hnet(chunkers=("similarity",), capacities=TIGHT[1]),
-    "stride": hnet(chunkers=("stride",), capacities=(0.2,), ratio_targets=(2.0,)),
-    "space": hnet(chunkers=("space",)),
-    "words": hnet(chunkers=("words",), capacities=TIGHT[1]),
-    "none": hnet(chunkers=("none",), capacities=TIGHT[1]),
+    "similarity": hnet(chunker="similarity", capacities=TIGHT[1]),
+    "stride": hnet(chunker="stride", capacities=(0.2,), target=2.0),
+    "space": hnet(chunker="space"),
+    "words": hnet(chunker="words", capacities=TIGHT[1]),
+    "none": hnet(chunker="none", capacities=TIGHT[1]),
 }
 
 
@@ -220,7 +223,7 @@ def test_a_byte_is_blind_to_the_future(name, tokens):
     np.testing.assert_allclose(a.logits[1, :at], b.logits[1, :at], atol=1e-5)
     np.testing.assert_array_equal(a.trace.depth[1, :at], b.trace.depth[1, :at])
     assert np.abs(a.logits - b.logits)[1, at:].max() > 1e-2
-    if config.hnet.capacities:
+    if config.body.kind() == "hnet" and config.body.capacities:
         assert any(np.any(stage.demoted) for stage in a.trace.stages), "the example should overflow"
 
 
@@ -237,14 +240,14 @@ def test_the_last_byte_reads_the_first_through_the_chunks(tokens):
 
 
 @functools.cache
-def gradients(config: TransformerConfig, remat: str = "none", packed: bool = False):
+def gradients(config: shapes.Model, remat: str = "none", packed: bool = False):
     """(loss, gradients) of a scalar that all logits and auxiliary losses enter."""
     graphdef, state = split_model(config, remat=remat)
     tokens = random_bytes()
 
     def loss(state):
         arrays = {"segment_ids": SEGMENTS} if packed else {}
-        if config.hnet.chunkers == ("words",):
+        if config.body.chunker.kind() == "words":
             arrays["boundaries"] = np.random.default_rng(2).random((BATCH, SEQ)) < 0.4
         out = nnx.merge(graphdef, state)(tokens, deterministic=False, key=jax.random.key(3), **arrays)
         return (out.logits * jnp.cos(jnp.arange(out.logits.size).reshape(out.logits.shape))).mean() + out.aux.total()
@@ -255,9 +258,9 @@ def gradients(config: TransformerConfig, remat: str = "none", packed: bool = Fal
 GRADIENTS = {
     "two stages": (hnet(2), False),
     "three stages, packed, overflowing": (hnet(3, capacities=TIGHT[3]), True),
-    "noise and sums": (hnet(chunkers=("similarity",), merge="sum", capacities=TIGHT[1]), True),
+    "noise and sums": (hnet(chunker="similarity", merge="sum", capacities=TIGHT[1]), True),
     "device": (hnet(2, packing="device", capacities=TIGHT[2]), True),
-    "words": (hnet(chunkers=("words",)), False),
+    "words": (hnet(chunker="words"), False),
 }
 
 
@@ -280,7 +283,7 @@ def test_recomputing_layers_changes_nothing():
 
 def test_a_single_slot(monkeypatch, tokens):
     """All boundaries but the first are demoted: every byte reads the first chunk, and learning goes on."""
-    monkeypatch.setattr(HNetConfig, "capacity", lambda self, stage, positions: 1)
+    monkeypatch.setattr(bodies.Settings, "capacity", lambda self, positions: 1)
     config = hnet(2, capacities=(0.01, 0.02))  # of its own, so that nothing compiled is met
     out = forward(config)(tokens)
     assert [np.asarray(mask).sum(1).tolist() for mask in stage_masks(out)] == [[1, 1], [1, 1]]
@@ -296,7 +299,7 @@ def test_a_single_slot(monkeypatch, tokens):
 
 
 def test_noise_in_training_alone(tokens):
-    config = hnet(chunkers=("similarity",), flip_temperature=2.0)
+    config = hnet(chunker=similarity.Settings(flip_temperature=2.0))
     run = forward(config, deterministic=False)
     masks = [stage_masks(run(tokens, key=jax.random.key(i)))[0] for i in (0, 0, 1)]
     np.testing.assert_array_equal(masks[0], masks[1])
@@ -306,7 +309,7 @@ def test_noise_in_training_alone(tokens):
 
 
 def test_stages_draw_their_own_noise():
-    config = hnet(2, chunkers=("similarity",), flip_temperature=1.0)
+    config = hnet(2, chunker=similarity.Settings(flip_temperature=1.0))
     tokens = np.full((1, SEQ), ord("a"), np.int32)
     out = forward(config, deterministic=False)(tokens, key=jax.random.key(0))
     assert not np.array_equal(*(np.asarray(stage.boundary_mask)[0, 1:6] for stage in out.trace.stages))
@@ -327,17 +330,17 @@ def test_decisions_and_logits_are_float32_in_half_precision(tokens):
 
 def test_a_rule_decides_alone(tokens):
     """No ratio loss, no smoothing, and boundaries where the rule says."""
-    out = forward(hnet(chunkers=("stride",), ratio_targets=(4.0,)))(tokens)
+    out = forward(hnet(chunker="stride", target=4.0))(tokens)
     assert not out.aux
     assert np.array_equal(stage_masks(out)[0], np.broadcast_to(np.arange(SEQ) % 4 == 0, (BATCH, SEQ)))
     begun = tokens.copy()
     begun[:, 13] = BEGIN
-    assert np.all(stage_masks(forward(hnet(chunkers=("space",)))(begun))[0][:, 13])
+    assert np.all(stage_masks(forward(hnet(chunker="space"))(begun))[0][:, 13])
 
 
 def test_positions_given_count_for_strides(tokens):
     """Windows of a document that go on where the last one ended."""
-    out = forward(hnet(chunkers=("stride",), ratio_targets=(4.0,)))(
+    out = forward(hnet(chunker="stride", target=4.0))(
         tokens, positions=np.arange(3, 3 + SEQ, dtype=np.int32)[None].repeat(BATCH, 0)
     )
     mask = stage_masks(out)[0]
@@ -346,12 +349,71 @@ def test_positions_given_count_for_strides(tokens):
 
 def test_words_need_boundaries(tokens):
     with pytest.raises(RecipeError, match=r"data\.boundaries=words"):
-        forward(hnet(chunkers=("words",)))(tokens)
+        forward(hnet(chunker="words"))(tokens)
 
 
 def test_tied_embeddings_are_the_head(tokens):
-    config = dataclasses.replace(hnet(1), tie_embeddings=True)
+    config = hnet(1, tie_embeddings=True)
     out = forward(config)(tokens)
     model = nnx.merge(*split_model(config))
     assert model.head is None
     np.testing.assert_allclose(out.logits, np.asarray(out.hidden) @ np.asarray(model.embedding[...]).T, atol=1e-4)
+
+
+# Settings
+
+
+def test_capacities_are_shares_in_multiples():
+    def capacity(share, positions):
+        return bodies.Settings(capacities=(share,)).capacity(positions)
+
+    assert [capacity(c, 32) for c in (0.01, 0.25, 0.26, 0.5, 1.0)] == [8, 8, 8, 16, 32]
+    assert [capacity(c, 2048) for c in (0.05, 0.25, 0.26, 1.0)] == [104, 512, 640, 2048]
+    assert capacity(0.9, 5) == 5 and capacity(0.9, 140) == 128
+    assert bodies.Settings().capacity(100) == 100
+
+
+def test_capacities_change_at_their_steps():
+    inner = shapes.with_body(hnet(1), capacities=(0.6, 0.3), capacity_steps=(100,)).body
+    model = shapes.with_body(hnet(2), capacities=(0.9, 0.8, 0.7), capacity_steps=(50, 150), inner=inner, inner_width=8)
+    assert model.body.changes() == (50, 100, 150)
+    found = {step: model.at_step(step).body for step in (0, 49, 50, 100, 149, 150, -1)}
+    assert {step: (*body.capacities, *body.inner.capacities) for step, body in found.items()} == {
+        0: (0.9, 0.6), 49: (0.9, 0.6), 50: (0.8, 0.6), 100: (0.8, 0.3), 149: (0.8, 0.3),
+        150: (0.7, 0.3), -1: (0.7, 0.3),
+    }  # fmt: skip
+    assert not any(stage.capacity_steps for body in found.values() for stage in body.stages()[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widths": (8, 16, 12)}, r"model.body.inner.inner_width=12: narrower than the 16 around it"),
+        ({"widths": (9, 12, 12)}, r"model.body.decoder.blocks.0.mixer.expand \* width = 18 is not .* nearest width: 8"),
+        ({"rotary_dim": 3}, r"model.body.encoder.blocks.0.mixer.rotary_dim=3: must be even"),
+        ({"rotary_dim": 8}, r"rotary_dim=8: must be even and at most .*head_dim=4"),
+        ({"window": -2}, r"window=-2: must be at least 0"),
+        ({"hidden": 0}, r"feed_forward.hidden=0: must be at least 1"),
+        ({"chunker": ("dynamic", "space")}, r"inner.chunker=space: it reads bytes, so it is for the outermost"),
+        ({"chunker": ("words", "words")}, r"inner.chunker=words: it reads boundaries"),
+        ({"target": (3.0, 1.0)}, r"model.body.inner.chunker.target=1.0: must be above 1"),
+        ({"capacities": (0.5, 0.0)}, r"model.body.inner.capacities=0.0: must be above 0 and at most 1"),
+        ({"rates": (1.0, 0.0, 1.0)}, r"model.body.inner.rate=0.0: must be above 0"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_say_where(change, message):
+    with pytest.raises(RecipeError, match=message):
+        hnet(2, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"capacities": (0.6, 0.8)}, r"capacities has 2 shares; the 1 phases .*about 1.5 / 3 = 0.50"),
+        ({"capacities": (0.6,), "capacity_steps": (10,)}, r"capacities has 1 shares; the 2 phases"),
+        ({"capacities": (0.6,) * 3, "capacity_steps": (10, 10)}, r"capacity_steps=10,10: must rise"),
+    ],
+)
+def test_schedules_that_cannot_be(change, message):
+    with pytest.raises(RecipeError, match=message):
+        shapes.with_body(hnet(1), **change)

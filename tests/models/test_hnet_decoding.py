@@ -11,30 +11,30 @@ from flax import nnx
 from hnet_models import composed, forward, hnet, random_bytes, split_model
 
 from adaptive.errors import RecipeError
-from adaptive.models.config import RouterConfig
+from adaptive.layers.mixers.attention import KeyValues
+from adaptive.models.depth import expert_choice, token_choice
 
 pytestmark = pytest.mark.compiles
 
 BATCH, SEQ, ROOM = 3, 16, 20
 LENGTHS = np.array([10, 4, 7])
-EXPERT = RouterConfig(kind="expert_choice", alpha=1.0)
-TOKEN = RouterConfig(kind="token_choice", activation="softmax", alpha=1.0)
+EXPERT, TOKEN = expert_choice.Settings(alpha=1.0), token_choice.Settings()
 CASES = {
     "no chunking": hnet(0),
     "one stage": hnet(1),
-    "one stage, windows": hnet(1, windows=(3,)),
+    "one stage, windows": hnet(1, window=4),
     "two stages": hnet(2),
     "two stages, capacities": hnet(2, capacities=(0.3, 0.5)),
     "sum": hnet(2, merge="sum"),
-    "similarity": hnet(2, chunkers=("similarity",)),
-    "stride": hnet(2, chunkers=("stride",)),
-    "space": hnet(1, chunkers=("space",)),
-    "words": hnet(1, chunkers=("words",)),
+    "similarity": hnet(2, chunker="similarity"),
+    "stride": hnet(2, chunker="stride"),
+    "space": hnet(1, chunker="space"),
+    "words": hnet(1, chunker="words"),
     "expert choice": composed(EXPERT),
-    "expert choice, shared keys": composed(EXPERT, kv="shared"),
-    "expert choice, cycle": composed(EXPERT, sharing="cycle", num_layers=3),
+    "expert choice, shared keys": composed(EXPERT, keys_values="shared"),
+    "expert choice, cycle": composed(EXPERT, ends=0, layers=3),
     "token choice": composed(TOKEN),
-    "token choice, shared keys": composed(TOKEN, kv="shared"),
+    "token choice, shared keys": composed(TOKEN, keys_values="shared"),
 }
 
 
@@ -54,6 +54,15 @@ def appended(config, rows=0):
 
 def empty(config):
     return nnx.merge(*split_model(config)).init_cache(BATCH, ROOM)
+
+
+def stages_of(cache) -> list[dict]:
+    """The states of the chunking stages, from the bytes inwards."""
+    found, own = [], cache["body"]
+    while "chunks" in own:
+        found.append(own)
+        own = own["inner"] if isinstance(own["inner"], dict) else {}
+    return found
 
 
 def inputs(name):
@@ -83,10 +92,10 @@ def test_pieces_equal_the_full_forward_pass(name):
             np.testing.assert_allclose(masks[0][1], full.trace.stages[0].boundary_prob[:, start:stop], atol=1e-4)
     np.testing.assert_array_equal(np.concatenate(depth, 1), full.trace.depth)
     np.testing.assert_allclose(np.concatenate(logits, 1), full.logits, atol=2e-4)
-    for s, stage in enumerate(full.trace.stages):
-        assert cache.stages[s].seen.tolist() == np.asarray(stage.valid).sum(1).tolist()
-        assert cache.seen.tolist() == np.asarray(stage.boundary_mask).sum(1).tolist() or s + 1 < len(cache.stages)
-    if CASES[name].router.kind != "none":
+    for stage, own in zip(full.trace.stages, stages_of(cache), strict=True):
+        assert own["seen"][0].tolist() == np.asarray(stage.valid).sum(1).tolist()
+        assert own["chunks"][0].tolist() == np.asarray(stage.boundary_mask).sum(1).tolist()
+    if "choice" in name:
         assert len(np.unique(full.trace.depth)) > 2, "the example should use several depths"
 
 
@@ -114,7 +123,7 @@ def test_rows_of_different_lengths(name, rows):
         np.testing.assert_allclose(y[:, 0], full.logits[at], atol=2e-4)
         np.testing.assert_array_equal(d[:, 0], np.asarray(full.trace.depth)[at])
         began.append(np.asarray(masks[0][0])[:, 0])
-    assert cache.stages[0].seen.tolist() == (LENGTHS + 6).tolist()
+    assert cache["seen"][0].tolist() == stages_of(cache)[0]["seen"][0].tolist() == (LENGTHS + 6).tolist()
     assert len({tuple(row) for row in began}) > 1 and not all(len(set(row)) == 1 for row in began)
 
 
@@ -136,23 +145,14 @@ def test_groups_of_rows_leave_the_same_cache(name):
 
 def _meaningful(cache):
     """The cache without keys and values that no position owns, which nothing reads."""
-    room = np.arange(ROOM)
 
-    def own(state, seen, axis=1):
-        def one(a):
-            live = (room < np.asarray(seen)[:, None]).reshape((1,) * axis + (BATCH, ROOM) + (1,) * (a.ndim - axis - 2))
-            return np.where(live, a, 0) if a.ndim > axis + 1 and a.shape[axis + 1] == ROOM else a
+    def one(node):
+        if not isinstance(node, KeyValues):
+            return node
+        held = (node.index >= 0)[..., None, None]
+        return node._replace(k=jnp.where(held, node.k, 0), v=jnp.where(held, node.v, 0))
 
-        return jax.tree.map(one, state)
-
-    stages = tuple(s._replace(encoder=own(s.encoder, s.seen), decoder=own(s.decoder, s.seen)) for s in cache.stages)
-    main = cache.main
-    if hasattr(main, "active"):
-        ends = {part: own(getattr(main, part), cache.seen, axis=0) for part in ("first", "last", "length")}
-        main = main._replace(block=own(main.block, cache.seen), active=own(main.active, cache.seen), **ends)
-    else:
-        main = own(main, cache.seen)
-    return cache._replace(stages=stages, main=main)
+    return jax.tree.map(one, cache, is_leaf=lambda node: isinstance(node, KeyValues))
 
 
 def test_a_row_without_new_bytes_keeps_its_state():
@@ -162,11 +162,9 @@ def test_a_row_without_new_bytes_keeps_its_state():
     valid = np.zeros((BATCH, 10), bool)
     valid[1] = True
     _, _, _, after = appended(config)(tokens[:, :10], cache, valid=valid)
-    assert after.stages[0].seen.tolist() == [10, 20, 10]
-    for before, now in zip(cache.stages, after.stages, strict=True):
-        for name in ("last", "value", "token", "seen"):
-            for row in (0, 2):
-                np.testing.assert_array_equal(getattr(now, name)[row], getattr(before, name)[row])
+    assert after["seen"][0].tolist() == [10, 20, 10]
+    for before, now in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(now[:, [0, 2]], before[:, [0, 2]])
 
 
 def test_one_step_at_a_time_is_decode_step():
@@ -181,8 +179,7 @@ def test_one_step_at_a_time_is_decode_step():
 
 
 def test_what_cannot_generate_says_so():
-    config = composed(recursions=3, sharing="sequence", num_layers=3)
-    model = nnx.merge(*split_model(config))
-    assert "contiguous block" in model.refuse_generation() and model.selections() == ("topk",)
-    with pytest.raises(RecipeError, match="cycle or middle_cycle"):
-        model.prefill(jnp.zeros((1, 4), jnp.int32), model.init_cache(1, 4))
+    model = nnx.merge(*split_model(composed(order="sequence", ends=0, layers=3)))
+    assert "order=cycle" in model.refuse_cache() and model.selections() == ("topk",)
+    with pytest.raises(RecipeError, match="order=cycle"):
+        model.prefill(jnp.zeros((1, 4), jnp.int32), {})
