@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 import quick
+import shapes
 
 from adaptive import command, generate
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.errors import CheckpointError
 from adaptive.inference.marks import Writer
-from adaptive.models.build import build_model
 from adaptive.optim.build import make_optimizer
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import Checkpoints
@@ -21,26 +21,20 @@ from adaptive.runs.state import initial_state
 
 pytestmark = pytest.mark.compiles
 
-HNET = (
-    'model.hnet.layout=["T1", ["T1"], "T1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=16",
-    "model.vocab_size=256", "model.tie_embeddings=false", "model.hnet.heads=2", "model.hnet.rotary_dims=4",
-    "data.tokenizer=hnet-bytes", "data.seq_len=64",
-)  # fmt: skip
-PLAIN = (
-    "model.hidden_size=16", "model.intermediate_size=16", "model.num_heads=2", "model.num_kv_heads=2",
-    "model.head_dim=8", "model.num_layers=4", "model.recursions=2",
-)  # fmt: skip
+HNET = shapes.hnet(("T1", ("T1",), "T1"), widths=(16, 16), hidden=16, rotary_dim=4)
+SMALL = {"vocab_size": 320, "width": 16, "hidden": 16, "heads": 2}
+PLAIN = shapes.recursive(4, 2, **SMALL)
+STUCK = shapes.recursive(4, 2, order="sequence", **SMALL)
 
 
-def made(folder, *settings: str, steps=(3, 7)):
+def made(folder, model, *settings: str, steps=(3, 7)):
     """A folder as training leaves it, with a different model at each step."""
-    recipe = Recipe(name="made").with_("train.compute_dtype=float32", *settings)
+    recipe = Recipe(name="made", model=model).with_("train.compute_dtype=float32", *settings)
     recipe.validate()
     folder.mkdir()
     (folder / "recipe.json").write_text(recipe.to_json())
-    build = lambda key: build_model(recipe.model, key=key)  # noqa: E731
     tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
-    start = quick.jit(lambda key: initial_state(build, tx, key))
+    start = quick.jit(lambda key: initial_state(model.build, tx, key))
     checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint, {})
     states = {step: start(jax.random.key(step)) for step in steps}
     for step, state in states.items():
@@ -52,7 +46,7 @@ def made(folder, *settings: str, steps=(3, 7)):
 @pytest.fixture(scope="module")
 def hnet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "hnet"
-    made(folder, *HNET)
+    made(folder, HNET, "data.tokenizer=hnet-bytes", "data.seq_len=64")
     return folder
 
 
@@ -68,7 +62,7 @@ def run(capsys):
 
 
 def test_the_parameters_are_those_of_the_checkpoint(tmp_path):
-    states = made(tmp_path / "run", *PLAIN)
+    states = made(tmp_path / "run", PLAIN)
     for step in (3, 7):
         trained = load(find(tmp_path / "run", step))
         assert trained.step == step and len(jax.tree.leaves(trained.state)[0].sharding.device_set) == 1
@@ -134,8 +128,8 @@ def places(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "new" / "recipe.json").write_text(Recipe(name="new").to_json())
     (folder / "bytes").write_bytes(b"a\xff")
-    made(folder / "plain", *PLAIN, steps=(1,))
-    made(folder / "stuck", *PLAIN, "model.sharing=sequence", steps=(1,))
+    made(folder / "plain", PLAIN, steps=(1,))
+    made(folder / "stuck", STUCK, steps=(1,))
     return {path.name: str(path) for path in folder.iterdir()}
 
 
