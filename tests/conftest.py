@@ -1,6 +1,7 @@
-"""Every test runs on eight emulated CPU devices, with compilations kept between runs."""
+"""Every test runs on eight emulated CPU devices, with machine code that is compiled fast and kept between runs."""
 
 import gc
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -8,22 +9,72 @@ from pathlib import Path
 
 import pytest
 
+# Most programs of tests run once: not optimised, they take a quarter of the time. Flags change the machine code alone.
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jax").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later versions have them alone
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "adaptive-test-cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Threads of XLA's CPU client. With one per device, independent collectives of one device can hold two of them, and the
 # device that finds none never arrives.
 os.environ.setdefault("NPROC", "32")
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # heard for each program, also where the cache on disk holds it
 MOST_MAPPINGS = 20_000  # Linux allows a process 65,530; a compiled program takes about a dozen while it lives
 MAPPINGS = Path("/proc/self/maps")
 
 
-@pytest.fixture(autouse=True)
-def room_for_programs():
-    """Forgets compiled programs when there are many: out of mappings, XLA crashes the process."""
-    yield
-    if "jax" in sys.modules and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
+class Programs:
+    """Names of the programs that this process compiled, and how many had been when its mappings were counted."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.counted, self.listening = 0, False
+
+    def listen(self) -> None:
+        if "jax" in sys.modules and not self.listening:
+            import jax.monitoring
+
+            jax.monitoring.register_event_duration_secs_listener(self.hear)
+            self.listening = True
+
+    def hear(self, event: str, seconds: float, **about: object) -> None:
+        if event == COMPILED:
+            self.names.append(str(about.get("fun_name")))
+
+    def make_room(self) -> None:
+        """Forgets compiled programs when there are many: out of mappings, XLA crashes the process."""
+        if len(self.names) - self.counted < 200 or not MAPPINGS.exists():
+            return
+        self.counted = len(self.names)
+        if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+            sys.modules["jax"].clear_caches()
+            gc.collect()
+
+
+PROGRAMS = Programs()
+BEFORE = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup, tests of a file that compiles share one process, and with it their programs."""
+    for item in items:
+        if item.get_closest_marker("compiles"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    PROGRAMS.listen()
+    item.stash[BEFORE] = len(PROGRAMS.names)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    PROGRAMS.make_room()
+    names = PROGRAMS.names[item.stash[BEFORE] :]
+    if names and item.get_closest_marker("compiles") is None:
+        pytest.fail(f"compiles {', '.join(sorted({*names}))}: mark it with pytest.mark.compiles", pytrace=False)

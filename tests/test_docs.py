@@ -232,6 +232,7 @@ def rooms_of(root: Path) -> list[Path]:
 # Programs
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
 def test_programs_run(page, monkeypatch):
     """The Python blocks of a page, one after another in one program; but for those that need more than this package."""

@@ -17,6 +17,8 @@ from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.optim.groups import decayed, groups, rates
 from adaptive.optim.schedule import make_schedule
 
+pytestmark = pytest.mark.compiles
+
 RATES = (3.0, 1.7, 0.9)
 HNET = shapes.hnet(("m1", ("T1m1", ("T1",), "t1"), "m1"), widths=(8, 8, 16), rates=RATES)
 

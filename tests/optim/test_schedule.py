@@ -7,6 +7,8 @@ import pytest
 from adaptive.optim.config import ScheduleConfig
 from adaptive.optim.schedule import make_schedule, phases
 
+pytestmark = pytest.mark.compiles
+
 
 def test_trapezoid_of_the_published_runs():
     """Steps and decay of the 360M runs (released configurations): vanilla 9438 and 1888, MoR 14161 and 2832."""

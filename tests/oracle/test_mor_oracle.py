@@ -9,6 +9,8 @@ import pytest
 
 from oracle import mor
 
+pytestmark = pytest.mark.compiles
+
 CONFIGS = mor.configs()
 
 

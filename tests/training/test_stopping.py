@@ -63,6 +63,7 @@ def test_a_second_ctrl_c_ends_even_compiled_code():
         process.wait()
 
 
+@pytest.mark.compiles
 def test_several_processes_learn_of_one_flag_a_call_later(monkeypatch):
     """The collective itself, over this process's devices; only the number of processes is pretended."""
     monkeypatch.setattr("jax.process_count", lambda: 2)
