@@ -9,9 +9,10 @@ from adaptive.training.metrics import read_rows
 
 pytestmark = pytest.mark.compiles
 
+BLOCK = ("mixer.heads=2", "mixer.kv_heads=2", "mixer.head_dim=8", "feed_forward.hidden=16")
 SMALL = (
-    "model.hidden_size=16", "model.intermediate_size=16", "model.num_heads=2", "model.num_kv_heads=2",
-    "model.head_dim=8", "data.seq_len=32", "train.batch_size=8", "train.steps=3", "schedule.warmup_steps=1",
+    "model.width=16", *(f"model.body.{part}.blocks.0.{text}" for part in ("prelude", "core", "coda") for text in BLOCK),
+    "data.seq_len=32", "train.batch_size=8", "train.steps=3", "schedule.warmup_steps=1",
     "log.wandb=disabled", "eval.batches=1", "log.every=1", "log.sample_tokens=5",
 )  # fmt: skip
 
@@ -45,8 +46,8 @@ def train(tmp_path, monkeypatch, capfd):
             ["--recipe", "mor_tiny", "train.batch_size=48", "train.device_batch_size=4"],
             ["device_batch_size=4", "6", "3"],
         ),
-        (["--recipe", "mor_tiny", "model.num_layers=9"], ["recursions=3 does not divide", "8, 11"]),
-        (["--recipe", "mor_tiny", "model.router.capacities=0.3,0.6,1"], ["must not", "1,0.6,0.3"]),
+        (["--recipe", "mor_tiny", "model.body.core.blocks.0.mixer.kv_heads=3"], ["kv_heads=3", "1, 2, 4"]),
+        (["--recipe", "mor_tiny", "model.body.depth.capacities=0.3,0.6,1"], ["must not", "1,0.6,0.3"]),
         (["--recipe", "mor_tiny", "data.source=files", "data.paths=missing.txt"], ["missing.txt", "no such file"]),
         (["--recipe", "mor_tiny", "data.tokenizer=missing.json"], ["missing.json"]),
         (["--recipe", "mor_tiny", "model.vocab_size=100"], ["100", "320"]),

@@ -5,40 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+import shapes
 from flax import nnx
+from hnet_models import split_model
 
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.errors import DataError
 from adaptive.inference import sampling
 from adaptive.inference.sampling import Sampler, draw, marker_of, prompt_tokens, sample
-from adaptive.models.build import build_model
+from adaptive.models.depth import expert_choice
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
 
 pytestmark = pytest.mark.compiles
 
-PLAIN = (
-    "model.hidden_size=16", "model.intermediate_size=32", "model.num_heads=2", "model.num_kv_heads=2",
-    "model.head_dim=8", "model.num_layers=5", "model.vocab_size=320",
-)  # fmt: skip
-HNET = (
-    'model.hnet.layout=["m1", ["T1", ["T1"], "T1"], "T1"]', "model.hnet.widths=16,16,32",
-    "model.hnet.intermediates=32", "model.vocab_size=256", "model.tie_embeddings=false", "model.hnet.heads=2",
-    "model.hnet.rotary_dims=4", "model.hnet.d_state=8", "model.hnet.ssm_head_dim=8", "model.hnet.ssm_block=16",
-    "model.hnet.ratio_targets=3", "data.tokenizer=hnet-bytes",
-)  # fmt: skip
-ROUTED = (*PLAIN, "model.recursions=3", "model.sharing=middle_cycle",
-          "model.router.kind=expert_choice", "model.router.capacities=1,0.6,0.3")  # fmt: skip
+SHAPE = {"width": 16, "heads": 2, "hidden": 32, "vocab_size": 320}
+PLAIN = shapes.plain(5, **SHAPE)
+ROUTED = shapes.mor(5, 3, expert_choice.Settings(capacities=(1.0, 0.6, 0.3)), **SHAPE)
+BYTES = {"hidden": 32, "rotary_dim": 4, "d_state": 8, "ssm_head_dim": 8, "ssm_block": 16}
+HNET = shapes.hnet(("m1", ("T1", ("T1",), "T1"), "T1"), widths=(16, 16, 32), **BYTES)
 PROMPTS = [np.frombuffer(text, np.uint8).astype(np.int32) for text in (b"the cat sat on the mat", b"a", b"words and")]
-
-
-def made(*settings: str):
-    """(graphdef, state) of a model whose routers and chunkers decide this and that."""
-    recipe = Recipe(name="x").with_(*settings)
-    recipe.validate()
-    graphdef, state = nnx.split(build_model(recipe.model, key=jax.random.key(0)))
-    noise = lambda path, a: a + 0.3 * jax.random.normal(jax.random.key(len(str(path))), a.shape)  # noqa: E731
-    return graphdef, jax.tree_util.tree_map_with_path(noise, state)
 
 
 def rows_of(pieces):
@@ -48,9 +34,9 @@ def rows_of(pieces):
     return [(tokens[r, valid[r]], stages[:, r, valid[r]]) for r in range(len(tokens))]
 
 
-@pytest.mark.parametrize("settings", [PLAIN, ROUTED, HNET], ids=["plain", "routed", "hnet"])
-def test_the_likeliest_tokens_are_those_of_the_forward_pass(settings):
-    graphdef, state = made(*settings)
+@pytest.mark.parametrize("model", [PLAIN, ROUTED, HNET], ids=["plain", "routed", "hnet"])
+def test_the_likeliest_tokens_are_those_of_the_forward_pass(model):
+    graphdef, state = split_model(model)
     forward = quick.jit(lambda state, t: nnx.merge(graphdef, state)(t, selection="threshold"))
     found = rows_of(Sampler(graphdef, state, temperature=0)(PROMPTS, 9, jax.random.key(1), at_once=4))
     for prompt, (tokens, stages) in zip(PROMPTS, found, strict=True):
@@ -63,13 +49,13 @@ def test_the_likeliest_tokens_are_those_of_the_forward_pass(settings):
         assert stages.shape == (len(views), 9)
         for s, view in enumerate(views):
             assert (np.asarray(view.mask[0, len(prompt) : len(whole)]) == stages[s]).all()
-    if settings is HNET:
+    if model is HNET:
         shares = np.mean([stages.mean(1) for _, stages in found], 0)
         assert 0 < shares[1] < shares[0] < 1
 
 
 def test_neither_the_size_of_pieces_nor_other_rows_change_a_row(monkeypatch):
-    graphdef, state = made(*HNET)
+    graphdef, state = split_model(HNET)
     once = Sampler(graphdef, state, temperature=1.3, top_p=0.8)
     key = jax.random.key(3)
     alone = rows_of(once(PROMPTS[:1], 10, key, at_once=10))
@@ -82,14 +68,14 @@ def test_neither_the_size_of_pieces_nor_other_rows_change_a_row(monkeypatch):
 
 
 def test_a_row_ends_at_the_end_token_while_others_go_on():
-    graphdef, state = made(*PLAIN)
+    graphdef, state = split_model(PLAIN)
     free = rows_of(Sampler(graphdef, state, vocab=256)(PROMPTS, 10, jax.random.key(0)))
     end = int(free[0][0][4])
     expected = [tokens[: list(tokens).index(end)] if end in tokens else tokens for tokens, _ in free]
     assert {len(tokens) for tokens in expected} != {10}
     ended = rows_of(Sampler(graphdef, state, vocab=256, end=end)(PROMPTS, 10, jax.random.key(0), at_once=3))
     assert all((a == b).all() and len(a) == len(b) for a, (b, _) in zip(expected, ended, strict=True))
-    assert all(tokens.max() < 256 for tokens in expected)
+    assert all((tokens < 256).all() for tokens, _ in free)
     pieces = list(Sampler(graphdef, state, vocab=256, end=end)(PROMPTS[:1], 60, jax.random.key(0), at_once=3))
     assert sum(not piece.prompt for piece in pieces) <= 3  # nothing is computed for long after the end
     assert (sample(graphdef, state, PROMPTS[0], 10, jax.random.key(0), vocab=256, end=end) == expected[0]).all()
@@ -105,11 +91,7 @@ class EveryThird:
 
 
 def test_a_marker_says_where_chunks_begin():
-    settings = [text for text in HNET if "layout" not in text and "widths" not in text and "intermediates" not in text]
-    graphdef, state = made(
-        'model.hnet.layout=["m1", ["T1"], "T1"]', "model.hnet.widths=16,16", "model.hnet.intermediates=32",
-        "model.hnet.chunkers=words", "data.boundaries=words", *settings,
-    )  # fmt: skip
+    graphdef, state = split_model(shapes.hnet(("m1", ("T1",), "T1"), widths=(16, 16), chunker="words", **BYTES))
     pieces = list(Sampler(graphdef, state, temperature=0, marker=EveryThird)(PROMPTS, 7, jax.random.key(0)))
     whole = [
         (np.concatenate([p.tokens[r, p.valid[r]] for p in pieces]),
