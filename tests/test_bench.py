@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from adaptive import bench
-from adaptive.account import account
+from adaptive.account import account, recursion_capacities
 from adaptive.benchmarks import train_step
 from adaptive.recipe import load
 
 pytestmark = pytest.mark.compiles
 
-SMALL = ("model.hidden_size=32", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
-         "model.intermediate_size=48", "data.seq_len=24", "train.batch_size=8")  # fmt: skip
+SMALL = ("model.width=32", "data.seq_len=24", "train.batch_size=8")
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def ticking(monkeypatch):
             self.recipe = recipe
             self.program = type("Program", (), {"dtype": np.dtype("float32")})
             self.compiled = type("Compiled", (), {"seconds": 7.0, "memory": lambda self: {"a": 3, "b": 4}})()
-            self._times = iter([2.0, 4.0, 6.0] if recipe.model.recursions > 1 else [4.0, 4.0, 8.0])
+            self._times = iter([2.0, 4.0, 6.0] if recipe.model.body.passes > 1 else [4.0, 4.0, 8.0])
 
         def seconds(self, steps):
             return next(self._times)
@@ -54,10 +53,10 @@ def test_overhead_is_the_ratio_of_times_over_that_of_flops(ticking):
 
 def test_the_bench_recipes_are_of_one_depth_and_one_training():
     routed, plain = load("mor_bench"), load("vanilla_bench")
-    assert (plain.model.num_layers, plain.model.hidden_size, plain.data.seq_len, plain.train.batch_size) == (
-        11, 256, 512, 4
-    )  # fmt: skip
-    assert (routed.model.recursions, routed.model.block_size, routed.model.capacities(512)) == (3, 3, (512, 341, 170))
+    assert (plain.model.width, plain.data.seq_len, plain.train.batch_size) == (256, 512, 4)
+    assert plain.model.body.layers == routed.model.body.layers == 11
+    assert (routed.model.body.recursions, routed.model.body.core.layers) == (3, 3)
+    assert recursion_capacities(routed.model, 512) == (512, 341, 170)
     assert (routed.train, routed.data, routed.optimizer) == (plain.train, plain.data, plain.optimizer)
 
 
@@ -84,14 +83,14 @@ def run(*extra):
 def test_a_run_prints_a_table_and_one_line_of_json(monkeypatch, capsys):
     monkeypatch.setitem(train_step.MATMUL_SIDE, "cpu", 32)
     monkeypatch.setenv("COLUMNS", "160")
-    assert run("--against", "vanilla_bench", "--json", "model.num_layers=5") == 0
+    assert run("--against", "vanilla_bench", "--json") == 0
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)
     assert [r["recipe"] for r in record["results"]] == ["mor_bench", "vanilla_bench"]
     assert all(r["tokens"] == 192 and r["step_s"]["least"] > 0 for r in record["results"])
     assert record["comparisons"][0]["flops"] < 1
 
-    assert run("model.num_layers=5") == 0
+    assert run() == 0
     out = capsys.readouterr().out
     for words in ("tokens/s", "step, ms", "compilation", "GFLOP/s", "matmul"):
         assert words in out
@@ -101,7 +100,7 @@ def test_a_run_prints_a_table_and_one_line_of_json(monkeypatch, capsys):
     (["--recipe", "mor_bunch"], "mor_bench"),
     (["--against", "nothing"], "there is no recipe"),
     (["model.sizee=3"], "does not exist"),
-    (["model.num_layers=6"], "does not divide the depth"),
+    (["model.body.core.blocks.0.mixer.kv_heads=3"], "is not a multiple of"),
     (["train.batch_size=7"], "does not divide over 8"),
     (["--repeats", "0"], "--repeats is 0"),
 ])  # fmt: skip

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.config import RouterConfig
 from flax import nnx
 from hnet_models import BATCH, SEQ, composed, forward, hnet, random_bytes, split_model
 
-from adaptive.layers.moe_config import MoEConfig
 from adaptive.layers.site import Buffer
 from adaptive.layers.stack import Places
-from adaptive.models.config import RouterConfig
 
 pytestmark = pytest.mark.compiles
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+from adaptive.layers.moe_config import MoEConfig
+from adaptive.models.build import build_model
+from adaptive.models.config import RouterConfig, TransformerConfig
 from flax import nnx
 
 from adaptive.account import account, parameters
 from adaptive.errors import RecipeError
-from adaptive.layers.moe_config import MoEConfig
-from adaptive.models.build import build_model
-from adaptive.models.config import RouterConfig, TransformerConfig
 
 pytestmark = pytest.mark.compiles
 
