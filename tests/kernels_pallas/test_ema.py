@@ -45,7 +45,7 @@ def draw(batch, n, width, seed=0):
     return z, p, rng.uniform(size=p.shape) < 0.1, initial
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 60])
+@pytest.mark.parametrize("n", [1, 9, 60])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_loop(form, reverse, n):

@@ -27,14 +27,16 @@ KERNELS = {
 
 def case(batch=2, seq=37, heads=3, dim=4, n=5, dtype=jnp.float32, seed=0, every=9):
     """Random x, dt, a, b, c, state and segments of about `every` positions, whose ids come back."""
-    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal
+    x, b, c = normal((batch, seq, heads, dim)), normal((batch, seq, n)), normal((batch, seq, n))
+    dt = np.log1p(np.exp(normal((batch, seq, heads)) - 1))
+    a, state = -np.exp(normal(heads)), normal((batch, heads, dim, n))
+    segments = 1 + np.cumsum(rng.random((batch, seq)) < 1 / every, axis=1) % 3
     wide = jnp.promote_types(dtype, jnp.float32)
-    draw = lambda *shape, kind=dtype: jax.random.normal(next(keys), shape, kind)  # noqa: E731
-    x, b, c = draw(batch, seq, heads, dim), draw(batch, seq, n), draw(batch, seq, n)
-    dt = jax.nn.softplus(draw(batch, seq, heads, kind=wide) - 1)
-    a, state = -jnp.exp(draw(heads, kind=wide)), draw(batch, heads, dim, n, kind=wide)
-    segments = 1 + jnp.cumsum(jax.random.bernoulli(next(keys), 1 / every, (batch, seq)), axis=1) % 3
-    return x, dt, a, b, c, state, segments
+    x, b, c = (jnp.asarray(v, dtype) for v in (x, b, c))
+    dt, a, state = (jnp.asarray(v, wide) for v in (dt, a, state))
+    return x, dt, a, b, c, state, jnp.asarray(segments, jnp.int32)
 
 
 def one_matrix(x, dt, a, b, c, state, segments):
