@@ -178,9 +178,10 @@ def test_a_model_takes_a_number_for_each_sequence():
 
 def test_rows_that_are_joined_take_no_number_each():
     body = model_of(2).body
-    model = shapes.hnet(("m1", body, "m1"), widths=(16, 16), packing="device").build(jax.random.key(0))
+    model = shapes.hnet(("m1", body, "m1"), widths=(16, 16), packing="device")
+    tokens, numbers = jnp.zeros((2, 16), jnp.int32), jnp.array([1, 1])
     with pytest.raises(RecipeError, match="set packing=row"):
-        jax.eval_shape(model, jnp.zeros((2, 16), jnp.int32), experts_per_token=jnp.array([1, 1]))
+        nnx.eval_shape(lambda: model.build(jax.random.key(0))(tokens, experts_per_token=numbers))
 
 
 def test_scaled_weights():
