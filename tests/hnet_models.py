@@ -29,8 +29,8 @@ def hnet(stages: int = 1, **settings: Any) -> shapes.Model:
 
 
 def composed(depth: Depth | str = "all", *, outside: dict[str, Any] | None = None, **inside: Any) -> shapes.Model:
-    """An H-Net around three recursions of one layer between its own ends; outside: settings of `shapes.hnet`, inside: of
-    `shapes.recursive`."""
+    """An H-Net around three recursions of one layer between its own ends; outside: settings of `shapes.hnet`, inside:
+    of `shapes.recursive`."""
     shape = {"width": 16, "hidden": 24, "heads": 2, "kv_heads": 1}
     body = shapes.recursive(depth=depth, **(shape | inside)).body
     return shapes.hnet(("m1", body, "t1"), widths=(8, 16), **(outside or {}))
@@ -69,7 +69,15 @@ def split_model(settings: shapes.Model, **options: Any) -> tuple[Any, Any]:
     make = lambda: settings.build(jax.random.key(0), **options)  # noqa: E731
     graphdef, params, _ = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
     buffers = quick.jit(lambda: nnx.state(make(), Buffer))()
-    return nnx.split(nnx.merge(graphdef, filled(params), buffers))
+    spread = [(path, _let_some_through(path, value)) for path, value in nnx.to_flat_state(buffers)]
+    return nnx.split(nnx.merge(graphdef, filled(params), nnx.from_flat_state(spread)))
+
+
+def _let_some_through(path: Any, value: nnx.Variable) -> nnx.Variable:
+    """Running thresholds of a kind that lets through some tokens and not others, as a trained model has."""
+    if path[-1] != "threshold":
+        return value
+    return value.replace(value[...] * np.random.default_rng(value[...].size).uniform(0.5, 1, value.shape))
 
 
 @functools.cache
@@ -78,6 +86,27 @@ def forward(settings: shapes.Model, **options: Any):
     graphdef, state = split_model(settings)
     run = quick.jit(lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays))
     return lambda tokens, **arrays: run(state, tokens, arrays)
+
+
+@functools.cache
+def continued(settings: shapes.Model, prompt: int):
+    """tokens [batch, seq] -> (logits, depth) of a prompt of so many tokens and then single ones, with a cache; of this
+    `state`, by default that of `split_model`."""
+    graphdef, own = split_model(settings)
+
+    @quick.jit
+    def run(state: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(cache: Any, token: jax.Array) -> Any:
+            out, cache = nnx.merge(graphdef, state).decode_step(token, cache)
+            return cache, (out.logits[:, 0], out.trace.depth[:, 0])
+
+        cache = nnx.merge(graphdef, state).init_cache(tokens.shape[0], tokens.shape[1] + 4)
+        out, cache = nnx.merge(graphdef, state).prefill(tokens[:, :prompt], cache)
+        cache, then = jax.lax.scan(step, cache, tokens[:, prompt:].T)
+        join = lambda a, b: jnp.concatenate([a, jnp.swapaxes(b, 0, 1)], axis=1)  # noqa: E731
+        return jax.tree.map(join, (out.logits, out.trace.depth), then)
+
+    return lambda tokens, state=None: run(own if state is None else state, tokens)
 
 
 def random_bytes(seed: int = 1, batch: int = BATCH, seq: int = SEQ) -> np.ndarray:

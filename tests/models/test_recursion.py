@@ -7,7 +7,7 @@ import pytest
 import quick
 import shapes
 from flax import nnx
-from hnet_models import forward, split_model
+from hnet_models import continued, forward, split_model
 
 from adaptive.errors import RecipeError
 from adaptive.layers.feed_forwards import experts
@@ -131,19 +131,9 @@ def test_ends_of_any_size(prelude, coda, core, tokens):
     repeated = lambda n: shapes.stacks.Settings(base.body.core.blocks, repeats=n) if n else None  # noqa: E731
     model = shapes.with_body(base, prelude=repeated(prelude), core=repeated(core), coda=repeated(coda))
     assert model.body.layers == prelude + 2 * core + coda and model.body.stored_layers == prelude + core + coda
-    graphdef, state = split_model(model)
     want = forward(model)(tokens)
     assert np.all(np.asarray(want.trace.depth) == 2)
-
-    @quick.jit
-    def in_pieces(state):
-        cache, logits = nnx.merge(graphdef, state).init_cache(2, SEQ), []
-        for piece in jnp.split(tokens, 3, axis=1):
-            out, cache = nnx.merge(graphdef, state).prefill(piece, cache)
-            logits.append(out.logits)
-        return jnp.concatenate(logits, axis=1)
-
-    np.testing.assert_allclose(in_pieces(state), want.logits, atol=1e-4)
+    np.testing.assert_allclose(continued(model, 22)(tokens)[0], want.logits, atol=1e-4)
 
 
 # Causality and generation
@@ -180,26 +170,10 @@ def test_top_k_sees_the_future(tokens):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generation_with_a_cache_equals_the_full_forward_pass(name, tokens):
     """A prompt of 10 tokens and then single ones."""
-    model = CAUSAL[name]
-    graphdef, state = split_model(model)
-    full = forward(model, selection="threshold")(tokens)
-
-    @quick.jit
-    def generated(state):
-        def step(cache, token):
-            out, cache = nnx.merge(graphdef, state).decode_step(token, cache)
-            return cache, (out.logits[:, 0], out.trace.depth[:, 0])
-
-        cache = nnx.merge(graphdef, state).init_cache(2, SEQ + 4)
-        out, cache = nnx.merge(graphdef, state).prefill(tokens[:, :10], cache)
-        cache, (logits, depth) = jax.lax.scan(step, cache, tokens[:, 10:].T)
-        join = lambda a, b: jnp.concatenate([a, jnp.swapaxes(b, 0, 1)], axis=1)  # noqa: E731
-        return join(out.logits, logits), join(out.trace.depth, depth), cache["seen"]
-
-    logits, depth, seen = generated(state)
+    full = forward(CAUSAL[name], selection="threshold")(tokens)
+    logits, depth = continued(CAUSAL[name], 10)(tokens)
     np.testing.assert_array_equal(depth, full.trace.depth)
     np.testing.assert_allclose(logits, full.logits, atol=1e-4)
-    assert np.all(seen == SEQ)
     if name.startswith(("expert", "token")):
         assert len(np.unique(full.trace.depth)) > 1, "the example should use several depths"
 
