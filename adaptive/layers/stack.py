@@ -146,6 +146,11 @@ class Stack(nnx.Module):
 
         return tuple(one(i, own) for i, own in enumerate(self.blocks))
 
+    @property
+    def stream(self) -> Any:
+        """Dtype of the residual stream."""
+        return jnp.float32 if self.settings.stream == "float32" else self.making.dtype
+
     def prepared(self, where: Where) -> Where:
         """`where` with the rotary tables that the blocks read, so that they are computed once."""
         kinds = [k for b in self.settings.blocks if b.mixer is not None for k in b.mixer.rotary()]
@@ -187,7 +192,7 @@ class Stack(nnx.Module):
         dtype."""
         s = self.settings
         where = self.prepared(where)
-        x = x.astype(jnp.float32 if s.stream == "float32" else self.making.dtype)
+        x = x.astype(self.stream)
         before = [None] * len(states) if state is None else list(state)
         start = (x, self.first_previous(x, call), call.layer)
         if s.repeats == 1:

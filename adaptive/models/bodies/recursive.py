@@ -115,6 +115,14 @@ class Settings(Body):
     def passes(self) -> int:
         return self.recursions
 
+    def refuse_passes(self) -> str:
+        """Why a call cannot say how many passes there are; empty where it can."""
+        if not self.depth.equal_passes or self.order == "sequence":
+            return "passes of a call are of a core that repeats as a whole, all positions alike: depth=all, order=cycle"
+        if self.keys_values != "per_recursion":
+            return "passes of a call are a loop of equal passes: keys_values=per_recursion"
+        return ""
+
     def parameters(self, width: int) -> int:
         core = self.core.parameters(width, self.recursions, self.shared)
         return core + sum(end.parameters(width) for end in self.ends) + width + self.router_parameters(width)
@@ -196,14 +204,15 @@ class Recursive(BodyModule):
         before: dict[str, Any] = {} if state is None else state
         after: dict[str, Any] = {}
         told: Tales = {}
-        x = x.astype(self.making.dtype)
+        if call.passes is not None and (reason := s.refuse_passes()):
+            raise RecipeError(reason)
         previous, first = call.previous, 0
         if self.prelude is not None:
             x, after["prelude"], own, previous = self.prelude(x, where, call, before.get("prelude"))
             told |= below("prelude", own)
             first = self.prelude.settings.layers
         call = call.replace(previous=previous)
-        where = self.core.prepared(where)
+        x, where = x.astype(self.core.stream), self.core.prepared(where)
         if s.order == "sequence" and s.recursions > 1:
             x = self._in_place(x, where, call)
             trace, aux = Trace(jnp.full(where.shape, s.counted(), jnp.int32)), AuxLosses()
@@ -220,7 +229,8 @@ class Recursive(BodyModule):
             x, after["coda"], own, _ = self.coda(x, where, call, before.get("coda"))
             told |= below("coda", own)
         keep = call.keep or state is not None
-        return Through(self.norm(x), after if keep else None, aux, trace._replace(told=told))
+        x = self.norm(x).astype(self.making.dtype)
+        return Through(x, after if keep else None, aux, trace._replace(told=told))
 
     def empty(self, rows: int, slots: int) -> State:
         s = self.settings

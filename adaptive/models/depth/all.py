@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Tales
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
@@ -21,6 +22,10 @@ class Settings(Depth):
     equal_passes: ClassVar[bool] = True
 
     loop: bool = False  # the passes are one loop, compiled once; False: unrolled, which may run faster
+
+    def check(self, recursive: Any, at: str) -> None:
+        if self.loop and (recursive.keys_values != "per_recursion" or recursive.order != "cycle"):
+            raise RecipeError(f"{at}.loop=true: equal passes alone are a loop: keys_values=per_recursion, order=cycle")
 
     def build(self, passes: int, site: Site, keys: Iterator[jax.Array]) -> "All":
         return All(passes, self.loop)
