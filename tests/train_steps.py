@@ -51,9 +51,9 @@ class Program:
 @functools.cache
 def compiled_step(
     model: Settings, tx: optax.GradientTransformation, mesh: tuple[int, int, int, int], rows: int, seq: int,
-    accumulation: int = 1,
+    accumulation: int = 1, optimised: bool = False,
 ) -> Program:  # fmt: skip
-    """The train step of a model on a mesh of the first devices, for batches [rows, seq]."""
+    """The train step of a model on a mesh of the first devices, for batches [rows, seq]. optimised: as users get it."""
     devices = make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
     build = _build(model)
     graphdef, _ = abstract_model(build)
@@ -63,7 +63,7 @@ def compiled_step(
     with placement(devices, RULES):
         batch = jax.device_put(packed_batch(rows, seq, model.vocab_size), batch_sharding(devices, RULES))
         lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(program.state(), batch)
-        return dataclasses.replace(program, compiled=lowered.compile(quick.OPTIONS))
+        return dataclasses.replace(program, compiled=lowered.compile(None if optimised else quick.OPTIONS))
 
 
 @functools.cache

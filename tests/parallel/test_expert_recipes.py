@@ -11,14 +11,19 @@ from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import load
 from adaptive.training.program import Program
 
+pytestmark = pytest.mark.compiles
+
+FEED = "model.body.stack.blocks.0.feed_forward"
 MODEL = (
-    "model.hidden_size=32", "model.intermediate_size=32", "model.num_layers=1", "model.num_heads=2",
-    "model.num_kv_heads=2", "model.head_dim=8", "model.moe.router=token_choice", "model.moe.experts=4",
-    "data.seq_len=16", "train.batch_size=8", "train.device_batch_size=0",
+    "model.width=32", "model.body.stack.repeats=1", "model.body.stack.blocks.0.mixer.heads=2",
+    "model.body.stack.blocks.0.mixer.kv_heads=2", "model.body.stack.blocks.0.mixer.head_dim=8", f"{FEED}=experts",
+    f"{FEED}.experts=4", f"{FEED}.expert_size=32", "data.seq_len=16", "train.batch_size=8",
+    "train.device_batch_size=0",
 )  # fmt: skip
 
 
 def program(*overrides: str) -> Program:
+    """Of one layer with four experts."""
     recipe = load("vanilla_tiny").with_(*MODEL).with_(*overrides)
     recipe.validate()
     count = recipe.mesh.expert * recipe.mesh.tensor
@@ -62,7 +67,7 @@ def test_one_state_any_layout(strategy, execution, held):
         "mesh.expert=4",
         "mesh.tensor=2",
         f"mesh.expert_parallel.strategy={strategy}",
-        f"model.moe.execution={execution}",
+        f"{FEED}.execution={execution}",
     )
     want_loss, want_params = on_one_device()
     assert loss == pytest.approx(want_loss, rel=1e-5)
@@ -83,6 +88,6 @@ def test_what_does_not_fit_is_refused_before_compilation():
     with pytest.raises(RecipeError, match=r"mesh\.expert=2: the model has no experts"):
         load("vanilla_tiny").with_("mesh.expert=2").validate()
     with pytest.raises(MeshError, match=r"expert_ff=30 does not divide by expert\*tensor=8"):
-        program("mesh.expert=8", "mesh.expert_parallel.strategy=tensor", "model.moe.expert_size=30")
+        program("mesh.expert=8", "mesh.expert_parallel.strategy=tensor", f"{FEED}.expert_size=30")
     with pytest.raises(MeshError, match=r"mesh\.data \* mesh\.fsdp \* mesh\.expert"):
         program("mesh.expert=4", "train.batch_size=6")

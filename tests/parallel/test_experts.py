@@ -208,7 +208,7 @@ def collectives(settings: ExpertParallel, mesh, ragged=False) -> dict[str, int]:
     m, rules = make_mesh(MeshConfig(*mesh)), axis_rules(settings)
     with placement(m, rules, settings):
         put = lambda a, *names: jax.device_put(a, NamedSharding(m, rules.spec(*names)))  # noqa: E731
-        forward = quick.jit(lambda x, d, w: run(x, d, w, AXES, to_rows if ragged else to_slots, feed_forward))
+        forward = jax.jit(lambda x, d, w: run(x, d, w, AXES, to_rows if ragged else to_slots, feed_forward))
         whole = {name: tuple(None if n == "width" else n for n in AXES[name]) for name in AXES}
         args = (
             put(x, "batch"), jax.tree.map(lambda a: put(a, "batch"), dispatch),

@@ -1,103 +1,94 @@
 """H-Nets on every mesh: what one device computes, and no communication for chunks."""
 
-import dataclasses
-import json
-import os
-from pathlib import Path
+import functools
 
-import hlo
 import jax
 import numpy as np
-import optax
 import pytest
 import quick
+import shapes
 from flax import nnx
+from meshes import (
+    FSDP,
+    GRADIENT,
+    MIXED,
+    MIXED_EXPERT,
+    ONE,
+    REPLICAS,
+    ROWS,
+    SEQ,
+    TENSOR,
+    VOCAB,
+    assert_recorded,
+    assert_same_step,
+    collectives,
+    stepped,
+)
 from train_steps import compiled_step, packed_batch
 
-from adaptive.models.config import RouterConfig, TransformerConfig
-from adaptive.models.hnet_config import HNetConfig
+from adaptive.layers import stack
+from adaptive.layers.chunkers import dynamic
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import token_choice
+from adaptive.models.bodies import plain
+from adaptive.models.depth import expert_choice
+from adaptive.models.depth import token_choice as depth_token_choice
 
 pytestmark = pytest.mark.compiles
 
-ROWS, SEQ = 8, 16
-RATE = 1e3  # parameters move so far that rounding them does not hide their gradient
-GRADIENT = optax.sgd(RATE)
-ONE = (1, 1, 1, 1)
-REPLICAS, MIXED = (8, 1, 1, 1), (2, 2, 1, 2)  # data, fsdp, expert, tensor
-MESHES = [REPLICAS, (1, 8, 1, 1), MIXED, (1, 1, 1, 8)]
-COLLECTIVES = Path(__file__).with_name("collectives.json")
-RECORD = "ADAPTIVE_RECORD=1 ./scripts/test tests/parallel/test_hnet_sharding.py -k collectives"
+ATTENDS = {"heads": 8, "kv_heads": 8, "head_dim": 4, "hidden": 32}
+ONE_STAGE, TWO_STAGES = ("m1", ("T1",), "t1"), ("m1", ("t1", ("T1",), "m1"), "t1")
 
 
-def hnet(layout: str, *, widths: tuple[int, ...] = (16, 24), router: RouterConfig | None = None, **settings):
-    own = HNetConfig(
-        layout=layout, widths=widths, intermediates=(32,), heads=(8,), rotary_dims=(2,), d_state=(4,),
-        ssm_head_dim=(2,), ssm_block=(8,), ratio_targets=(3.0,), **settings,
-    )  # fmt: skip
-    config = TransformerConfig(
-        vocab_size=64, hidden_size=24, intermediate_size=32, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=4,
-        recursions=2, init_std=0.2, tie_embeddings=False, router=router or RouterConfig(), hnet=own,
-    )  # fmt: skip
-    config.validate()
-    return config
+def hnet(layout=ONE_STAGE, *, widths=(16, 24), **settings) -> shapes.Model:
+    own = {"heads": 8, "hidden": 32, "ssm_head_dim": 2, "vocab_size": VOCAB}
+    return shapes.hnet(layout, widths=widths, **(own | settings))
 
 
-PLAIN = hnet('["m1", ["T1"], "t1"]', capacities=(0.5,))
-TWO = '["m1", ["t1", ["T1"], "m1"], "t1"]'
+def routed() -> stack.Settings:
+    """Experts, with a bias that moves after every step."""
+    layer = experts.Settings(token_choice.Settings(bias=True), experts=4, expert_size=16)
+    return stack.Settings((shapes.block(**ATTENDS, feed_forward=layer),), stream="float32", scale_residual=True)
+
+
+def recursive(**settings):
+    return shapes.recursive(4, 2, **ATTENDS, **settings).body
+
+
+PLAIN = hnet(capacities=(0.5,))
+LOSS_FREE = depth_token_choice.Settings(balancing="loss_free")
+RATIO = dynamic.Settings(target=3.0, ratio_coefficient=0.5)
 MODELS = {
     "one stage": PLAIN,
-    "two stages": hnet(TWO, widths=(16, 16, 24), ratio_coefficient=0.5, merge="sum"),
-    "device": hnet(TWO, widths=(16, 16, 24), packing="device"),
-    "mor": hnet('["m1", ["model"], "m1"]', router=RouterConfig(kind="expert_choice", alpha=1.0), capacities=(0.6,)),
-    "mor_token": hnet(
-        '["t1", ["model"], "m1"]',
-        router=RouterConfig(kind="token_choice", activation="softmax", alpha=1.0, balancing="loss_free"),
-    ),
+    "two stages": hnet(TWO_STAGES, widths=(16, 16, 24), chunker=RATIO, merge="sum"),
+    "device": hnet(TWO_STAGES, widths=(16, 16, 24), packing="device"),
+    "mor": hnet(("m1", recursive(depth=expert_choice.Settings(alpha=1.0)), "m1"), capacities=(0.6,)),
+    "mor_token": hnet(("t1", recursive(depth=LOSS_FREE), "m1")),
+    "experts": shapes.with_body(hnet(("m1", plain.Settings(routed()), "m1")), encoder=routed()),
 }
 CASES = [
-    *(("one stage", mesh) for mesh in MESHES),
-    *((name, MIXED) for name in MODELS if name != "one stage"),
-    ("device", REPLICAS),
-]
+    ("one stage", REPLICAS), ("one stage", FSDP), ("one stage", MIXED), ("one stage", TENSOR), ("two stages", MIXED),
+    ("device", MIXED), ("device", REPLICAS), ("mor", MIXED), ("mor_token", MIXED), ("experts", MIXED_EXPERT),
+]  # fmt: skip
 
 
-def loss_and_gradients(name: str, mesh: tuple[int, int, int, int]):
-    """(metrics, gradient of every parameter, buffers) of one step."""
-    program = compiled_step(MODELS[name], GRADIENT, mesh, ROWS, SEQ)
-    state = program.state()
-    before = jax.tree.map(np.array, state.params)
-    after, metrics = program.run(state, packed_batch(ROWS, SEQ, 64))
-    grads = jax.tree.map(lambda a, b: (a - np.asarray(b)) / RATE, before, after.params)
-    return jax.tree.map(np.asarray, metrics), grads, jax.tree.map(np.asarray, after.buffers)
-
-
-@pytest.fixture(scope="module")
-def on_one_device():
-    return {name: loss_and_gradients(name, ONE) for name in MODELS}
+@functools.cache
+def on_one_device(name: str):
+    return stepped(MODELS[name], ONE)
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
-def test_mesh_equals_one_device(name, mesh, on_one_device):
-    want_metrics, want_grads, want_buffers = on_one_device[name]
-    metrics, grads, buffers = loss_and_gradients(name, mesh)
-    assert metrics.keys() == want_metrics.keys() and metrics["loss"] > 0
-    for key, value in want_metrics.items():
-        if "ratio_loss_device" not in key:  # which depends on what a device holds
-            np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=2e-6, err_msg=key)
-    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(want_grads), jax.tree.leaves(grads), strict=True):
-        scale = np.abs(want).max()
-        assert scale > 0, path
-        np.testing.assert_allclose(got, want, atol=3e-5 * scale + 1e-7, err_msg=jax.tree_util.keystr(path))
-    for got, want in zip(jax.tree.leaves(buffers), jax.tree.leaves(want_buffers), strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-5)
+def test_mesh_equals_one_device(name, mesh):
+    """But for the ratio loss of each device, which depends on what a device holds."""
+    assert_same_step(stepped(MODELS[name], mesh), on_one_device(name), but="ratio_loss_device")
 
 
 @pytest.mark.parametrize(("mesh", "rows"), [(REPLICAS, 1), (MIXED, 2)], ids=str)
 def test_a_ratio_loss_of_each_device(mesh, rows):
     """The mean of what each device's rows alone would give; and the loss to train, where the recipe says so."""
-    config = dataclasses.replace(PLAIN, hnet=dataclasses.replace(PLAIN.hnet, ratio_over="device", capacities=()))
-    program = compiled_step(config, GRADIENT, mesh, ROWS, SEQ)
-    state, batch = program.state(), packed_batch(ROWS, SEQ, 64)
+    model = hnet(chunker=dynamic.Settings(target=3.0, ratio_over="device"))
+    program = compiled_step(model, GRADIENT, mesh, ROWS, SEQ)
+    state, batch = program.state(), packed_batch(ROWS, SEQ, VOCAB)
     graphdef = nnx.split(nnx.eval_shape(lambda: program.build(jax.random.key(0))))[0]
     params = jax.tree.map(np.asarray, state.params)
     trace = quick.jit(
@@ -117,37 +108,22 @@ def test_a_ratio_loss_of_each_device(mesh, rows):
 
 # Communication
 
-
-def chunked(chunker: str, **settings) -> TransformerConfig:
-    return dataclasses.replace(PLAIN, hnet=dataclasses.replace(PLAIN.hnet, chunkers=(chunker,), **settings))
-
-
 COUNTED = {
-    "hnet_none": (chunked("none"), REPLICAS),
-    "hnet_stride": (chunked("stride"), REPLICAS),
-    "hnet_dynamic": (chunked("dynamic"), REPLICAS),
-    "hnet_device": (chunked("dynamic", packing="device"), REPLICAS),
-    "hnet_mixed": (chunked("dynamic"), MIXED),
+    "hnet_none": (hnet(chunker="none", capacities=(0.5,)), REPLICAS),
+    "hnet_stride": (hnet(chunker="stride", capacities=(0.5,)), REPLICAS),
+    "hnet_dynamic": (PLAIN, REPLICAS),
+    "hnet_device": (hnet(capacities=(0.5,), packing="device"), REPLICAS),
+    "hnet_mixed": (PLAIN, MIXED),
 }
 
 
 def counted(name: str) -> dict[str, int]:
-    config, mesh = COUNTED[name]
-    return hlo.collectives(compiled_step(config, GRADIENT, mesh, ROWS, SEQ).compiled.as_text())
+    return collectives(*COUNTED[name], optimised=True)
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_number_of_collectives(name):
-    """By kind, in the compiled step; other jax versions compile other programs."""
-    version = ".".join(jax.__version__.split(".")[:2])
-    found, recorded = counted(name), json.loads(COLLECTIVES.read_text())
-    if os.environ.get("ADAPTIVE_RECORD"):
-        recorded.setdefault(version, {})[name] = found
-        COLLECTIVES.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n")
-        return
-    if version not in recorded:
-        pytest.skip(f"collectives are not recorded for jax {version}; {RECORD} records them")
-    assert found == recorded[version][name], f"if the change is meant, explain it in the commit and run:\n  {RECORD}"
+    assert_recorded(name, counted(name))
 
 
 def test_chunks_do_not_travel():

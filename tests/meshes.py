@@ -1,0 +1,69 @@
+"""A train step of small models on emulated devices: what it computes, and the collectives that were recorded of it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import hlo
+import jax
+import numpy as np
+import optax
+import pytest
+from train_steps import compiled_step, packed_batch
+
+from adaptive.models.language_model import Settings
+
+ROWS, SEQ, VOCAB = 8, 16, 64
+# Sizes of data, fsdp, expert and tensor.
+ONE = (1, 1, 1, 1)
+REPLICAS, FSDP, MIXED, TENSOR = (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)
+EXPERT, MIXED_EXPERT = (1, 1, 8, 1), (1, 2, 2, 2)
+RATE = 1e3  # parameters move so far that rounding them does not hide their gradient
+GRADIENT = optax.sgd(RATE)
+COLLECTIVES = Path(__file__).with_name("parallel") / "collectives.json"
+RECORD = "ADAPTIVE_RECORD=1 ./scripts/test tests/parallel -k number_of_collectives"
+
+
+def stepped(model: Settings, mesh: tuple[int, int, int, int]) -> tuple[Any, Any, Any]:
+    """(metrics, gradient of every parameter, buffers) of one step."""
+    program = compiled_step(model, GRADIENT, mesh, ROWS, SEQ)
+    state = program.state()
+    before = jax.tree.map(np.array, state.params)
+    after, metrics = program.run(state, packed_batch(ROWS, SEQ, VOCAB))
+    grads = jax.tree.map(lambda a, b: (a - np.asarray(b)) / RATE, before, after.params)
+    return jax.tree.map(np.asarray, metrics), grads, jax.tree.map(np.asarray, after.buffers)
+
+
+def assert_same_step(got: tuple[Any, Any, Any], want: tuple[Any, Any, Any], *, but: str = "-") -> None:
+    """Metrics, except those with `but` in their name, gradients and buffers are equal; every parameter has a
+    gradient."""
+    assert got[0].keys() == want[0].keys() and got[0]["loss"] > 0
+    for key, value in want[0].items():
+        if but not in key:
+            np.testing.assert_allclose(got[0][key], value, rtol=2e-5, atol=2e-6, err_msg=key)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want[1]), jax.tree.leaves(got[1]), strict=True):
+        scale = np.abs(a).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(b, a, atol=3e-5 * scale + 1e-7, err_msg=jax.tree_util.keystr(path))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want[2]), jax.tree.leaves(got[2]), strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def collectives(model: Settings, mesh: tuple[int, int, int, int], *, optimised: bool = False) -> dict[str, int]:
+    """Of the compiled step, by kind."""
+    return hlo.collectives(compiled_step(model, GRADIENT, mesh, ROWS, SEQ, optimised=optimised).compiled.as_text())
+
+
+def assert_recorded(name: str, found: dict[str, int]) -> None:
+    """The same collectives as recorded; records them if ADAPTIVE_RECORD is set. Other jax versions compile other
+    programs."""
+    version = ".".join(jax.__version__.split(".")[:2])
+    recorded = json.loads(COLLECTIVES.read_text())
+    if os.environ.get("ADAPTIVE_RECORD"):
+        recorded.setdefault(version, {})[name] = found
+        COLLECTIVES.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n")
+        return
+    if version not in recorded:
+        pytest.skip(f"collectives are not recorded for jax {version}; {RECORD} records them")
+    assert found == recorded[version][name], f"if the change is meant, explain it in the commit and run:\n  {RECORD}"
