@@ -14,7 +14,6 @@ import shapes
 from flax import nnx
 from hnet_models import random_bytes, split_model
 
-from adaptive.layers.site import Buffer
 from adaptive.models.bodies import Body, hnet, plain, recursive
 from adaptive.recipe import list_recipes, load
 from adaptive.settings import leaf_values
@@ -75,22 +74,9 @@ def compares_rows(model: shapes.Model) -> str:
 
 
 @functools.cache
-def prepared(model: shapes.Model) -> tuple[Any, Any]:
-    """(graph definition, state), running thresholds at values that let through some tokens and not others."""
-    graphdef, state = split_model(model)
-
-    def spread(path: Any, value: nnx.Variable) -> nnx.Variable:
-        if not isinstance(value, Buffer) or path[-1] != "threshold":
-            return value
-        return value.replace(value[...] * jax.random.uniform(jax.random.key(0), value.shape, minval=0.5))
-
-    return graphdef, nnx.from_flat_state([(path, spread(path, v)) for path, v in nnx.to_flat_state(state)])
-
-
-@functools.cache
 def whole(model: shapes.Model, selection: str):
     """(tokens, segments, positions, boundaries) -> (logits, depth) of the full forward pass."""
-    graphdef, state = prepared(model)
+    graphdef, state = split_model(model)
 
     @quick.jit
     def run(state, tokens, segments, positions, given):
@@ -140,7 +126,7 @@ def same(got: Any, want: Any, rows: list[int], of: list[int], valid: np.ndarray)
 
 def rules(model: shapes.Model) -> list[str]:
     """Ways of selecting that decide each row alone."""
-    made = nnx.merge(*prepared(model))
+    made = nnx.merge(*split_model(model))
     known = ["topk", "threshold"] if made.selections() == ("topk", "threshold") else ["topk"]
     return [rule for rule in known if rule == "threshold" or not compares_rows(model)]
 
@@ -166,7 +152,7 @@ def test_a_batch_is_its_rows(name):
             same(run(*rows.joined(part, others).arrays()), want, [0, 1], part, rows.valid)
         if rule != rules(model)[-1]:
             continue
-        if rule == "topk" and nnx.merge(*prepared(model)).refuse_generation():
+        if rule == "topk" and nnx.merge(*split_model(model)).refuse_generation():
             continue
         packed = rows.taken([2, 1, 0, 3])
         for field in ("tokens", "given", "positions"):
@@ -181,7 +167,7 @@ def test_a_batch_is_its_rows(name):
 def test_generation_with_a_cache_is_the_full_forward_pass(name):
     """A prompt in two pieces, of another length in each row, and then single tokens."""
     model = models()[name]
-    graphdef, state = prepared(model)
+    graphdef, state = split_model(model)
     made = nnx.merge(graphdef, state)
     if reason := made.refuse_generation() or made.refuse_cache():
         pytest.skip(reason)

@@ -1,5 +1,7 @@
 """Whole plain and recursive models: sharing, causality, generation, packing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from hnet_models import continued, forward, split_model
 
 from adaptive.errors import RecipeError
 from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import moe_pp
+from adaptive.models.depth import all as everyone
 from adaptive.models.depth import expert_choice, token_choice
 
 pytestmark = pytest.mark.compiles
@@ -134,6 +138,72 @@ def test_ends_of_any_size(prelude, coda, core, tokens):
     want = forward(model)(tokens)
     assert np.all(np.asarray(want.trace.depth) == 2)
     np.testing.assert_allclose(continued(model, 22)(tokens)[0], want.logits, atol=1e-4)
+
+
+# Equal passes as a loop
+
+MAMBA = shapes.block(mixer="mamba2", feed_forward=None, repeat=3)
+CORES = {
+    "attention": shapes.recursive(8),
+    "three Mamba-2 and one attention": shapes.recursive(10, 2, pattern=(MAMBA, shapes.block())),
+    "experts of every pass": shapes.recursive(
+        5, shared="mixers", feed_forward=experts.Settings(moe_pp.Settings(), experts=4, expert_size=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_a_loop_of_passes_equals_them_written_out(name, tokens):
+    """Logits, losses, statistics and gradients; and what a cache generates."""
+    model = CORES[name]
+    loop = shapes.with_body(model, depth=everyone.Settings(loop=True))
+    _, state = split_model(model)
+    params, buffers = nnx.split_state(state, nnx.Param, ...)
+
+    def found(model):
+        graphdef, _ = split_model(model)
+
+        def loss(params):
+            out = nnx.merge(graphdef, params, buffers)(tokens)
+            weights = jnp.cos(jnp.arange(out.logits.size).reshape(out.logits.shape))
+            return (out.logits * weights).mean() + out.aux.total(), (out.logits, out.aux.scalars(), out.trace.sums())
+
+        return quick.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    got, want = found(loop), found(model)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * max(1e-3, np.abs(b).max()))
+    np.testing.assert_allclose(continued(loop, 20)(tokens)[0], forward(model)(tokens).logits, atol=1e-4)
+
+
+def test_a_call_says_how_many_passes_there_are(tokens):
+    """As many as a traced number says: the model with that many recursions."""
+    graphdef, state = split_model(shapes.recursive(6, 4))
+    run = quick.jit(lambda state, n: nnx.merge(graphdef, state)(tokens, passes=n))
+    for passes in (1, 2, 4, 5):
+        other, _ = split_model(shapes.recursive(2 + passes, passes))
+        want = quick.jit(lambda state, g=other: nnx.merge(g, state)(tokens).logits)(state)
+        got = run(state, jnp.asarray(passes))
+        np.testing.assert_allclose(got.logits, want, atol=1e-4)
+        assert np.all(np.asarray(got.trace.depth) == passes)
+    for model in (CAUSAL["expert"], CAUSAL["recursive-kv-shared"], shapes.recursive(4, 2, order="sequence")):
+        with pytest.raises(RecipeError, match="passes of a call"):
+            nnx.merge(*split_model(model))(tokens, passes=jnp.asarray(2))
+    with pytest.raises(RecipeError, match=r"depth.loop=true: .* keys_values=per_recursion"):
+        shapes.recursive(depth=everyone.Settings(loop=True), keys_values="shared")
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+@pytest.mark.parametrize("depth", ["all", "expert_choice", "token_choice", "mixture_of_depths"])
+def test_a_float32_stream_stays_so_between_passes(depth, ends, tokens):
+    model = shapes.recursive(4 + 2 * ends, 4, ends=ends, depth=depth)
+    model = shapes.with_body(model, core=dataclasses.replace(model.body.core, stream="float32"))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: model.build(jax.random.key(0), dtype=jnp.bfloat16)))
+    program = jax.make_jaxpr(lambda state: nnx.merge(graphdef, state)(tokens).hidden)(state)
+    assert program.out_avals[0].dtype == jnp.bfloat16
+    sums = [e.outvars[0].aval for e in program.eqns if e.primitive.name == "add"]
+    assert ends or {found.dtype.name for found in sums if found.shape[-1:] == (32,)} <= {"float32"}
 
 
 # Causality and generation
