@@ -174,7 +174,7 @@ def parameters(model: Model) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def drawing(model: Model) -> Any:
-    return traced(lambda key: nnx.state(model.build(key)), jax.random.key(0))
+    return traced(lambda key: nnx.state(model.build(key)), jax.eval_shape(lambda: jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -189,7 +189,7 @@ def causal(model: Model) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def asked(model: Model) -> Any:
-    each = jnp.ones(ROWS, jnp.int32)
+    each = np.ones(ROWS, np.int32)
     return traced(functools.partial(through, model, "topk", experts_per_token=each), abstract(model)[1])
 
 
@@ -197,7 +197,7 @@ def through(model: Model, selection: Any, state: Any, **asks: Any) -> Any:
     """A forward pass with its losses and the buffers after it, in training or as it generates."""
     built = nnx.merge(abstract(model)[0], state)
     tokens = jnp.zeros((ROWS, SEQ), jnp.int32)
-    segments = jnp.asarray(np.repeat([[1] * (SEQ - 4) + [2] * 4], ROWS, 0))
+    segments = jnp.ones((ROWS, SEQ), jnp.int32).at[:, -4:].set(2)
     out = built(
         tokens,
         segment_ids=segments,

@@ -23,6 +23,8 @@ from adaptive.models.bodies import recursive
 from adaptive.models.language_model import LanguageModel
 from adaptive.settings import with_leaf
 
+pytestmark = pytest.mark.compiles
+
 CONFIGS = oracle.configs()
 # Gradients where a letter, a depth or an option is new; of the rest, values alone.
 GRADIENTS = {"one-same-width", "one-hybrid", "one-lists", "two-widening", "three"}

@@ -1,0 +1,284 @@
+"""Every setting of a run besides its model's does something: another value is seen where it should be.
+
+What is looked at: the batches read, the optimizer's program, the train step on a mesh of emulated devices, what the
+loop asks of its parts, and which checkpoints stay. Nothing is compiled but sums of a small state.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shapes
+from flax import nnx
+
+from adaptive import settings
+from adaptive.data import pipeline
+from adaptive.data.tokenizers import load_tokenizer
+from adaptive.errors import NonFiniteError, UserError
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import token_choice
+from adaptive.optim.build import make_optimizer
+from adaptive.parallel.mesh import make_mesh
+from adaptive.recipe import Recipe, setting_kinds
+from adaptive.runs.checkpoint import Checkpoints
+from adaptive.runs.state import TrainState
+from adaptive.training import loop as loops
+from adaptive.training import program as programs
+from adaptive.training.evaluation import Evaluator
+from adaptive.training.loop import Loop
+from adaptive.training.step import make_train_step
+
+pytestmark = pytest.mark.compiles
+
+SEQ, ROWS, STEPS = 32, 8, 12
+BLOCK = "model.body.stack.blocks.0.feed_forward"
+
+# Settings that a setting needs beside it. FOLDER is the test's.
+SPREAD = ["mesh.expert=4", "mesh.expert_parallel.strategy=expert"]
+NEEDS = {
+    "data.weights": ["data.paths=english,python"],
+    "data.text_key": ["data.source=files", "data.paths=FOLDER/documents.jsonl"],
+    "data.token_dtype": ["data.source=tokens", "data.paths=FOLDER/tokens.bin"],
+    "data.boundaries": ["data.tokenizer=hnet-bytes"],
+    "mesh.expert_parallel.strategy": ["mesh.expert=4"],
+    "mesh.expert_parallel.exchange": [*SPREAD, "mesh.expert_parallel.nodes=2", f"{BLOCK}.execution=capacity"],
+    "mesh.expert_parallel.nodes": [
+        "mesh.expert=8", "mesh.expert_parallel.strategy=expert", "mesh.expert_parallel.nodes=2",
+        "mesh.expert_parallel.exchange=hierarchical", f"{BLOCK}.execution=capacity",
+    ],
+    "mesh.expert_parallel.overlap": SPREAD,
+    "mesh.expert_parallel.buffer_factor": [*SPREAD, f"{BLOCK}.execution=ragged"],
+    "train.device_batch_size": ["train.batch_size=16"],
+    "log.profile_start": ["log.profile_steps=2"],
+}  # fmt: skip
+
+# Other values, where they are not simply the next.
+OTHERS = {
+    "data.source": "synthetic", "data.paths": "python", "data.weights": "0.9,0.1", "data.tokenizer": "hnet-bytes",
+    "data.text_key": "title", "data.cache_dir": "FOLDER/other", "optimizer.beta1": "0.8", "optimizer.beta2": "0.9",
+    "schedule.decay_fraction": "0.5", "schedule.floor": "0.5", "mesh.data": "4", "mesh.fsdp": "2", "mesh.expert": "2",
+    "mesh.tensor": "2", "mesh.expert_parallel.strategy": "gather", "mesh.expert_parallel.exchange": "hierarchical",
+    "mesh.expert_parallel.nodes": "4", "mesh.expert_parallel.buffer_factor": "1.5", "train.compute_dtype": "bfloat16",
+    "train.remat": "layer", "train.loss_chunk": "8", "train.device_batch_size": "1", "train.batch_size": "16",
+    "train.max_bad_steps": "3", "eval.selection": "threshold", "log.profile_steps": "3",
+}  # fmt: skip
+
+
+def base() -> Recipe:
+    routed = experts.Settings(token_choice.Settings(capacity_factor=1.0), experts=8, expert_size=16)
+    model = shapes.plain(2, vocab_size=320, width=32, feed_forward=routed)
+    return Recipe(name="base", model=model).with_(
+        f"data.seq_len={SEQ}", "data.cache_dir=FOLDER/cache", f"train.batch_size={ROWS}", f"train.steps={STEPS}",
+        "train.max_bad_steps=9", "train.compute_dtype=float32", "schedule.warmup_steps=2", "eval.every=4",
+        "checkpoint.every=3", "checkpoint.keep_last=2", "log.every=5",
+    )  # fmt: skip
+
+
+PATHS = [path for path in setting_kinds(base()) if not path.startswith(("model", "objective"))]
+
+
+# Looks
+
+
+def batches(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """What is read, how far ahead, and where it is kept."""
+    asked: list[Any] = []
+    options = pipeline.grain.ReadOptions
+    patch.setattr(pipeline.grain, "ReadOptions", lambda **given: asked.append(given) or options(**given))
+    data = pipeline.open_data(recipe.data, batch_size=2, vocab_size=320)
+    stream = data.train()
+    read = [next(stream), next(stream), *data.validation(2)]
+    stream.close()
+    arrays = [None if a is None else np.asarray(a).tobytes() for batch in read for a in batch]
+    return arrays, asked, sorted(path.name for path in folder.iterdir())
+
+
+def updates(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """The optimizer's program."""
+    tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
+    params = nnx.state(nnx.eval_shape(lambda: recipe.model.build(jax.random.key(0))), nnx.Param)
+    return text(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
+
+
+def step(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """The train step's program on the recipe's mesh, and the key that a run begins with."""
+    made: list[Any] = []
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        made.append(make_train_step(*arguments, **options))
+        return lambda state, batch: (state, {})  # what is compiled in its place
+
+    patch.setattr(programs, "make_train_step", make)
+    patch.setattr(programs, "fresh_state", lambda build, tx, key, *where: jax.random.key_data(key).tolist())
+    program = programs.Program(recipe, make_mesh(recipe.mesh, jax.devices()))
+    program.compile_train_step()
+    with program.placed():
+        shown = text(jax.make_jaxpr(made[0])(program.abstract_state(), program.abstract_batch()))
+    return shown, program.fresh_state()
+
+
+def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """What the loop does, and when: every step of this run fails."""
+    did: list[Any] = []
+    patch.setattr(jax.profiler, "start_trace", lambda folder: did.append("profile"))
+    patch.setattr(jax.profiler, "stop_trace", lambda: did.append("profiled"))
+
+    @contextlib.contextmanager
+    def limit(name: str, seconds: float):
+        did.append((name, seconds))
+        yield
+
+    bad = jax.tree.map(jnp.asarray, {"skipped": 1, "loss": np.nan, "grad_norm": 1.0})
+    meter = types.SimpleNamespace(
+        waited=lambda s: None, add=lambda m: None, paused=contextlib.nullcontext, row=lambda n, **columns: (n, columns)
+    )
+    loop: Any = types.SimpleNamespace(
+        recipe=recipe, meter=meter, watchdog=types.SimpleNamespace(limit=limit), late=loops.OneStepLate(),
+        folder=types.SimpleNamespace(profile=folder, path=folder), first_row=True, bad_in_row=0, say=lambda line: None,
+        steps=lambda number, state, batch: (state, bad), program=types.SimpleNamespace(to_devices=lambda batch: batch),
+        progress=types.SimpleNamespace(step=lambda done: None), stop=types.SimpleNamespace(agreed=lambda: False),
+        checkpoints=types.SimpleNamespace(save=lambda done, *rest: did.append(("save", done))),
+        evaluate=lambda state, done: did.append(("evaluate", done)), prepare=lambda number: None,
+        record=lambda row: did.append(row), schedule=lambda number: 0.0,
+    )  # fmt: skip
+    for name in ("absorb", "profile", "not_finite"):
+        setattr(loop, name, types.MethodType(getattr(Loop, name), loop))
+    state = types.SimpleNamespace(state=dict)
+    try:
+        Loop.train(loop, state, 0, Endless())
+    except NonFiniteError as error:
+        did.append(str(error))
+    return did
+
+
+class Endless:
+    """Batches of nothing."""
+
+    def __next__(self) -> None:
+        return None
+
+    def state(self) -> dict:
+        return {}
+
+
+def tracking(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """What the service that shows runs is started with."""
+    asked: list[Any] = []
+    patch.setattr(loops, "start_tracking", lambda mode, **given: asked.append((mode, given["project"])) or Silent())
+    patch.setattr(loops, "cost_of", lambda plan: None)
+    patch.setattr(loops, "Meter", lambda *arguments, **given: None)
+    loop: Any = types.SimpleNamespace(
+        recipe=recipe, folder=types.SimpleNamespace(path=folder, checkpoints=folder, run_id=""), say=lambda line: None,
+        restore_or_start=lambda: (None, 0, None), primary=False, plan=None, facts=recipe.model.facts(),
+        data=types.SimpleNamespace(train=lambda state: types.SimpleNamespace(close=lambda: None)),
+        train=lambda *arguments: (False, None, 1), finish=lambda *arguments: None,
+        watchdog=types.SimpleNamespace(limit=lambda name, seconds: contextlib.nullcontext()),
+    )  # fmt: skip
+    Loop.run(loop)
+    return asked
+
+
+class Silent:
+    def finish(self) -> None:
+        pass
+
+
+def sampling(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """What a continuation is asked for."""
+    asked: list[Any] = []
+    patch.setattr(loops, "sample", lambda g, s, prompt, count, key, **rest: asked.append((list(prompt), count)) or [])
+    loop: Any = types.SimpleNamespace(
+        recipe=recipe, data=types.SimpleNamespace(tokenizer=load_tokenizer("bytes")), say=lambda line: None,
+        program=types.SimpleNamespace(refuse_generation="", graphdef=None),
+    )  # fmt: skip
+    Loop.sample(loop, types.SimpleNamespace(params=nnx.State({}), buffers=nnx.State({})))
+    return asked
+
+
+def evaluating(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """How, and on how many batches, a model is evaluated."""
+    asked: list[Any] = []
+    program: Any = types.SimpleNamespace(
+        recipe=recipe, facts=recipe.model.facts(), mesh=make_mesh(recipe.mesh, jax.devices()),
+        selections=("topk", "threshold"), eval_step=lambda lengths, mode: asked.append(mode),
+    )  # fmt: skip
+    tokenizer = types.SimpleNamespace(token_byte_lengths=lambda: None)
+    Evaluator(program, types.SimpleNamespace(tokenizer=tokenizer, validation=lambda n: asked.append(n) or []))(None)
+    return asked
+
+
+def kept(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """Which of ten checkpoints stay."""
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, zero, {}, {}, {}, jnp.zeros(2, jnp.uint32))
+    name = "-".join(map(str, dataclasses.astuple(recipe.checkpoint)))
+    checkpoints = Checkpoints(folder / name, recipe.checkpoint, {}, say=lambda line: None)
+    for number in range(1, 9):
+        checkpoints.save(number, state, {})
+    checkpoints.close()
+    return checkpoints.steps()
+
+
+LOOKS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "data": (batches, step),
+    "optimizer": (updates,),
+    "schedule": (updates,),
+    "mesh": (step,),
+    "train": (updates, running, step),
+    "eval": (running, evaluating),
+    "checkpoint": (running, kept),
+    "log": (running, tracking, sampling),
+}
+
+
+def text(program: Any) -> str:
+    """The program without addresses, which differ each time."""
+    return re.sub(r"0x[0-9a-f]+", "", str(program))
+
+
+def seen(look: Callable[..., Any], recipe: Recipe, folder: Path) -> Any:
+    """What is seen of the recipe; a refusal is something, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            return look(recipe, folder, patch)
+        except UserError as error:
+            return str(error)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with text and with tokens."""
+    path = tmp_path_factory.mktemp("options")
+    lines = [{"text": f"text {i} " * 40, "title": f"title {i} " * 40} for i in range(80)]
+    (path / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    np.arange(20_000, dtype=np.uint16).__mod__(250).astype(np.uint16).tofile(path / "tokens.bin")
+    return path
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_setting_of_a_run_does_something(path, folder):
+    here = lambda overrides: [one.replace("FOLDER", str(folder)) for one in overrides]  # noqa: E731
+    before = base().with_(f"data.cache_dir={folder}/cache").with_(*here(NEEDS.get(path, [])))
+    kind, value = setting_kinds(before)[path], settings.leaf_values(before)[path]
+    other = before.with_(*here([f"{path}={OTHERS.get(path) or next_value(kind, value)}"]))
+    before.validate()
+    assert other != before
+    looks = LOOKS[path.partition(".")[0]]
+    assert any(seen(look, before, folder) != seen(look, other, folder) for look in looks)
+
+
+def next_value(kind: Any, value: Any) -> str:
+    if kind is bool:
+        return str(not value).lower()
+    if isinstance(value, int | float):
+        return str(value + 1)
+    return next((str(v) for v in getattr(kind, "__args__", ()) if v != value), f"{value}x")
