@@ -1,12 +1,12 @@
 """python -m adaptive.train --recipe NAME [--workdir DIR] [setting=value ...]: trains a model.
 
-    --recipe NAME     a recipe of recipes/, or the recipe.json of an earlier run
+    --recipe NAME     a recipe of recipes/, a Python file of your own, or the recipe.json of an earlier run
     --workdir DIR     where everything is kept; a run that is there already goes on (default: a new folder in runs/)
     --list_recipes    names all recipes and ends
     --print_recipe    prints the recipe, fully resolved, and ends
     --dry_run         does everything up to and including compilation, prints the plan and ends
 
-Settings are dotted: train.steps=100 mesh.fsdp=4. `data=embedded` sets all that a preset of data sets.
+Settings are dotted: train.steps=100 model.body.depth=token_choice. `data=embedded` sets all that a preset of data sets.
 Exit codes: 0 done, 1 failed, 2 something asked for cannot work, 3 not finite, 75 stopped when asked and saved,
 124 a step or a save exceeded its time limit, 130 interrupted.
 """
@@ -26,7 +26,7 @@ from adaptive.parallel import cluster
 from adaptive.recipe import Recipe, describe, list_recipes, load
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("recipe", "", "name of a recipe, or path of a recipe.json", flag_values=FLAGS)
+flags.DEFINE_string("recipe", "", "name of a recipe, or path of a .py or a recipe.json", flag_values=FLAGS)
 flags.DEFINE_string("workdir", "", "folder of the run (default: a new one in runs/)", flag_values=FLAGS)
 flags.DEFINE_bool("list_recipes", False, "name all recipes", flag_values=FLAGS)
 flags.DEFINE_bool("print_recipe", False, "print the resolved recipe", flag_values=FLAGS)
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"which recipe? --recipe NAME, one of: {', '.join(list_recipes())}")
     recipe = load(FLAGS.recipe).with_(*overrides)
     if FLAGS.print_recipe:
-        print(describe(recipe))
+        print(describe(recipe, load(FLAGS.recipe) if FLAGS.recipe.endswith(".py") else None))
         return 0
     recipe.validate()
     print(doctor.check_versions())
