@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+import quick
 import shapes
 from flax import nnx
+from hnet_models import split_model
 
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import acm, blockffn, moe_pp, token_choice
@@ -30,7 +32,7 @@ def parameters(model):
 
 @pytest.fixture(scope="module")
 def params():
-    return nnx.state(HNET.build(jax.random.key(0)), nnx.Param)
+    return nnx.state(nnx.merge(*split_model(HNET)), nnx.Param)
 
 
 def paths(mask, value) -> set[str]:
@@ -109,11 +111,17 @@ def test_a_part_moves_as_if_the_learning_rate_were_its_own(params, weight_decay)
 
     def moved(config, params):
         tx = make_optimizer(config, ScheduleConfig(kind="constant"), 10)
-        after, state = params, tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(jax.tree.unflatten(jax.tree.structure(params), gradients), state, after)
-            after = optax.apply_updates(after, updates)
-        return jax.tree.leaves(after)
+        steps = jax.tree.unflatten(jax.tree.structure(params), gradients)
+
+        @quick.jit
+        def twice(params):
+            after, state = params, tx.init(params)
+            for _ in range(2):
+                updates, state = tx.update(steps, state, after)
+                after = optax.apply_updates(after, updates)
+            return after
+
+        return jax.tree.leaves(twice(params))
 
     of = jax.tree.leaves(rates(params))
     level = jax.tree.map(_of_rate_one, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
