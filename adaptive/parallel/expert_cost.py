@@ -87,7 +87,8 @@ def settle(settings: ExpertParallel, load: ExpertLoad | None) -> tuple[ExpertPar
     load None: of a model without experts, which has no reasons.
     """
     if load is None:
-        return dataclasses.replace(settings, strategy="expert" if settings.strategy == "auto" else settings.strategy), []
+        strategy = "expert" if settings.strategy == "auto" else settings.strategy
+        return dataclasses.replace(settings, strategy=strategy), []
     costs = {name: cost(name, load, settings) for name in get_args(Strategy)}
     usable = [name for name, c in costs.items() if not c.refused] or ["expert"]
     cheapest = min(usable, key=lambda name: costs[name].total)
