@@ -14,6 +14,8 @@ import shapes
 from flax import nnx
 from hnet_models import random_bytes, split_model
 
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import expert_choice
 from adaptive.models.bodies import Body, hnet, plain, recursive
 from adaptive.recipe import list_recipes, load
 from adaptive.settings import leaf_values
@@ -126,9 +128,14 @@ def same(got: Any, want: Any, rows: list[int], of: list[int], valid: np.ndarray)
 
 def rules(model: shapes.Model) -> list[str]:
     """Ways of selecting that decide each row alone."""
+    differ = nnx.merge(*split_model(model)).selections()
+    return [rule for rule in differ if rule == "threshold" or not compares_rows(model)]
+
+
+def causal_rule(model: shapes.Model) -> str:
+    """The way of selecting in which positions decide from their past alone; empty where there is none."""
     made = nnx.merge(*split_model(model))
-    known = ["topk", "threshold"] if made.selections() == ("topk", "threshold") else ["topk"]
-    return [rule for rule in known if rule == "threshold" or not compares_rows(model)]
+    return "" if made.refuse_generation() else made.selections()[-1]
 
 
 @pytest.mark.parametrize("name", models())
@@ -150,9 +157,7 @@ def test_a_batch_is_its_rows(name):
         same(run(*other.arrays()), want, [0, 1, 2, 3], [0, 1, 2, 3], rows.valid)
         for part in ([0, 1], [2, 3]):
             same(run(*rows.joined(part, others).arrays()), want, [0, 1], part, rows.valid)
-        if rule != rules(model)[-1]:
-            continue
-        if rule == "topk" and nnx.merge(*split_model(model)).refuse_generation():
+        if rule != causal_rule(model):
             continue
         packed = rows.taken([2, 1, 0, 3])
         for field in ("tokens", "given", "positions"):
@@ -161,6 +166,17 @@ def test_a_batch_is_its_rows(name):
         got = run(*packed.arrays())
         np.testing.assert_allclose(got[0][0, :7], want[0][2, :7], **CLOSE)
         np.testing.assert_allclose(got[0][0, 7:], want[0][1, :9], **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{"group": "batch"}, {"group": "position"}], ids=str)
+def test_what_compares_rows_is_known(options):
+    """The exceptions are real: other rows change what a row gives in training."""
+    chosen = experts.Settings(expert_choice.Settings(**options), experts=4, expert_size=8)
+    model, rows, others = shapes.plain(2, feed_forward=chosen, vocab_size=256), Rows(1), Rows(2)
+    assert rules(model) == ["threshold"] and compares_rows(model)
+    run = whole(model, "topk")
+    difference = np.abs(run(*rows.arrays())[0] - run(*rows.joined([0, 1], others).arrays())[0])
+    assert difference[:2][rows.valid[:2]].max() > 1e-2
 
 
 @pytest.mark.parametrize("name", models())
@@ -172,7 +188,7 @@ def test_generation_with_a_cache_is_the_full_forward_pass(name):
     if reason := made.refuse_generation() or made.refuse_cache():
         pytest.skip(reason)
     rows = Rows(1)
-    want = whole(model, rules(model)[-1] if rules(model) else "threshold")(*rows.arrays())
+    want = whole(model, causal_rule(model))(*rows.arrays())
     begins = np.concatenate([np.zeros((1, ROWS), int), PIECES.cumsum(0)])
     at = begins[:2, :, None] + np.arange(PIECE)
     valid = np.arange(PIECE) < PIECES[..., None]
