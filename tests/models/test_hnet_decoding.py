@@ -30,7 +30,7 @@ CASES = {
     "stride": hnet(2, chunker="stride"),
     "space": hnet(1, chunker="space"),
     "words": hnet(1, chunker="words"),
-    "expert choice": composed(EXPERT),
+    "expert choice": composed(EXPERT, hidden=32),
     "expert choice, shared keys": composed(EXPERT, keys_values="shared"),
     "expert choice, cycle": composed(EXPERT, ends=0, layers=3),
     "token choice": composed(TOKEN),
