@@ -10,7 +10,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import quick
 import shapes
 from flax import nnx
 
@@ -94,7 +93,7 @@ def compare(layer: RoutedLayer, reference: Reference, weights: dict, x: np.ndarr
 
     params = nnx.filter_state(state, nnx.Param)
     rest = nnx.filter_state(state, nnx.Not(nnx.Param))
-    run = quick.jit(jax.value_and_grad(lambda p, x: ours(nnx.merge_state(p, rest), x), (0, 1), has_aux=True))
+    run = jax.jit(jax.value_and_grad(lambda p, x: ours(nnx.merge_state(p, rest), x), (0, 1), has_aux=True))
     (_, (got, combine, losses)), (grads, grad_x) = run(params, jnp.asarray(x, jnp.float32))
 
     combine = np.asarray(combine).reshape(decision.combine.shape)
@@ -147,13 +146,13 @@ def run(layer: RoutedLayer, x: np.ndarray, **context) -> tuple[jax.Array, Routin
     graphdef, state = nnx.split(layer)
     call = lambda state, x, c: nnx.merge(graphdef, state).routed(x, Context(**c, **static))  # noqa: E731
     static = {name: context.pop(name) for name in ("selection", "training") if name in context}
-    return quick.jit(call)(state, jnp.asarray(x, jnp.float32), context)
+    return jax.jit(call)(state, jnp.asarray(x, jnp.float32), context)
 
 
 def blind_to_the_future(layer: RoutedLayer, x: np.ndarray, change: int, **context) -> None:
     """Under "threshold" selection a token's output does not depend on later tokens."""
     context = Context(selection="threshold", **context)
-    call = quick.jit(lambda x: layer.routed(x, context)[0])
+    call = jax.jit(lambda x: layer.routed(x, context)[0])
     other = x.copy()
     other[:, change:] = np.random.default_rng(3).normal(size=other[:, change:].shape) * 3
     a, b = call(jnp.asarray(x, jnp.float32)), call(jnp.asarray(other, jnp.float32))
@@ -171,7 +170,7 @@ def executions_agree(
     for name in names:
         layer = make(name)
         results.append(
-            quick.jit(jax.value_and_grad(lambda x, layer=layer: jnp.sin(layer.routed(x, context)[0]).sum()))(x)
+            jax.jit(jax.value_and_grad(lambda x, layer=layer: jnp.sin(layer.routed(x, context)[0]).sum()))(x)
         )
     for value, grad in results[1:]:
         np.testing.assert_allclose(value, results[0][0], rtol=1e-5, atol=1e-5)
@@ -189,4 +188,4 @@ def router_gradients(layer: RoutedLayer, x: np.ndarray) -> np.ndarray:
         moved = nnx.merge_state(state, nnx.State({"router": {"weight": weight.replace(value)}}))
         return (nnx.merge(graphdef, moved).routed(x, Context())[0] * mix).sum(-1).reshape(-1)
 
-    return np.abs(np.asarray(quick.jit(jax.jacrev(outputs))(weight[...]))).max((1, 2)).reshape(x.shape[:2])
+    return np.abs(np.asarray(jax.jit(jax.jacrev(outputs))(weight[...]))).max((1, 2)).reshape(x.shape[:2])

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import quick
 import shapes
 from flax import nnx
 
@@ -68,7 +67,7 @@ def split_model(settings: shapes.Model, **options: Any) -> tuple[Any, Any]:
     """(graph definition, state) of the model; options of `settings.build`."""
     make = lambda: settings.build(jax.random.key(0), **options)  # noqa: E731
     graphdef, params, _ = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
-    buffers = quick.jit(lambda: nnx.state(make(), Buffer))()
+    buffers = jax.jit(lambda: nnx.state(make(), Buffer))()
     spread = [(path, _let_some_through(path, value)) for path, value in nnx.to_flat_state(buffers)]
     return nnx.split(nnx.merge(graphdef, filled(params), nnx.from_flat_state(spread)))
 
@@ -84,7 +83,7 @@ def _let_some_through(path: Any, value: nnx.Variable) -> nnx.Variable:
 def forward(settings: shapes.Model, **options: Any):
     """(tokens, **arrays) -> Output, compiled once per model, options and names of arrays."""
     graphdef, state = split_model(settings)
-    run = quick.jit(lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays))
+    run = jax.jit(lambda state, tokens, arrays: nnx.merge(graphdef, state)(tokens, **options, **arrays))
     return lambda tokens, **arrays: run(state, tokens, arrays)
 
 
@@ -94,7 +93,7 @@ def continued(settings: shapes.Model, prompt: int):
     `state`, by default that of `split_model`."""
     graphdef, own = split_model(settings)
 
-    @quick.jit
+    @jax.jit
     def run(state: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(cache: Any, token: jax.Array) -> Any:
             out, cache = nnx.merge(graphdef, state).decode_step(token, cache)

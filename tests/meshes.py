@@ -50,9 +50,9 @@ def assert_same_step(got: tuple[Any, Any, Any], want: tuple[Any, Any, Any], *, b
         np.testing.assert_allclose(b, a, rtol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def collectives(model: Settings, mesh: tuple[int, int, int, int], *, optimised: bool = False) -> dict[str, int]:
+def collectives(model: Settings, mesh: tuple[int, int, int, int]) -> dict[str, int]:
     """Of the compiled step, by kind."""
-    return hlo.collectives(compiled_step(model, GRADIENT, mesh, ROWS, SEQ, optimised=optimised).compiled.as_text())
+    return hlo.collectives(compiled_step(model, GRADIENT, mesh, ROWS, SEQ).compiled.as_text())
 
 
 def assert_recorded(name: str, found: dict[str, int]) -> None:

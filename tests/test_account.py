@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-import quick
 from flax import nnx
 from hlo import matmul_flops
 from jax.interpreters import partial_eval
@@ -323,7 +322,7 @@ def test_traced_training_program_has_exactly_the_matmuls_and_parameters_of_the_a
 def test_compiled_training_program_has_the_matmuls_of_the_account(model):
     """Tokens that are not selected cost no matmul: nothing beyond the account, within 2%, is in what XLA compiled."""
     step, arguments = program(model, batch=2)
-    compiled = quick.jit(step).lower(*arguments).compile()
+    compiled = jax.jit(step).lower(*arguments).compile()
     assert matmul_flops(compiled.as_text()) == pytest.approx(2 * account(model, S).train_flops(), rel=0.02)
 
 

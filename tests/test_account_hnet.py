@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import pytest
-import quick
 from hlo import matmul_flops
 from shapes import block, hnet, mor, plain, recursive, with_body
 from test_account import program, traced_flops
@@ -268,5 +267,5 @@ def test_traced_training_program_has_exactly_the_matmuls_and_parameters_of_the_a
 def test_compiled_training_program_has_the_matmuls_of_the_account(name):
     """Positions that begin no chunk cost the inner network no matmul: nothing beyond the account, within 2%."""
     step, arguments = program(PROGRAMS[name], batch=2, seq=SEQ)
-    compiled = quick.jit(step).lower(*arguments).compile()
+    compiled = jax.jit(step).lower(*arguments).compile()
     assert matmul_flops(compiled.as_text()) == pytest.approx(2 * account(PROGRAMS[name], SEQ).train_flops(), rel=0.02)

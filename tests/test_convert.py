@@ -2,9 +2,9 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 from oracle import hnet as oracle
 
@@ -53,7 +53,7 @@ def test_in_trained_further_and_out(convert, tmp_path, capfd):
     model = nnx.merge(trained.graphdef, trained.state)
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
     want = oracle.forward(tensors, CONFIG, tokens)
-    np.testing.assert_allclose(quick.jit(model)(tokens[None]).logits[0], want.logits, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(jax.jit(model)(tokens[None]).logits[0], want.logits, atol=1e-4, rtol=0)
 
     code, said = convert(*OUT)
     assert code == 0, said

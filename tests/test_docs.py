@@ -10,9 +10,7 @@ import shlex
 import typing
 from pathlib import Path
 
-import jax
 import pytest
-import quick
 
 from adaptive import command, recipe, settings
 from adaptive.data.config import DATA_PRESETS, DataConfig
@@ -234,9 +232,8 @@ def rooms_of(root: Path) -> list[Path]:
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
-def test_programs_run(page, monkeypatch):
+def test_programs_run(page):
     """The Python blocks of a page, one after another in one program; but for those that need more than this package."""
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick.OPTIONS))
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         if not block.startswith(NEEDS):

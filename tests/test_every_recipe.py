@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import quick
 from shapes import reduced
 
 from adaptive.data.batch import Batch
@@ -86,7 +85,7 @@ def stepped():
         if settings not in results:
             program = Program(recipe, make_mesh(MeshConfig(), jax.devices()[:1]))
             with program.placed():
-                run = quick.jit(
+                run = jax.jit(
                     make_train_step(
                         program.graphdef,
                         program.tx,

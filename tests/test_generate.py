@@ -6,7 +6,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import quick
 import shapes
 
 from adaptive import command, generate
@@ -34,7 +33,7 @@ def made(folder, model, *settings: str, steps=(3, 7)):
     folder.mkdir()
     (folder / "recipe.json").write_text(recipe.to_json())
     tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
-    start = quick.jit(lambda key: initial_state(model.build, tx, key))
+    start = jax.jit(lambda key: initial_state(model.build, tx, key))
     checkpoints = Checkpoints(folder / "checkpoints", recipe.checkpoint, {})
     states = {step: start(jax.random.key(step)) for step in steps}
     for step, state in states.items():

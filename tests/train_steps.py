@@ -7,7 +7,6 @@ import math
 import jax
 import numpy as np
 import optax
-import quick
 
 from adaptive.data.batch import Batch
 from adaptive.models.language_model import Settings
@@ -51,9 +50,9 @@ class Program:
 @functools.cache
 def compiled_step(
     model: Settings, tx: optax.GradientTransformation, mesh: tuple[int, int, int, int], rows: int, seq: int,
-    accumulation: int = 1, optimised: bool = False,
+    accumulation: int = 1,
 ) -> Program:  # fmt: skip
-    """The train step of a model on a mesh of the first devices, for batches [rows, seq]. optimised: as users get it."""
+    """The train step of a model on a mesh of the first devices, for batches [rows, seq]."""
     devices = make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
     build = _build(model)
     graphdef, _ = abstract_model(build)
@@ -63,7 +62,7 @@ def compiled_step(
     with placement(devices, RULES):
         batch = jax.device_put(packed_batch(rows, seq, model.vocab_size), batch_sharding(devices, RULES))
         lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(program.state(), batch)
-        return dataclasses.replace(program, compiled=lowered.compile(None if optimised else quick.OPTIONS))
+        return dataclasses.replace(program, compiled=lowered.compile())
 
 
 @functools.cache
@@ -74,5 +73,5 @@ def _build(model: Settings) -> Build:
 @functools.cache
 def _initial(build: Build, tx: optax.GradientTransformation) -> TrainState:
     """Made once, on the host: compiling the initialisation for every mesh would cost more than the tests."""
-    make = quick.jit(lambda key: initial_state(build, tx, key))
+    make = jax.jit(lambda key: initial_state(build, tx, key))
     return jax.tree.map(np.asarray, make(jax.random.key(0)))

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import split_model
@@ -37,7 +36,7 @@ def rows_of(pieces):
 @pytest.mark.parametrize("model", [PLAIN, ROUTED, HNET], ids=["plain", "routed", "hnet"])
 def test_the_likeliest_tokens_are_those_of_the_forward_pass(model):
     graphdef, state = split_model(model)
-    forward = quick.jit(lambda state, t: nnx.merge(graphdef, state)(t, selection="threshold"))
+    forward = jax.jit(lambda state, t: nnx.merge(graphdef, state)(t, selection="threshold"))
     found = rows_of(Sampler(graphdef, state, temperature=0)(PROMPTS, 9, jax.random.key(1), at_once=4))
     for prompt, (tokens, stages) in zip(PROMPTS, found, strict=True):
         whole = np.concatenate([prompt, tokens])
@@ -98,7 +97,7 @@ def test_a_marker_says_where_chunks_begin():
          np.concatenate([p.boundaries[0, r, p.valid[r]] for p in pieces]))
         for r in range(3)
     ]  # fmt: skip
-    forward = quick.jit(lambda state, t, b: nnx.merge(graphdef, state)(t, boundaries=b).logits)
+    forward = jax.jit(lambda state, t, b: nnx.merge(graphdef, state)(t, boundaries=b).logits)
     for prompt, (tokens, marks) in zip(PROMPTS, whole, strict=True):
         assert (marks == (np.arange(len(tokens)) % 3 == 0)).all()
         pad = (0, 32 - len(tokens))

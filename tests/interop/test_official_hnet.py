@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 from oracle import hnet as oracle
 
@@ -73,7 +72,7 @@ def test_equals_the_oracle(name):
 
     graded = name in GRADIENTS
     run = jax.value_and_grad(loss, has_aux=True) if graded else lambda tensors: (loss(tensors), None)
-    (total, out), grads = quick.jit(run)({key: jnp.asarray(v) for key, v in tensors.items()})
+    (total, out), grads = jax.jit(run)({key: jnp.asarray(v) for key, v in tensors.items()})
     assert out.logits.dtype == jnp.float32
     for i, theirs in enumerate(want):
         check_stages(out.trace, i, theirs)
@@ -109,7 +108,7 @@ def test_packed_sequences_are_separate_ones(name):
             pieces.append((i, start, start + length))
             start += length
     model = from_official("hnet", tensors, config)
-    out = quick.jit(lambda m, t, s: m(t, segment_ids=s))(model, rows, ids)
+    out = jax.jit(lambda m, t, s: m(t, segment_ids=s))(model, rows, ids)
     want = [oracle.forward(tensors, config, rows[i, first:last]) for i, first, last in pieces]
     assert min(w.margin for w in want) > 1e-5
     for (i, first, last), theirs in zip(pieces, want, strict=True):
@@ -131,8 +130,8 @@ def test_decoding_byte_by_byte(name):
     config, tensors, batch, want = case(name)
     rows, seq = jnp.asarray(batch.rows, jnp.int32), batch.rows.shape[1]
     model = from_official("hnet", tensors, config)
-    prefill = quick.jit(lambda m, t, c, v: m.prefill(t, c, v))
-    step = quick.jit(lambda m, t, c: m.decode_step(t, c))
+    prefill = jax.jit(lambda m, t, c, v: m.prefill(t, c, v))
+    step = jax.jit(lambda m, t, c: m.decode_step(t, c))
     for lengths in ((9, 4), (0, 0)):
         cache = model.init_cache(2, seq + 9)
         if any(lengths):
@@ -317,7 +316,7 @@ def test_how_a_stack_is_written_does_not_matter():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
     tokens = np.random.default_rng(0).integers(0, 40, (1, 12))
     want = oracle.forward(tensors, config, tokens[0]).logits
-    np.testing.assert_allclose(quick.jit(model)(tokens).logits[0], want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(jax.jit(model)(tokens).logits[0], want, atol=1e-4, rtol=0)
 
 
 def test_numpy_tokens_eagerly():

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 from oracle import mor as oracle
 
@@ -69,7 +68,7 @@ def compiled(name):
     def run(tensors, step):
         return measured(name, ours)(tensors, config, deterministic=step is None, step=step)
 
-    return quick.jit(run)
+    return jax.jit(run)
 
 
 def compare(name, call=None):

@@ -1,9 +1,9 @@
 """Tensors that a released Mixture-of-Recursions checkpoint may leave out."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from oracle import mor as oracle
 
 from adaptive.errors import UserError
@@ -26,7 +26,7 @@ def test_a_random_router_needs_no_tensors_and_repeats_itself():
     config = oracle.official(8, mor={"rand_router": True}, expert={"sampling": None})
     tensors = oracle.random_tensors(config, 0)
     assert not any("_router" in name for name in tensors)
-    forward = quick.jit(lambda t: from_official("mor", t, config)(TOKENS))
+    forward = jax.jit(lambda t: from_official("mor", t, config)(TOKENS))
     first, again = forward(tensors), forward(tensors)
     np.testing.assert_array_equal(first.logits, again.logits)
     assert [s.indices.shape[1] for s in first.trace.selections] == oracle.capacities(config, TOKENS.shape[1])

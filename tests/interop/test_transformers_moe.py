@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 
 from adaptive.errors import UserError
@@ -64,7 +63,7 @@ def loss_and_output(tensors, name):
 
 def compiled(function):
     """Optimised little, because compiling is most of the time here."""
-    return quick.jit(function)
+    return jax.jit(function)
 
 
 def test_there_are_recordings_of_every_kind():

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
@@ -52,7 +51,7 @@ def test_every_form_is_the_loop(form, reverse, n):
     z, p, starts, initial = draw(3, n, 5)
     keep = np.where(starts, 0, 1 - p)
     flip = (lambda a: a[:, ::-1]) if reverse else lambda a: a
-    out = quick.jit(functools.partial(FORMS[form], reverse=reverse))(flip(z), flip(p), flip(keep), initial)
+    out = jax.jit(functools.partial(FORMS[form], reverse=reverse))(flip(z), flip(p), flip(keep), initial)
     np.testing.assert_allclose(flip(np.asarray(out)), loop(z, p, starts, initial), atol=2e-6)
 
 
@@ -177,7 +176,7 @@ def test_rows_split_over_devices_give_the_same():
 
     def pulled(f, rates):
         of = lambda z, p, initial: f(z, p, initial, starts)  # noqa: E731
-        return quick.jit(lambda *a: jax.vjp(of, *a)[1](jnp.ones(z.shape, jnp.float32)))(z, rates, initial)
+        return jax.jit(lambda *a: jax.vjp(of, *a)[1](jnp.ones(z.shape, jnp.float32)))(z, rates, initial)
 
     def shared(z, p, initial, starts):
         """The rates are the same on every device: their cotangents are summed."""
@@ -195,7 +194,7 @@ def test_rows_split_over_devices_give_the_same():
 @pytest.mark.parametrize("way", benchmark.WAYS)
 def test_the_benchmark_compares_ways_to_the_same_result(way):
     z, p, _, _ = draw(2, 37, 5)
-    (out, pull), (expected, pull_expected) = (jax.vjp(quick.jit(f), z, p) for f in (benchmark.WAYS[way], reference.ema))
+    (out, pull), (expected, pull_expected) = (jax.vjp(jax.jit(f), z, p) for f in (benchmark.WAYS[way], reference.ema))
     np.testing.assert_allclose(out, expected, atol=5e-6)
     for mine, theirs in zip(pull(expected), pull_expected(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-4)

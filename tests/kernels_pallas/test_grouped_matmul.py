@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
@@ -38,7 +37,7 @@ def pulled(f, *args):
         out, pull = jax.vjp(f, *args[:-1])
         return out, *pull(args[-1])
 
-    return quick.jit(run)(*args)
+    return jax.jit(run)(*args)
 
 
 def assert_close(got, want, dtype=jnp.float32):
@@ -116,8 +115,8 @@ def test_finite_differences():
     rows, up, down = draw((12, 3), (3, 3, 4), (3, 4, 3), scale=0.7)
     sizes = jnp.array([5, 0, 6], jnp.int32)
     check = functools.partial(check_grads, order=1, modes=("rev",), eps=1e-3, atol=5e-3, rtol=5e-3)
-    check(quick.jit(lambda *a: jnp.sin(grouped_swiglu(a[0], a[1], *a[1:], sizes))), (rows, up, down))
-    check(quick.jit(lambda *a: jnp.sin(grouped_matmul(*a, sizes))), (rows, up))
+    check(jax.jit(lambda *a: jnp.sin(grouped_swiglu(a[0], a[1], *a[1:], sizes))), (rows, up, down))
+    check(jax.jit(lambda *a: jnp.sin(grouped_matmul(*a, sizes))), (rows, up))
 
 
 def test_rows_past_the_last_group_are_not_even_looked_at():
@@ -170,7 +169,7 @@ def test_gpu_kernels_interpreted(total, sizes, k, n):
     rows, weights, d = draw((total, k), (len(sizes), k, n), (total, n), scale=0.3)
     sizes = jnp.asarray(sizes, jnp.int32)
     want, *expected = pulled(lambda r, w: reference.grouped_matmul(r, w, sizes), rows, weights, d)
-    run = lambda f, *args: quick.jit(functools.partial(f, interpret=True))(*args)  # noqa: E731
+    run = lambda f, *args: jax.jit(functools.partial(f, interpret=True))(*args)  # noqa: E731
     assert_close([run(gpu.forward, rows, weights, sizes)], [want])
     assert_close(run(gpu.backward, rows, weights, sizes, d), expected)
 

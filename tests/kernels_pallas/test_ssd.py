@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
@@ -17,11 +16,11 @@ from kernels_pallas.ssd.blocks import runs_of
 
 pytestmark = pytest.mark.compiles
 
-ssd = quick.jit(package.ssd, static_argnames="block")
-recurrence = quick.jit(reference.ssd)
+ssd = jax.jit(package.ssd, static_argnames="block")
+recurrence = jax.jit(reference.ssd)
 KERNELS = {
-    "tpu": quick.jit(functools.partial(tpu.forward, interpret=True)),
-    "gpu": quick.jit(functools.partial(gpu.forward, interpret=True)),
+    "tpu": jax.jit(functools.partial(tpu.forward, interpret=True)),
+    "gpu": jax.jit(functools.partial(gpu.forward, interpret=True)),
 }
 
 
@@ -87,7 +86,7 @@ def test_gradients(segmented, block):
             return (jnp.sin(y) * jnp.arange(y.size).reshape(y.shape)).sum() + (final**3).sum()
 
         def grads(f):
-            return quick.jit(jax.grad(functools.partial(loss, f), argnums=range(6)))(*inputs)
+            return jax.jit(jax.grad(functools.partial(loss, f), argnums=range(6)))(*inputs)
 
         close(grads(functools.partial(ssd, block=block)), grads(recurrence), 1e-12)
 
@@ -95,7 +94,7 @@ def test_gradients(segmented, block):
 def test_gradients_are_the_slopes():
     with jax.enable_x64(True):
         *inputs, state, segments = case(seq=11, dtype=jnp.float64)
-        run = quick.jit(lambda *inputs: ssd(*inputs[:5], segments=segments, state=inputs[5], block=8))
+        run = jax.jit(lambda *inputs: ssd(*inputs[:5], segments=segments, state=inputs[5], block=8))
         check_grads(run, (*inputs, state), order=1, modes=["rev"], rtol=1e-6)
 
 
@@ -139,7 +138,7 @@ def test_strong_decay_stays_finite():
     run = functools.partial(ssd, segments=segments, state=state, block=64)
     (y, final), pull = jax.vjp(run, x, 100 * dt, 10 * a, b, c)
     close((y, final), one_matrix(x, 100 * dt, 10 * a, b, c, state, segments), 1e-5)
-    assert all(np.isfinite(d).all() for d in quick.jit(pull)((y, final)))
+    assert all(np.isfinite(d).all() for d in jax.jit(pull)((y, final)))
 
 
 def test_nothing_passes_a_border():
@@ -150,7 +149,7 @@ def test_nothing_passes_a_border():
         y, final = ssd(x, dt, a, b, c, segments=segments, state=state, block=8)
         return (y[:, 13:] ** 2).sum() + final.sum()
 
-    d_x, d_state = quick.jit(jax.grad(later, argnums=(0, 1)))(x, state)
+    d_x, d_state = jax.jit(jax.grad(later, argnums=(0, 1)))(x, state)
     assert (d_x[:, :13] == 0).all() and (d_state == 0).all() and (d_x[:, 13:] != 0).any(axis=(2, 3)).all()
 
 
@@ -196,7 +195,7 @@ def test_kernels_equal_the_recurrence(name, shape, dtype):
 def test_tpu_kernel_reads_nothing_before_it_is_there():
     """In the simulator, where memory that was not written is not a number and reads past an end raise."""
     *inputs, state, segments = case(batch=1, seq=200, heads=8, dim=16, n=8)
-    run = quick.jit(functools.partial(tpu.forward, interpret=pltpu.InterpretParams()))
+    run = jax.jit(functools.partial(tpu.forward, interpret=pltpu.InterpretParams()))
     got = run(*inputs, runs_of(inputs[0], segments), state)
     close(got, one_matrix(*inputs, state, segments), 2e-5)
 
@@ -218,7 +217,7 @@ def test_within_shard_map():
         y, final = f(x, dt, a, b, c, segments, state)
         return (y**2).sum() + (final**2).sum()
 
-    pull = lambda f: quick.jit(jax.value_and_grad(functools.partial(loss, f), argnums=range(6)))  # noqa: E731
+    pull = lambda f: jax.jit(jax.value_and_grad(functools.partial(loss, f), argnums=range(6)))  # noqa: E731
     close(pull(mapped)(x, dt, a, b, c, state), pull(run)(x, dt, a, b, c, state), 1e-5)
 
 

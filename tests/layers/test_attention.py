@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import forward, random_bytes
@@ -87,7 +86,7 @@ def written_out(layer, options, x, positions, sees="past"):
 
 
 def applied(layer, x, where, **call):
-    return quick.jit(lambda layer, x, where: layer(x, where, Call(**call), None))(layer, x, where)
+    return jax.jit(lambda layer, x, where: layer(x, where, Call(**call), None))(layer, x, where)
 
 
 @pytest.mark.parametrize(("name", "sees"), [*((n, "past") for n in OPTIONS), ("llama", "all"), ("all", "all")])

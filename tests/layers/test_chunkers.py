@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 
 from adaptive.errors import RecipeError
@@ -26,7 +25,7 @@ def normal(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@quick.jit
+@jax.jit
 def decided(module, sound: Heard) -> Boundaries:
     return module(sound)
 
@@ -116,7 +115,7 @@ def test_zero_vectors_have_finite_gradients(kind):
     x[0, 2:, 0] = 1e-30, 1, 1
     graphdef, state = nnx.split(module)
 
-    @quick.jit
+    @jax.jit
     def grads(state, sound):
         total = lambda state, x, y: nnx.merge(graphdef, state)(sound._replace(hidden=x, before=y)).prob.sum()  # noqa: E731
         return jax.grad(total, (0, 1, 2))(state, sound.hidden, sound.before)

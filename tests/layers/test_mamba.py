@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 
 from adaptive.errors import RecipeError
@@ -70,7 +69,7 @@ def written_out(module, x, segments):
     return np.stack(out), conv, state
 
 
-@quick.jit(static_argnames="keep")
+@jax.jit(static_argnames="keep")
 def run(module, x, segments=None, valid=None, state=None, keep=True):
     """(update, state) at the first positions of rows."""
     where = Where.whole(x.shape[:2], None, segments, valid)
@@ -187,11 +186,11 @@ def test_sharded_equals_unsharded():
         update, state, _ = module(x, Where.whole(x.shape[:2], None, segments), Call(keep=True), None)
         return (update * target).mean() + 0.1 * (state.ssm**2).mean()
 
-    plain = quick.jit(nnx.value_and_grad(loss))(module, x, target)
+    plain = jax.jit(nnx.value_and_grad(loss))(module, x, target)
     mesh, rules = make_mesh(MeshConfig(data=2, tensor=4)), AxisRules()
     with placement(mesh, rules):
 
-        @quick.jit
+        @jax.jit
         def placed(module, x, target):
             nnx.update(module, constrain_state(nnx.state(module)))
             value, grads = nnx.value_and_grad(loss)(module, x, target)
@@ -232,7 +231,7 @@ def test_holes_among_the_positions_are_as_if_they_had_never_been():
     module, x = layer(), inputs()
     exists = np.random.default_rng(6).random((1, SEQ)) < 0.6
     where = Where.whole((1, SEQ)).only(jnp.asarray(exists))
-    update, state, _ = quick.jit(lambda m, x, w: m(x, w, Call(keep=True), None))(module, x[:1], where)
+    update, state, _ = jax.jit(lambda m, x, w: m(x, w, Call(keep=True), None))(module, x[:1], where)
     own, last = run(module, x[:1][exists][None])
     close((update[exists], *state), (own[0], *last))
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 
@@ -35,14 +34,14 @@ def split_stack(settings=STACK, dtype=jnp.float32):
     keys = list(jax.random.split(jax.random.key(0), len(settings.blocks)))
     site = Site(WIDTH, 0.3, depth=settings.layers)
     make = lambda: Stack(settings, site, keys, Making(dtype), norm=True)  # noqa: E731
-    return nnx.split(nnx.eval_shape(make))[0], quick.jit(lambda: nnx.state(make()))()
+    return nnx.split(nnx.eval_shape(make))[0], jax.jit(lambda: nnx.state(make()))()
 
 
 @functools.cache
 def compiled(settings=STACK, **call):
     """(x, where, state) -> (y, state)."""
     graphdef, state = split_stack(settings)
-    run = quick.jit(lambda state, x, where, before: nnx.merge(graphdef, state)(x, where, Call(**call), before)[:2])
+    run = jax.jit(lambda state, x, where, before: nnx.merge(graphdef, state)(x, where, Call(**call), before)[:2])
     return lambda x, where, before=None: run(state, x, where, before)
 
 
@@ -82,7 +81,7 @@ def test_a_pattern_repeated_is_its_layers_in_a_row():
         ]
     )
     graphdef, _ = split_stack(flat)
-    run = quick.jit(lambda state, x: nnx.merge(graphdef, state)(x, plainly(), Call())[0])
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, plainly(), Call())[0])
     np.testing.assert_allclose(got, run(own, vectors()), atol=1e-5)
 
 

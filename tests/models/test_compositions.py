@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import continued, random_bytes, split_model
@@ -73,7 +72,7 @@ def test_it_learns_and_generates_what_it_learned(name):
     tokens = jnp.asarray(random_bytes(3, ROWS, SEQ + 1) % model.vocab_size)
     tx = optax.adam(1e-2)
 
-    @quick.jit
+    @jax.jit
     def trained(params, buffers):
         def loss(params, buffers, step):
             key = jax.random.fold_in(jax.random.key(0), step)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 
 from adaptive.layers.call import Call
@@ -45,7 +44,7 @@ def routed(settings, passes=3, *, x=X, segments=None, exists=None, step=None, **
     """What the strategy makes of x."""
     call, made = Call(training=step is not None, **about), module(settings, passes)
 
-    @quick.jit
+    @jax.jit
     def run(x, segments, exists, step):
         where = Where.whole(x.shape[:2], None, segments, exists)
         return made(core, x, where, call.replace(step=step), Carried(None))
@@ -170,7 +169,7 @@ def test_routers_learn_through_the_gate(gating):
     settings = expert_choice.Settings(sampling="none", gating=gating)
     graphdef, state = nnx.split(module(settings, 2))
 
-    @quick.jit
+    @jax.jit
     def grads(state):
         run = lambda s: nnx.merge(graphdef, s)(core, X, Where.whole(X.shape[:2]), Call(), Carried(None)).x  # noqa: E731
         return jax.grad(lambda s: (run(s) ** 2).mean())(state)
@@ -196,7 +195,7 @@ def test_a_position_that_does_not_exist_changes_nothing(settings, rule):
 def test_a_loop_of_passes_is_the_passes_written_out():
     np.testing.assert_allclose(routed(everyone.Settings(loop=True)).x, routed(everyone.Settings()).x, atol=1e-6)
     where, made = Where.whole(X.shape[:2]), module(everyone.Settings(), 3)
-    run = quick.jit(lambda n: made(core, X, where, Call(passes=n), Carried(None)))
+    run = jax.jit(lambda n: made(core, X, where, Call(passes=n), Carried(None)))
     want = X
     for passes in range(5):
         got = run(jnp.asarray(passes))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import BATCH, SEQ, WIDTHS, forward, hnet, random_bytes, split_model
@@ -252,7 +251,7 @@ def gradients(config: shapes.Model, remat: str = "none", packed: bool = False):
         out = nnx.merge(graphdef, state)(tokens, deterministic=False, key=jax.random.key(3), **arrays)
         return (out.logits * jnp.cos(jnp.arange(out.logits.size).reshape(out.logits.shape))).mean() + out.aux.total()
 
-    return quick.jit(jax.value_and_grad(loss))(state)
+    return jax.jit(jax.value_and_grad(loss))(state)
 
 
 GRADIENTS = {
@@ -317,7 +316,7 @@ def test_stages_draw_their_own_noise():
 
 def test_decisions_and_logits_are_float32_in_half_precision(tokens):
     graphdef, state = split_model(hnet(2), dtype=jnp.bfloat16)
-    out = quick.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state)
+    out = jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state)
     assert out.hidden.dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
     for stage in out.trace.stages:
         assert stage.boundary_prob.dtype == stage.selection.weights.dtype == jnp.float32

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import BATCH, composed, forward, hnet, random_bytes, split_model
@@ -41,7 +40,7 @@ def inside(model, rule):
     """(x [batch, n, width], exists) -> Through of the body inside, alone."""
     graphdef, state = split_model(model)
 
-    @quick.jit
+    @jax.jit
     def run(state, x, exists):
         where = Where.whole(x.shape[:2], None, None, exists)
         return nnx.merge(graphdef, state).body.inner(x, where, Call(rule=rule))
@@ -99,7 +98,7 @@ def test_chunks_of_an_hnet_are_such_a_sequence(name):
     out = forward(model)(tokens)
     graphdef, state = split_model(model)
 
-    @quick.jit
+    @jax.jit
     def chunks(state):
         made = nnx.merge(graphdef, state)
         h = made.body.encoder(made.embedding[...][tokens], Where.whole(tokens.shape), Call())[0][:, ::4]
@@ -158,7 +157,7 @@ def test_everything_learns_and_buffers_move():
     graphdef, params, buffers = nnx.split(nnx.merge(*split_model(model)), nnx.Param, ...)
     tokens = random_bytes()
 
-    @quick.jit
+    @jax.jit
     def step(params):
         def loss(params):
             out = nnx.merge(graphdef, params, buffers)(tokens, deterministic=False, key=jax.random.key(0))
@@ -195,7 +194,7 @@ def test_rows_of_a_cache_are_taken_put_and_cleared(name):
     tokens = random_bytes(batch=3, seq=12) % model.vocab_size
     made = nnx.merge(graphdef, state)
 
-    @quick.jit
+    @jax.jit
     def append(state, tokens, cache):
         out, cache = nnx.merge(graphdef, state).prefill(tokens, cache)
         return out.logits, cache

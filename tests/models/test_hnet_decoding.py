@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 from hnet_models import composed, forward, hnet, random_bytes, split_model
 
@@ -48,7 +47,7 @@ def appended(config, rows=0):
         masks = tuple((stage.boundary_mask, stage.boundary_prob) for stage in out.trace.stages)
         return out.logits, out.trace.depth, masks, cache
 
-    compiled = quick.jit(run)
+    compiled = jax.jit(run)
     return lambda tokens, cache, **arrays: compiled(state, jnp.asarray(tokens), cache, arrays)
 
 
@@ -171,7 +170,7 @@ def test_one_step_at_a_time_is_decode_step():
     config = CASES["one stage"]
     tokens, _ = inputs("one stage")
     model = nnx.merge(*split_model(config))
-    step = quick.jit(lambda token, cache: model.decode_step(token, cache))
+    step = jax.jit(lambda token, cache: model.decode_step(token, cache))
     cache = empty(config)
     for t in range(3):
         out, cache = step(tokens[:, t], cache)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 from flax import nnx
 from shapes import recursive
 
@@ -87,7 +86,7 @@ def test_its_parameters_are_those_of_the_account(model, built):
 
 def test_the_routed_passes_compute_their_share_and_no_more(model, built):
     tokens = jax.random.randint(jax.random.key(1), (2, SEQ), 0, model.vocab_size)
-    trace = quick.jit(lambda tokens: built(tokens).trace)(tokens)
+    trace = jax.jit(lambda tokens: built(tokens).trace)(tokens)
     assert [s.indices.shape for s in trace.selections] == [(2, SHARE * SEQ)] * 2
     assert all(np.all(s.valid) for s in trace.selections)
     queries = trace.told["core/blocks/0/mixer"].stats["queries"]
@@ -102,8 +101,8 @@ def test_the_loss_falls(model):
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.arange(SEQ, dtype=np.int32) * ones, ones, ones.astype(np.float32))
     tx = optax.adam(3e-3)
     graphdef, _ = abstract_model(model.build)
-    state = quick.jit(lambda key: initial_state(model.build, tx, key))(jax.random.key(0))
-    step = quick.jit(make_train_step(graphdef, tx))
+    state = jax.jit(lambda key: initial_state(model.build, tx, key))(jax.random.key(0))
+    step = jax.jit(make_train_step(graphdef, tx))
     losses, predicted = [], []
     for _ in range(12):
         state, metrics = step(state, batch)
@@ -117,14 +116,14 @@ def test_a_cache_is_no_cache(model, built):
     """Token by token, after a prompt of another length in each row, as in one pass over everything."""
     tokens = jax.random.randint(jax.random.key(2), (2, SEQ), 0, model.vocab_size)
     lengths = np.array([5, 3])
-    whole = quick.jit(lambda tokens: built(tokens, selection="threshold"))(tokens)
+    whole = jax.jit(lambda tokens: built(tokens, selection="threshold"))(tokens)
     assert {2, 3, 4} & set(np.unique(whole.trace.depth)) > {2}  # the predictor takes some and leaves some
     there = np.arange(5) < lengths[:, None]
-    read = quick.jit(lambda tokens, cache: built.prefill(tokens, cache, there))
+    read = jax.jit(lambda tokens, cache: built.prefill(tokens, cache, there))
     out, cache = read(tokens[:, :5], built.init_cache(2, SEQ))
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(out.logits[row, :n], whole.logits[row, :n], rtol=1e-4, atol=1e-4)
-    step = quick.jit(built.decode_step)
+    step = jax.jit(built.decode_step)
     for i in range(8):
         at = jnp.asarray(lengths + i)
         out, cache = step(tokens[jnp.arange(2), at], cache)
@@ -174,7 +173,7 @@ def test_gate_and_selection_are_the_formula():
     made = strategy()
     router, predictor = (np.asarray(p[...], np.float64) for p in (made.router, made.predictor))
     x = np.random.default_rng(1).normal(size=(3, 10, WIDTH))
-    run = quick.jit(lambda x: made(core, x, Where.whole(x.shape[:2]), Call(), Carried(None)))
+    run = jax.jit(lambda x: made(core, x, Where.whole(x.shape[:2]), Call(), Carried(None)))
     routed = run(jnp.asarray(x, jnp.float32))
     rows = [by_hand(row, router, predictor, 0.4) for row in x]
     np.testing.assert_allclose(routed.x, np.stack([row[0] for row in rows]), rtol=1e-4, atol=1e-4)
@@ -187,7 +186,7 @@ def test_gate_and_selection_are_the_formula():
 def test_padding_is_never_taken_and_shares_are_of_what_exists():
     made = strategy()
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 10, WIDTH)), jnp.float32)
-    run = quick.jit(lambda x, where: made(core, x, where, Call(), Carried(None)))
+    run = jax.jit(lambda x, where: made(core, x, where, Call(), Carried(None)))
     alone = run(x[:, :5], Where.whole((1, 5)))
     beside = run(x, Where.whole((1, 10), exists=jnp.arange(10)[None] < 5))
     np.testing.assert_allclose(beside.x[:, :5], alone.x, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import continued, forward, split_model
@@ -106,7 +105,7 @@ def test_every_expert_and_router_learns(tokens):
         graphdef, state = split_model(MODELS[name])
         params, buffers = nnx.split_state(state, nnx.Param, ...)
         loss = lambda p: (nnx.merge(graphdef, p, buffers)(tokens).logits ** 2).mean()  # noqa: B023, E731
-        grads = quick.jit(jax.grad(loss))(params)
+        grads = jax.jit(jax.grad(loss))(params)
         for path, grad in nnx.to_flat_state(grads):
             if "feed_forward" in path:
                 assert np.all(np.abs(grad[...]).max((-2, -1)) > 0), path

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import random_bytes, split_model
@@ -80,7 +79,7 @@ def whole(model: shapes.Model, selection: str):
     """(tokens, segments, positions, boundaries) -> (logits, depth) of the full forward pass."""
     graphdef, state = split_model(model)
 
-    @quick.jit
+    @jax.jit
     def run(state, tokens, segments, positions, given):
         out = nnx.merge(graphdef, state)(
             tokens, segment_ids=segments, positions=positions, boundaries=given, selection=selection
@@ -196,7 +195,7 @@ def test_generation_with_a_cache_is_the_full_forward_pass(name):
     row = np.arange(ROWS)
     prompts = lambda a: a[row[:, None], np.minimum(at, SEQ - 1)]  # noqa: E731
 
-    @quick.jit
+    @jax.jit
     def generated(state, pieces, valid, given, tokens, marks):
         def append(cache, own):
             out, cache = nnx.merge(graphdef, state).prefill(own[0], cache, own[1], boundaries=own[2])

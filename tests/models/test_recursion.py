@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import continued, forward, split_model
@@ -82,7 +81,7 @@ def test_sharing_equals_the_layers_written_out(order, ends, tokens):
     graphdef, state = split_model(model)
     plain, flat = written_out(model, state)
 
-    @quick.jit(static_argnums=0)
+    @jax.jit(static_argnums=0)
     def logits_and_grads(graphdef, state):
         def loss(state):
             logits = nnx.merge(graphdef, state)(tokens).logits
@@ -108,7 +107,7 @@ def test_sharing_equals_the_layers_written_out(order, ends, tokens):
 def test_one_pass_is_a_plain_transformer(keys_values, tokens):
     model = shapes.recursive(4, 1, ends=1, keys_values=keys_values)
     plain, flat = written_out(model, split_model(model)[1])
-    want = quick.jit(lambda state: nnx.merge(split_model(plain)[0], state)(tokens).logits)(flat)
+    want = jax.jit(lambda state: nnx.merge(split_model(plain)[0], state)(tokens).logits)(flat)
     np.testing.assert_allclose(forward(model)(tokens).logits, want, atol=1e-5)
 
 
@@ -168,7 +167,7 @@ def test_a_loop_of_passes_equals_them_written_out(name, tokens):
             weights = jnp.cos(jnp.arange(out.logits.size).reshape(out.logits.shape))
             return (out.logits * weights).mean() + out.aux.total(), (out.logits, out.aux.scalars(), out.trace.sums())
 
-        return quick.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     got, want = found(loop), found(model)
     assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -180,10 +179,10 @@ def test_a_loop_of_passes_equals_them_written_out(name, tokens):
 def test_a_call_says_how_many_passes_there_are(tokens):
     """As many as a traced number says: the model with that many recursions."""
     graphdef, state = split_model(shapes.recursive(6, 4))
-    run = quick.jit(lambda state, n: nnx.merge(graphdef, state)(tokens, passes=n))
+    run = jax.jit(lambda state, n: nnx.merge(graphdef, state)(tokens, passes=n))
     for passes in (1, 2, 4, 5):
         other, _ = split_model(shapes.recursive(2 + passes, passes))
-        want = quick.jit(lambda state, g=other: nnx.merge(g, state)(tokens).logits)(state)
+        want = jax.jit(lambda state, g=other: nnx.merge(g, state)(tokens).logits)(state)
         got = run(state, jnp.asarray(passes))
         np.testing.assert_allclose(got.logits, want, atol=1e-4)
         assert np.all(np.asarray(got.trace.depth) == passes)
@@ -296,7 +295,7 @@ def test_a_model_that_sees_all_reads_both_ways(tokens):
 def test_the_lookup_does_not_train_the_padding_token(tokens):
     tokens = tokens.at[:, ::5].set(2).at[tokens == 2].set(3)
 
-    @quick.jit(static_argnums=0)
+    @jax.jit(static_argnums=0)
     def gradient(graphdef, state):
         loss = lambda state: (nnx.merge(graphdef, state)(tokens).hidden ** 3).mean()  # noqa: E731
         return jax.grad(loss)(state)["embedding"][...]
@@ -347,7 +346,7 @@ def test_settings_of_a_recursion_that_cannot_be(options, message):
 def test_auxiliary_routers_learn_apart(tokens):
     graphdef, state = split_model(shapes.mor(4, 2, AUXILIARY, ends=0))
 
-    @quick.jit
+    @jax.jit
     def grads(state):
         def parts(state):
             out = nnx.merge(graphdef, state)(tokens)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 
 from adaptive.objectives.cross_entropy import LOGITS_BUDGET, chunk_length, cross_entropy_sum
 
@@ -31,7 +30,7 @@ def expected(hidden, weight, targets, mask):
 def test_value_and_gradient(example, chunk):
     hidden, weight, targets, mask = example
 
-    @quick.jit
+    @jax.jit
     def fused(hidden, weight):
         return jax.value_and_grad(
             lambda h, w: (lambda s, nll: (0.5 * s, nll))(*cross_entropy_sum(h, w, targets, mask, chunk)),

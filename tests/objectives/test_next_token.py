@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from train_steps import packed_batch
@@ -44,7 +43,7 @@ def test_the_loss_is_the_mean_of_targets_that_count():
     aim = next_token.Settings()
     inputs = aim.inputs(batch, None)
 
-    @quick.jit
+    @jax.jit
     def of(net):
         out = net(inputs.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
         return aim.loss(net, out, inputs, 4), out.logits
@@ -64,7 +63,7 @@ def test_further_predictions_count_with_their_coefficient():
     aim = next_token.Settings()
     inputs = aim.inputs(batch, None)
 
-    @quick.jit
+    @jax.jit
     def of(net):
         out = net(inputs.tokens, logits=False)
         early = out._replace(readouts=(Readout("early", 0.5 * out.hidden, 0.25),))
@@ -80,7 +79,7 @@ def test_further_predictions_count_with_their_coefficient():
 def evaluated():
     graphdef, _ = abstract_model(lambda key: MODEL.build(key))
     params, buffers = nnx.state(model(), nnx.Param), nnx.state(model(), nnx.Not(nnx.Param))
-    step = quick.jit(make_eval_step(graphdef, jnp.ones(VOCAB, jnp.int32), selection="topk", objective=Noisy()))
+    step = jax.jit(make_eval_step(graphdef, jnp.ones(VOCAB, jnp.int32), selection="topk", objective=Noisy()))
     return lambda batch, number: jax.device_get(step(params, buffers, batch, jax.random.key(number)))
 
 

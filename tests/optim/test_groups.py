@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-import quick
 import shapes
 from flax import nnx
 from hnet_models import split_model
@@ -113,7 +112,7 @@ def test_a_part_moves_as_if_the_learning_rate_were_its_own(params, weight_decay)
         tx = make_optimizer(config, ScheduleConfig(kind="constant"), 10)
         steps = jax.tree.unflatten(jax.tree.structure(params), gradients)
 
-        @quick.jit
+        @jax.jit
         def twice(params):
             after, state = params, tx.init(params)
             for _ in range(2):

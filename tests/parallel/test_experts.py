@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from jax.sharding import NamedSharding
 
 from adaptive.errors import MeshError, RecipeError
@@ -85,7 +84,7 @@ def loss(x, scale, weights, dispatch, direction, ragged):
 def computed(dispatch, ragged, mesh=None, settings=None):
     """(y, lost, gradients of x, of the combine weights and of the matrices)."""
     x, weights, direction = arrays()
-    step = quick.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnames="ragged")
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnames="ragged")
     args = (x, dispatch.weights, weights, dispatch, direction)
     if mesh is None:
         grads, (y, lost) = step(*args, ragged=ragged)

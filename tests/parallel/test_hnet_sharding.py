@@ -5,7 +5,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-import quick
 import shapes
 from flax import nnx
 from meshes import (
@@ -91,7 +90,7 @@ def test_a_ratio_loss_of_each_device(mesh, rows):
     state, batch = program.state(), packed_batch(ROWS, SEQ, VOCAB)
     graphdef = nnx.split(nnx.eval_shape(lambda: program.build(jax.random.key(0))))[0]
     params = jax.tree.map(np.asarray, state.params)
-    trace = quick.jit(
+    trace = jax.jit(
         lambda params: nnx.merge(graphdef, params)(batch.tokens, segment_ids=batch.segment_ids).trace,
     )(params)
     f, g = (
@@ -118,7 +117,7 @@ COUNTED = {
 
 
 def counted(name: str) -> dict[str, int]:
-    return collectives(*COUNTED[name], optimised=True)
+    return collectives(*COUNTED[name])
 
 
 @pytest.mark.parametrize("name", COUNTED)

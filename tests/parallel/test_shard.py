@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from adaptive.errors import MeshError
 from adaptive.parallel.config import MeshConfig
@@ -42,7 +41,7 @@ def test_each_device_has_its_part():
 
     with placement(make_mesh(MeshConfig(data=2, expert=2, tensor=2)), AxisRules()):
         names = {"scale": (None,), "shift": (None, None)}
-        out = quick.jit(lambda x, w: sharded(seen, [("batch",), names], ("batch",))(x, w))(X, WEIGHTS)
+        out = jax.jit(lambda x, w: sharded(seen, [("batch",), names], ("batch",))(x, w))(X, WEIGHTS)
     assert set(shapes) == {((2, 4, 3), (1, 3))}
     np.testing.assert_array_equal(out, X)
 
@@ -59,7 +58,7 @@ def test_values_and_gradients_equal_one_device(sizes):
 
     want = jax.grad(lambda *args: loss(local, *args), argnums=(0, 1))(X, WEIGHTS)
     with placement(make_mesh(sizes), AxisRules()):
-        got = quick.jit(jax.grad(lambda *args: loss(mapped(), *args), argnums=(0, 1)))(X, WEIGHTS)
+        got = jax.jit(jax.grad(lambda *args: loss(mapped(), *args), argnums=(0, 1)))(X, WEIGHTS)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

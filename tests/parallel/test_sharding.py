@@ -98,7 +98,7 @@ def test_parameters_and_moments_are_born_split():
 @pytest.mark.parametrize("name", ["vanilla", "recursive", "mor"])
 def test_number_of_collectives(name):
     """By kind, on data=2 fsdp=2 tensor=2."""
-    assert_recorded(name, collectives(MODELS[name], MIXED, optimised=True))
+    assert_recorded(name, collectives(MODELS[name], MIXED))
 
 
 @pytest.mark.parametrize("name", ["mor", "mor_token", "mor_mamba", "moe", "moe_token", "mor_moe"])

@@ -4,17 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 
 from adaptive.routing import boundaries as plain
 from adaptive.routing.boundaries import Boundaries, gather, straight_through
 
 pytestmark = pytest.mark.compiles
 
-select_boundaries = quick.jit(plain.select_boundaries, static_argnums=1)
-dechunk = quick.jit(plain.dechunk, static_argnames="smooth")
-merged, chunk_statistics = quick.jit(plain.merged), quick.jit(plain.chunk_statistics)
-ratio_losses = quick.jit(plain.ratio_losses, static_argnums=(2, 3))
+select_boundaries = jax.jit(plain.select_boundaries, static_argnums=1)
+dechunk = jax.jit(plain.dechunk, static_argnames="smooth")
+merged, chunk_statistics = jax.jit(plain.merged), jax.jit(plain.chunk_statistics)
+ratio_losses = jax.jit(plain.ratio_losses, static_argnums=(2, 3))
 
 BATCH, SEQ, WIDTH = 5, 23, 4
 # Documents: one; three; one behind which nothing is; two, of which the second begins late; many of one position each.
@@ -143,7 +142,7 @@ def test_the_gradient_of_dechunking_is_that_of_the_loop():
         selection, mask = select_boundaries(Boundaries(prob, boundaries.wanted), capacity)
         return (dechunk(z, selection, mask, smooth=True, segments=jnp.asarray(SEGMENTS)) * weight).sum()
 
-    d_z, d_prob = quick.jit(jax.grad(loss, (0, 1)))(z, boundaries.prob)
+    d_z, d_prob = jax.jit(jax.grad(loss, (0, 1)))(z, boundaries.prob)
     assert not np.any(np.asarray(d_z)[~np.asarray(selection.valid)])
     assert not np.any(np.asarray(d_prob)[~np.asarray(mask)])
     rng = np.random.default_rng(3)

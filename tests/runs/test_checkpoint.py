@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 import shapes
 
 from adaptive.errors import CheckpointError
@@ -139,7 +138,7 @@ def test_training_may_go_on_in_the_saved_arrays_at_once(tmp_path):
     """The next step takes the state's memory (donation) while the save still writes."""
     state = small(1.0)
     before, kept = digest(state), jax.tree.map(np.array, state)
-    step = quick.jit(lambda s: jax.tree.map(lambda a: a + jnp.ones((), a.dtype), s), donate_argnums=0)
+    step = jax.jit(lambda s: jax.tree.map(lambda a: a + jnp.ones((), a.dtype), s), donate_argnums=0)
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         for _ in range(20):

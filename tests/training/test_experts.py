@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 import shapes
 from train_steps import compiled_step, packed_batch
 
@@ -253,7 +252,7 @@ def test_an_evaluation_reports_the_same_on_held_out_text_for_each_way_of_selecti
     columns = {}
     for selection in ("topk", "threshold"):
         step = make_eval_step(graphdef, jnp.ones(32, jnp.int32), selection=selection)
-        evaluate = quick.jit(step)
+        evaluate = jax.jit(step)
         sums = PartSums(MOE.facts().experts)
         sums.add(jax.device_get(evaluate(state.params, state.buffers, batch, jax.random.key(0)).told))
         columns[selection] = sums.columns()

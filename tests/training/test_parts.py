@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 import shapes
 from flax import nnx
 from train_steps import compiled_step, packed_batch
@@ -21,6 +20,8 @@ from adaptive.training.metrics import Meter, MetricsLog, StepCost
 from adaptive.training.parts import PartSums
 from adaptive.training.report.page import write_report
 from adaptive.training.step import make_eval_step
+
+pytestmark = pytest.mark.compiles
 
 ROWS, SEQ, LAYERS = 4, 16, 2
 
@@ -64,8 +65,8 @@ def test_calls_that_a_part_counts_itself_are_what_its_sums_are_divided_by():
 def test_attention_tells_on_held_out_text_how_many_keys_a_query_reads():
     model = shapes.recursive(4, 2, vocab_size=32, width=16, hidden=24, heads=2, kv_heads=1, window=3)
     graphdef, _ = abstract_model(model.build)
-    step = quick.jit(make_eval_step(graphdef, jnp.ones(32, jnp.int32), selection="topk", segmented=False))
-    state = quick.jit(lambda key: nnx.state(model.build(key)))(jax.random.key(0))
+    step = jax.jit(make_eval_step(graphdef, jnp.ones(32, jnp.int32), selection="topk", segmented=False))
+    state = jax.jit(lambda key: nnx.state(model.build(key)))(jax.random.key(0))
     params, buffers = nnx.split_state(state, nnx.Param, ...)
     out = step(params, buffers, packed_batch(ROWS, SEQ, 32), jax.random.key(0))
     sums = PartSums()

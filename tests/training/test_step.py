@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-import quick
 import shapes
 from flax import nnx
 from train_steps import compiled_step, packed_batch
@@ -45,7 +44,7 @@ def test_loss_is_the_mean_over_counted_targets():
     program = compiled_step(VANILLA, GRADIENT, ONE, ROWS, SEQ)
     graphdef, _ = abstract_model(VANILLA.build)
 
-    @quick.jit
+    @jax.jit
     def logits_of(params, batch):
         model = nnx.merge(graphdef, params)
         return model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids).logits

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from expert_oracle import (
     Decision,
     blind_to_the_future,
@@ -112,7 +111,7 @@ def test_the_locality_loss_trains_its_target_too_and_is_finite_at_the_papers_sha
     def loss(x):
         return layer.routed(x, Context())[1].losses["activation_locality_loss"]
 
-    grad = np.asarray(quick.jit(jax.grad(loss))(jnp.asarray(x, jnp.float32)))
+    grad = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(x, jnp.float32)))
     assert np.isfinite(grad).all()
     assert np.abs(grad[0, 1]).max() > 0  # the last token is a target alone
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick
 import shapes
 from expert_oracle import blind_to_the_future, close, executions_agree, inputs, router_gradients, run, weights_of
 from flax import nnx
@@ -34,14 +33,6 @@ HOLES = np.arange(S) % 5 != 1
 KINDS = {"softmax": "probability", "selected": "softmax over pickers", "sigmoid": "sigmoid"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small take far longer to optimise than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def layer_of(options=None, weights=WEIGHTS, **settings):
     settings = {"experts_per_token": K, "execution": "dense"} | settings
     return layer_from_weights("expert_choice", weights, options=options or {}, **settings)
@@ -49,7 +40,7 @@ def layer_of(options=None, weights=WEIGHTS, **settings):
 
 def decide(layer, x=X, **context):
     """The router alone, compiled."""
-    return quick.jit(lambda x: layer.router(x, Context(**context)))(jnp.asarray(x, jnp.float32))
+    return jax.jit(lambda x: layer.router(x, Context(**context)))(jnp.asarray(x, jnp.float32))
 
 
 def chooses(routing, pairs, experts=E):
@@ -132,7 +123,7 @@ def test_positions_and_chunks(group):
 
 def test_flaxformers_rounding_and_minimum():
     layer = layer_of({"rounding": "nearest", "minimum": 4, "decode": "refuse"}, experts_per_token=1.25)
-    call = quick.jit(lambda present: layer.router(jnp.asarray(X, jnp.float32), Context(present=present)))
+    call = jax.jit(lambda present: layer.router(jnp.asarray(X, jnp.float32), Context(present=present)))
     for n in (2, 7, 10, 14, 18):  # 4 of 2, 2.19, 3.13, 4.38, 5.63
         rows = lambda n, _: oracle.capacity_flaxformer(n, E, 1.25)  # noqa: E731
         present = np.broadcast_to(np.arange(S) < n, (B, S))
@@ -148,7 +139,7 @@ def test_each_sequence_by_its_own_number():
     x = inputs(2, 32, D)
     logits = oracle.linear_logits(x, weights["router.weight"])
     layer = layer_of({"score": "selected", "most_per_token": 3, "decode": "refuse"}, weights)
-    call = quick.jit(lambda limit: layer.router(jnp.asarray(x, jnp.float32), Context(limit=limit)))
+    call = jax.jit(lambda limit: layer.router(jnp.asarray(x, jnp.float32), Context(limit=limit)))
     for numbers, taken in (([1, 3], [4, 12]), ([2, 2], [8, 8])):
         routing = call(jnp.array(numbers))
         assert routing.dispatch.index.shape == (2, 8, 12)
@@ -305,7 +296,7 @@ def test_predictor_learns_the_choice_and_decides_generation():
     # Its loss reaches nothing but itself.
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     loss = lambda p, x: nnx.merge(graphdef, p, rest).router(x, Context()).losses["predictor_loss"]  # noqa: E731
-    grads, of_x = quick.jit(jax.grad(loss, (0, 1)))(params, jnp.asarray(X, jnp.float32))
+    grads, of_x = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.asarray(X, jnp.float32))
     reached = {".".join(map(str, path)) for path, leaf in nnx.to_flat_state(grads) if np.any(leaf[...])}
     assert reached == {"router.predictor"}
     assert not np.any(of_x)
@@ -318,7 +309,7 @@ def moved_by_a_new_suffix(layer, x, change, **context):
     """How far outputs before `change` move when the tokens after it do."""
     other = x.copy()
     other[:, change:] = np.random.default_rng(3).normal(size=other[:, change:].shape) * 3
-    call = quick.jit(lambda x: layer.routed(x, Context(**context))[0])
+    call = jax.jit(lambda x: layer.routed(x, Context(**context))[0])
     a, b = (np.asarray(call(jnp.asarray(v, jnp.float32))) for v in (x, other))
     assert np.abs(a - b)[:, change:].max() > 1e-3
     return np.abs(a - b)[:, :change].max()
@@ -338,7 +329,7 @@ def test_chunks_leak_no_further_than_their_end():
 def test_positions_see_no_future_but_their_batch_mates():
     layer, x = layer_of({"group": "position"}), inputs(4, 8, D)
     assert moved_by_a_new_suffix(layer, x, 4) == 0
-    call = quick.jit(lambda x: layer.routed(x, Context())[0][0])
+    call = jax.jit(lambda x: layer.routed(x, Context())[0][0])
     a, b = (call(jnp.asarray(v, jnp.float32)) for v in (x, np.concatenate([x[:1], 3 * x[1:, ::-1]])))
     assert jnp.abs(a - b).max() > 1e-3
 
@@ -347,7 +338,7 @@ def test_thresholds_in_training_see_neither():
     weights = WEIGHTS | {"router.threshold": np.full(E, 0.2)}
     layer = layer_of({"select": "threshold", "slack": 1.0}, weights)
     assert moved_by_a_new_suffix(layer, X, 8) == 0
-    call = quick.jit(lambda x: layer.routed(x, Context())[0][0])
+    call = jax.jit(lambda x: layer.routed(x, Context())[0][0])
     a, b = (call(jnp.asarray(v, jnp.float32)) for v in (X, np.concatenate([X[:1], 3 * X[1:, ::-1]])))
     np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -374,7 +365,7 @@ def test_permuting_tokens_permutes_outputs_and_batch_mates_do_not_matter():
     layer = layer_of({"score": "selected"})
     order = np.random.default_rng(0).permutation(S)
     mates = np.concatenate([X[:1], 3 * X[1:, ::-1]])
-    call = quick.jit(lambda x: layer.routed(x, Context())[0])
+    call = jax.jit(lambda x: layer.routed(x, Context())[0])
     y, permuted, among = (np.asarray(call(jnp.asarray(x, jnp.float32))) for x in (X, X[:, order], mates))
     np.testing.assert_allclose(permuted, y[:, order], atol=1e-6)
     np.testing.assert_allclose(among[0], y[0], atol=1e-6)
@@ -430,8 +421,8 @@ def test_gradients_are_those_of_the_dense_formula(score, group, execution):
     x = jnp.asarray(X, jnp.float32)
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
     arrays = {name: value for name, value in arrays.items() if name not in ("router.threshold", "router.updates")}
-    of_weights, of_x = quick.jit(jax.grad(formula, (0, 1)))(arrays, x)
-    of_params, got_x = quick.jit(jax.grad(value, (0, 1)))(params, x)
+    of_weights, of_x = jax.jit(jax.grad(formula, (0, 1)))(arrays, x)
+    of_params, got_x = jax.jit(jax.grad(value, (0, 1)))(params, x)
     got = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(of_params)} | {"x": got_x}
     assert set(got) == {*of_weights, "x"}
     for name, expected in (of_weights | {"x": of_x}).items():
@@ -492,7 +483,7 @@ def test_cost_follows_experts_per_token_and_not_experts():
     def flops(experts, k):
         weights = weights_of(experts, experts, width=D, hidden=F)
         layer = layer_of({"score": "selected"}, weights, experts_per_token=k, execution="auto")
-        call = quick.jit(lambda x: layer.routed(x, Context())[0])
+        call = jax.jit(lambda x: layer.routed(x, Context())[0])
         total = hlo.matmul_flops(call.lower(jnp.zeros((B, S, D))).compile().as_text())
         router, ours = layer.flops(S, D)
         assert total == B * (router + ours)

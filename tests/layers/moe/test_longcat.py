@@ -1,9 +1,9 @@
 """LongCat's identity experts against their formulas, and the controller that holds the mean of true experts."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from expert_oracle import (
     Decision,
     best,
@@ -72,7 +72,7 @@ def test_the_controller_holds_the_mean_of_true_experts(target):
     weights, x = weights_of(N, N + Z, spread=0.3), jnp.asarray(inputs(8, 32), jnp.float32)
     graphdef, state = nnx.split(layer_of(weights, true_experts=target))
 
-    @quick.jit
+    @jax.jit
     def step(state):
         layer = nnx.merge(graphdef, state)
         stats = layer.router(x, Context()).stats

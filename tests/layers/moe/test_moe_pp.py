@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from expert_oracle import (
     Decision,
     best,
@@ -164,7 +163,7 @@ def test_a_model_carries_the_residual_from_layer_to_layer():
         out = nnx.merge(graphdef, state)(tokens)
         return out.aux.total() + out.logits.std()
 
-    grads = quick.jit(jax.grad(loss))(state)
+    grads = jax.jit(jax.grad(loss))(state)
     residual = grads["body"]["stack"]["blocks"][0]["feed_forward"]["router"]["residual"]
     by_layer = np.abs(np.asarray(residual[...])).max((1, 2))
     assert by_layer[0] == 0  # nothing below the first layer

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 
 from adaptive.errors import RecipeError
@@ -92,7 +91,7 @@ def generation(name: str):
     assert not moe.refuse_generation()
     graphdef, state = nnx.split(moe)
 
-    @quick.jit
+    @jax.jit
     def run(state, x):
         y, routing = nnx.merge(graphdef, state).routed(x, Context(selection="threshold"))
         return y, routing.stats
@@ -160,7 +159,7 @@ def test_a_value_that_is_told_is_one_of_the_layers(name, x):
     context = Context(present=segments > 0, segments=segments, training=True, key=jax.random.key(3))
     graphdef, state = nnx.split(moe)
 
-    @quick.jit
+    @jax.jit
     def both(state, x):
         own = nnx.merge(graphdef, state)
         update, told, logits = own.apply(x, where, call)
@@ -182,7 +181,7 @@ def test_losses_of_several_calls(name, router, x):
     moe = layer(settings_of(name, router))
     where, call = Where.whole((2, SEQ)), Call()
     graphdef, state = nnx.split(moe)
-    run = quick.jit(lambda state, x: nnx.merge(graphdef, state).apply(x, where, call)[1])
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state).apply(x, where, call)[1])
     told = [run(state, x * f) for f in (1, -2, 0.5)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *told[:2])
     got = moe.losses([stacked, told[2]])

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from expert_oracle import close, executions_agree, inputs, router_gradients, run, weights_of
 from flax import nnx
 from oracle import moe as oracle
@@ -26,14 +25,6 @@ PRESENT = np.arange(S) < np.array([[16], [11]])
 HOLES = np.arange(S) % 5 != 1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small take far longer to optimise than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def layer_of(options=None, weights=WEIGHTS, **settings):
     settings = {"experts_per_token": K, "execution": "dense"} | settings
     return layer_from_weights("token_choice", weights, options=options or {}, **settings)
@@ -41,7 +32,7 @@ def layer_of(options=None, weights=WEIGHTS, **settings):
 
 def decide(layer, x=X, **context):
     """The router alone, compiled."""
-    return quick.jit(lambda x: layer.router(x, Context(**context)))(jnp.asarray(x, jnp.float32))
+    return jax.jit(lambda x: layer.router(x, Context(**context)))(jnp.asarray(x, jnp.float32))
 
 
 def combined(routing, experts=E):
@@ -232,7 +223,7 @@ def expected_loss(form, pairs, present, score="softmax"):
 def test_balancing_losses(form, score):
     """Counted before dropping and without padding; the softmax, but for DeepSeek's loss of a sigmoid."""
     layer = layer_of({"balance": form, "score": score}, z_coefficient=0.5)
-    call = quick.jit(lambda x, present: layer(x, Context(present=present))[1])
+    call = jax.jit(lambda x, present: layer(x, Context(present=present))[1])
     for present in (np.ones((B, S), bool), PRESENT & HOLES):
         aux = call(X, present)
         pairs = oracle.token_choice(LOGITS, K, score=score, present=present)
@@ -257,7 +248,7 @@ def test_balanced_is_one_or_k_and_zero_logits_have_a_known_z():
     index = jnp.asarray([[[(s + j) % E for j in range(K)] for s in range(S)]] * B)
     p, valid = jnp.full((B, S, E), 1 / E), jnp.ones((B, S, K), bool)
     forms = ("switch", "gshard", "sequence", "hf", "maxtext", "flaxformer")
-    losses = quick.jit(lambda p: [balancing_loss(p, index, valid, None, form) for form in forms])(p)
+    losses = jax.jit(lambda p: [balancing_loss(p, index, valid, None, form) for form in forms])(p)
     np.testing.assert_allclose(losses, [1, 1, 1, K, K, K], rtol=1e-6)
     layer = layer_of(weights=WEIGHTS | {"router.weight": np.zeros((D, E))}, z_coefficient=1)
     np.testing.assert_allclose(decide(layer).losses["router_z_loss"], np.log(E) ** 2, rtol=1e-6)
@@ -272,7 +263,7 @@ def test_importance_and_load(of):
     np.testing.assert_allclose(got, oracle.tutel_second_loss(LOGITS, K, 1.0, present, of), rtol=1e-5)
     assert layer.coefficients()["importance_loss"] == 0.1
     even = jnp.full((B, S, E), 0.25)
-    assert quick.jit(lambda a: importance_and_load(a / 2, a, a, K, 1.0))(even) < 1e-9
+    assert jax.jit(lambda a: importance_and_load(a / 2, a, a, K, 1.0))(even) < 1e-9
 
 
 def test_noise_is_for_training_alone():
@@ -345,7 +336,7 @@ def gradients(layer, x, **context):
         losses = routing.losses
         return (y * MIX).sum() + 0.7 * losses["load_balancing_loss"] + 0.3 * losses["router_z_loss"]
 
-    of_params, of_x = quick.jit(jax.grad(value, (0, 1)))(params, jnp.asarray(x, jnp.float32))
+    of_params, of_x = jax.jit(jax.grad(value, (0, 1)))(params, jnp.asarray(x, jnp.float32))
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(of_params)} | {"x": of_x}
 
 
@@ -368,7 +359,7 @@ def test_gradients_are_those_of_the_dense_formula(score, options, execution):
         return (y * MIX).sum() + 0.7 * balance + 0.3 * z
 
     with jax.default_matmul_precision("highest"):
-        of_weights, of_x = quick.jit(jax.grad(value, (0, 1)))(arrays, jnp.asarray(X, jnp.float32))
+        of_weights, of_x = jax.jit(jax.grad(value, (0, 1)))(arrays, jnp.asarray(X, jnp.float32))
     got = gradients(layer, X)
     assert set(got) == {*of_weights, "x"}
     for name, expected in (of_weights | {"x": of_x}).items():
@@ -447,7 +438,7 @@ def test_permuting_tokens_permutes_outputs_and_batch_mates_do_not_matter():
     layer = layer_of(capacity_factor=0.75)
     order = np.random.default_rng(0).permutation(S)
     mates = np.concatenate([X[:1], 3 * X[1:, ::-1]])
-    call = quick.jit(lambda x: layer.routed(x, Context())[0])
+    call = jax.jit(lambda x: layer.routed(x, Context())[0])
     y, permuted, among = (np.asarray(call(jnp.asarray(x, jnp.float32))) for x in (X, X[:, order], mates))
     np.testing.assert_allclose(permuted, y[:, order], atol=1e-6)
     np.testing.assert_allclose(among[0], y[0], atol=1e-6)
