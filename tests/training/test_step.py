@@ -66,6 +66,17 @@ def test_accumulation_changes_nothing(accumulation):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_what_routers_report_is_the_mean_over_micro_batches():
+    once, twice = (compiled_step(TOKEN, GRADIENT, ONE, ROWS, SEQ, accumulation) for accumulation in (1, 2))
+    batch = packed_batch(ROWS, SEQ, 32)
+    batch = batch._replace(segment_ids=np.ones_like(batch.segment_ids))  # as many positions in every micro-batch
+    want, got = (program.run(program.state(), batch)[1] for program in (once, twice))
+    named = [name for name in want if name.startswith("routing/load_") or name == "routing/mean_depth"]
+    assert len(named) == 3
+    for name in named:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing(bad):
     program = compiled_step(TOKEN, ADAM, ONE, ROWS, SEQ)
