@@ -96,6 +96,17 @@ def test_rows_that_hold_less_have_capacities_of_their_own():
     assert held(routed(EXPERT, exists=exists)) == [[24, 9], [16, 6], [8, 3]]
 
 
+def test_a_token_that_stopped_stays_out_in_generation():
+    """Positions that a later router would take again are there, and do not come back."""
+    out = routed(EXPERT, rule="causal")
+    held_at = np.stack([np.asarray(selection.valid) for selection in out.trace.selections])
+    assert held_at[0].all() and (held_at[1:] <= held_at[:-1]).all()
+    weights = [np.asarray(router.out[...])[:, 0] for router in module(EXPERT, 3).routers]
+    stopped = held_at[0] & ~held_at[1]  # their stream is what the first pass left, which is what comes out
+    assert (np.asarray(out.x)[stopped] @ weights[2] > 0).any()
+    assert np.asarray(out.trace.depth)[stopped].max() == 1
+
+
 def test_full_capacity_and_additive_gating_is_x_plus_f():
     got = routed(expert_choice.Settings(capacities=(1.0, 1.0), gating="additive"), 2)
     want = X + at_pass(0, X)
