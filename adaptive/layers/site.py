@@ -10,7 +10,7 @@ group  main, or auxiliary: trained by losses of its own
 rate   multiple of the learning rate
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,11 @@ def normal_param(
     """A float32 parameter drawn from N(0, std^2), `stack` leading layer axes included."""
     value = std * jax.random.normal(key, (*stack, *shape), jnp.float32)
     return param(value, axes, stack=stack, role=role, group=group)
+
+
+def is_variable(leaf: Any) -> bool:
+    """Whether a leaf of a state is a variable, whose metadata a map over the state is to see."""
+    return isinstance(leaf, nnx.Variable)
 
 
 def passes_of(value: nnx.Variable) -> bool:

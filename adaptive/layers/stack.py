@@ -14,7 +14,7 @@ from adaptive.layers.call import Call, Tales
 from adaptive.layers.cost import Cost, Span
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.remat import Remat, recomputed
-from adaptive.layers.site import Site, passes_of
+from adaptive.layers.site import Site, is_variable, passes_of
 from adaptive.layers.state import State, repeated
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import gathered
@@ -169,7 +169,7 @@ class Stack(nnx.Module):
             axes = param.get_metadata().get("axes") or ()
             return param.replace(gathered(param[...], axes, self.making.dtype)) if "width" in axes else param
 
-        return [jax.tree.map(ready, state, is_leaf=_is_variable) for state in self.states()]
+        return [jax.tree.map(ready, state, is_leaf=is_variable) for state in self.states()]
 
     @staticmethod
     def at_pass(states: list[Any], r: Any) -> list[Any]:
@@ -183,7 +183,7 @@ class Stack(nnx.Module):
                 value[r] if isinstance(r, int) else jax.lax.dynamic_index_in_dim(value, r, 0, False)
             )
 
-        return [jax.tree.map(at, state, is_leaf=_is_variable) for state in states]
+        return [jax.tree.map(at, state, is_leaf=is_variable) for state in states]
 
     def run(
         self, states: list[Any], x: jax.Array, where: Where, call: Call, state: State | None
@@ -247,7 +247,3 @@ class Stack(nnx.Module):
         if call.previous is not None and call.previous.shape[:2] == x.shape[:2]:
             return call.previous
         return jnp.zeros((*x.shape[:2], choices), jnp.float32)
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)

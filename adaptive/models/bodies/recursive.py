@@ -17,7 +17,7 @@ from adaptive.layers.mixers.attention import Settings as Attention
 from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.remat import recomputed
-from adaptive.layers.site import Site, passes_of
+from adaptive.layers.site import Site, is_variable, passes_of
 from adaptive.layers.stack import Making, Shared, Stack
 from adaptive.layers.state import State, layers, with_layers
 from adaptive.layers.where import Where
@@ -267,13 +267,13 @@ class Recursive(BodyModule):
             kept = None
             for r in range(s.recursions):
                 at = lambda v, r=r: v.replace(v[...][r]) if passes_of(v) else v  # noqa: E731
-                params = jax.tree.map(at, layer, is_leaf=_is_variable)
+                params = jax.tree.map(at, layer, is_leaf=is_variable)
                 here = inner if kept is None else inner.replace(writes=False)
                 x, after, _, _ = nnx.merge(graphdef, params)(x, where, here, kept)
                 kept = after if s.keys_values == "shared" else None
             return x, None
 
-        states = jax.tree.map(moved, state, is_leaf=_is_variable)
+        states = jax.tree.map(moved, state, is_leaf=is_variable)
         return jax.lax.scan(recomputed(body, self.making.remat), x, states, unroll=self.making.unroll or 1)[0]
 
 
@@ -347,7 +347,3 @@ def _only(told: Any) -> Tales:
 
 def _is_keys_values(node: Any) -> bool:
     return isinstance(node, KeyValues)
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)

@@ -2,6 +2,7 @@
 `Settings` below `Depth` and the module that it builds."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Tales
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
@@ -113,6 +115,25 @@ class DepthModule(nnx.Module):
 def capacities(fractions: tuple[float, ...], positions: int) -> tuple[int, ...]:
     """Positions of a row that each recursion computes: `max(1, int(c * positions))`, as the released code rounds."""
     return tuple(max(1, int(c * positions)) for c in fractions)
+
+
+def falling(passes: int) -> tuple[float, ...]:
+    """(N_r - r + 1) / N_r for r = 1 .. N_r: the shares of the MoR paper (section 2.2)."""
+    return tuple((passes - r) / passes for r in range(passes))
+
+
+def check_shares(shares: tuple[float, ...], recursive: Any, at: str) -> None:
+    """Raises RecipeError for shares of the row that the passes of the body `recursive` cannot have; `at` is the dotted
+    path of its depth."""
+    if len(shares) != recursive.recursions:
+        raise RecipeError(f"{at}.capacities has {len(shares)} shares for {recursive.recursions} recursions")
+    if any(not 0 < x <= 1 for x in shares) or any(b > a for a, b in itertools.pairwise(shares)):
+        listed = lambda values: ",".join(f"{x:g}" for x in values)  # noqa: E731
+        raise RecipeError(
+            f"{at}.capacities={listed(shares)}: shares must be in (0, 1] and must not increase, because a token that "
+            f"left cannot come back; for example {listed(sorted(shares, reverse=True))}"
+        )
+    recursive.check_first_capacity(shares[0], f"{at}.capacities", at)
 
 
 def everyone(where: Where, weights: jax.Array, valid: jax.Array) -> Selection:

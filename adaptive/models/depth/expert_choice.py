@@ -1,7 +1,6 @@
 """Expert choice over depth: each recursion picks the positions it computes (MoR paper, section 2.2)."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adaptive.errors import RecipeError
 from adaptive.layers.call import Call
 from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, everyone
+from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
 from adaptive.routing import expert_choice
 from adaptive.routing.rows import add_rows, membership, take_rows
 from adaptive.routing.scores import passes as passes_threshold
@@ -43,19 +41,10 @@ class Settings(Depth):
         return ExpertChoice(self, passes, site, keys)
 
     def check(self, recursive: Any, at: str) -> None:
-        c = self.fractions(recursive.recursions)
-        shown = ",".join(f"{x:g}" for x in c)
-        if len(c) != recursive.recursions:
-            raise RecipeError(f"{at}.capacities has {len(c)} shares for {recursive.recursions} recursions")
-        if any(not 0 < x <= 1 for x in c) or any(b > a for a, b in itertools.pairwise(c)):
-            raise RecipeError(
-                f"{at}.capacities={shown}: shares must be in (0, 1] and must not increase, because a token that left "
-                f"cannot come back; for example {','.join(f'{x:g}' for x in sorted(c, reverse=True))}"
-            )
-        recursive.check_first_capacity(c[0], f"{at}.capacities", at)
+        check_shares(self.fractions(recursive.recursions), recursive, at)
 
     def fractions(self, passes: int) -> tuple[float, ...]:
-        return self.capacities or tuple((passes - r) / passes for r in range(passes))
+        return self.capacities or falling(passes)
 
     def warmup_steps(self) -> int:
         return self.capacity_warmup_steps

@@ -1,19 +1,17 @@
 """Token choice over depth: each token decides its depth before the first recursion (MoR paper, section 2.2)."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Tales
 from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Buffer, Site
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, everyone
+from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
 from adaptive.routing import token_choice
 from adaptive.routing.expert_choice import limit_of_counts
 from adaptive.routing.losses import mean_over, updated_bias
@@ -48,23 +46,14 @@ class Settings(Depth):
         return TokenChoice(self, passes, site, keys)
 
     def check(self, recursive: Any, at: str) -> None:
-        c = self.fractions(recursive.recursions)
-        if len(c) != recursive.recursions:
-            raise RecipeError(f"{at}.capacities has {len(c)} shares for {recursive.recursions} recursions")
-        if any(not 0 < x <= 1 for x in c) or any(b > a for a, b in itertools.pairwise(c)):
-            raise RecipeError(
-                f"{at}.capacities={','.join(f'{x:g}' for x in c)}: shares must be in (0, 1] and must not increase, "
-                f"because a token that left cannot come back; for example "
-                f"{','.join(f'{x:g}' for x in sorted(c, reverse=True))}"
-            )
-        recursive.check_first_capacity(c[0], f"{at}.capacities", at)
+        check_shares(self.fractions(recursive.recursions), recursive, at)
 
     def fractions(self, passes: int) -> tuple[float, ...]:
         return (1.0,) * passes if self.execution == "masked" else self.paper_fractions(passes)
 
     def paper_fractions(self, passes: int) -> tuple[float, ...]:
         """Perfectly balanced, as expert choice."""
-        return self.capacities or tuple((passes - r) / passes for r in range(passes))
+        return self.capacities or falling(passes)
 
     def warmup_steps(self) -> int:
         return self.balance_warmup_steps
