@@ -1,13 +1,21 @@
-"""python -m adaptive.bench train --recipe NAME [--against NAME] [group.name=value ...]: what a training step costs.
-python -m adaptive.bench ema | experts | grouped_matmul | hnet | ssd: what one layer or model costs beside its baseline.
+"""What a training step costs, or one layer or model beside its baseline:
+
+    adaptive bench train --recipe NAME [--against NAME] [setting=value ...]
+    adaptive bench ema | experts | grouped_matmul | hnet | ssd
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats.
 """
 
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.bench"))
+
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -15,8 +23,9 @@ from rich.console import Console
 
 from adaptive import command
 from adaptive.benchmarks import train_step
-from adaptive.errors import UserError
+from adaptive.command import number
 from adaptive.recipe import load
+from adaptive.runs.platform import start_backend
 
 OPERATIONS = ("ema", "experts", "grouped_matmul", "hnet", "ssd")  # modules of adaptive/benchmarks
 
@@ -26,15 +35,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
+    start_backend()
     if arguments and arguments[0] in OPERATIONS:
         return importlib.import_module(f"adaptive.benchmarks.{arguments[0]}").main(arguments[1:])
     options = parse(arguments)
     console = Console(stderr=options.json)
-    for name in ("repeats", "steps_per_repeat"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}: must be at least 1")
     names = [options.recipe, *([options.against] if options.against else [])]
-    recipes = [load(name).with_(*options.overrides) for name in names]
+    recipes = [load(name).with_(*options.settings) for name in names]
     with console.status("") as status:
         measured = train_step.measure(
             recipes,
@@ -51,16 +58,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m adaptive.bench", description="Measure what a recipe costs.")
-    parser.add_argument("what", choices=["train", *OPERATIONS], help="train: one training step")
-    parser.add_argument("overrides", nargs="*", metavar="group.name=value", help="settings, for both recipes")
-    parser.add_argument("--recipe", required=True, help="name, or a saved recipe.json")
-    parser.add_argument("--against", help="a second recipe, run in turns with the first")
-    parser.add_argument("--repeats", type=int, default=10, help="how often each is measured (default 10)")
-    parser.add_argument("--steps_per_repeat", type=int, default=3, help="steps timed together (default 3)")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
-    return parser.parse_intermixed_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(command.start(main))
+    options = command.Options("bench", __doc__ or "")
+    options.add_argument("what", choices=["train", *OPERATIONS], help="train: one training step")
+    options.add_argument("--recipe", required=True, help="name, or path of a .py or .json file")
+    options.add_argument("--against", help="a second recipe, run in turns with the first")
+    options.add_argument(
+        "--repeats", type=number(int, least=1), default=10, help="how often each is measured (default 10)"
+    )
+    together = "steps timed together (default 3)"
+    options.add_argument("--steps_per_repeat", type=number(int, least=1), default=3, help=together)
+    options.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
+    options.add_settings()
+    return options.read(arguments)

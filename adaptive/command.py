@@ -1,33 +1,45 @@
-"""What every command shares: how its options are read, how mistakes are told, and which code it ends with.
+"""What every command shares: its options, how mistakes are told, and which code it ends with.
 
-Imports nothing but the standard library, so that `adaptive.doctor` can say which packages are missing.
+Imports nothing but the standard library: an interrupt is one line from the first moment on, and `adaptive.doctor` can
+say which packages are missing.
 """
 
+import argparse
+import difflib
+import importlib
+import math
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn
 
 from adaptive.errors import NonFiniteError, UserError
 
-if TYPE_CHECKING:
-    from absl import flags
-
 INTERRUPTED = 130
+NO_READER = 141  # whoever read the output has had enough; a shell's code for a program that SIGPIPE ended
 
-Main = Callable[[Sequence[str]], int]
+Run = Callable[[Sequence[str]], int]
 
 
-def start(main: Main) -> int:
-    """The exit code of `main` with the arguments of this process: the first thing that `python -m` does.
+def start(module: str) -> int:
+    """The exit code of the module's `main` with the arguments of this process: all that `python -m` does.
 
-    Text that the terminal cannot show is replaced rather than an error.
+    Its imports happen in here, and Ctrl-C ends them like all that follows. Text that the terminal cannot show is
+    replaced rather than an error.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    return main(sys.argv[1:])
+    _make_streams_safe()
+    try:
+        code = exit_code(lambda arguments: importlib.import_module(module).main(arguments), sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _lost_readers():
+            raise  # another pipe than that of the output
+        return NO_READER
 
 
-def exit_code(run: Main, arguments: Sequence[str], *, interrupted: str = "interrupted") -> int:
+def exit_code(run: Run, arguments: Sequence[str], *, interrupted: str = "interrupted") -> int:
     """What `run` returns, or the code of an error that a user can cause, whose message alone is printed.
 
     interrupted  what is printed after a Ctrl-C, which ends with code 130
@@ -43,27 +55,86 @@ def exit_code(run: Main, arguments: Sequence[str], *, interrupted: str = "interr
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
+    except SystemExit as done:  # of --help and --version
+        return done.code if isinstance(done.code, int) else 0
 
 
-def parse(options: "flags.FlagValues", arguments: Sequence[str]) -> list[str]:
-    """Sets the options from a command line, and returns what else it holds, which may stand anywhere among them.
+def _make_streams_safe() -> None:
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process lives
+        else:
+            stream.reconfigure(errors="replace")
 
-    Raises UserError for an option that does not exist or cannot have the value.
+
+def _lost_readers() -> bool:
+    """Whether nobody reads an output of this process any more; such a one leads to nothing from now on."""
+    lost = False
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            lost = True
+    return lost
+
+
+# Options
+
+
+class Options(argparse.ArgumentParser):
+    """The options of one command, and what its --help shows.
+
+    name   of the command: `adaptive NAME`
+    about  what it does; usually its module's docstring
     """
-    from absl import flags
 
-    options.unparse_flags()
-    options.set_gnu_getopt(True)
-    try:
-        return options(["", *arguments])[1:]
-    except flags.Error as error:
-        raise UserError(f"{error} (--help shows all options)") from None
+    def __init__(self, name: str, about: str):
+        shape = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"adaptive {name}", description=about.strip(), formatter_class=shape, allow_abbrev=False)
+
+    def add_settings(self) -> None:
+        """Lets the command take settings, which `read` returns as `settings`."""
+        self.add_argument("settings", nargs="*", metavar="name=value", help="settings of the recipe")
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """What a command line says; words that are no options may stand anywhere among them.
+
+        Raises UserError for an option that does not exist, with the nearest, or cannot have its value, and for a
+        setting that is none.
+        """
+        found, rest = self.parse_known_intermixed_args(arguments)
+        for word in rest:
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"'{word}' is no option{hint} (--help shows all options)")
+        for word in getattr(found, "settings", ()):
+            if "=" not in word:
+                raise UserError(f"'{word}' is neither an option (--{word}) nor a setting (name=value)")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (--help shows all options)")
 
 
-def parse_with_settings(options: "flags.FlagValues", arguments: Sequence[str]) -> list[str]:
-    """As `parse`, where all else must be settings (name=value); raises UserError for what is none."""
-    rest = parse(options, arguments)
-    for text in rest:
-        if "=" not in text:
-            raise UserError(f"'{text}' is neither an option (--{text}) nor a setting (name=value)")
-    return rest
+def number(
+    kind: type, *, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+) -> Callable[[str], Any]:
+    """What reads an option's value as a finite number of type `kind`, int or float, from `least` to `most`."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if isinstance(value, float) and not math.isfinite(value):
+            shown = text if len(text) < 40 else f"{text[:37]}..."
+            raise argparse.ArgumentTypeError(f"'{shown}' is not a {'whole ' * (kind is int)}number")
+        if not (least <= value <= most and value > above):
+            low = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
+            high = f" and at most {most:g}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}: must be {low}{high}")
+        return value
+
+    return read

@@ -1,42 +1,43 @@
-"""python -m adaptive.convert --kind KIND --tensors FILE --config FILE --workdir DIR [setting=value ...]
-python -m adaptive.convert --kind KIND --workdir DIR --export FILE.safetensors
+"""Released weights to the folder of a run, which every other command takes, and a run's model to released names:
 
-Released weights to the folder of a run, which every other command takes, and a run's model to released names.
+    adaptive convert --kind KIND --tensors FILE --config FILE --workdir DIR [setting=value ...]
+    adaptive convert --kind KIND --workdir DIR --export FILE.safetensors
 
-    --kind KIND       whose names: hnet, mor, mixtral, olmoe, qwen3_moe
-    --tensors FILE    *.safetensors, a PyTorch file, an index of several, or a folder of them
-    --config FILE     the released configuration (JSON)
-    --workdir DIR     the run's folder: a new one, or with --export that of a trained or converted model
-    --export FILE     where to write the model's tensors; of hnet its configuration too, beside it as *.json
-    --allow_pickle    read PyTorch files with torch, which runs whatever code is in them
-
-Settings are dotted, as in adaptive.train, and count where the model is trained further:
-`python -m adaptive.train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something cannot work,
-130 interrupted.
+Settings are dotted, as those of training, and count where the model is trained further:
+`adaptive train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something cannot work, 130 interrupted.
 """
 
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.convert"))
+
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from adaptive import command, doctor
 from adaptive.errors import CheckpointError, RecipeError, UserError
+from adaptive.paths import local_path
 from adaptive.recipe import Recipe
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("kind", "", "whose names the tensors have", flag_values=FLAGS)
-flags.DEFINE_string("tensors", "", "released weights", flag_values=FLAGS)
-flags.DEFINE_string("config", "", "released configuration, JSON", flag_values=FLAGS)
-flags.DEFINE_string("workdir", "", "folder of the run", flag_values=FLAGS)
-flags.DEFINE_string("export", "", "safetensors file to write", flag_values=FLAGS)
-flags.DEFINE_bool("allow_pickle", False, "let torch read PyTorch files", flag_values=FLAGS)
-flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=FLAGS)
-
 TOKENIZERS = {"hnet": "hnet-bytes"}  # of the kinds that know theirs
+
+
+def options() -> command.Options:
+    made = command.Options("convert", __doc__ or "")
+    add = made.add_argument
+    add("--kind", default="", help="whose names the tensors have: hnet, mor, mixtral, olmoe, qwen3_moe")
+    add("--tensors", default="", help="*.safetensors, a PyTorch file, an index of several, or a folder of them")
+    add("--config", default="", help="the released configuration (JSON)")
+    add("--workdir", default="", help="folder of the run: a new one; with --export that of a model")
+    add("--export", default="", help="file to write; of hnet the configuration too, beside it as *.json")
+    add("--allow_pickle", action="store_true", help="read PyTorch files with torch, which runs whatever code is in them")
+    made.add_settings()
+    return made
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,24 +45,27 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    settings = command.parse_with_settings(FLAGS, arguments)
-    if FLAGS.help:
-        print(__doc__)
-        return 0
-    if settings and FLAGS.export:
-        raise UserError(f"'{settings[0]}': --export takes no settings")
-    needed = ("kind", "workdir", "export") if FLAGS.export else ("kind", "tensors", "config", "workdir")
-    if missing := [f"--{name}" for name in needed if not FLAGS[name].value]:
+    from adaptive.runs.platform import start_backend
+
+    given = options().read(arguments)
+    if given.settings and given.export:
+        raise UserError(f"'{given.settings[0]}': --export takes no settings")
+    needed = ("kind", "workdir", "export") if given.export else ("kind", "tensors", "config", "workdir")
+    if missing := [f"--{name}" for name in needed if not getattr(given, name)]:
         raise UserError(f"{', '.join(missing)} is missing (--help shows all options)")
+    paths = {name: local_path(getattr(given, name), f"--{name}") for name in needed[1:]}
     print(doctor.check_versions())
-    if FLAGS.export:
-        export(FLAGS.kind, Path(FLAGS.workdir), Path(FLAGS.export))
+    start_backend()
+    if given.export:
+        export(given.kind, paths["workdir"], paths["export"])
     else:
-        convert(FLAGS.kind, Path(FLAGS.tensors), Path(FLAGS.config), Path(FLAGS.workdir), settings)
+        convert(given.kind, **paths, settings=given.settings, allow_pickle=given.allow_pickle)
     return 0
 
 
-def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Sequence[str]) -> None:
+def convert(
+    kind: str, tensors: Path, config: Path, workdir: Path, settings: Sequence[str], *, allow_pickle: bool = False
+) -> None:
     """Makes `workdir` the folder of a run at step 0 whose model has the tensors."""
     from adaptive.interop import check_kind, from_official
     from adaptive.interop.files import read_tensors
@@ -69,12 +73,11 @@ def convert(kind: str, tensors: Path, config: Path, workdir: Path, settings: Seq
 
     check_kind(kind)
     official = read_config(config)
-    workdir = workdir.expanduser()
     if RunFolder(workdir).recipe.exists():
         raise CheckpointError(f"{workdir} holds a run already; choose another --workdir")
     if kind not in TOKENIZERS and not any(text.startswith("data.tokenizer=") for text in settings):
         raise RecipeError(f"--kind {kind} does not say how text becomes tokens: add data.tokenizer=NAME_OR_FILE")
-    named = read_tensors(tensors, allow_pickle=FLAGS.allow_pickle)
+    named = read_tensors(tensors, allow_pickle=allow_pickle)
     numbers = sum(value.size for value in named.values())
     print(f"read      {tensors}: {len(named)} tensors, {numbers:,} numbers", flush=True)
     model: Any = from_official(kind, named, official)
@@ -160,7 +163,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"--config {path} must be a JSON object of settings, not a {type(config).__name__}")
     return config
-
-
-if __name__ == "__main__":
-    sys.exit(command.start(main))

@@ -1,4 +1,11 @@
-"""Do the installed versions fit? `python -m adaptive.doctor` also shows the devices and the optional packages."""
+"""Do the installed versions fit? `adaptive doctor` also shows the devices and the optional packages."""
+
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.doctor"))
 
 import importlib.metadata
 import re
@@ -41,11 +48,14 @@ OPTIONAL = {
     "datasets": ("hf", "data sets of the Hugging Face hub"),
     "wandb": ("wandb", "Weights & Biases"),
     "regex": ("words", "chunks of an H-Net that are words"),
-    "jax-cuda13-plugin": ("gpu", "NVIDIA GPUs"),
+    "jax-cuda13-plugin": ("gpu", "NVIDIA GPUs, driver 580 or newer"),
+    "jax-cuda12-plugin": ("cuda12", "NVIDIA GPUs, driver 525 or newer"),
     "libtpu": ("tpu", "Cloud TPUs"),
 }
 
-FIX = "pip install -r requirements/cpu.txt (gpu.txt or tpu.txt for those; ./scripts/train does it by itself)"
+FIX = (
+    "pip install -r requirements/cpu.txt (gpu.txt, cuda12.txt or tpu.txt for those; ./scripts/train does it by itself)"
+)
 
 
 def check_versions() -> str:
@@ -97,7 +107,8 @@ def main(arguments: Sequence[str]) -> int:
     return command.exit_code(run, arguments)
 
 
-def run(_: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
+    command.Options("doctor", __doc__ or "").read(arguments)
     try:
         print(check_versions())
         code = 0
@@ -108,16 +119,15 @@ def run(_: Sequence[str]) -> int:
         print(f"  {wanted.package:18} tested: {wanted.low} and later, before {wanted.below}")
     print("optional packages")
     for package, (extra, enables) in OPTIONAL.items():
-        state = installed(package) or f"absent, pip install 'adaptive[{extra}]'"
+        state = installed(package) or f"absent, pip install 'adaptive-lm[{extra}]'"
         print(f"  {package:18} {enables}: {state}")
     if code == 0:
         import jax
 
+        from adaptive.runs.platform import start_backend
+
+        start_backend()
         print("devices")
         for device in jax.devices():
             print(f"  {device.id}: {device.device_kind} ({device.platform})")
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(command.start(main))

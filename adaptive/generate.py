@@ -1,112 +1,121 @@
-"""python -m adaptive.generate --workdir RUN [--prompt TEXT]...: continues texts with a trained model.
-
-    --workdir RUN      folder of the run; its newest checkpoint is read, parameters alone
-    --step N           the checkpoint of this step instead
-    --prompt TEXT      text to continue; several are computed together (default: the recipe's log.sample_prompt)
-    --prompt_file F    the same from a file, taken as it is; - is standard input
-    --tokens 200       at most so many tokens after each prompt; a row ends before that where the model ends the text
-    --temperature 0.8  below 1 favours what is likely; 0 always takes the likeliest
-    --top_p 1.0        draws from the likeliest tokens that make up this share of the probability
-    --seed 0           of the draws
-    --show_chunks      marks where the chunks of an H-Net begin
-    --rows N           how many rows the network inside an H-Net decodes together; 0: all, chunk or not (default: 1 for
-                       a single text or on a CPU, otherwise 0)
+"""Continues texts with a trained model: adaptive generate --workdir RUN [--prompt TEXT]...
 
 One text is shown as it is made, several when all are done. Ctrl-C ends with what there is.
-Exit codes: 0 done, 2 something asked for cannot work, 130 interrupted.
+Exit codes: 0 done, 2 something asked for cannot work, 130 interrupted, 141 nobody reads the output any more.
 """
 
-import os
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.generate"))
+
+import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-
-from absl import flags
 
 from adaptive import command
+from adaptive.command import number
 from adaptive.errors import UserError
-
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("workdir", "", "folder of the run", flag_values=FLAGS)
-flags.DEFINE_integer("step", None, "the checkpoint of this step", flag_values=FLAGS)
-flags.DEFINE_multi_string("prompt", [], "text to continue", flag_values=FLAGS)
-flags.DEFINE_multi_string("prompt_file", [], "file with a text to continue", flag_values=FLAGS)
-flags.DEFINE_integer("tokens", 200, "at most so many tokens", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_float("temperature", 0.8, "0: the likeliest", lower_bound=0.0, flag_values=FLAGS)
-flags.DEFINE_float("top_p", 1.0, "share of the probability", lower_bound=0.0, upper_bound=1.0, flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "of the draws", flag_values=FLAGS)
-flags.DEFINE_bool("show_chunks", False, "mark where chunks begin", flag_values=FLAGS)
-flags.DEFINE_integer("rows", None, "rows decoded together", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=FLAGS)
+from adaptive.paths import local_path
 
 STREAMED = 4  # tokens per call while text is watched: smooth, and not much slower than many
+MOST_TOKENS = 1_000_000
+
+
+def options() -> command.Options:
+    made = command.Options("generate", __doc__ or "")
+    add = made.add_argument
+    add("--workdir", default="", help="folder of the run; its newest checkpoint is read, parameters alone")
+    add("--step", type=number(int, least=0), help="the checkpoint of this step instead")
+    add("--prompt", action="append", default=[], metavar="TEXT",
+        help="text to continue; several are computed together (default: the recipe's log.sample_prompt)")  # fmt: skip
+    add("--prompt_file", action="append", default=[], metavar="FILE",
+        help="the same from a file, taken as it is; - is standard input")  # fmt: skip
+    add("--tokens", type=number(int, least=1, most=MOST_TOKENS), default=200,
+        help="at most so many after each prompt (default 200)")  # fmt: skip
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="ends a continuation before this text; may be given several times")  # fmt: skip
+    add("--ignore_end", action="store_true", help="goes on where the model ends the text")
+    add("--temperature", type=number(float, least=0), default=0.8,
+        help="below 1 favours what is likely; 0 always takes the likeliest (default 0.8)")  # fmt: skip
+    add("--top_k", type=number(int, least=0), default=0,
+        help="draws from the K likeliest tokens (default 0: from all)")  # fmt: skip
+    add("--top_p", type=number(float, above=0, most=1), default=1.0,
+        help="draws from the likeliest tokens that make up this share of the probability (default 1)")  # fmt: skip
+    add("--min_p", type=number(float, least=0, most=1), default=0.0,
+        help="draws from tokens with at least this share of the likeliest one's probability (default 0)")  # fmt: skip
+    add("--repetition_penalty", type=number(float, above=0), default=1.0,
+        help="above 1: tokens that the text has already become less likely (default 1)")  # fmt: skip
+    add("--seed", type=number(int, least=0, most=2**31 - 1), default=0, help="of the draws (default 0)")
+    add("--json", action="store_true",
+        help="prints one line of JSON per prompt: its text, token ids and their log-probabilities")  # fmt: skip
+    add("--show_chunks", action="store_true", help="marks where the chunks of an H-Net begin")
+    add("--rows", type=number(int, least=0), help="how many rows the network inside an H-Net decodes together; 0: all, "
+        "chunk or not (default: 1 for a single text or on a CPU, otherwise 0)")  # fmt: skip
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
-        return command.exit_code(run, arguments, interrupted="interrupted before the first token")
-    except BrokenPipeError:  # whoever read the text has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return command.exit_code(run, arguments, interrupted="interrupted before the first token")
 
 
 def run(arguments: Sequence[str]) -> int:
     begin = time.perf_counter()
-    check(command.parse(FLAGS, arguments))
-    if FLAGS.help:
-        print(__doc__)
-        return 0
-    return generate(begin)
-
-
-def check(rest: Sequence[str]) -> None:
-    """Raises UserError for words that are no options, and for options without sense."""
-    if rest:
-        raise UserError(f"'{rest[0]}' is no option (--help shows all); a text to continue is --prompt '{rest[0]}'")
-    if not FLAGS.help and not FLAGS.workdir:
+    given = options().read(arguments)
+    if given.words:
+        word = given.words[0]
+        raise UserError(f"'{word}' is no option (--help shows all); a text to continue is --prompt '{word}'")
+    if not given.workdir:
         raise UserError("which run? --workdir RUN, the folder that training named")
-    if FLAGS.top_p == 0:
-        raise UserError("--top_p=0 leaves nothing to draw from: above 0, or --temperature 0 for the likeliest token")
+    if "" in given.stop:
+        raise UserError("--stop is empty: give the text before which a continuation ends")
+    if given.json and given.show_chunks:
+        raise UserError("--json has no marks: leave out --show_chunks")
+    return generate(given, begin)
 
 
-def generate(begin: float) -> int:
-    prompts = read_prompts()
+def generate(given: argparse.Namespace, begin: float) -> int:
+    prompts = read_prompts(given)
     import jax
 
+    from adaptive.inference.drawing import Drawing
     from adaptive.inference.sampling import Sampler, marker_of, prompt_tokens
     from adaptive.inference.show import Show, tell
     from adaptive.runs.load import find, load
-    from adaptive.runs.platform import keep_compilations
+    from adaptive.runs.platform import keep_compilations, start_backend
 
-    found = find(FLAGS.workdir, FLAGS.step)
+    found = find(local_path(given.workdir, "--workdir"), given.step)
     texts = prompts or [found.recipe.log.sample_prompt]
     stages = len(found.recipe.model.facts().chunking)
-    if not stages and (FLAGS.rows is not None or FLAGS.show_chunks):
-        name = "show_chunks" if FLAGS.show_chunks else "rows"
+    if not stages and (given.rows is not None or given.show_chunks):
+        name = "show_chunks" if given.show_chunks else "rows"
         raise UserError(f"--{name} is for H-Nets that chunk, and {found.recipe.name} does not")
+    start_backend()
     keep_compilations()
     trained = load(found)
     if trained.refuse_generation:
         raise UserError(f"{found.recipe.name} cannot generate: {trained.refuse_generation}")
     ids = [prompt_tokens(trained.tokenizer, text) for text in texts]
-    longest, trained_on = max(map(len, ids)) + FLAGS.tokens, found.recipe.data.seq_len
+    longest, trained_on = max(map(len, ids)) + given.tokens, found.recipe.data.seq_len
     tell(f"{found.recipe.name}, step {trained.step}, on {jax.local_devices()[0].device_kind}")
     if longest > trained_on:
         tell(f"note: up to {longest} tokens, but it was trained on sequences of {trained_on}")
     sampler = Sampler(
         trained.graphdef,
         trained.state,
-        temperature=FLAGS.temperature,
-        top_p=FLAGS.top_p,
+        how=Drawing(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty),
         vocab=trained.tokenizer.vocab_size,
-        end=trained.tokenizer.eos_id,
-        rows=rows_at_once(stages, len(ids)) if FLAGS.rows is None else FLAGS.rows,
+        end=None if given.ignore_end else trained.tokenizer.eos_id,
+        rows=rows_at_once(stages, len(ids)) if given.rows is None else given.rows,
         marker=marker_of(found.recipe, trained.tokenizer),
     )
     at_once = STREAMED if len(ids) == 1 and sys.stdout.isatty() else 32
-    pieces = sampler(ids, FLAGS.tokens, jax.random.key(FLAGS.seed), at_once=at_once)
-    show = Show(trained, len(ids), begin, marks=FLAGS.show_chunks)
+    pieces = sampler(ids, given.tokens, jax.random.key(given.seed), at_once=at_once)
+    show = Show(trained, texts, begin, marks=given.show_chunks, stops=given.stop, as_json=given.json)
     return command.INTERRUPTED if show.all(pieces) else 0
 
 
@@ -120,19 +129,16 @@ def rows_at_once(stages: int, texts: int) -> int:
     return int(stages > 0 and (texts == 1 or jax.local_devices()[0].platform == "cpu"))
 
 
-def read_prompts() -> list[str]:
+def read_prompts(given: argparse.Namespace) -> list[str]:
     """Those of --prompt, then those of --prompt_file. Raises UserError for a file that cannot be read as text."""
-    texts = list(FLAGS.prompt)
-    for name in FLAGS.prompt_file:
+    texts = list(given.prompt)
+    for name in given.prompt_file:
+        path = local_path(name, "--prompt_file")
         try:
-            content = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+            content = sys.stdin.buffer.read() if name == "-" else path.read_bytes()
             texts.append(content.decode("utf-8"))
         except OSError as error:
             raise UserError(f"--prompt_file {name}: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt_file {name} is not UTF-8 text: byte {error.start} cannot be read") from None
     return texts
-
-
-if __name__ == "__main__":
-    sys.exit(command.start(main))

@@ -1,22 +1,23 @@
 """A recipe: everything that defines a run, as one tree of frozen dataclasses.
 
-recipes/NAME.py, or any Python file, has a function `recipe() -> Recipe`. Dotted overrides change leaves
+recipes/NAME.py, or any Python file, has a function `recipe() -> Recipe`, or a Recipe of that name; a file in JSON may
+state what differs from a base (`adaptive.changes`). Dotted overrides change leaves
 (`train.steps=100`) and what a node is (`model.body.depth=token_choice`). What ran is kept, fully resolved, as JSON that
 can be run again. No jax back-end is started here.
 """
 
+import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from adaptive import settings
+from adaptive import own, settings
+from adaptive.changes import flat
 from adaptive.data.config import DATA_PRESETS, DataConfig
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.settings import MoESettings
@@ -25,6 +26,7 @@ from adaptive.models.bodies import hnet
 from adaptive.objectives import Objective, next_token
 from adaptive.optim.config import OptimizerConfig, ScheduleConfig
 from adaptive.parallel.config import MeshConfig
+from adaptive.paths import local_path
 from adaptive.runs.config import CheckpointConfig
 from adaptive.settings import nearest, show
 from adaptive.training.config import EvalConfig, LogConfig, TrainConfig
@@ -81,13 +83,22 @@ class Recipe:
             if names.count(name) > 1:
                 given = " and ".join(text for other, text in pairs if other == name)
                 raise RecipeError(f"{name} is given more than once: {given}; keep one")
+        return self._with(pairs, settings.parse)
+
+    def with_values(self, changes: Mapping[str, Any]) -> "Recipe":
+        """As `with_`, of values as JSON has them; `path.kind` says what the part at `path` is, like `path` itself."""
+        known = settings.leaf_kinds(self)  # some settings are called kind themselves
+        named = [(name if name in known else name.removesuffix(".kind"), value) for name, value in changes.items()]
+        return self._with(named, _from_value)
+
+    def _with(self, pairs: Iterable[tuple[str, Any]], read: Callable[..., Any]) -> "Recipe":
+        """A copy with settings replaced; `read(type, value, where=path)` checks each."""
         out = self
-        for name, text in sorted(pairs, key=lambda pair: pair[0].count(".")):
+        for name, value in sorted(pairs, key=lambda pair: pair[0].count(".")):
             if name == "data":
-                out = dataclasses.replace(out, data=dataclasses.replace(out.data, **_preset(text)))
+                out = dataclasses.replace(out, data=dataclasses.replace(out.data, **_preset(value)))
             else:
-                value = settings.parse(_kind(out, name), text, where=name)
-                out = settings.with_leaf(out, name, value)
+                out = settings.with_leaf(out, name, read(_kind(out, name), value, where=name))
         return out
 
     def validate(self) -> None:
@@ -147,25 +158,22 @@ class Recipe:
 
 
 def list_recipes() -> list[str]:
-    """Names of all recipes in recipes/, sorted."""
-    import recipes
+    """Names of all recipes that come with the package, sorted."""
+    import adaptive.recipes
 
-    return sorted(m.name for m in pkgutil.iter_modules(recipes.__path__) if m.name not in SHARED_MODULES)
+    return sorted(m.name for m in pkgutil.iter_modules(adaptive.recipes.__path__) if m.name not in SHARED_MODULES)
 
 
 def load(name: str) -> Recipe:
-    """The recipe recipes/NAME.py, or that of the file NAME: saved (.json), or written in Python (.py).
+    """The recipe of this name that comes with the package, or that of the file NAME: in JSON, saved or a difference
+    from another (.json), or in Python (.py).
 
     Raises RecipeError for an unknown name, with the nearest ones, and for a file that cannot be read.
     """
     if name.endswith(".json"):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read the saved recipe {name}: {error}") from None
-        return Recipe.from_json(text, where=name)
+        return _from_json_file(local_path(name, "--recipe").resolve(), ())
     if name.endswith(".py"):
-        return _from_python(Path(name))
+        return _from_python(local_path(name, "--recipe"))
     known = list_recipes()
     if name not in known:
         near = nearest(name, known)
@@ -174,26 +182,65 @@ def load(name: str) -> Recipe:
             f"there is no recipe '{name}'; {hint} (--list_recipes shows all; a file of your own ends in .py, a saved "
             "recipe in .json)"
         )
-    return importlib.import_module(f"recipes.{name}").recipe()
+    return importlib.import_module(f"adaptive.recipes.{name}").recipe()
+
+
+def filed_of(name: str) -> Recipe | None:
+    """What `describe` compares the recipe that was loaded as `name` with; None: the recipe of its own name."""
+    return None if name.endswith(".json") and not _changes_of(local_path(name, "--recipe")) else load(name)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+
+
+def _changes_of(path: Path) -> dict[str, Any] | None:
+    """What a file in JSON says that states a difference from its "base"; None of a whole recipe."""
+    with contextlib.suppress(ValueError):  # told where it is read as a whole one
+        tree = json.loads(_text_of(path))
+        return tree if isinstance(tree, dict) and "format_version" not in tree else None
+    return None
+
+
+def _from_json_file(path: Path, above: tuple[Path, ...]) -> Recipe:
+    """above: files whose base this is."""
+    changes = _changes_of(path)
+    if changes is None:
+        return Recipe.from_json(_text_of(path), where=str(path))
+    base = changes.pop("base", None)
+    if not isinstance(base, str):
+        raise RecipeError(
+            f'{path} is no recipe: it has neither the "format_version" of a saved one nor a "base", the name or the '
+            "path of a recipe from which it differs"
+        )
+    if path in above:
+        raise RecipeError(f"{path} is its own base")
+    at = (path.parent / local_path(base, f"{path}: base")).resolve() if base.endswith((".json", ".py")) else None
+    found = _from_json_file(at, (*above, path)) if at and at.suffix == ".json" else load(str(at or base))
+    told = {name: changes.pop(name, None) for name in ("name", "description")}
+    if wrong := next((name for name, text in told.items() if not isinstance(text, str | None)), None):
+        raise RecipeError(f"{path}: {wrong} is {told[wrong]!r}: expected text")
+    try:
+        found = found.with_values(flat(changes, str(path)))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    name, description = told["name"] or path.stem, told["description"] or f"{found.name}, changed"
+    return dataclasses.replace(found, name=name, description=description, published=Published())
 
 
 def _from_python(path: Path) -> Recipe:
-    """What the file's `recipe()` returns; without a name of its own it has the file's."""
-    made = getattr(_module(path), "recipe", None)
-    recipe = made() if callable(made) else None
+    """The file's `recipe`, or what its `recipe()` returns; without a name of its own it has the file's."""
+    made = getattr(own.module_of(path), "recipe", None)
+    with own.told(f"recipe() of {path}"):
+        recipe = made() if callable(made) else made
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{path} has no function recipe() that returns an adaptive.recipe.Recipe")
+        raise RecipeError(
+            f"{path} has no recipe: a function recipe() that returns an adaptive.recipe.Recipe, or one itself"
+        )
     return recipe if recipe.name else dataclasses.replace(recipe, name=path.stem)
-
-
-def _module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise RecipeError(f"cannot read the recipe {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # Leaves
@@ -269,7 +316,7 @@ def _steps(path: str) -> list[str]:
     """The parts of a dotted path, a number together with what it counts: model, body, stack, blocks.0, mixer."""
     steps: list[str] = []
     for part in path.split("."):
-        if part.isdecimal():
+        if part.isdecimal() and steps:
             steps[-1] += f".{part}"
         else:
             steps.append(part)
@@ -288,6 +335,16 @@ def _split(override: str) -> tuple[str, str]:
     if not equals or not name:
         raise RecipeError(f"'{override}' is no override; write name=value, as in train.steps=100")
     return name.strip(), text
+
+
+def _from_value(kind: Any, value: Any, *, where: str) -> Any:
+    """A setting as JSON has it; what a part is comes as its name, true or null."""
+    if not settings.is_choice(kind):
+        return settings.read(kind, value, where=where)
+    spelled = {True: "true", None: "none"}.get(value, value) if not isinstance(value, list) else value
+    if not isinstance(spelled, str):
+        raise RecipeError(f"{where} is {value!r}: expected {settings.expected(kind)}")
+    return settings.parse(kind, spelled, where=where)
 
 
 def _preset(name: str) -> dict[str, Any]:

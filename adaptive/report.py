@@ -1,15 +1,21 @@
-"""python -m adaptive.report WORKDIR [--compare OTHER ...] [--open]: makes a run's report.html from what it logged.
+"""Makes a run's report.html from what it logged: adaptive report WORKDIR [--compare OTHER ...]
 
 Works while a run goes on, after it ended, and after it crashed. Needs no device and no network.
 """
 
-import argparse
-import sys
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.report"))
+
 import webbrowser
 from collections.abc import Sequence
 
 from adaptive import command
 from adaptive.errors import UserError
+from adaptive.paths import local_path
 from adaptive.training.report.page import write_report
 
 
@@ -18,20 +24,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m adaptive.report", description="Make the report of a run.")
-    parser.add_argument("workdir", help="folder of the run, as given to --workdir")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="WORKDIR", help="runs to show against it")
-    parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    args = parser.parse_args(arguments)
+    options = command.Options("report", __doc__ or "")
+    options.add_argument("workdir", metavar="WORKDIR", help="folder of the run, as given to --workdir")
+    options.add_argument("--compare", nargs="+", default=[], metavar="WORKDIR", help="runs to show against it")
+    options.add_argument("--open", action="store_true", help="open the page in a browser")
+    given = options.read(arguments)
+    workdir, others = local_path(given.workdir, "WORKDIR"), [local_path(text, "--compare") for text in given.compare]
     try:
-        path = write_report(args.workdir, args.compare)
+        path = write_report(workdir, others)
     except OSError as error:
         raise UserError(f"cannot write the report: {error}") from None
     print(path)
-    if args.open:
+    if given.open:
         webbrowser.open(path.resolve().as_uri())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(command.start(main))

@@ -3,7 +3,8 @@
 A leaf is an int, float, bool, str, Literal, a tuple of numbers or names, or `kind | None`. A node is a dataclass, or a
 tuple of them, whose places are numbers in a path (`model.body.stack.blocks.0.repeat`). Where a node can be several
 things it is a `Member` of a door, a package with one file per member; the file's name is the member's kind. In JSON
-such a node has a "kind"; on the command line the node's own path takes one (`model.body.depth=token_choice`).
+such a node has a "kind"; on the command line the node's own path takes one (`model.body.depth=token_choice`). A part
+that lies elsewhere is named MODULE:NAME in its place.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
+from adaptive import own
 from adaptive.errors import RecipeError
 
 T = TypeVar("T")
@@ -35,8 +37,9 @@ class Member:
 
     @classmethod
     def kind(cls) -> str:
-        """The member's name: that of its file."""
-        return cls.__module__.rpartition(".")[2]
+        """The member's name: that of its file; MODULE:NAME of a part that is not ours."""
+        package, _, name = cls.__module__.rpartition(".")
+        return name if package == cls.door else f"{cls.__module__}:{cls.__qualname__}"
 
     @classmethod
     def kinds(cls) -> list[str]:
@@ -45,11 +48,26 @@ class Member:
 
     @classmethod
     def member(cls, kind: str, *, where: str = "kind") -> type:
-        """The settings of the member `kind`; RecipeError for an unknown one, with the nearest."""
+        """The settings of the member `kind`, or of a part of the user's own that is named MODULE:NAME.
+
+        Raises RecipeError for an unknown one, with the nearest, and for what cannot be imported or is no such part.
+        """
+        if ":" in kind:
+            return cls._own(kind, where)
         if kind not in cls.kinds():
             near = nearest(kind, cls.kinds()) or cls.kinds()
             raise RecipeError(f"{where}={kind}: there is no such thing; nearest: {', '.join(near)}")
         return importlib.import_module(f"{cls.door}.{kind}").Settings
+
+    @classmethod
+    def _own(cls, kind: str, where: str) -> type:
+        found = own.named(kind, where)
+        if not (isinstance(found, type) and issubclass(found, Member) and getattr(found, "door", "") == cls.door):
+            base = next(f"{base.__module__}.{base.__name__}" for base in cls.__mro__ if "door" in vars(base))
+            raise RecipeError(f"{where}={kind} is no part for this place: make it a subclass of {base}")
+        if not dataclasses.is_dataclass(found):
+            raise RecipeError(f"{where}={kind} must be a frozen dataclass: its fields are the part's settings")
+        return found
 
 
 @functools.cache
@@ -326,11 +344,15 @@ def _parse_node(kind: Any, node: type, text: str, where: str) -> Any:
         if text != "true":
             raise RecipeError(f"{where}={text}: expected true for its defaults, or none")
         return node()
-    if text not in node.kinds():
+    if text not in node.kinds() and ":" not in text:
         near = nearest(text, node.kinds())
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError(f"{where}={text}: expected {expected(kind)}{hint}")
-    return node.member(text, where=where)()
+    member = node.member(text, where=where)
+    try:
+        return member()
+    except TypeError as error:  # of the user's own: ours have a default for every field
+        raise RecipeError(f"{where}={text}: every field of {member.__name__} needs a default ({error})") from None
 
 
 def _inner(kind: Any) -> Any:

@@ -1,72 +1,91 @@
-"""python -m adaptive.train --recipe NAME [--workdir DIR] [setting=value ...]: trains a model.
-
-    --recipe NAME     a recipe of recipes/, a Python file of your own, or the recipe.json of an earlier run
-    --workdir DIR     where everything is kept; a run that is there already goes on (default: a new folder in runs/)
-    --list_recipes    names all recipes and ends
-    --print_recipe    prints the recipe, fully resolved, and ends
-    --dry_run         does everything up to and including compilation, prints the plan and ends
+"""Trains a model: adaptive train --recipe NAME [--workdir DIR] [setting=value ...]
 
 Settings are dotted: train.steps=100 model.body.depth=token_choice. `data=embedded` sets all that a preset of data sets.
 Exit codes: 0 done, 1 failed, 2 something asked for cannot work, 3 not finite, 75 stopped when asked and saved,
-124 a step or a save exceeded its time limit, 130 interrupted.
+124 a step or a save exceeded its time limit, 130 interrupted, 141 nobody reads the output any more.
 """
+
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.train"))
 
 import contextlib
 import logging
 import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-from absl import flags
 
 from adaptive import command, doctor
 from adaptive.errors import UserError
 from adaptive.parallel import cluster
-from adaptive.recipe import Recipe, describe, list_recipes, load
+from adaptive.paths import local_path
+from adaptive.recipe import Recipe, describe, filed_of, list_recipes, load
+from adaptive.runs.claim import claim
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("recipe", "", "name of a recipe, or path of a .py or a recipe.json", flag_values=FLAGS)
-flags.DEFINE_string("workdir", "", "folder of the run (default: a new one in runs/)", flag_values=FLAGS)
-flags.DEFINE_bool("list_recipes", False, "name all recipes", flag_values=FLAGS)
-flags.DEFINE_bool("print_recipe", False, "print the resolved recipe", flag_values=FLAGS)
-flags.DEFINE_bool("dry_run", False, "stop before the first step", flag_values=FLAGS)
-flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=FLAGS)
+
+def options() -> command.Options:
+    made = command.Options("train", __doc__ or "")
+    made.add_argument("--recipe", default="", help="name of a recipe, or path of a .py or .json file")
+    where = "where all is kept; a run that is there goes on (default: a new folder in runs/)"
+    made.add_argument("--workdir", default="", help=where)
+    begin = "RUN[@STEP]: begin a new run with the weights of another, of its newest checkpoint or that of STEP"
+    made.add_argument("--init_from", default="", help=begin)
+    made.add_argument("--list_recipes", action="store_true", help="name all recipes and end")
+    made.add_argument("--print_recipe", action="store_true", help="print the recipe, fully resolved, and end")
+    made.add_argument("--dry_run", action="store_true", help="do all up to and including compilation, and end")
+    made.add_settings()
+    return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    return command.exit_code(run, arguments)
+    return cluster.leave(command.exit_code(run, arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
-    overrides = command.parse_with_settings(FLAGS, arguments)
-    if FLAGS.help:
-        print(__doc__)
-        return 0
-    if FLAGS.list_recipes:
+    given = options().read(arguments)
+    if given.list_recipes:
         print("\n".join(f"{name:24} {load(name).description}" for name in list_recipes()))
         return 0
-    if not FLAGS.recipe:
+    if not given.recipe:
         raise UserError(f"which recipe? --recipe NAME, one of: {', '.join(list_recipes())}")
-    recipe = load(FLAGS.recipe).with_(*overrides)
-    if FLAGS.print_recipe:
-        print(describe(recipe, load(FLAGS.recipe) if FLAGS.recipe.endswith(".py") else None))
+    recipe = load(given.recipe).with_(*given.settings)
+    workdir = local_path(given.workdir, "--workdir") if given.workdir else None
+    if given.init_from:
+        from adaptive.runs.initial import settings_of
+
+        recipe = recipe.with_(*settings_of(given.init_from, workdir))
+    if given.print_recipe:
+        print(describe(recipe, filed_of(given.recipe)))
         return 0
+    from adaptive.runs.platform import start_backend
+
     recipe.validate()
     print(doctor.check_versions())
     cluster.make_room_for_emulated_devices()
     cluster.join()
-    return train(recipe, Path(FLAGS.workdir) if FLAGS.workdir else new_workdir(recipe.name), dry=FLAGS.dry_run)
+    start_backend()
+    if given.dry_run:
+        return train(recipe, None, arguments)
+    with contextlib.nullcontext(workdir) if workdir else new_workdir(recipe.name) as folder:
+        return train(recipe, folder, arguments)
 
 
-def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
-    """Trains `recipe` in `workdir` from the beginning, or from its newest checkpoint; the exit code."""
+def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -> int:
+    """Trains `recipe` in `workdir` from the beginning, or from its newest checkpoint; the exit code.
+
+    workdir    None: nothing is kept, and all stops before the first step
+    arguments  of the command, for advice
+    """
     import jax
 
     from adaptive.data.huggingface import HubError
     from adaptive.data.pipeline import open_data
     from adaptive.parallel.mesh import make_mesh
     from adaptive.runs.folder import RunFolder
+    from adaptive.runs.origin import record_start
     from adaptive.runs.platform import keep_compilations
     from adaptive.training import plan as plans
     from adaptive.training.program import Program, Steps, data_shard
@@ -88,9 +107,12 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
                 shard=data_shard(mesh),
             )
         except HubError as error:
-            raise UserError(f"{error}\n{elsewhere(recipe)}") from None
+            raise UserError(f"{error}\n{elsewhere(recipe, arguments)}") from None
         # Claimed only now, so that a run that cannot work leaves no folder behind.
-        folder = None if dry else at_exit.enter_context(RunFolder.open(workdir, recipe, primary=primary, say=say))
+        opened = RunFolder.open(workdir, recipe, primary=primary, say=say) if workdir else None
+        folder = at_exit.enter_context(opened) if opened else None
+        if folder and primary:
+            record_start(folder.path)
         plan = plans.make_plan(program, data.tokenizer.token_byte_lengths(), data.validation_passage(4096))
         for line in [
             f"recipe    {recipe.name}",
@@ -101,7 +123,7 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
 
         watchdog, stop = Watchdog(), at_exit.enter_context(StopRequest(say))
         say(f"compiling the train step (kept in {compilations})")
-        with watchdog.limit("compiling", COMPILE_S):
+        with watchdog.limit("compiling", COMPILE_S), stop.at_once(folder.close if folder else lambda: None):
             steps = Steps(program)
         plan = plans.with_compiled(plan, steps.first)
         say(f"compiled  in {steps.first.seconds:.1f} s")
@@ -116,15 +138,31 @@ def train(recipe: Recipe, workdir: Path, *, dry: bool = False) -> int:
         return loop.run()
 
 
-def new_workdir(name: str) -> Path:
-    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
-    taken = {path.name for path in Path("runs").glob(f"{name}-*")}
-    return Path("runs") / next(f"{name}-{n}" for n in range(1, len(taken) + 2) if f"{name}-{n}" not in taken)
+@contextlib.contextmanager
+def new_workdir(name: str) -> Iterator[Path]:
+    """A new folder runs/NAME-1, runs/NAME-2, ..., which no other command gets; removed again if nothing comes into it.
+
+    In a job of several processes the first one makes it, and all get its name. Raises CheckpointError where it cannot
+    be made.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    number = claim(Path("runs"), name) if jax.process_index() == 0 else 0
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    workdir = Path("runs") / f"{name}-{number}"
+    try:
+        yield workdir
+    finally:
+        with contextlib.suppress(OSError):  # a run is in it, or another process was faster
+            workdir.rmdir()
 
 
-def elsewhere(recipe: Recipe) -> str:
+def elsewhere(recipe: Recipe, arguments: Sequence[str]) -> str:
     """How to run the same recipe without the hub: the command as given, with other data."""
-    given = [text for text in sys.argv[1:] if not text.startswith("data=")]
+    given = [text for text in arguments if not text.startswith("data=")]
     again = ["python", "-m", "adaptive.train", *(given or ["--recipe", recipe.name])]
     files = ["data=embedded", "data.source=files", "data.paths=TEXT_FILE_OR_FOLDER"]
     return (
@@ -145,7 +183,3 @@ def show_data_progress(say: Callable[[str], None]) -> None:
 
 def print_now(text: str) -> None:
     print(text, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(cluster.leave(command.start(main)))

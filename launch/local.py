@@ -1,6 +1,6 @@
 """Several processes of one run on this machine, over loopback.
 
-    python -m launch.local --processes 2 --devices_per_process 4 -- --recipe mor_tiny mesh.fsdp=8
+    adaptive launch --processes 2 --devices_per_process 4 -- --recipe mor_tiny mesh.fsdp=8
 
 Each process is `python -m adaptive.train` with the arguments after `--`, and sees its own emulated CPU devices: a way
 to try a multi-process run, its data, its checkpoints and its mesh before a cluster does. (Several GPUs of one machine
@@ -10,6 +10,13 @@ Every line of output carries the number of its process. When a process fails, th
 of the one that failed first is shown last, and its exit code is the launcher's. Ctrl-C and SIGTERM are passed on, so
 that the run can save; a second one ends everything at once.
 """
+
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.launch.local"))
 
 import argparse
 import collections
@@ -23,6 +30,7 @@ import time
 from collections.abc import Sequence
 
 from adaptive import command
+from adaptive.command import number
 
 PREEMPTED = 75  # adaptive.train was asked to stop, and saved
 GRACE_S = 5.0  # for the others, after one process failed
@@ -113,16 +121,19 @@ def environment(index: int, processes: int, devices: int, port: int) -> dict[str
     return env
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m launch.local", description="Several processes of one run, here.")
-    parser.add_argument("--processes", type=int, default=2, help="how many")
-    parser.add_argument("--devices_per_process", type=int, default=1, help="emulated CPU devices of each")
-    parser.add_argument("--module", default="adaptive.train", help="what each runs, as in python -m MODULE")
-    parser.add_argument("arguments", nargs="*", help="after --: the arguments of every process")
-    options = parser.parse_args(arguments)
-    if options.processes < 1 or options.devices_per_process < 1:
-        parser.error("--processes and --devices_per_process must be at least 1")
-    return options
+def options(about: str) -> command.Options:
+    made = command.Options("launch", about)
+    made.add_argument("--processes", type=number(int, least=1, most=1000), default=2, help="how many (default 2)")
+    emulated = "emulated CPU devices of each (default 1)"
+    made.add_argument("--devices_per_process", type=number(int, least=1, most=1000), default=1, help=emulated)
+    made.add_argument("--module", default="adaptive.train", help="what each runs, as in python -m MODULE")
+    return made
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The launcher's own arguments, and those of every process, which stand after --."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return [*arguments[:at]], [*arguments[at + 1 :]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -130,9 +141,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    options = parse(arguments)
+    own, rest = split(arguments)
+    return launch(options(__doc__ or "").read(own), rest)
+
+
+def launch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Runs the processes, each with the arguments; the exit code."""
     port = free_port()
-    each = [sys.executable, "-m", options.module, *options.arguments]
+    each = [sys.executable, "-m", given.module, *arguments]
     processes: list[Process] = []
     stop = threading.Event()
 
@@ -144,8 +160,8 @@ def run(arguments: Sequence[str]) -> int:
 
     signal.signal(signal.SIGINT, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
-    for index in range(options.processes):
-        env = environment(index, options.processes, options.devices_per_process, port)
+    for index in range(given.processes):
+        env = environment(index, given.processes, given.devices_per_process, port)
         processes.append(Process(index, each, env))
     first = wait(processes, stop)
     if first is None:
@@ -154,7 +170,3 @@ def run(arguments: Sequence[str]) -> int:
     print(f"\nprocess {first.index} ended first, with exit code {code}; the end of its output:", flush=True)
     print(first.last_traceback(), end="", flush=True)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(command.start(main))

@@ -12,8 +12,8 @@ Cost:     not measured; reduced twin: recipes/vanilla_tiny.py with data.tokenize
 
 from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
-from recipes.bases import changed, titled
-from recipes.hnet_bases import BPE_STEPS, RATE_L, attends, on_bytes, published, repeated, trained
+from adaptive.recipes.bases import changed, titled
+from adaptive.recipes.hnet_bases import BPE_STEPS, RATE_L, attends, on_bytes, published, repeated, trained
 
 
 def recipe() -> Recipe:

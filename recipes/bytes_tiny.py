@@ -8,8 +8,8 @@ Cost:     as many training FLOPs as hnet_tiny and hnet_2stage_tiny (the account 
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import changed, tiny, titled
-from recipes.hnet_bases import TINY_FLOPS, budgeted
+from adaptive.recipes.bases import changed, tiny, titled
+from adaptive.recipes.hnet_bases import TINY_FLOPS, budgeted
 
 
 def recipe() -> Recipe:

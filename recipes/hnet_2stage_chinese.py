@@ -10,8 +10,8 @@ Cost:     not measured; reduced twin: recipes/hnet_2stage_tiny.py with data.path
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import changed, titled
-from recipes.hnet_bases import CHINESE_STEPS, RATE_XL, elsewhere, two_stages
+from adaptive.recipes.bases import changed, titled
+from adaptive.recipes.hnet_bases import CHINESE_STEPS, RATE_XL, elsewhere, two_stages
 
 
 def recipe() -> Recipe:

@@ -9,8 +9,8 @@ Cost:     not measured; reduced twin: recipes/hnet_2stage_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, published, two_stages
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import RATE_L, published, two_stages
 
 
 def recipe() -> Recipe:

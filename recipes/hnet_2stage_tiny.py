@@ -9,8 +9,8 @@ Cost:     as many training FLOPs as bytes_tiny and hnet_tiny (the account says 9
 
 from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import repeated, tiny, tiny_attends, tiny_two_stages
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import repeated, tiny, tiny_attends, tiny_two_stages
 
 
 def recipe() -> Recipe:

@@ -18,7 +18,7 @@ from adaptive.layers.mixers import attention, mamba2
 from adaptive.models import language_model
 from adaptive.models.bodies import Body, hnet, plain
 from adaptive.recipe import Published, Recipe
-from recipes.bases import changed, steps, tokens_per_step
+from adaptive.recipes.bases import changed, steps, tokens_per_step
 
 GPT2_BYTES = 4.6  # bytes of FineWeb-Edu per GPT-2 token (H-Net paper, section 3)
 STEPS = 219_345  # of 256 x 8192 bytes: one pass over 100B GPT-2 tokens; derived, no number of steps is printed

@@ -11,8 +11,8 @@ from dataclasses import replace
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import expert_choice
 from adaptive.recipe import Recipe
-from recipes.bases import layers_of, mor_depth, shared, titled
-from recipes.hnet_bases import tiny, tiny_two_stages
+from adaptive.recipes.bases import layers_of, mor_depth, shared, titled
+from adaptive.recipes.hnet_bases import tiny, tiny_two_stages
 
 
 def recipe() -> Recipe:

@@ -12,8 +12,8 @@ from adaptive.layers.feed_forwards import experts
 from adaptive.layers.mixers import attention
 from adaptive.layers.moe.routers import token_choice
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import repeated, tiny, tiny_stage
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import repeated, tiny, tiny_stage
 
 
 def recipe() -> Recipe:

@@ -8,8 +8,8 @@ Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 
 from adaptive.layers.chunkers import dynamic
 from adaptive.recipe import Recipe
-from recipes.bases import layers_of, mor_depth, shared, titled
-from recipes.hnet_bases import tiny, tiny_stage
+from adaptive.recipes.bases import layers_of, mor_depth, shared, titled
+from adaptive.recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:

@@ -9,8 +9,8 @@ Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 
 from adaptive.layers.chunkers import stride
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import tiny, tiny_stage
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:

@@ -10,8 +10,8 @@ Cost:     not measured; reduced twin: recipes/hnet_space_tiny.py (CPU, minutes)
 
 from adaptive.layers.chunkers import space
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import attends, published, ruled, scans
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import attends, published, ruled, scans
 
 
 def recipe() -> Recipe:

@@ -9,8 +9,8 @@ Cost:     as many training FLOPs as bytes_tiny and hnet_2stage_tiny (the account
 
 from adaptive.layers.chunkers import dynamic
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import tiny, tiny_stage
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import tiny, tiny_stage
 
 
 def recipe() -> Recipe:

@@ -11,8 +11,8 @@ Cost:     not measured; reduced twin: recipes/bytes_tiny.py (CPU, minutes)
 
 from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, WINDOW, attends, on_bytes, published, repeated, trained
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import RATE_L, WINDOW, attends, on_bytes, published, repeated, trained
 
 
 def recipe() -> Recipe:

@@ -10,8 +10,8 @@ Cost:     not measured; reduced twin: recipes/mambabyte_tiny.py (CPU, minutes)
 
 from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import RATE_L, on_bytes, published, repeated, scans, trained
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import RATE_L, on_bytes, published, repeated, scans, trained
 
 
 def recipe() -> Recipe:

@@ -8,8 +8,8 @@ Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 
 from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import repeated, tiny, tiny_scans
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import repeated, tiny, tiny_scans
 
 
 def recipe() -> Recipe:

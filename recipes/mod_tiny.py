@@ -11,7 +11,7 @@ import dataclasses
 from adaptive.models.bodies import recursive
 from adaptive.models.depth import mixture_of_depths
 from adaptive.recipe import Recipe
-from recipes.bases import stack_of, tiny, titled, with_body
+from adaptive.recipes.bases import stack_of, tiny, titled, with_body
 
 
 def recipe() -> Recipe:

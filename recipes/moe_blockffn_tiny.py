@@ -8,7 +8,7 @@ Cost:     see docs/moe.md
 
 from adaptive.layers.moe.routers import blockffn
 from adaptive.recipe import Recipe
-from recipes.bases import moe, tiny, titled
+from adaptive.recipes.bases import moe, tiny, titled
 
 
 def recipe() -> Recipe:

@@ -9,7 +9,7 @@ Cost:     not measured; reduced twin: recipes/mor_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import UNPRINTED_RATE, budgeted, llama_135m, mor, titled
+from adaptive.recipes.bases import UNPRINTED_RATE, budgeted, llama_135m, mor, titled
 
 
 def recipe() -> Recipe:

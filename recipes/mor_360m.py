@@ -8,7 +8,7 @@ Cost:     not measured; reduced twin: recipes/mor_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, mor, steps, titled
+from adaptive.recipes.bases import llama_360m, mor, steps, titled
 
 
 def recipe() -> Recipe:

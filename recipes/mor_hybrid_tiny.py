@@ -11,8 +11,8 @@ from dataclasses import replace
 from adaptive.layers import stack
 from adaptive.models.bodies import recursive
 from adaptive.recipe import Recipe
-from recipes.bases import mor_depth, stack_of, tiny, titled, with_body
-from recipes.hnet_bases import TINY_FLOPS, budgeted, tiny_scans
+from adaptive.recipes.bases import mor_depth, stack_of, tiny, titled, with_body
+from adaptive.recipes.hnet_bases import TINY_FLOPS, budgeted, tiny_scans
 
 
 def recipe() -> Recipe:

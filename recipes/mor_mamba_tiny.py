@@ -12,8 +12,8 @@ from adaptive.layers import stack
 from adaptive.layers.feed_forwards import dense
 from adaptive.models.bodies import plain
 from adaptive.recipe import Recipe
-from recipes.bases import mor, tiny, titled, with_body
-from recipes.hnet_bases import TINY_FLOPS, budgeted, tiny_scans
+from adaptive.recipes.bases import mor, tiny, titled, with_body
+from adaptive.recipes.hnet_bases import TINY_FLOPS, budgeted, tiny_scans
 
 
 def recipe() -> Recipe:

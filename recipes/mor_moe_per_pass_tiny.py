@@ -8,8 +8,8 @@ Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 
 from adaptive.layers.moe.routers import expert_choice
 from adaptive.recipe import Recipe
-from recipes.bases import moe, mor, tiny, titled
-from recipes.hnet_bases import TINY_FLOPS, budgeted
+from adaptive.recipes.bases import moe, mor, tiny, titled
+from adaptive.recipes.hnet_bases import TINY_FLOPS, budgeted
 
 
 def recipe() -> Recipe:

@@ -8,7 +8,7 @@ Cost:     6.6 TFLOPs; 1 min 57 s on two cores of an AMD EPYC, compilation includ
 
 from adaptive.layers.moe.routers import expert_choice
 from adaptive.recipe import Recipe
-from recipes.bases import moe, mor, tiny, titled
+from adaptive.recipes.bases import moe, mor, tiny, titled
 
 
 def recipe() -> Recipe:

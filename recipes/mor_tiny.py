@@ -7,7 +7,7 @@ Cost:     13 TFLOPs; 3 min 40 s on two cores of an AMD EPYC, compilation include
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import mor, tiny, titled
+from adaptive.recipes.bases import mor, tiny, titled
 
 
 def recipe() -> Recipe:

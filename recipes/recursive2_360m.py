@@ -8,7 +8,7 @@ Cost:     not measured; reduced twin: recipes/recursive_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import llama_360m, recursive, steps, titled
+from adaptive.recipes.bases import llama_360m, recursive, steps, titled
 
 
 def recipe() -> Recipe:

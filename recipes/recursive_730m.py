@@ -8,7 +8,7 @@ Cost:     not measured; reduced twin: recipes/recursive_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import UNPRINTED_RATE, budgeted, llama_730m, recursive, titled
+from adaptive.recipes.bases import UNPRINTED_RATE, budgeted, llama_730m, recursive, titled
 
 
 def recipe() -> Recipe:

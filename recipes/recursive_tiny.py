@@ -7,7 +7,7 @@ Cost:     not measured
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import recursive, tiny, titled
+from adaptive.recipes.bases import recursive, tiny, titled
 
 
 def recipe() -> Recipe:

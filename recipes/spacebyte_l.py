@@ -12,8 +12,8 @@ Cost:     not measured; reduced twin: recipes/spacebyte_tiny.py (CPU, minutes)
 
 from adaptive.layers.chunkers import space
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import attends, published, ruled
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import attends, published, ruled
 
 
 def recipe() -> Recipe:

@@ -8,8 +8,8 @@ Cost:     9 TFLOPs by the account, as hnet_tiny; not yet timed
 
 from adaptive.layers.chunkers import space
 from adaptive.recipe import Recipe
-from recipes.bases import titled
-from recipes.hnet_bases import repeated, tiny, tiny_attends, tiny_stage
+from adaptive.recipes.bases import titled
+from adaptive.recipes.hnet_bases import repeated, tiny, tiny_attends, tiny_stage
 
 
 def recipe() -> Recipe:

@@ -8,7 +8,7 @@ Cost:     not measured; reduced twin: recipes/vanilla_tiny.py (CPU, minutes)
 """
 
 from adaptive.recipe import Published, Recipe
-from recipes.bases import UNPRINTED_RATE, budgeted, llama_1_7b, titled
+from adaptive.recipes.bases import UNPRINTED_RATE, budgeted, llama_1_7b, titled
 
 
 def recipe() -> Recipe:

@@ -7,7 +7,7 @@ Cost:     docs/benchmarks.md
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import bench, titled
+from adaptive.recipes.bases import bench, titled
 
 
 def recipe() -> Recipe:

@@ -7,7 +7,7 @@ Cost:     not measured
 """
 
 from adaptive.recipe import Recipe
-from recipes.bases import tiny, titled
+from adaptive.recipes.bases import tiny, titled
 
 
 def recipe() -> Recipe:

@@ -2,9 +2,9 @@
 
     python scripts/bootstrap.py run|test
 
-`run` installs requirements/{cpu,gpu,tpu}.txt, whichever fits the machine; `test` installs requirements/dev.txt. A file
-in the environment records what was installed, so that the next start only compares a hash. It is written last: an
-interrupted installation leaves none, and the next start makes the environment anew. Standard library only: nothing
+`run` installs requirements/{cpu,gpu,cuda12,tpu}.txt, whichever fits the machine; `test` installs requirements/dev.txt.
+A file in the environment records what was installed, so that the next start only compares a hash. It is written last:
+an interrupted installation leaves none, and the next start makes the environment anew. Standard library only: nothing
 else is installed yet when this runs.
 """
 
@@ -26,7 +26,8 @@ PYTHON = VENV / "bin" / "python"
 MADE_HERE = VENV / "made-by-adaptive"  # an environment without it is the user's own, and is left alone
 INSTALLED = VENV / "installed"  # lines "LOCK DIGEST"
 
-OLDEST_DRIVER = 580  # of NVIDIA, for CUDA 13
+PLATFORMS = ("cpu", "gpu", "cuda12", "tpu")
+OLDEST_DRIVER = {"gpu": 580, "cuda12": 525}  # of NVIDIA, for CUDA 13 and 12
 GOOGLE_PCI_VENDOR = "0x1ae0"
 TPU_PCI_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}  # TPU v2 to v7x
 
@@ -43,11 +44,11 @@ def say(text: str) -> None:
 
 
 def find_platform() -> str:
-    """cpu, gpu or tpu: what ADAPTIVE_PLATFORM asks for, else what this machine has."""
+    """One of PLATFORMS: what ADAPTIVE_PLATFORM asks for, else what this machine has."""
     asked = os.environ.get("ADAPTIVE_PLATFORM")
     if asked:
-        if asked not in ("cpu", "gpu", "tpu"):
-            raise SetupError(f"ADAPTIVE_PLATFORM={asked}: expected cpu, gpu or tpu")
+        if asked not in PLATFORMS:
+            raise SetupError(f"ADAPTIVE_PLATFORM={asked}: expected one of {', '.join(PLATFORMS)}")
         return asked
     if not sys.platform.startswith("linux"):
         return "cpu"
@@ -56,18 +57,19 @@ def find_platform() -> str:
     driver = nvidia_driver()
     if driver is None:
         return "cpu"
-    if int(driver.split(".")[0]) < OLDEST_DRIVER:
-        raise SetupError(
-            f"This machine's NVIDIA driver is {driver}; the pinned CUDA 13 packages need {OLDEST_DRIVER} or newer.\n"
-            "Update the driver, or train on the CPU: ADAPTIVE_PLATFORM=cpu and the same command."
-        )
-    return "gpu"
+    for platform, oldest in OLDEST_DRIVER.items():
+        if int(driver.split(".")[0]) >= oldest:
+            return platform
+    raise SetupError(
+        f"This machine's NVIDIA driver is {driver}; the pinned packages need {min(OLDEST_DRIVER.values())} or newer.\n"
+        "Update the driver, or train on the CPU: ADAPTIVE_PLATFORM=cpu and the same command."
+    )
 
 
 def has_tpu() -> bool:
     def read(path: str) -> str:
         with contextlib.suppress(OSError):
-            return pathlib.Path(path).read_text().strip()
+            return pathlib.Path(path).read_text(encoding="utf-8").strip()
         return ""
 
     return any(
@@ -91,7 +93,8 @@ def nvidia_driver() -> str | None:
 
 def digest(lock: str, version: str) -> str:
     """Changes with the pins, the package's own metadata, Python's version and the place of the repository."""
-    parts = [(ROOT / "requirements" / f"{lock}.txt").read_bytes(), (ROOT / "pyproject.toml").read_bytes()]
+    files = [ROOT / "requirements" / f"{lock}.txt", *sorted([*ROOT.glob("pyproject.toml"), *ROOT.glob("setup.py")])]
+    parts = [file.read_bytes() for file in files]
     packages = sorted({path.parent.name for path in ROOT.glob("*/*.py")})  # an editable install lists them by name
     parts += [version.encode(), os.fsencode(ROOT), " ".join(packages).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
@@ -100,7 +103,7 @@ def digest(lock: str, version: str) -> str:
 def installed() -> dict[str, str]:
     """The locks installed in .venv, each with the digest it had; empty where there is no finished environment."""
     try:
-        return dict(line.split() for line in INSTALLED.read_text().splitlines())
+        return dict(line.split() for line in INSTALLED.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):
         return {}
 
@@ -129,7 +132,7 @@ def up_to_date() -> dict[str, str]:
 @contextlib.contextmanager
 def alone():
     """Holds a lock that no two set-ups of this repository have at once; it ends with the process, however that ends."""
-    with open(ROOT / ".venv.lock", "w") as file:
+    with open(ROOT / ".venv.lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -199,7 +202,7 @@ def install(lock: str) -> None:
     run_pip("--no-deps", "-e", str(ROOT))
     keep[lock] = digest(lock, venv_version())
     unfinished = INSTALLED.with_suffix(".new")
-    unfinished.write_text("".join(f"{name} {value}\n" for name, value in keep.items()))
+    unfinished.write_text("".join(f"{name} {value}\n" for name, value in keep.items()), encoding="utf-8")
     unfinished.replace(INSTALLED)
     say(f"Ready after {time.monotonic() - begin:.0f} s")
 

@@ -5,7 +5,7 @@
 #
 # Afterwards $root is the repository and $python the interpreter of its .venv.
 #   ADAPTIVE_PYTHON=/path/to/python3   make .venv with this interpreter
-#   ADAPTIVE_PLATFORM=cpu|gpu|tpu      install for this platform, whatever is found
+#   ADAPTIVE_PLATFORM=cpu|gpu|cuda12|tpu   install for this platform, whatever is found
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python

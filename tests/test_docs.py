@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from adaptive import command, recipe, settings
+from adaptive import __main__, recipe, settings, train
 from adaptive.data.config import DATA_PRESETS, DataConfig
 from adaptive.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FILES = {".py", ".jsonl", ".json", ".txt", ".md", ".html"}
-COMMAND = r"scripts/train|python -m (?:adaptive|launch)"
+COMMAND = r"scripts/train|python -m adaptive|^adaptive [a-z]"
 NEEDS = "# needs "  # how a block begins that needs files, a network or a trained run
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -146,7 +146,7 @@ def commands(page: Path) -> list[list[str]]:
         found += [shlex.split(line, comments=True) for line in lines if re.search(COMMAND, line)]
     found += [
         shlex.split(line)
-        for line in re.findall(r"`((?:\./scripts/train|python -m adaptive)[^`\n]*)`", page.read_text())
+        for line in re.findall(r"`((?:\./scripts/train|python -m adaptive|adaptive [a-z])[^`\n]*)`", page.read_text())
     ]
     return found
 
@@ -155,6 +155,9 @@ def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
     if "-m" in words:
         at = words.index("-m")
         return words[at + 1], words[at + 2 :]
+    if words[0] == "adaptive":
+        assert words[1] in __main__.COMMANDS, words
+        return f"adaptive.{words[1]}", words[2:]
     at = next(i for i, word in enumerate(words) if word.endswith("scripts/train"))
     return "adaptive.train", words[at + 1 :]
 
@@ -170,7 +173,7 @@ def test_commands_can_be_given(page):
         name, arguments = module_and_arguments(words)
         spec = importlib.util.find_spec(name)
         assert spec is not None, f"no module {name}"
-        if name == "launch.local" and "--" in arguments:
+        if name == "adaptive.launch" and "--" in arguments:
             check_training(arguments[arguments.index("--") + 1 :])
             arguments = arguments[: arguments.index("--")]
         if name == "adaptive.train":
@@ -181,11 +184,10 @@ def test_commands_can_be_given(page):
 
 def check_training(arguments: list[str]) -> None:
     """The options exist, the recipe does, and takes the settings."""
-    module = importlib.import_module("adaptive.train")
-    overrides = [word for word in command.parse_with_settings(module.FLAGS, arguments) if not abstract(word)]
-    name = module.FLAGS.recipe
-    if name and not abstract(name) and "/" not in name:
-        recipe.load(name).with_(*overrides).validate()
+    given = train.options().read([word for word in arguments if word != "..."])
+    overrides = [word for word in given.settings if not abstract(word)]
+    if given.recipe and not abstract(given.recipe) and "/" not in given.recipe:
+        recipe.load(given.recipe).with_(*overrides).validate()
 
 
 def check_options(name: str, arguments: list[str]) -> None:
@@ -193,6 +195,8 @@ def check_options(name: str, arguments: list[str]) -> None:
     if importlib.util.find_spec(name).submodule_search_locations:
         name += ".__main__"
     source = inspect.getsource(importlib.import_module(name))
+    if name == "adaptive.launch.__main__":
+        source += inspect.getsource(importlib.import_module("adaptive.launch.local"))
     if name == "adaptive.bench" and arguments and arguments[0] != "train":
         assert arguments[0] in importlib.import_module(name).OPERATIONS
         source = inspect.getsource(importlib.import_module(f"adaptive.benchmarks.{arguments[0]}"))
@@ -205,7 +209,7 @@ def check_options(name: str, arguments: list[str]) -> None:
 @pages
 def test_modules_files_and_links_exist(page):
     text = page.read_text()
-    for module in set(re.findall(r"python -m ((?:adaptive|launch)[\w.]*\w)", text)):
+    for module in set(re.findall(r"python -m (adaptive[\w.]*\w)", text)):
         assert importlib.util.find_spec(module), f"no module {module}"
     for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
         assert (page.parent / target).exists(), target

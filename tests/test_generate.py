@@ -1,6 +1,7 @@
 """The command as a user meets it: texts, marks, refusals."""
 
 import io
+import json
 import sys
 
 import jax
@@ -85,6 +86,32 @@ def test_texts_are_continued_alone_and_together(run, hnet, tmp_path):
     assert run("--workdir", hnet, *options, "--step", 3)[1] != several
 
 
+def test_json_holds_the_text_and_each_tokens_probability(run, hnet):
+    options = ("--workdir", hnet, "--prompt", "Grüße ", "--prompt", "A cat", "--tokens", 12, "--seed", 5)
+    _, several, _ = run(*options)
+    code, out, told = run(*options, "--json", "--ignore_end")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and "24 tokens" in told and [r["prompt"] for r in records] == ["Grüße ", "A cat"]
+    tokenizer = load_tokenizer("hnet-bytes")
+    for record in records:
+        assert len(record["tokens"]) == len(record["logprobs"]) == 12 and max(record["logprobs"]) < 0
+        assert (record["recipe"], record["step"], record["ended"]) == ("made", 7, "length")
+        assert tokenizer.decode(record["tokens"]) == record["text"]
+    assert f"A cat{records[1]['text']}" in several
+
+
+def test_a_stop_text_ends_a_continuation(run, hnet):
+    options = ("--workdir", hnet, "--prompt", "A cat", "--tokens", 30, "--seed", 5)
+    whole = json.loads(run(*options, "--json")[1])
+    stop = whole["text"][9:11]
+    at = whole["text"].index(stop)
+    code, text, _ = run(*options, "--stop", "not in it", "--stop", stop)
+    assert code == 0 and text == f"A cat{whole['text'][:at]}\n"
+    record = json.loads(run(*options, "--stop", stop, "--json")[1])
+    assert record["ended"] == "stop" and record["text"] == whole["text"][:at]
+    assert record["tokens"] == whole["tokens"][: len(record["tokens"])] and len(record["tokens"]) < 30
+
+
 def test_marks_leave_the_text_as_it_is(run, hnet):
     options = ("--workdir", hnet, "--prompt", "Grüße, wörld", "--tokens", 20, "--seed", 5)
     _, plain, _ = run(*options)
@@ -105,7 +132,17 @@ def test_marks_leave_the_text_as_it_is(run, hnet):
         (["--workdir", "{hnet}", "Once upon"], "--prompt 'Once upon'"),
         (["--workdir", "{hnet}", "--tokens", "0"], "tokens"),
         (["--workdir", "{hnet}", "--temperature", "-1"], "temperature"),
-        (["--workdir", "{hnet}", "--top_p", "0"], "--top_p=0"),
+        (["--workdir", "{hnet}", "--temperature", "nan"], "--temperature: 'nan' is not a number"),
+        (["--workdir", "{hnet}", "--top_p", "0"], "--top_p: 0: must be above 0"),
+        (["--workdir", "{hnet}", "--min_p", "1.1"], "--min_p: 1.1: must be at least 0 and at most 1"),
+        (["--workdir", "{hnet}", "--top_k", "-1"], "--top_k: -1: must be at least 0"),
+        (["--workdir", "{hnet}", "--repetition_penalty", "0"], "--repetition_penalty: 0: must be above 0"),
+        (["--workdir", "{hnet}", "--seed", "1e99"], "--seed: '1e99' is not a whole number"),
+        (["--workdir", "{hnet}", "--tokens", "9999999999"], "--tokens: 9999999999: must be"),
+        (["--workdir", "{hnet}", "--stop", ""], "--stop is empty"),
+        (["--workdir", "{hnet}", "--json", "--show_chunks"], "leave out --show_chunks"),
+        (["--workdir", "gs://bucket/run"], "--workdir: gs://bucket/run is an address"),
+        (["--workdir", "{hnet}", "--prompt_file", "s3://a/b"], "--prompt_file: s3://a/b is an address"),
         (["--workdir", "{hnet}", "--prompt_file", "missing"], "missing"),
         (["--workdir", "{hnet}", "--prompt_file", "{bytes}"], "not UTF-8 text: byte 1"),
         (["--workdir", "{plain}", "--show_chunks"], "show_chunks is for H-Nets"),

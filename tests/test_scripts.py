@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = ("cpu", "gpu", "tpu", "dev")
+LOCKS = ("cpu", "gpu", "cuda12", "tpu", "dev")
 
 # An in-tree build backend: an editable install of the toy package that needs nothing from an index.
 BACKEND = """
@@ -165,7 +165,8 @@ def test_a_python_that_does_not_suit_is_refused_by_name(repository, tmp_path):
     [
         ("exit 9", "cpu"),  # installed, but no GPU answers
         ("echo 580.65.06", "gpu"),
-        ("echo 550.54.15", "driver is 550.54.15.*need 580"),
+        ("echo 550.54.15", "cuda12"),
+        ("echo 470.256.02", "driver is 470.256.02.*need 525"),
         ("echo NVIDIA-SMI has failed", "cpu"),
     ],
 )
@@ -176,7 +177,7 @@ def test_the_platform_found_decides_what_is_installed(tmp_path, smi, expected):
     env = environment(ADAPTIVE_PLATFORM="", PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(ROOT / "scripts"))
     found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert re.search(expected, found.stdout + found.stderr)
-    assert (found.returncode == 0) == (expected in ("cpu", "gpu"))
+    assert (found.returncode == 0) == (expected in ("cpu", "gpu", "cuda12"))
 
 
 def pins(lock: str) -> dict[tuple[str, str], str]:
@@ -201,7 +202,7 @@ def test_lists_are_pinned_and_agree(lock):
 def test_lists_hold_what_the_package_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    of_platform = {name: [*optional[name], *optional["hf"]] for name in ("gpu", "tpu")}
+    of_platform = {name: [*optional[name], *optional["hf"]] for name in ("gpu", "cuda12", "tpu")}
     for lock, wanted in {"cpu": [], "dev": optional["dev"], **of_platform}.items():
         held = {name for name, _ in pins(lock)}
         for requirement in [*project["dependencies"], *wanted]:

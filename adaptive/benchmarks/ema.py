@@ -17,10 +17,8 @@ Measured on 2 cores of an AMD EPYC (Zen 4) in float32 with jax 0.10.2, forward a
 | 16 x 2048 x 128   | 10.5 ms  | 3.99     | 5.02  | 3.76         | 6.51         |
 """
 
-import argparse
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -30,6 +28,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from adaptive import command
+from adaptive.command import number
 from kernels_pallas.ema import ema, forms, linear, reference
 
 CASES = tuple(
@@ -112,25 +112,20 @@ def add_rows(table: Table, shape: tuple[int, int, int], costs: dict[str, tuple[f
             table.add_row("", name, *(f"{mine / ours:.2f}" for mine, ours in zip(cost, base, strict=True)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description="The moving average against other forms of the same recurrence.")
-    parser.add_argument("--repeats", type=int, default=50, help="how often each way is measured (default 50)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
-    args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}: must be at least 1")
-    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    options = command.Options("bench ema", __doc__ or "")
+    repeats = "how often each way is measured (default 50)"
+    options.add_argument("--repeats", type=number(int, least=1), default=50, help=repeats)
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
+    given = options.read(arguments)
+    dtype = jnp.dtype(given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     console = Console()
     heading = f"moving average of {dtype}; times over those of ema"
     table = Table("batch x n x width", "way", "forward", "with backward", title=heading)
     with console.status("") as status:
         for shape in CASES:
             status.update(" x ".join(map(str, shape)))
-            add_rows(table, shape, measure(shape, dtype, args.repeats))
+            add_rows(table, shape, measure(shape, dtype, given.repeats))
     console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

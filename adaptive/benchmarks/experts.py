@@ -4,7 +4,6 @@ Every case is forward and backward (gradients of the input and all parameters) o
 compiled alone; cases are timed in turn within one process, and the least of the repeats is compared.
 """
 
-import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from adaptive import command
+from adaptive.command import number
 from adaptive.layers.feed_forwards import experts as expert_layer
 from adaptive.layers.feed_forwards.dense import Dense
 from adaptive.layers.moe.routers import expert_choice, token_choice
@@ -85,11 +86,12 @@ def measured(found: list[Case], repeats: int) -> list[Case]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m adaptive.bench experts", description="What experts cost.")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the least time counts (default 7)")
-    repeats = parser.parse_args(argv).repeats
+    options = command.Options("bench experts", __doc__ or "")
+    repeats = "rounds, of which the least time counts (default 7)"
+    options.add_argument("--repeats", type=number(int, least=1), default=7, help=repeats)
+    repeats = options.read(arguments).repeats
     device = jax.devices()[0]
     table = Table(title=f"experts of {HIDDEN} hidden units, {PER_TOKEN} of E per token, {SEQUENCES * SEQ} tokens of "
                   f"width {WIDTH}, {jax.device_count()} x {device.device_kind}, forward and backward")  # fmt: skip

@@ -3,11 +3,9 @@
 All ways of a case run in turns, so that what slows the machine slows each; of every way the fastest run counts.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +16,8 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
+from adaptive import command
+from adaptive.command import number
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 
 ROWS, WIDTH = 4096, 512  # 2,048 tokens with two experts each
@@ -173,15 +173,14 @@ def add_rows(table: Table, case: Case, costs: dict[str, Cost]) -> None:
         table.add_row(case.name if name == "dense" else "", name, *shown, f"{cost.temporaries / 2**20:.1f}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Measures and prints one table for the matmul and one for the feed-forward."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10, help="how often each way is measured (default 10)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
-    args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}: must be at least 1")
-    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    options = command.Options("bench grouped_matmul", __doc__ or "")
+    repeats = "how often each way is measured (default 10)"
+    options.add_argument("--repeats", type=number(int, least=1), default=10, help=repeats)
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
+    given = options.read(arguments)
+    dtype = jnp.dtype(given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     console = Console()
     for title, cases, costs in (("matmul", MATMULS, matmul_costs), ("feed-forward", SWIGLUS, swiglu_costs)):
         heading = f"{title} of {ROWS} rows of width {WIDTH} in {dtype}; times over the dense one"
@@ -189,10 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.status("") as status:
             for case in cases:
                 status.update(f"{title} {case.name}")
-                add_rows(table, case, costs(case, dtype, args.repeats))
+                add_rows(table, case, costs(case, dtype, given.repeats))
         console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

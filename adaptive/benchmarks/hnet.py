@@ -25,11 +25,9 @@ Bytes decoded per second, all rows together:
 | hnet_2stage_tiny, 16 | 2,245  | 5,294  | 5,030  | 4,315  | 3,574  |
 """
 
-import argparse
 import dataclasses
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +39,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from adaptive import command
 from adaptive.benchmarks import train_step
+from adaptive.command import number
 from adaptive.layers.chunkers import none, words
 from adaptive.models import language_model
 from adaptive.models.bodies import Body, hnet
@@ -146,27 +146,22 @@ def show_decoding(name: str, found: Sequence[Decoding]) -> Table:
 # Command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Measures and prints a table of training and one of decoding for each recipe."""
-    parser = argparse.ArgumentParser(prog="python -m adaptive.bench hnet", description="What an H-Net costs.")
-    parser.add_argument("--repeats", type=int, default=7, help="how often each is measured (default 7)")
-    parser.add_argument("--only", choices=["training", "decoding"], help="one part alone")
-    args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}: must be at least 1")
+    options = command.Options("bench hnet", __doc__ or "")
+    repeats = "how often each is measured (default 7)"
+    options.add_argument("--repeats", type=number(int, least=1), default=7, help=repeats)
+    options.add_argument("--only", choices=["training", "decoding"], help="one part alone")
+    given = options.read(arguments)
     console = Console(width=130)
     devices = jax.devices()[:1]
     for name in RECIPES:
-        if args.only != "decoding":
+        if given.only != "decoding":
             pair = training_pair(name)
             console.print(
-                train_step.table(*train_step.measure(pair, repeats=args.repeats, steps_per_repeat=2, devices=devices))
+                train_step.table(*train_step.measure(pair, repeats=given.repeats, steps_per_repeat=2, devices=devices))
             )
-        if args.only != "training":
+        if given.only != "training":
             config = load(name).model.at_step(-1)
-            console.print(show_decoding(name, [decoding(config, batch, args.repeats) for batch in BATCHES]))
+            console.print(show_decoding(name, [decoding(config, batch, given.repeats) for batch in BATCHES]))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,11 +15,9 @@ One position after another took by the clock about twice as long forward, 13 to 
 temporaries.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -28,6 +26,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from adaptive import command
+from adaptive.command import number
 from kernels_pallas.ssd import chunked, reference, ssd
 from kernels_pallas.ssd.blocks import runs_of
 
@@ -109,15 +109,14 @@ def add_rows(table: Table, case: str, costs: dict[str, Cost]) -> None:
         table.add_row(case if name == "ssd" else "", name, *shown, f"{cost.temporaries / 2**20:.1f}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description="The state space recurrence by blocks, against one step at a time.")
-    parser.add_argument("--repeats", type=int, default=10, help="how often each way is measured (default 10)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
-    args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}: must be at least 1")
-    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    options = command.Options("bench ssd", __doc__ or "")
+    repeats = "how often each way is measured (default 10)"
+    options.add_argument("--repeats", type=number(int, least=1), default=10, help=repeats)
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
+    given = options.read(arguments)
+    dtype = jnp.dtype(given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     console = Console()
     title = f"state space recurrence in {dtype}, heads of {DIM}, states of {STATE}; times over those of ssd"
     table = Table("batch x positions x heads", "way", "forward", "with backward", "MiB of temporaries", title=title)
@@ -125,10 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in CASES:
             name = " x ".join(map(str, case))
             status.update(name)
-            add_rows(table, name, measure(*case, dtype, args.repeats))
+            add_rows(table, name, measure(*case, dtype, given.repeats))
     console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,32 +1,46 @@
-"""python -m adaptive.data: prepare token stores, train tokenizers, look at what a source holds.
+"""Prepares token stores, trains tokenizers, shows what a source holds:
 
-    python -m adaptive.data prepare   --source corpus/ --tokenizer bpe-4096 --out tokens/
-    python -m adaptive.data train-bpe --source corpus/ --vocab_size 4096 --out tokenizer.json
-    python -m adaptive.data show      --source tokens/ --tokenizer bpe-4096
+    adaptive data prepare   --source corpus/ --tokenizer bpe-4096 --out tokens/
+    adaptive data train-bpe --source corpus/ --vocab_size 4096 --out tokenizer.json
+    adaptive data show      --source tokens/ --tokenizer bpe-4096
 
-A source is `embedded` (the English, Python and Chinese corpora), `embedded:NAME`, or a file, folder or glob of .txt,
-.jsonl[.gz|.xz|.zst] or .parquet.
+A source is `embedded` (the English, Python and Chinese corpora), `embedded:NAME`, or a file, folder or glob of text,
+JSON lines or parquet.
 """
+
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.data.__main__"))
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from adaptive import command
+from adaptive.command import number
 from adaptive.data.bpe import train_bpe
 from adaptive.data.config import DataConfig
+from adaptive.data.documents import Document
 from adaptive.data.files import explained, write_atomically
-from adaptive.data.foreign import open_tokens
+from adaptive.data.find import Found
+from adaptive.data.foreign import TOKEN_SUFFIXES, open_tokens
 from adaptive.data.prepare import cached_store, prepare, source_files
-from adaptive.data.sources import Document, read_documents
+from adaptive.data.sources import read_documents
 from adaptive.data.store import TokenStore, open_store
 from adaptive.data.tokenizers import BUILT_IN, Tokenizer, load_tokenizer
+from adaptive.errors import UserError
+from adaptive.paths import local_path
+from adaptive.printable import printable
+from adaptive.settings import show
 
 _EMBEDDED = ("english", "python", "chinese")
-_TOKEN_SUFFIXES = (".bin", ".npy")
 _DEFAULTS = DataConfig()
+_TOKENIZERS = f"{', '.join(BUILT_IN)}, or a path of a tokenizer.json"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,53 +49,94 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    options = _parser().parse_args(arguments)
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if name not in _COMMANDS:
+        raise UserError(f"which of {', '.join(_COMMANDS)}? '{name}' is none of them (--help tells what they do)")
+    command_of, add_options = _COMMANDS[name]
+    options = command.Options(f"data {name}", command_of.__doc__ or "")
+    options.add_argument("--source", nargs="+", required=True, help="embedded, embedded:NAME, files, folders or globs")
+    options.add_argument("--text_key", default=_DEFAULTS.text_key, help="field of jsonl and parquet rows")
+    add_options(options)
+    given = options.read(rest)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    options.run(options)
+    command_of(given)
     return 0
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(options.tokenizer)
-    files = [file for corpus in _corpora(options) for file in corpus]
-    prepare(files, tokenizer, Path(options.out), text_key=options.text_key)
-    _print_store(open_store(Path(options.out), tokenizer), tokenizer, options.tokens)
-    print(f"train on it with: data.source=tokens data.paths={options.out} data.tokenizer={options.tokenizer}")
+    """Tokenises documents into a token store."""
+    tokenizer = _tokenizer(options)
+    out = local_path(options.out, "--out")
+    corpora = _corpora(options)
+    _print_files(corpora)
+    prepare([file for found in corpora for file in found.files], tokenizer, out, text_key=options.text_key)
+    _print_store(open_store(out, tokenizer), tokenizer, options.tokens)
+    ends = [f"data.{name}={value}" for name, value in (("bos", options.bos), ("eos", options.eos)) if value]
+    settings = [
+        "data.source=tokens",
+        f"data.paths={show((options.out,))}",
+        f"data.tokenizer={options.tokenizer}",
+        *ends,
+    ]
+    print(f"train on it with: {shlex.join(settings)}")
 
 
 def _train_bpe(options: argparse.Namespace) -> None:
-    documents = _training(_corpora(options), options.text_key, options.validation_every)
+    """Trains a byte-level BPE tokenizer on the documents that runs would train on."""
+    out = local_path(options.out, "--out")
+    corpora = _corpora(options)
+    _print_files(corpora)
+    documents = _training(corpora, options.text_key, options.validation_every)
     content = train_bpe(documents, options.vocab_size)
     with explained(f"writing {options.out}", "Choose another --out."):
-        write_atomically(Path(options.out), content.encode())
+        write_atomically(out, content.encode())
     print(f"{options.out}: {options.vocab_size} tokens; use it with data.tokenizer={options.out}")
 
 
 def _show(options: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(options.tokenizer)
+    """Prints sizes and the first tokens of text or token files."""
+    tokenizer = _tokenizer(options)
     for source in options.source:
         if _holds_tokens(source):
             stores = [open_tokens(source, tokenizer, options.token_dtype)]
         else:
-            stores = [cached_store(files, tokenizer, text_key=options.text_key) for files in _corpora_of(source)]
+            corpora = _corpora_of(source)
+            _print_files(corpora)
+            stores = [cached_store(found.files, tokenizer, text_key=options.text_key) for found in corpora]
         for store in stores:
             _print_store(store, tokenizer, options.tokens)
 
 
+def _tokenizer(options: argparse.Namespace) -> Tokenizer:
+    return load_tokenizer(options.tokenizer, bos=None if options.bos == "none" else options.bos, eos=options.eos)
+
+
+def _print_files(corpora: list[Found]) -> None:
+    for found in corpora:
+        if about := found.about():
+            print(about)
+
+
 def _print_store(store: TokenStore, tokenizer: Tokenizer, shown: int) -> None:
     opening = store.read(0, min(shown, len(store)))
-    print(f"{store.name}")
+    print(printable(store.name))
     print(f"  documents    {len(store.documents) - 1:,}")
+    if store.empty or store.keyless:
+        print(f"  left out     {store.empty:,} empty, {store.keyless:,} without the key of the text")
     print(f"  tokens       {len(store):,} ({tokenizer.name}, largest id {store.max_id})")
+    print(f"  delimiters   {tokenizer.describe_borders()}")
     print(f"  first ids    {' '.join(str(token) for token in opening)}")
     print(f"  first text   {tokenizer.decode(opening)!r}")
 
 
-def _corpora(options: argparse.Namespace) -> list[list[Path]]:
-    return [files for source in options.source for files in _corpora_of(source)]
+def _corpora(options: argparse.Namespace) -> list[Found]:
+    return [found for source in options.source for found in _corpora_of(source)]
 
 
-def _corpora_of(source: str) -> list[list[Path]]:
+def _corpora_of(source: str) -> list[Found]:
     """The files of each corpus that `source` means."""
     kind, _, name = source.partition(":")
     if kind == "embedded":
@@ -89,69 +144,50 @@ def _corpora_of(source: str) -> list[list[Path]]:
     return [source_files("files", source)]
 
 
-def _training(corpora: list[list[Path]], text_key: str, every: int) -> Iterator[Document]:
+def _training(corpora: list[Found], text_key: str, every: int) -> Iterator[Document]:
     """The documents of each corpus that a run trains on: a tokenizer must not have seen held-out text either."""
-    for files in corpora:
-        for i, document in enumerate(read_documents(files, text_key)):
+    for found in corpora:
+        for i, document in enumerate(read_documents(found.files, text_key)):
             if not every or i % every != every - 1:
                 yield document
 
 
 def _holds_tokens(source: str) -> bool:
-    path = Path(source)
+    path = local_path(source, "--source")
     if path.is_dir():
-        return (path / "index.json").exists() or any(file.suffix in _TOKEN_SUFFIXES for file in path.iterdir())
-    return path.suffix in _TOKEN_SUFFIXES
+        return (path / "index.json").exists() or any(file.suffix in TOKEN_SUFFIXES for file in path.iterdir())
+    return path.suffix in TOKEN_SUFFIXES
 
 
-def _positive(text: str) -> int:
-    return _at_least(1, text)
+def _tokenizer_options(options: command.Options) -> None:
+    options.add_argument("--bos", default="", help="token before each document, or none (default: the tokenizer's own)")
+    options.add_argument("--eos", default="", help="token after each document (default: the tokenizer's own)")
 
 
-def _natural(text: str) -> int:
-    return _at_least(0, text)
+def _prepare_options(options: command.Options) -> None:
+    _tokenizer_options(options)
+    options.add_argument("--tokenizer", required=True, help=_TOKENIZERS)
+    options.add_argument("--out", required=True, help="a new folder")
+    options.set_defaults(tokens=20)
 
 
-def _at_least(least: int, text: str) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is below {least}")
-    return value
+def _train_bpe_options(options: command.Options) -> None:
+    options.add_argument("--vocab_size", type=number(int, least=1), required=True)
+    options.add_argument("--out", required=True, help="the tokenizer.json to write")
+    held_out = "leave out document i of each file when i %% every == every - 1; 0: use all"
+    default = _DEFAULTS.validation_every
+    options.add_argument("--validation_every", type=number(int, least=0), default=default, help=held_out)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m adaptive.data", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="{prepare,train-bpe,show}")
-    names = ", ".join(BUILT_IN)
-
-    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--source", nargs="+", required=True, help="embedded, embedded:NAME, files, folders or globs")
-        sub.add_argument("--text_key", default=_DEFAULTS.text_key, help="field of jsonl and parquet rows")
-        sub.set_defaults(run=run)
-        return sub
-
-    sub = add("prepare", _prepare, "Tokenise documents into a token store.")
-    sub.add_argument("--tokenizer", required=True, help=f"{names}, or a path of a tokenizer.json")
-    sub.add_argument("--out", required=True, help="a new folder")
-    sub.set_defaults(tokens=20)
-
-    sub = add("train-bpe", _train_bpe, "Train a byte-level BPE tokenizer on the documents runs would train on.")
-    sub.add_argument("--vocab_size", type=_positive, required=True)
-    sub.add_argument("--out", required=True, help="the tokenizer.json to write")
-    sub.add_argument(
-        "--validation_every",
-        type=_natural,
-        default=_DEFAULTS.validation_every,
-        help="leave out document i of each file when i %% every == every - 1; 0: use all",
-    )
-
-    sub = add("show", _show, "Print sizes and the first tokens of text or token files.")
-    sub.add_argument("--tokenizer", default=_DEFAULTS.tokenizer, help=f"{names}, or a path of a tokenizer.json")
-    sub.add_argument("--token_dtype", default=_DEFAULTS.token_dtype, choices=("uint8", "uint16", "uint32"))
-    sub.add_argument("--tokens", type=_positive, default=20, help="how many tokens to print")
-    return parser
+def _show_options(options: command.Options) -> None:
+    _tokenizer_options(options)
+    options.add_argument("--tokenizer", default=_DEFAULTS.tokenizer, help=_TOKENIZERS)
+    options.add_argument("--token_dtype", default=_DEFAULTS.token_dtype, choices=("uint8", "uint16", "uint32"))
+    options.add_argument("--tokens", type=number(int, least=1), default=20, help="how many tokens to print")
 
 
-if __name__ == "__main__":
-    sys.exit(command.start(main))
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[command.Options], None]]] = {
+    "prepare": (_prepare, _prepare_options),
+    "train-bpe": (_train_bpe, _train_bpe_options),
+    "show": (_show, _show_options),
+}

@@ -9,16 +9,21 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from adaptive.caches import cache_folder
 from adaptive.errors import DataError
+from adaptive.paths import local_path
 
 
 def cache_dir(configured: str = "") -> Path:
-    """The folder of decompressed corpora and cached token stores: `configured`, $ADAPTIVE_CACHE or the user's own."""
+    """The folder of decompressed corpora and cached token stores: `configured`, $ADAPTIVE_CACHE or the user's own.
+
+    Raises UserError for an address of another place, and where the user has no folder that can be written.
+    """
     if configured:
-        return Path(configured).expanduser()
-    if os.environ.get("ADAPTIVE_CACHE"):
-        return Path(os.environ["ADAPTIVE_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "adaptive"
+        return local_path(configured, "data.cache_dir")
+    if named := os.environ.get("ADAPTIVE_CACHE"):
+        return local_path(named, "ADAPTIVE_CACHE")
+    return cache_folder()
 
 
 def digest(value: object) -> str:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from adaptive.data.tokenizers import Tokenizer
+from adaptive.inference.stops import Part, Stops
+from adaptive.printable import printable
 
 MARKS = "|\u2016\u2980"  # of stages 0, 1, 2 and deeper: one, two, three strokes
 _COLOURS = ("\x1b[36m", "\x1b[1;33m", "\x1b[1;35m")
@@ -25,17 +27,33 @@ class Writer:
 
     marks   show where chunks begin
     colour  in colours of a terminal
+    safe    control characters are shown and not done (`adaptive.printable`)
+    stops   texts of which the first, but for those of a prompt, ends the row, and is not shown
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, marks: bool = False, colour: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        marks: bool = False,
+        colour: bool = False,
+        safe: bool = False,
+        stops: Sequence[str] = (),
+    ):
         self._tokenizer, self._stream = tokenizer, tokenizer.stream()
-        self._marks, self._colour = marks, colour
+        self._marks, self._colour, self._safe = marks, colour, safe
+        self._stops = Stops(stops)
         self._deepest = 0  # stages with a boundary since the last text that was shown
         self._bytes, self._chunks = 0, np.zeros(0, int)
 
-    def push(self, tokens: np.ndarray, boundaries: np.ndarray) -> str:
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text ended the row: nothing is shown any more."""
+        return self._stops.reached
+
+    def push(self, tokens: np.ndarray, boundaries: np.ndarray, *, prompt: bool = False) -> str:
         """What can be shown after tokens i32[n] with boundaries bool[stages, n]."""
-        shown = []
+        shown: list[Part] = []
         for i, token in enumerate(tokens.tolist()):
             size = len(self._tokenizer.token_bytes(token))
             if (
@@ -45,15 +63,19 @@ class Writer:
                 self._bytes += size
                 self._chunks = boundaries[:, i] + (self._chunks if len(self._chunks) else 0)
             if text := self._stream.push(token):
-                shown += [self._mark(), text]
+                part = Part(self._mark(), text)
+                shown += [part] if prompt else self._stops.push(part)
                 self._deepest = 0
-        return "".join(shown)
+        return self._shown(shown)
 
     def finish(self) -> str:
-        return self._stream.finish()
+        return self._shown([*self._stops.push(Part("", self._stream.finish())), *self._stops.finish()])
 
     def tally(self) -> Tally:
         return Tally(self._bytes, tuple(self._chunks.tolist()))
+
+    def _shown(self, parts: Sequence[Part]) -> str:
+        return "".join(mark + (printable(text) if self._safe else text) for mark, text in parts)
 
     def _mark(self) -> str:
         return mark(self._deepest - 1, self._colour) if self._marks and self._deepest else ""

@@ -11,12 +11,14 @@ from flax import nnx
 
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
+from adaptive.inference.drawing import Drawing, draw
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
 
 PIECE = 256  # positions of a prompt that are computed at once; shorter ones are padded to a power of two
 SHORTEST = 16
 ROOM = 256  # caches grow by so many positions: fewer lengths mean fewer compilations
+_USUAL = Drawing()
 
 
 class Marker(Protocol):
@@ -34,20 +36,37 @@ class Piece(NamedTuple):
     valid       bool[batch, n]          tokens that belong to the row; none follows one that does not
     boundaries  bool[stages, batch, n]  where a chunk of each stage of an H-Net begins; no stages in other models
     prompt      whether these are the prompts' own
+    logprobs    f32[batch, n]           logarithm of each token's probability by the model, before any rule of drawing;
+                                        None of prompts
     """
 
     tokens: np.ndarray
     valid: np.ndarray
     boundaries: np.ndarray
     prompt: bool
+    logprobs: np.ndarray | None = None
+
+
+class Drawn(NamedTuple):
+    """The next token of every row, which the model has not read yet.
+
+    token    i32[batch]
+    alive    bool[batch]         rows that it belongs to
+    logprob  f32[batch]
+    seen     bool[batch, vocab]  tokens that the rows have so far; None: nobody asks
+    """
+
+    token: jax.Array
+    alive: jax.Array
+    logprob: jax.Array
+    seen: jax.Array | None
 
 
 class Sampler:
     """Draws continuations from a model with the generation contract (`init_cache`, `prefill`).
 
     graphdef, state  of the model
-    temperature      logits are divided by it; 0 takes the likeliest token
-    top_p            of the probabilities, after that, only the largest that together exceed it are drawn from
+    how              tokens are drawn from logits
     vocab            ids from here on are never drawn (rows that pad the embedding); None: all may be
     end              the token that ends a row; None: nothing does
     rows             as `decode_step` of an H-Net takes it
@@ -61,15 +80,14 @@ class Sampler:
         graphdef: nnx.GraphDef,
         state: Any,
         *,
-        temperature: float = 0.8,
-        top_p: float = 1.0,
+        how: Drawing = _USUAL,
         vocab: int | None = None,
         end: int | None = None,
         rows: int = 0,
         marker: Callable[[], Marker] | None = None,
     ):
         self._graphdef, self._state, self._vocab, self._end = graphdef, state, vocab, end
-        self._draw = functools.partial(draw, temperature=temperature, top_p=top_p)
+        self._how = how
         self._options = {"rows": rows} if rows else {}
         self._marker = marker
         self._empty = jax.jit(self._make_cache, static_argnums=(1, 2))
@@ -90,21 +108,19 @@ class Sampler:
         markers = None if self._marker is None else [self._marker() for _ in prompts]
         tokens, valid = _padded(prompts)
         room = -(-(tokens.shape[1] + length + at_once) // ROOM) * ROOM
-        cache, last = self._empty(self._state, len(prompts), room)
+        cache, last, seen = self._empty(self._state, len(prompts), room)
         for begin in range(0, tokens.shape[1], PIECE):
             part = slice(begin, begin + PIECE)
             given = None if markers is None else _marked(markers, tokens[:, part], valid[:, part])
-            cache, last, stages = self._read(
-                self._state, tokens[:, part], valid[:, part], given, cache=cache, last=last
+            cache, last, seen, stages = self._read(
+                self._state, tokens[:, part], valid[:, part], given, seen, cache=cache, last=last
             )
             yield Piece(tokens[:, part], valid[:, part], np.asarray(stages), prompt=True)
-        token, alive = self._first(last, key)
-        yield from self._continued(token, alive, cache, length, key, at_once, markers)
+        yield from self._continued(self._first(last, seen, key), cache, length, key, at_once, markers)
 
     def _continued(
         self,
-        token: jax.Array,
-        alive: jax.Array,
+        drawn: Drawn,
         cache: Any,
         length: int,
         key: jax.Array,
@@ -113,11 +129,10 @@ class Sampler:
     ) -> Iterator[Piece]:
         waiting: tuple[jax.Array, ...] | None = None  # computed while the piece before is shown
         for begin in range(0, length, at_once):
-            given = (
-                None if markers is None else _marked(markers, np.asarray(token)[:, None], np.asarray(alive)[:, None])
-            )
-            (token, alive), cache, made = self._write(
-                self._state, token, alive, given, key, np.int32(begin), count=at_once, cache=cache
+            token, alive = np.asarray(drawn.token)[:, None], np.asarray(drawn.alive)[:, None]
+            given = None if markers is None else _marked(markers, token, alive)
+            drawn, cache, made = self._write(
+                self._state, drawn, given, key, np.int32(begin), count=at_once, cache=cache
             )
             if waiting is not None:
                 yield _piece(waiting, at_once)
@@ -129,84 +144,85 @@ class Sampler:
 
     # Compiled
 
-    def _make_cache(self, state: Any, batch: int, room: int) -> tuple[Any, jax.Array]:
-        """(an empty cache, logits f32[batch, vocab] before any token)."""
+    def _make_cache(self, state: Any, batch: int, room: int) -> tuple[Any, jax.Array, jax.Array | None]:
+        """(an empty cache, logits f32[batch, vocab] before any token, which tokens were seen)."""
         model = nnx.merge(self._graphdef, state)
-        return model.init_cache(batch, room), jnp.zeros((batch, model.head_weight().shape[0]))
+        vocab = model.head_weight().shape[0]
+        seen = None if self._how.repetition_penalty == 1 else jnp.zeros((batch, vocab), bool)
+        return model.init_cache(batch, room), jnp.zeros((batch, vocab), jnp.float32), seen
 
     def _read_piece(
-        self, state: Any, tokens: jax.Array, valid: jax.Array, given: jax.Array | None, *, cache: Any, last: Any
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        """(cache, logits f32[batch, vocab] after each row's last token so far, boundaries bool[stages, batch, n])."""
+        self,
+        state: Any,
+        tokens: jax.Array,
+        valid: jax.Array,
+        given: jax.Array | None,
+        seen: jax.Array | None,
+        *,
+        cache: Any,
+        last: Any,
+    ) -> tuple[Any, jax.Array, jax.Array | None, jax.Array]:
+        """(cache, logits f32[batch, vocab] after each row's last token so far, which tokens were seen, boundaries
+        bool[stages, batch, n])."""
         model = nnx.merge(self._graphdef, state)
         options = {} if given is None else {"boundaries": given}
         out, cache = model.prefill(tokens, cache, valid, **options)
         count = valid.sum(1)
         logits = jax.vmap(lambda row, i: row[jnp.maximum(i - 1, 0)])(out.logits, count)
         logits = jnp.where((count > 0)[:, None], logits, last)
-        return cache, logits, _boundaries(out.trace, tokens.shape)
+        return cache, logits, _with_tokens(seen, tokens, valid), _boundaries(out.trace, tokens.shape)
 
-    def _first_tokens(self, logits: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = self._next(logits, key, jnp.int32(0))
-        return token, self._goes_on(token)
+    def _first_tokens(self, logits: jax.Array, seen: jax.Array | None, key: jax.Array) -> Drawn:
+        return self._next(logits, seen, jnp.ones(len(logits), bool), key, jnp.int32(0))
 
     def _write_tokens(
         self,
         state: Any,
-        token: jax.Array,
-        alive: jax.Array,
+        drawn: Drawn,
         given: jax.Array | None,
         key: jax.Array,
         begin: jax.Array,
         *,
         count: int,
         cache: Any,
-    ) -> tuple[tuple[jax.Array, jax.Array], Any, tuple[jax.Array, jax.Array, jax.Array]]:
-        """Reads `token` and `count - 1` that follow it, `token` being number `begin`: the token after them and whether
-        rows go on, the cache, and (tokens, valid, boundaries) as in Piece."""
+    ) -> tuple[Drawn, Any, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+        """Reads `drawn` and `count - 1` tokens that follow it, `drawn` being number `begin`: what is drawn after them,
+        the cache, and (tokens, valid, boundaries, logprobs) as in Piece."""
         model = nnx.merge(self._graphdef, state)
         options: dict[str, Any] = dict(self._options)
         if given is not None:
             options["boundaries"] = given
 
         def step(carry: Any, number: jax.Array) -> tuple[Any, Any]:
-            token, alive, cache = carry
+            (token, alive, logprob, seen), cache = carry
             # Of several rows those that have ended stay as they are, so that no chunk is computed for them.
             exists = alive[:, None] if len(token) > 1 else None
             out, cache = model.prefill(token[:, None], cache, exists, **options)
-            new = self._next(out.logits[:, -1], key, number + 1)
-            made = token, alive, _boundaries(out.trace, (len(token), 1))[..., 0]
-            return (new, alive & self._goes_on(new), cache), made
+            new = self._next(out.logits[:, -1], seen, alive, key, number + 1)
+            made = token, alive, _boundaries(out.trace, (len(token), 1))[..., 0], logprob
+            return (new, cache), made
 
         numbers = begin + jnp.arange(count, dtype=jnp.int32)
-        (token, alive, cache), (tokens, valid, stages) = jax.lax.scan(step, (token, alive, cache), numbers)
-        return (token, alive), cache, (tokens.T, valid.T, jnp.moveaxis(stages, 0, -1))
+        (drawn, cache), (tokens, valid, stages, logprobs) = jax.lax.scan(step, (drawn, cache), numbers)
+        return drawn, cache, (tokens.T, valid.T, jnp.moveaxis(stages, 0, -1), logprobs.T)
 
-    def _next(self, logits: jax.Array, key: jax.Array, number: jax.Array) -> jax.Array:
-        """i32[batch]: the tokens that are number `number` of their rows."""
+    def _next(
+        self, logits: jax.Array, seen: jax.Array | None, alive: jax.Array, key: jax.Array, number: jax.Array
+    ) -> Drawn:
+        """The tokens that are number `number` of their rows, of those that were alive."""
         if self._vocab is not None:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab, logits, -jnp.inf)
         rows = jnp.arange(len(logits))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), rows)
-        return jax.vmap(self._draw)(logits, keys)
+        token = jax.vmap(functools.partial(draw, how=self._how))(logits, keys, seen=seen)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], -1)[:, 0]
+        alive = alive if self._end is None else alive & (token != self._end)
+        return Drawn(token, alive, logprob, _with_tokens(seen, token[:, None], alive[:, None]))
 
-    def _goes_on(self, token: jax.Array) -> jax.Array:
-        return jnp.ones(token.shape, bool) if self._end is None else token != self._end
 
-
-def draw(logits: jax.Array, key: jax.Array, *, temperature: float, top_p: float) -> jax.Array:
-    """One token i32[] from logits f32[vocab]: the likeliest at temperature 0, else from softmax(logits / temperature),
-    of which `top_p` below 1 leaves the likeliest tokens that together just exceed it (H-Net's released generate.py)."""
-    if temperature == 0:
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / temperature
-    if top_p < 1:
-        ordered = -jnp.sort(-logits)
-        probability = jax.nn.softmax(ordered)
-        before = jnp.cumsum(probability) - probability
-        least = jnp.where((before <= top_p), ordered, jnp.inf).min()
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+def _with_tokens(seen: jax.Array | None, tokens: jax.Array, valid: jax.Array) -> jax.Array | None:
+    """bool[batch, vocab]: seen, and those of the tokens [batch, n] that exist."""
+    return seen if seen is None else seen.at[jnp.arange(len(tokens))[:, None], tokens].max(valid)
 
 
 def sample(
@@ -268,5 +284,5 @@ def _boundaries(trace: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _piece(made: tuple[jax.Array, ...], count: int) -> Piece:
-    tokens, valid, stages = (np.asarray(a)[..., :count] for a in jax.device_get(made))
-    return Piece(tokens, valid, stages, prompt=False)
+    tokens, valid, stages, logprobs = (np.asarray(a)[..., :count] for a in jax.device_get(made))
+    return Piece(tokens, valid, stages, prompt=False, logprobs=logprobs)

@@ -1,83 +1,158 @@
 """What a user sees of generation: the text on standard output, what it took on standard error."""
 
+import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adaptive.account import account, dense_equivalent
 from adaptive.inference.marks import Writer, legend, together
+from adaptive.inference.sampling import Piece
 from adaptive.runs.load import Trained
+
+
+class Continuation:
+    """What one prompt was continued with, so far.
+
+    tokens    ids, without the token that ends a text
+    logprobs  of each of them, as in Piece
+    ended     "end": the model ended the text; "stop": a stop text did; "length": there are as many tokens as asked for
+    """
+
+    def __init__(self, writer: Writer):
+        self.writer = writer
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.ended = "length"
+
+    @property
+    def done(self) -> bool:
+        return self.ended != "length"
+
+    def add(self, piece: Piece, row: int) -> str:
+        """What can be shown after the row's tokens of a piece; nothing after it has ended."""
+        there = piece.valid[row]
+        if piece.prompt:
+            return self.writer.push(piece.tokens[row, there], piece.boundaries[:, row, there], prompt=True)
+        assert piece.logprobs is not None
+        text = ""
+        for i in range(len(there)):
+            if self.done:
+                break
+            if not there[i]:
+                self.ended = "end"
+                break
+            self.tokens.append(int(piece.tokens[row, i]))
+            self.logprobs.append(float(piece.logprobs[row, i]))
+            text += self.writer.push(piece.tokens[row, i : i + 1], piece.boundaries[:, row, i : i + 1])
+            if self.writer.stopped:
+                self.ended = "stop"
+        return text
 
 
 class Show:
     """Prints what comes and tells at the end what it took.
 
-    rows   texts that are continued together: one is shown as it is made, several at the end
-    begin  when the command began, by `time.perf_counter`
-    marks  whether to mark where chunks begin
+    prompts  that are continued together: one is shown as it is made, several at the end
+    begin    when the command began, by `time.perf_counter`
+    marks    whether to mark where chunks begin
+    stops    texts that end a continuation
+    as_json  whether to print a line of JSON for each prompt at the end, in place of text
     """
 
-    def __init__(self, trained: Trained, rows: int, begin: float, *, marks: bool):
-        self._trained, self._begin, self._marks = trained, begin, marks
+    def __init__(
+        self,
+        trained: Trained,
+        prompts: Sequence[str],
+        begin: float,
+        *,
+        marks: bool,
+        stops: Sequence[str] = (),
+        as_json: bool = False,
+    ):
+        self._trained, self._prompts, self._begin = trained, prompts, begin
+        self._marks, self._json = marks, as_json
         self._stages = len(trained.recipe.model.facts().chunking)
-        self._colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        self._writers = [Writer(trained.tokenizer, marks=marks, colour=self._colour) for _ in range(rows)]
-        self._texts = [""] * rows
-        self._made: list[tuple[float, int]] = []  # when a piece came, and its tokens
+        terminal = sys.stdout.isatty() and not as_json
+        self._colour = terminal and "NO_COLOR" not in os.environ
+        tokenizer, colour = trained.tokenizer, self._colour
+        writers = [Writer(tokenizer, marks=marks, colour=colour, safe=terminal, stops=stops) for _ in prompts]
+        self._rows = [Continuation(writer) for writer in writers]
+        self._texts = [""] * len(prompts)
+        self._made: list[tuple[float, int]] = []  # when a piece came, and how many tokens there were then
 
-    def all(self, pieces: Iterator[Any]) -> bool:
-        """Shows all pieces; whether Ctrl-C ended them."""
+    def all(self, pieces: Iterator[Piece]) -> bool:
+        """Shows all pieces, or those until every text has ended; whether Ctrl-C ended them."""
         interrupted = False
         if self._marks:
             print(legend(self._stages, self._colour) + "\n", flush=True)
         try:
             for piece in pieces:
                 self._add(piece)
+                if all(row.done for row in self._rows):
+                    break
         except KeyboardInterrupt:
             interrupted = True
-        for r, writer in enumerate(self._writers):
-            self._put(r, writer.finish())
-        if len(self._writers) == 1:
+        for r, row in enumerate(self._rows):
+            self._put(r, row.writer.finish())
+        if self._json:
+            for r in range(len(self._rows)):
+                print(json.dumps(self._record(r, interrupted)), flush=True)
+        elif len(self._rows) == 1:
             print(flush=True)
         else:
             print("\n\n".join(f"--- {r + 1} of {len(self._texts)}\n{t}" for r, t in enumerate(self._texts)), flush=True)
         self._report(interrupted)
         return interrupted
 
-    def _add(self, piece: Any) -> None:
+    def _add(self, piece: Piece) -> None:
+        for r, row in enumerate(self._rows):
+            text = row.add(piece, r)
+            if not (piece.prompt and self._json):
+                self._put(r, text)
         if not piece.prompt:
-            self._made.append((time.perf_counter(), int(piece.valid.sum())))
-        for r, writer in enumerate(self._writers):
-            there = piece.valid[r]
-            self._put(r, writer.push(piece.tokens[r, there], piece.boundaries[:, r, there]))
+            self._made.append((time.perf_counter(), sum(len(row.tokens) for row in self._rows)))
 
     def _put(self, row: int, text: str) -> None:
-        if len(self._writers) == 1:
+        if len(self._rows) == 1 and not self._json:
             print(text, end="", flush=True)
         else:
             self._texts[row] += text
 
+    def _record(self, r: int, interrupted: bool) -> dict[str, Any]:
+        row = self._rows[r]
+        return {
+            "recipe": self._trained.recipe.name,
+            "step": self._trained.step,
+            "prompt": self._prompts[r],
+            "text": self._texts[r],
+            "tokens": row.tokens,
+            "logprobs": [value if math.isfinite(value) else None for value in row.logprobs],
+            "ended": "interrupted" if interrupted and not row.done else row.ended,
+        }
+
     def _report(self, interrupted: bool) -> None:
-        first = self._made[0][0] if self._made else time.perf_counter()
-        line = f"{sum(n for _, n in self._made)} tokens, the first after {first - self._begin:.1f} s"
-        later, seconds = sum(n for _, n in self._made[1:]), self._made[-1][0] - first if self._made else 0.0
-        if later and seconds > 0:
-            line += f", then {later / seconds:.0f} per second"
-            if len(self._writers) > 1:
-                line += f" over {len(self._writers)} rows"
+        begin, first = self._made[0] if self._made else (time.perf_counter(), 0)
+        end, total = self._made[-1] if self._made else (begin, 0)
+        line = f"{total} tokens, the first after {begin - self._begin:.1f} s"
+        if total > first and end > begin:
+            line += f", then {(total - first) / (end - begin):.0f} per second"
+            if len(self._rows) > 1:
+                line += f" over {len(self._rows)} rows"
         tell(("interrupted: " if interrupted else "") + line)
         if self._stages:
             self._report_chunks()
 
     def _report_chunks(self) -> None:
-        total = together([writer.tally() for writer in self._writers])
+        total = together([row.writer.tally() for row in self._rows])
         if not total.bytes or not all(total.chunks):
             return
         sizes = ", ".join(f"stage {s} {total.bytes / n:.2f}" for s, n in enumerate(total.chunks))
-        model, length = self._trained.recipe.model, total.bytes / len(self._writers)
-        taken = [n / len(self._writers) for n in total.chunks]
+        model, length = self._trained.recipe.model, total.bytes / len(self._rows)
+        taken = [n / len(self._rows) for n in total.chunks]
         cost = account(model, round(length), taken).forward_flops_per_token
         whole = dense_equivalent(model, round(length)).forward_flops_per_token
         tell(f"bytes per chunk: {sizes}; {cost / 1e6:.3g} MFLOP per byte, {cost / whole:.0%} of a chunk at every byte")

@@ -17,13 +17,9 @@ def claim(parent: Path, name: str) -> int:
         try:
             folder.mkdir(parents=True)
             return number
-        except FileExistsError as error:
-            if parent.exists() and not parent.is_dir():
-                raise _refused(folder, error) from None
+        except FileExistsError:
             number += 1
         except OSError as error:
-            raise _refused(folder, error) from None
-
-
-def _refused(folder: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot make the folder {folder}: {error.strerror or error}; choose a --workdir")
+            raise CheckpointError(
+                f"cannot make the folder {folder}: {error.strerror or error}; choose a --workdir"
+            ) from None

@@ -1,25 +1,49 @@
 """What depends on the machine of a run: where compiled programs are kept, and what layers compute in."""
 
 import os
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from adaptive.caches import cache_folder
+from adaptive.errors import UserError
 from adaptive.recipe import Recipe
 
 
 def keep_compilations() -> Path:
     """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine; its path.
 
-    JAX_COMPILATION_CACHE_DIR moves it.
+    JAX_COMPILATION_CACHE_DIR moves it. Raises UserError where the user has no folder that can be written.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "adaptive" / "compiled")
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = Path(named) if named else cache_folder() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_raise_persistent_cache_errors", False)
     return folder
+
+
+def start_backend() -> None:
+    """Starts the platform that jax computes on. Raises UserError, in one line, where it cannot.
+
+    JAX_ENABLE_X64 is switched off, with a line: kernels of accelerators compute in 32 bits and less alone.
+    """
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        print("JAX_ENABLE_X64 is switched off: numbers have 32 bits here, or less", file=sys.stderr)
+        jax.config.update("jax_enable_x64", False)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where JAX_PLATFORMS=cuda and there is no GPU
+        named = os.environ.get("JAX_PLATFORMS")
+        why = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].removeprefix("Unable to initialize ")
+        why = why.rstrip(".") or "there is no such device"
+        if named:
+            raise UserError(
+                f"JAX_PLATFORMS={named} does not work here: {why}. Unset it to take what there is, or set it to cpu"
+            ) from None
+        raise UserError(f"jax cannot use the devices here: {why}. To keep to the CPU: JAX_PLATFORMS=cpu") from None
 
 
 def compute_dtype(recipe: Recipe) -> jnp.dtype:

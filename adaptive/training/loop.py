@@ -16,6 +16,7 @@ from adaptive.data.pipeline import Data
 from adaptive.errors import NonFiniteError
 from adaptive.inference.sampling import marker_of, prompt_tokens, sample
 from adaptive.optim.schedule import make_schedule
+from adaptive.printable import printable
 from adaptive.runs.checkpoint import Checkpoints, digest
 from adaptive.runs.folder import RunFolder
 from adaptive.runs.state import TrainState
@@ -224,7 +225,8 @@ class Loop:
             print("\nheld-out text, shaded by how many times each token went through the shared block:\n")
             print_passage(self.passage, self.facts.recursions, sys.stdout)
         if continuation is not None:
-            print(f"\na continuation of {continuation.prompt!r}:\n\n{continuation.prompt}{continuation.text}")
+            text = printable(continuation.prompt + continuation.text)
+            print(f"\na continuation of {continuation.prompt!r}:\n\n{text}")
         print(f"\nworkdir      {self.folder.path}")
         print(f"report       {report}")
         print(f"metrics      {self.folder.metrics}")

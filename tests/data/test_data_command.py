@@ -34,6 +34,25 @@ def test_show_text_and_foreign_tokens(tmp_path, capsys):
     assert "AGCTTTTC" in shown and "'hi'" in shown
 
 
+def test_what_is_left_out_is_told(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"id": 1}\n', encoding="utf-8")
+    (tmp_path / "b.csv").touch()
+    out = str(tmp_path / "out, of")
+    assert main(["prepare", "--source", str(tmp_path), "--tokenizer", "hnet-bytes", "--bos", "none", "--out", out]) == 0
+    told = capsys.readouterr().out
+    assert "1 file (1 .jsonl); passed over: 1 .csv" in told
+    assert "left out     1 empty, 1 without the key" in told and "begins with no token" in told
+    assert f"""'data.paths="{out}"' data.tokenizer=hnet-bytes data.bos=none""" in told
+    assert main(["show", "--source", out, "--tokenizer", "hnet-bytes"]) == 2
+    assert "begin token none, end token 255" in capsys.readouterr().err
+
+
+def test_text_does_not_steer_the_terminal(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\x1b[2J\x1b]0;title\x07 text", encoding="utf-8")
+    assert main(["show", "--source", str(tmp_path / "a.txt")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,7 +81,5 @@ def test_mistakes_end_with_code_2_and_one_line(capsys, arguments, message):
     ],
 )
 def test_usage_mistakes_end_with_code_2(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    capsys.readouterr()
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -94,7 +94,8 @@ def layer_kind(router: str) -> Any:
 
 
 def _file_of(router: str) -> Any:
-    return importlib.import_module(f"{RouterSettings.door}.{router}")
+    own, colon, _ = router.partition(":")  # a part of the user's own is MODULE:NAME
+    return importlib.import_module(own if colon else f"{RouterSettings.door}.{router}")
 
 
 def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any) -> RoutedLayer:

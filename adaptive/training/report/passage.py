@@ -11,6 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from adaptive.inference.marks import legend, mark
+from adaptive.printable import printable
 from adaptive.training.report.schema import TokenRecord
 from adaptive.training.report.svg import element
 
@@ -106,7 +107,7 @@ def passage_shaded(passage: Sequence[TokenRecord], deepest: int) -> Text:
         out.append(f" {depth} ", _style(depth, deepest)).append(" ")
     out.append("\n\n")
     for token in passage:
-        out.append(token.text.replace("\n", f"{_NEWLINE}\n"), _style(token.depth, deepest))
+        out.append(_safe(token), _style(token.depth, deepest))
     return out
 
 
@@ -122,9 +123,14 @@ def print_chunks(passage: Sequence[TokenRecord], stages: int, stream: TextIO | N
         if token.text:
             if begins:
                 out.append_text(Text.from_ansi(mark(begins - 1, colour)))
-            out.append(token.text.replace("\n", f"{_NEWLINE}\n"))
+            out.append(_safe(token))
             begins = 0
     console.print(out, soft_wrap=True)
+
+
+def _safe(token: TokenRecord) -> str:
+    """Its text for a terminal, which does nothing of what it may say, with line ends made visible."""
+    return printable(token.text).replace("\n", f"{_NEWLINE}\n")
 
 
 def passage_digits(passage: Sequence[TokenRecord], width: int) -> list[str]:
