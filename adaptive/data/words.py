@@ -6,7 +6,7 @@ the words of Unicode's UAX #29, cut further after punctuation and between lower 
 word. More text changes the last word alone, but for a few characters that can rejoin the word before them: a fraction's
 stroke, a narrow blank between digits, combining marks on blanks.
 
-Needs the package `regex` (`pip install 'adaptive[words]'`), which knows Unicode's character classes.
+Needs the package `regex` (`pip install 'adaptive-lm[words]'`), which knows Unicode's character classes.
 """
 
 import codecs
@@ -214,7 +214,7 @@ def _patterns() -> _Patterns:
     try:
         import regex
     except ImportError:
-        raise DataError("splitting text into words needs a package: pip install 'adaptive[words]'") from None
+        raise DataError("splitting text into words needs a package: pip install 'adaptive-lm[words]'") from None
 
     of = lambda *names: "[" + "".join(rf"\p{{Word_Break={name}}}" for name in names) + "]"  # noqa: E731
     extending = of("Extend", "Format", "ZWJ")

@@ -107,7 +107,7 @@ def _choose(mode: Mode, say: Say) -> Literal["online", "offline", "disabled"]:
     if asked == "disabled":
         return "disabled"
     if importlib.util.find_spec("wandb") is None:
-        say(f"W&B: not tracked ({asked}), the wandb package is missing: pip install 'adaptive[wandb]'")
+        say(f"W&B: not tracked ({asked}), the wandb package is missing: pip install 'adaptive-lm[wandb]'")
         return "disabled"
     if asked == "online" and not key_present():
         say("W&B: no key found (WANDB_API_KEY or `wandb login`), so this run is tracked offline")

@@ -176,7 +176,7 @@ def test_a_missing_package_is_said_in_one_line(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     tracker, said = start(tmp_path, mode)
     assert isinstance(tracker, NoTracker)
-    assert len(said) == 1 and "pip install 'adaptive[wandb]'" in said[0]
+    assert len(said) == 1 and "pip install 'adaptive-lm[wandb]'" in said[0]
 
 
 @pytest.mark.parametrize("mode", ["auto", "disabled"])
