@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LARGEST_INT = 2**63 - 1
+_ITEM = re.compile(r'\s*(?:"((?:[^"]|"")*)"\s*|([^,]*)),')
 
 
 class Member:
@@ -81,6 +82,11 @@ def ranged(
 ) -> Any:
     """A field with a default whose value must lie from `least` to `most`, above `above` and below `below`."""
     return dataclasses.field(default=default, metadata={"range": (least, most, above, below)})
+
+
+def since(default: Any, *, before: Any) -> Any:
+    """A field with a default that recipes saved before there was such a field had as `before`."""
+    return dataclasses.field(default=default, metadata={"before": before})
 
 
 # The tree
@@ -221,6 +227,7 @@ def _read_dataclass(cls: type, value: Any, where: str) -> Any:
         if key not in names:
             near = ", ".join(nearest(key, names) or names)
             raise RecipeError(f"{where}.{key} does not exist; nearest: {near}")
+    value = {f.name: f.metadata["before"] for f in dataclasses.fields(cls) if "before" in f.metadata} | value
     missing = [name for name in names if name not in value]
     if missing:
         raise RecipeError(f"{where} lacks {', '.join(missing)}")
@@ -233,12 +240,24 @@ def _read_dataclass(cls: type, value: Any, where: str) -> Any:
 def show(value: Any) -> str:
     """A leaf's value as an override spells it; text that is empty or ends in a space in quotes."""
     if isinstance(value, tuple):
-        return ",".join(map(show, value)) or "()"
+        return ",".join(map(_show_item, value)) or "()"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return value if value and value == value.strip() else f'"{value}"'
     return "none" if value is None else str(value)
+
+
+def _show_item(value: Any) -> str:
+    """As `show`, between commas: text that holds one, or begins like a quote, in quotes."""
+    quoted = isinstance(value, str) and ("," in value or value.startswith('"') or value != value.strip() or not value)
+    return '"' + value.replace('"', '""') + '"' if quoted else show(value)
+
+
+def _items(text: str) -> list[str]:
+    """What stands between the commas; in double quotes a comma is part of it, and a quote is written twice."""
+    found = _ITEM.finditer(text + ",")
+    return [item[2].strip() if item[1] is None else item[1].replace('""', '"') for item in found]
 
 
 def expected(kind: Any) -> str:
@@ -276,7 +295,7 @@ def parse(kind: Any, text: str, *, where: str) -> Any:
             raise wrong
         return spelled[text]
     if origin is tuple:
-        parts = [] if text in ("", "()") else [part.strip() for part in text.split(",")]
+        parts = [] if text in ("", "()") else _items(text)
         try:
             return tuple(parse(args[0], part, where=where) for part in parts)
         except RecipeError:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from adaptive.data.sources import Document
-from adaptive.data.tokenizers import END_OF_TEXT
+from adaptive.data.documents import Document
+from adaptive.data.tokenizer_files import END_OF_TEXT
 from adaptive.errors import DataError
 
 PAD = "<|pad|>"
@@ -20,7 +20,7 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> str:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise DataError("training a tokenizer needs a package: pip install 'adaptive[bpe]'") from None
+        raise DataError("training a tokenizer needs a package: pip install 'adaptive-lm[bpe]'") from None
     smallest = 256 + len(_SPECIAL)
     if vocab_size < smallest:
         raise DataError(f"--vocab_size {vocab_size}: the 256 bytes and {len(_SPECIAL)} specials need {smallest}")

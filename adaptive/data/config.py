@@ -4,7 +4,8 @@ import dataclasses
 from typing import Literal
 
 from adaptive.errors import RecipeError
-from adaptive.settings import ranged, show
+from adaptive.paths import is_address, local_path
+from adaptive.settings import ranged, show, since
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +14,8 @@ class DataConfig:
 
     `paths` and `weights` name what `source` reads:
       embedded     names of corpora shipped with the package: english, python, chinese, dna
-      files        files, directories or globs of .txt, .jsonl[.gz|.xz|.zst] and .parquet
+      files        files, folders or globs of .txt, .md, .jsonl, .ndjson and .json (also .gz, .bz2, .xz, .zst) and
+                   .parquet
       tokens       token stores written by `python -m adaptive.data prepare`, or token files of nanoGPT, llm.c,
                    Megatron-LM and OLMo (.bin, .npy)
       huggingface  hub datasets, streamed: "repo" or "repo:config"; the first 4,096 documents are held out
@@ -25,6 +27,10 @@ class DataConfig:
     # Proportion of rows drawn from each path; () mixes by size (streams equally).
     weights: tuple[float, ...] = ranged((), above=0)
     tokenizer: str = "bytes"  # bytes | hnet-bytes | bpe-4096 | path or hub name of a tokenizer.json
+    # Token before each document and each prompt. "": as the tokenizer's files say; none: no token.
+    bos: str | None = since("", before="")
+    # Token after each document, where generation ends. "": as the tokenizer's files say, or the best-known name it has.
+    eos: str = since("", before="")
     text_key: str = "text"  # field of jsonl and parquet rows
     token_dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of headerless .bin files
     seq_len: int = ranged(256, least=2)
@@ -46,10 +52,36 @@ class DataConfig:
                 f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths "
                 f"({show(self.paths)}): give one per path, or none to mix by size (data.weights=)"
             )
+        self._check_paths()
         if not self.tokenizer:
             raise RecipeError("data.tokenizer is empty: bytes, hnet-bytes, bpe-4096, or a tokenizer.json")
         if self.validation_every == 1:
             raise RecipeError("data.validation_every=1 holds out every document: at least 2, or 0 to hold out none")
+
+    def _check_paths(self) -> None:
+        """Raises UserError for addresses of other places, where only paths on this machine work."""
+        for path in self.paths:
+            if self.source in ("files", "tokens"):
+                local_path(path, "data.paths")
+            elif self.source == "huggingface" and is_address(path):
+                raise RecipeError(f"data.paths: {path}: name a data set of the hub as owner/name or owner/name:config")
+        local_path(self.tokenizer, "data.tokenizer")
+        local_path(self.cache_dir, "data.cache_dir")
+
+    def unread(self) -> dict[str, str]:
+        """Fields that mean nothing beside the others, and why."""
+        at, found = f"data.source={self.source}", {}
+        if self.source not in ("files", "huggingface"):
+            found["text_key"] = f"{at} has no fields of text"
+        if self.source != "tokens":
+            found["token_dtype"] = f"{at} reads no files of tokens"
+        if self.source in ("huggingface", "synthetic"):
+            found["validation_every"] = f"{at} holds out rows of its own"
+        if not self.shuffle and self.source != "synthetic":
+            found["shuffle_seed"] = "data.shuffle=false"
+        if len(self.paths) == 1:
+            found["weights"] = "there is one path"
+        return found
 
 
 # `data=NAME` on the command line replaces these fields and leaves the others as the recipe has them.

@@ -22,7 +22,9 @@ from adaptive.data.sources import find_files
 from adaptive.data.store import TokenStore, file_identity, open_store
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
+from adaptive.paths import local_path
 
+TOKEN_SUFFIXES = (".bin", ".npy")
 _LLM_C: dict[int, np.dtype] = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}  # magic -> type of the tokens
 _LLM_C_EVALUATION = 20240522
 _LLM_C_HEADER = 256 * 4
@@ -48,10 +50,13 @@ def open_tokens(path: str, tokenizer: Tokenizer, token_dtype: str, cache: str = 
     A file of another program is read once from end to end, for its document bounds and its largest id; the cache
     folder remembers them. Raises DataError naming the file for anything missing, malformed or of another vocabulary.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path, "data.paths")
     if (folder / "index.json").is_file():
         return open_store(folder, tokenizer)
-    shards = [_open(file, tokenizer, np.dtype(token_dtype), cache) for file in find_files(path, (".bin", ".npy"))]
+    files = [file for file in find_files(path, TOKEN_SUFFIXES) if file.stat().st_size]
+    if not files:
+        raise DataError(f"data.paths: {path}: every token file is empty")
+    shards = [_open(file, tokenizer, np.dtype(token_dtype), cache) for file in files]
     starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
     max_id = max(shard.max_id for shard in shards)
     if max_id >= tokenizer.vocab_size:
@@ -125,6 +130,9 @@ def _megatron(file: Path) -> tuple[np.ndarray, np.ndarray]:
     pointers = np.frombuffer(raw, "<i8", sequences, 34 + 4 * sequences)
     first_sequences = np.frombuffer(raw, "<i8", documents, 34 + 12 * sequences)
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    whole = documents > 1 and first_sequences[0] == 0 and first_sequences[-1] == sequences
+    if not whole or (np.diff(first_sequences) < 0).any() or (lengths < 0).any():
+        raise DataError(f"{index} is damaged: its documents are not its {sequences:,} sequences in order")
     dtype = np.dtype(_MEGATRON_TYPES[code])
     if file.stat().st_size < ends[-1] * dtype.itemsize or not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
         raise DataError(f"{file} does not hold the {int(ends[-1]):,} tokens in the order that {index.name} says")
@@ -135,7 +143,8 @@ def _scan(file: Path, tokens: np.ndarray, bounds: np.ndarray | None, eos_id: int
     """The shard with its document bounds, found at end tokens where `bounds` is None."""
     if not len(tokens):
         raise DataError(f"{file} holds no tokens")
-    key = digest([file_identity(file), tokens.dtype.str, len(tokens), None if bounds is not None else eos_id])
+    ends_at = eos_id if bounds is None else hashlib.sha256(bounds.astype("<i8").tobytes()).hexdigest()
+    key = digest([file_identity(file), tokens.dtype.str, len(tokens), ends_at])
     known = cache_dir(cache) / "scans" / f"{file.stem}-{key[:16]}.npz"
     if not known.exists():
         content, largest, ends = hashlib.sha256(), 0, [np.zeros(1, np.int64)]

@@ -1,7 +1,9 @@
 """The Hugging Face hub: data sets as streams of documents, and tokenizers. Reached only for names that ask for it."""
 
+import contextlib
 import copy
 import itertools
+import logging
 import os
 import threading
 import urllib.error
@@ -11,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from adaptive.data.batch import Group
+from adaptive.data.tokenizer_files import CONFIG
 from adaptive.errors import DataError
+from adaptive.printable import printable
 
 _REACH_WITHIN_S = 4.0
 _GROUP = 1024  # documents fetched, shuffled and tokenised at once
+
+log = logging.getLogger("adaptive.data")
 
 
 class HubError(DataError):
@@ -46,22 +52,39 @@ def require_hub(purpose: str) -> None:
         raise HubError(f"{purpose} needs the Hugging Face hub, but {endpoint} cannot be reached ({problem})")
 
 
-def hub_tokenizer(name: str) -> Path:
-    """Path of the `tokenizer.json` of a hub repository, downloaded if it is not in the hub's own cache."""
+def hub_tokenizer(name: str) -> tuple[Path, Path]:
+    """Paths of the `tokenizer.json` of a hub repository and of its `tokenizer_config.json`, which may not exist.
+
+    They are downloaded if they are not in the hub's own cache.
+    """
     purpose = f"the tokenizer {name} (no such file here; data.tokenizer also takes a path, bytes or bpe-4096)"
     try:
         import huggingface_hub
     except ImportError:
         require_hub(purpose)
-        raise HubError(f"the tokenizer {name} is on the Hugging Face hub: pip install 'adaptive[hf]'") from None
-    try:
-        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", local_files_only=True))
-    except Exception:  # not in the cache: several kinds of error, by version
+        raise HubError(f"the tokenizer {name} is on the Hugging Face hub: pip install 'adaptive-lm[hf]'") from None
+
+    def cached(file: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, file, local_files_only=True))
+        except Exception:  # not in the cache: several kinds of error, by version
+            return None
+
+    def fetched(file: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(name, file, etag_timeout=_REACH_WITHIN_S))
+
+    path, config = cached("tokenizer.json"), cached(CONFIG)
+    if path is None:
         require_hub(purpose)
-    try:
-        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=_REACH_WITHIN_S))
-    except Exception as error:
-        raise HubError(f"the tokenizer {name} cannot be had from the Hugging Face hub: {error}") from None
+        try:
+            path = fetched("tokenizer.json")
+        except Exception as error:
+            raise HubError(f"the tokenizer {name} cannot be had from the Hugging Face hub: {error}") from None
+    if config is None:
+        with contextlib.suppress(Exception):  # most have one; what is used instead is told to the user
+            require_hub(purpose)
+            config = fetched(CONFIG)
+    return path, config or path.with_name(CONFIG)
 
 
 class HubDocuments:
@@ -83,26 +106,44 @@ class HubDocuments:
         if position["dataset"] is not None:
             dataset.load_state_dict(position["dataset"])
         rows = iter(dataset)
-        while texts := [self._text(row) for row in itertools.islice(rows, _GROUP)]:
+        while group := list(itertools.islice(rows, _GROUP)):
             seen = position["documents"]
+            texts = [self._text(row) for row in group]
+            if not seen:
+                self._check_first(group, texts)
             yield Group(position, seen, texts)
             position = {"documents": seen + len(texts), "dataset": dataset.state_dict()}
 
     def _text(self, row: dict) -> str:
+        """The text of a row; empty for one that has none."""
         value = row.get(self._text_key)
+        if value is None:
+            return ""
         if not isinstance(value, str):
             raise DataError(
-                f"the data set {self.name} has no text in '{self._text_key}'; its fields are {', '.join(row)} "
-                "(set data.text_key)"
+                f"the data set {self.name} has a {type(value).__name__} in '{self._text_key}', expected text; its "
+                f"fields are {', '.join(map(printable, row))} (set data.text_key)"
             )
         return value
+
+    def _check_first(self, rows: list[dict], texts: list[str]) -> None:
+        """Says how many of the first rows have no text; DataError where none has any."""
+        empty = texts.count("")
+        if empty == len(rows):
+            fields = ", ".join(dict.fromkeys(printable(field) for row in rows for field in row))
+            raise DataError(
+                f"the data set {self.name} has no text in '{self._text_key}' of its first {len(rows):,} rows; its "
+                f"fields are {fields} (set data.text_key)"
+            )
+        if empty:
+            log.info("%s: %s of the first %s rows have no text and are left out", self.name, empty, len(rows))
 
 
 def _load(repo: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise HubError(f"the data set {repo} is on the Hugging Face hub: pip install 'adaptive[hf]'") from None
+        raise HubError(f"the data set {repo} is on the Hugging Face hub: pip install 'adaptive-lm[hf]'") from None
     name, _, config = repo.partition(":")
     try:
         return datasets.load_dataset(name, config or None, split="train", streaming=True)

@@ -15,12 +15,14 @@ from adaptive.data.foreign import open_tokens
 from adaptive.data.huggingface import HubDocuments
 from adaptive.data.prepare import cached_store, source_files
 from adaptive.data.shards import Shard, check_fingerprint
+from adaptive.data.store import TokenStore
 from adaptive.data.streaming import StreamedData
 from adaptive.data.synthetic import SyntheticRows
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.data.windows import Split, Windows
 from adaptive.data.words import row_marker
 from adaptive.errors import DataError
+from adaptive.printable import printable
 
 _READ_THREADS = 2
 _SHOWN_TOKENS = 20
@@ -187,6 +189,7 @@ class IndexedData:
 
     def describe(self) -> list[str]:
         lines = [line for source in self.sources for line in source.about]
+        lines += [] if self._config.source == "synthetic" else [self.tokenizer.describe_borders()]
         if len(self.sources) == 1:
             return lines
         shares = ", ".join(f"{s.name} {w:.0%}" for s, w in zip(self.sources, self._weights, strict=True))
@@ -205,7 +208,7 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
     """
     rows = Shard(*shard, batch_size)
     _check(config)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, bos=config.bos, eos=config.eos)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}: set "
@@ -244,11 +247,13 @@ def _check(config: DataConfig) -> None:
 
 
 def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Source:
+    files_about = ""
     if config.source == "tokens":
         store = open_tokens(path, tokenizer, config.token_dtype, config.cache_dir)
     else:
-        files = source_files(config.source, path, config.cache_dir)
-        store = cached_store(files, tokenizer, text_key=config.text_key, cache=config.cache_dir)
+        found = source_files(config.source, path, config.cache_dir)
+        files_about = found.about()
+        store = cached_store(found.files, tokenizer, text_key=config.text_key, cache=config.cache_dir)
     train, held_out = (Split(store, which, config.validation_every) for which in ("train", "validation"))
     windows = functools.partial(
         Windows, seq_len=config.seq_len, cross_document=config.cross_document, filler=tokenizer.eos_id
@@ -260,18 +265,28 @@ def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Sourc
             f"{config.seq_len + 1}: use more text or a smaller data.seq_len"
         )
     opening = tokenizer.decode(train.read(0, min(_SHOWN_TOKENS, len(train))))
-    size = "" if store.text_bytes is None else f"{store.text_bytes:,} bytes of text, "
+    name = printable(path)
     return Source(
         name=path,
         train=rows,
         held_out=windows(held_out, partial=True),
         identity=store.fingerprint,
         about=(
-            f"{path}: {len(store.documents) - 1:,} documents, {size}{len(store):,} tokens of {tokenizer.name}; "
+            *([f"{name}: {files_about}"] if files_about else []),
+            f"{name}: {_contents(store, config.text_key)} of {tokenizer.name}; "
             f"{len(rows):,} rows of {config.seq_len} to train on, {len(held_out):,} tokens held out ({train.rule})",
-            f"{path} begins {opening!r}",
+            f"{name} begins {opening!r}",
         ),
     )
+
+
+def _contents(store: TokenStore, text_key: str) -> str:
+    """What a store holds, and how many records had nothing for it."""
+    size = "" if store.text_bytes is None else f"{store.text_bytes:,} bytes of text, "
+    left_out = [f"{store.empty:,} empty"] if store.empty else []
+    left_out += [f"{store.keyless:,} without '{printable(text_key)}'"] if store.keyless else []
+    without = f" ({', '.join(left_out)} left out)" if left_out else ""
+    return f"{len(store.documents) - 1:,} documents{without}, {size}{len(store):,} tokens"
 
 
 def _synthetic_source(config: DataConfig, name: str, vocab_size: int) -> Source:

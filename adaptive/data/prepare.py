@@ -4,7 +4,8 @@ from pathlib import Path
 
 from adaptive.data.corpus import CORPORA, embedded_corpus
 from adaptive.data.files import cache_dir, digest
-from adaptive.data.sources import find_files, read_documents
+from adaptive.data.find import Found, find
+from adaptive.data.sources import read_records
 from adaptive.data.store import FORMAT, TokenStore, file_identity, open_store, write_store
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
@@ -26,8 +27,8 @@ def prepare(
 def cached_store(files: list[Path], tokenizer: Tokenizer, *, text_key: str = "text", cache: str = "") -> TokenStore:
     """The store of `files` in the cache folder, written if it is not there.
 
-    Its name is a hash of the files (path, size, time of change), the tokenizer and the options, so that a change of any
-    of them never meets an old store.
+    Its name is a hash of the files (path, size, times of change), the tokenizer with the tokens that begin and end its
+    documents, and the options, so that a change of any of them never meets an old store.
     """
     key = digest([FORMAT, [file_identity(file) for file in files], tokenizer.fingerprint, text_key])
     directory = cache_dir(cache) / "tokens" / f"{files[0].stem}-{key[:16]}"
@@ -39,17 +40,17 @@ def cached_store(files: list[Path], tokenizer: Tokenizer, *, text_key: str = "te
 def _write(files: list[Path], tokenizer: Tokenizer, directory: Path, text_key: str) -> None:
     write_store(
         directory,
-        read_documents(files, text_key),
+        read_records(files, text_key),
         tokenizer,
         sources=[file_identity(file) for file in files],
         options={"text_key": text_key},
     )
 
 
-def source_files(source: str, path: str, cache: str = "") -> list[Path]:
+def source_files(source: str, path: str, cache: str = "") -> Found:
     """The files behind one entry of `data.paths` (source `embedded` or `files`). Raises DataError if there are none."""
     if source == "embedded":
-        return [embedded_corpus(path, cache)]
+        return Found([embedded_corpus(path, cache)], {})
     if path in CORPORA and not Path(path).exists():
         raise DataError(f"data.paths: no file {path}; for the embedded corpus of that name set data.source=embedded")
-    return find_files(path)
+    return find(path)

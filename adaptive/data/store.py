@@ -18,20 +18,23 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import adaptive
+from adaptive.data.documents import Document, Textless
 from adaptive.data.files import beside, explained, sync, temporary_pattern
-from adaptive.data.sources import Document
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
+from adaptive.printable import printable
 
 FORMAT = 1
 _SHARD_TOKENS = 1 << 28
 _GROUP_CHARACTERS = 1 << 22  # text encoded at once
 _REPORT_EVERY_S = 10.0
 _ABANDONED_AFTER_S = 7 * 24 * 3600.0
+_NAMED = 3  # files in a message
 
 log = logging.getLogger("adaptive.data")
 
@@ -45,6 +48,8 @@ class TokenStore:
     max_id       largest id in the store
     fingerprint  sha256 (hex) of the tokens and the document bounds
     text_bytes   UTF-8 bytes of all documents, where that is known
+    empty        records of its files whose text was null or empty, and files without content
+    keyless      records that lacked the key of the text
     """
 
     name: str
@@ -53,6 +58,8 @@ class TokenStore:
     max_id: int
     fingerprint: str
     text_bytes: int | None = None
+    empty: int = 0
+    keyless: int = 0
 
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
@@ -75,62 +82,82 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+class _Encoded(NamedTuple):
+    """A document's tokens i32[n] with those that begin and end it, and the bytes of its text in UTF-8."""
+
+    tokens: np.ndarray
+    text_bytes: int
+
+
 def write_store(
     directory: Path,
-    documents: Iterable[Document],
+    records: Iterable[Document | Textless],
     tokenizer: Tokenizer,
     *,
     sources: list[dict],
     options: dict,
     shard_tokens: int = _SHARD_TOKENS,
 ) -> None:
-    """Tokenises `documents` into a store at `directory`, which must not exist or be an empty folder.
+    """Tokenises the documents of `records` into a store at `directory`, which must not exist or be an empty folder.
 
     sources, options  recorded in index.json as they are
     shard_tokens      a shard is closed by the document that reaches this many tokens
 
-    Raises DataError when there is no document, when a document of tokens does not fit the tokenizer, or when the disk
-    refuses. Nothing is left behind then.
+    Records without text are counted in index.json. Raises DataError when there is no document, when a document of
+    tokens does not fit the tokenizer, or when the disk refuses. Nothing is left behind then.
     """
     remedy = "Free some space or choose another folder (data.cache_dir, or --out of the prepare command)."
     with explained(f"writing the token store {directory}", remedy), _new_folder(directory) as folder:
-        shards = list(_write_shards(folder, _encoded(documents, tokenizer), tokenizer, shard_tokens))
-        if not shards:
-            raise DataError(f"no text found in {', '.join(source['path'] for source in sources)}")
+        shards = list(_write_shards(folder, _encoded(records, tokenizer), tokenizer, shard_tokens))
+        if not any(entry["documents"] for entry in shards):
+            raise DataError(_no_text(shards, sources, options))
         index = {
             "format": FORMAT,
             "dtype": token_dtype(tokenizer.vocab_size).name,
-            "tokenizer": {
-                "name": tokenizer.name,
-                "sha256": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "bos_id": tokenizer.bos_id,
-                "eos_id": tokenizer.eos_id,
-            },
+            "tokenizer": _described(tokenizer),
             "shards": shards,
             "sources": sources,
             "options": options,
             "program": f"adaptive {adaptive.__version__}",
         }
-        (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         sync(folder / "index.json")
+
+
+def _no_text(shards: list[dict], sources: list[dict], options: dict) -> str:
+    """What to say of files whose every record is without text."""
+    paths = [printable(source["path"]) for source in sources]
+    where = ", ".join(paths[:_NAMED]) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
+    empty, keyless = (sum(entry[count] for entry in shards) for count in ("empty", "keyless"))
+    keys = next((", ".join(map(printable, entry["keys"])) for entry in shards if entry["keys"]), "none")
+    lacking = f"{keyless:,} records have no '{options.get('text_key')}', only {keys} (data.text_key names the text)"
+    return f"no text found in {where}: {empty:,} records or files are empty" + (f", and {lacking}" if keyless else "")
 
 
 def open_store(directory: Path, tokenizer: Tokenizer) -> TokenStore:
     """The store at `directory`. Raises DataError if it is incomplete, damaged, newer, or of another tokenizer."""
     try:
-        index = json.loads((directory / "index.json").read_text())
+        index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{directory} is not a token store: it has no index.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{directory}/index.json is damaged: {error}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("format"), int):
+        raise DataError(f"{directory} is not a token store: its index.json is of another program")
     if index["format"] > FORMAT:
         raise DataError(f"{directory} has format {index['format']}; this program reads up to {FORMAT}: update it")
+    try:
+        return _opened(directory, index, tokenizer)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{directory}/index.json is damaged ({error!r}): prepare the store again") from None
+
+
+def _opened(directory: Path, index: dict, tokenizer: Tokenizer) -> TokenStore:
     made_by = index["tokenizer"]
     if made_by["sha256"] != tokenizer.fingerprint:
         raise DataError(
-            f"{directory} was made with the tokenizer {made_by['name']} (sha256 {made_by['sha256'][:12]}), the recipe "
-            f"has {tokenizer.name} (sha256 {tokenizer.fingerprint[:12]}): set data.tokenizer, or prepare it again"
+            f"{directory} was made with the tokenizer {_named(made_by)}, the recipe has "
+            f"{_named(_described(tokenizer))}: set data.tokenizer, data.bos and data.eos alike, or prepare it again"
         )
     shards, documents, start = [], [np.zeros(1, np.int64)], 0
     for i, entry in enumerate(index["shards"]):
@@ -145,7 +172,24 @@ def open_store(directory: Path, tokenizer: Tokenizer) -> TokenStore:
         max_id=max(entry["max_id"] for entry in index["shards"]),
         fingerprint=hashlib.sha256("".join(entry["sha256"] for entry in index["shards"]).encode()).hexdigest(),
         text_bytes=sum(entry["bytes"] for entry in index["shards"]),
+        empty=sum(entry.get("empty", 0) for entry in index["shards"]),
+        keyless=sum(entry.get("keyless", 0) for entry in index["shards"]),
     )
+
+
+def _described(tokenizer: Tokenizer) -> dict:
+    return {
+        "name": tokenizer.name,
+        "sha256": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+
+
+def _named(made_by: dict) -> str:
+    begin = "none" if made_by["bos_id"] is None else made_by["bos_id"]
+    return f"{made_by['name']} (begin token {begin}, end token {made_by['eos_id']}, sha256 {made_by['sha256'][:12]})"
 
 
 def _open_shard(directory: Path, i: int, entry: dict, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -196,20 +240,29 @@ def _rename(folder: Path, directory: Path) -> None:
     sync(directory.parent)
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Tokens of each document with its end token, encoded in groups so that a tokenizer can use several threads."""
+def _encoded(records: Iterable[Document | Textless], tokenizer: Tokenizer) -> Iterator[_Encoded | Textless]:
+    """Each document encoded, in groups so that a tokenizer can use several threads."""
     group: list[str] = []
     characters = 0
-    for document in documents:
-        if isinstance(document, str):
-            group.append(document)
-            characters += len(document)
-        if not isinstance(document, str) or characters >= _GROUP_CHARACTERS:
-            yield from tokenizer.encode_documents(group)
+    for record in records:
+        if isinstance(record, Textless):
+            yield record
+            continue
+        if isinstance(record, str):
+            group.append(record)
+            characters += len(record)
+        if not isinstance(record, str) or characters >= _GROUP_CHARACTERS:
+            yield from _encoded_group(group, tokenizer)
             group, characters = [], 0
-        if not isinstance(document, str):
-            yield _checked(document, tokenizer)
-    yield from tokenizer.encode_documents(group)
+        if not isinstance(record, str):
+            ids = _checked(record, tokenizer)
+            yield _Encoded(ids, tokenizer.text_size(ids))
+    yield from _encoded_group(group, tokenizer)
+
+
+def _encoded_group(texts: list[str], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+    for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        yield _Encoded(ids, len(text.encode("utf-8", errors="replace")))
 
 
 def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -222,27 +275,35 @@ def _checked(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return ids if ids[-1] == tokenizer.eos_id else np.append(ids, np.int32(tokenizer.eos_id))
 
 
-def _write_shards(folder: Path, documents: Iterator[np.ndarray], tokenizer: Tokenizer, limit: int) -> Iterator[dict]:
+def _write_shards(
+    folder: Path, records: Iterator[_Encoded | Textless], tokenizer: Tokenizer, limit: int
+) -> Iterator[dict]:
     """Writes shard after shard; yields the index entry of each."""
     dtype = token_dtype(tokenizer.vocab_size)
-    lengths_of_tokens = tokenizer.token_byte_lengths()
     number, total, reported = 0, 0, time.monotonic()
-    document = next(documents, None)
-    while document is not None:
+    record = next(records, None)
+    while record is not None:
         path = folder / f"tokens-{number:05d}.bin"
         bounds, text_bytes, max_id, content = [0], 0, 0, hashlib.sha256()
+        empty, keyless = 0, 0
+        keys: tuple[str, ...] = ()
         with path.open("wb") as file:
-            while document is not None and bounds[-1] < limit:
-                raw = document.astype(dtype).tobytes()
-                file.write(raw)
-                content.update(raw)
-                bounds.append(bounds[-1] + len(document))
-                text_bytes += int(lengths_of_tokens[document].sum())
-                max_id = max(max_id, int(document.max()))
+            while record is not None and (bounds[-1] < limit or isinstance(record, Textless)):
+                if not isinstance(record, Textless):
+                    raw = record.tokens.astype(dtype).tobytes()
+                    file.write(raw)
+                    content.update(raw)
+                    bounds.append(bounds[-1] + len(record.tokens))
+                    text_bytes += record.text_bytes
+                    max_id = max(max_id, int(record.tokens.max()))
+                elif record.keys is None:
+                    empty += 1
+                else:
+                    keyless, keys = keyless + 1, keys or record.keys
                 if time.monotonic() - reported > _REPORT_EVERY_S:
                     reported = time.monotonic()
                     log.info("tokenising: %s tokens so far", f"{total + bounds[-1]:,}")
-                document = next(documents, None)
+                record = next(records, None)
         total += bounds[-1]
         np.save(folder / f"docs-{number:05d}.npy", np.array(bounds, np.int64))
         content.update(np.array(bounds, "<i8").tobytes())
@@ -254,11 +315,22 @@ def _write_shards(folder: Path, documents: Iterator[np.ndarray], tokenizer: Toke
             "bytes": text_bytes,
             "max_id": max_id,
             "sha256": content.hexdigest(),
+            "empty": empty,
+            "keyless": keyless,
+            "keys": keys,  # of the first record that lacks the one asked for
         }
         number += 1
 
 
 def file_identity(path: Path) -> dict:
-    """What a cached store remembers of a source file: a change of any of it makes another store."""
+    """What a cached store remembers of a source file: a change of any of it makes another store.
+
+    The time of the last change of the file (ctime) tells content that was replaced under the same size and mtime.
+    """
     stat = os.stat(path)
-    return {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return {
+        "path": str(path.resolve()),
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+    }

@@ -182,7 +182,10 @@ class StreamedData:
     def describe(self) -> list[str]:
         names = ", ".join(stream.name for stream in self._streams)
         held_out = f"the first {self._held_out:,} documents of each held out" if self._held_out else "nothing held out"
-        return [f"{names}: streamed in rows of {self._config.seq_len}; {held_out}"]
+        return [
+            f"{names}: streamed in rows of {self._config.seq_len}; {held_out}",
+            self.tokenizer.describe_borders(),
+        ]
 
     def _packer(self, stream: DocumentStream, *, held_out_only: bool, state: dict | None = None) -> Packer:
         seed = self._config.shuffle_seed if self._config.shuffle and not held_out_only else None

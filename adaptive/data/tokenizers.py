@@ -1,26 +1,48 @@
 """Text to token ids and back: bytes, H-Net's bytes, and any `tokenizer.json`.
 
-The byte tokenizers import nothing; the others need the `tokenizers` package (`pip install 'adaptive[bpe]'`).
+The byte tokenizers import nothing; the others need the `tokenizers` package (`pip install 'adaptive-lm[bpe]'`).
 """
 
 import abc
 import codecs
 import functools
 import hashlib
-import json
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from adaptive.data.corpus import embedded_file
 from adaptive.data.huggingface import hub_tokenizer
+from adaptive.data.token_texts import TokenTexts, token_texts
+from adaptive.data.tokenizer_files import CONFIG, TokenizerFiles, read_tokenizer
 from adaptive.errors import DataError
+from adaptive.paths import local_path
+from adaptive.printable import printable
 
 BUILT_IN = ("bytes", "hnet-bytes", "bpe-4096")
-END_OF_TEXT = "<|endoftext|>"
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
+
+
+class ByteCounts(NamedTuple):
+    """UTF-8 bytes of text that tokens stand for: the denominator of bits per byte. Arrays of numpy or of jax.
+
+    inside   i32[vocab]   of a token within a text; 0 for markers
+    opening  i32[vocab]   of a token that opens one, which may lose the blank that a convention puts before every text;
+                          None where that changes nothing
+    borders  bool[vocab]  tokens that a text begins after; None where `opening` is
+    """
+
+    inside: Any
+    opening: Any = None
+    borders: Any = None
+
+    def of(self, tokens: Any, before: Any) -> Any:
+        """i32[...] bytes of tokens i32[...], each of which stands after the one in `before` i32[...]."""
+        if self.opening is None:
+            return self.inside[tokens]
+        return self.inside[tokens] + self.borders[before] * (self.opening - self.inside)[tokens]
 
 
 class Tokenizer(abc.ABC):
@@ -28,9 +50,9 @@ class Tokenizer(abc.ABC):
 
     name         str         how the recipe calls it
     vocab_size   int         every id is below it
-    bos_id       int | None  put before each document, where the convention has one
+    bos_id       int | None  put before each document and each prompt, where the convention has one
     eos_id       int         put after each document
-    fingerprint  str         sha256 (hex) of what defines the ids; a token store remembers it
+    fingerprint  str         sha256 (hex) of what defines the ids of a document; a token store remembers it
     """
 
     name: str
@@ -45,7 +67,19 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes one token stands for; empty for specials and for ids outside the vocabulary."""
+        """The UTF-8 bytes one token stands for within a text; empty for specials and for ids outside the vocabulary."""
+
+    def opening_bytes(self, token: int) -> bytes:
+        """As `token_bytes`, of a token that opens a text."""
+        return self.token_bytes(token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is a marker or outside the vocabulary, and stands for no text anywhere."""
+        return not self.token_bytes(token)
+
+    def describe(self, token: int) -> str:
+        """How a message calls the token."""
+        return f"token {token}"
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """i32[tokens] of each text with the begin and end tokens of the convention around it."""
@@ -59,13 +93,34 @@ class Tokenizer(abc.ABC):
         """A decoder that takes one token at a time."""
         return StreamDecoder(self)
 
+    def describe_borders(self) -> str:
+        """What documents and prompts begin with, and what documents end with."""
+        begin = "no token" if self.bos_id is None else self.describe(self.bos_id)
+        end = self.describe(self.eos_id)
+        return f"each document and each prompt begins with {begin}, and each document ends with {end}"
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Ids that stand between texts."""
+        return (self.eos_id,) if self.bos_id is None else (self.bos_id, self.eos_id)
+
     @functools.cached_property
     def _byte_lengths(self) -> np.ndarray:
         return np.array([len(self.token_bytes(token)) for token in range(self.vocab_size)], np.int32)
 
     def token_byte_lengths(self) -> np.ndarray:
-        """i32[vocab_size]: UTF-8 bytes each token stands for, 0 for specials: the denominator of bits per byte."""
+        """i32[vocab_size]: UTF-8 bytes each token stands for within a text, 0 for specials."""
         return self._byte_lengths
+
+    def byte_counts(self) -> ByteCounts:
+        """Bytes of each token [vocab_size], wherever it stands."""
+        return ByteCounts(self.token_byte_lengths())
+
+    def text_size(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes of the text of one document, `ids` i32[tokens]."""
+        counts = self.byte_counts()
+        shown = ids[counts.inside[ids] > 0]
+        return int(counts.of(shown, np.append(self.eos_id, shown)[:-1]).sum())
 
     def _delimit(self, ids: np.ndarray) -> np.ndarray:
         begin = [] if self.bos_id is None else [self.bos_id]
@@ -78,10 +133,14 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._opening = True
 
     def push(self, token: int) -> str:
         """What can be shown now that `token` has arrived."""
-        return self._decoder.decode(self._tokenizer.token_bytes(int(token)))
+        tokenizer, token = self._tokenizer, int(token)
+        content = tokenizer.opening_bytes(token) if self._opening else tokenizer.token_bytes(token)
+        self._opening = token in tokenizer.borders or (self._opening and tokenizer.is_special(token))
+        return self._decoder.decode(content)
 
     def finish(self) -> str:
         """What is left: U+FFFD if the last character never became whole."""
@@ -112,7 +171,7 @@ class HNetBytes(Bytes):
 
     name = "hnet-bytes"
     vocab_size = 256
-    bos_id = 254
+    bos_id: int | None = 254
     eos_id = 255
     pad_id = 255
     fingerprint = hashlib.sha256(b"hnet-bytes: id = byte, begin 254, end 255, vocabulary 256").hexdigest()
@@ -121,66 +180,118 @@ class HNetBytes(Bytes):
         return bytes([token]) if 0 <= token < 254 else b""
 
 
-class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. Raises DataError if it is malformed or names no end of text."""
+class _NoBegin(HNetBytes):
+    """H-Net's bytes for documents that nothing begins."""
 
-    def __init__(self, name: str, path: Path):
-        content = path.read_bytes()
+    bos_id = None
+    fingerprint = hashlib.sha256(b"hnet-bytes: id = byte, no begin, end 255, vocabulary 256").hexdigest()
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library, as `read_tokenizer` gives it."""
+
+    def __init__(self, name: str, files: TokenizerFiles):
         self.name = name
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self._tokenizer = _parse(content, path)
-        # Text of users is text: a marker such as <|endoftext|> inside it must not become a special token.
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self._pieces = {token: piece for piece, token in vocabulary.items()}
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {token for token, entry in added.items() if entry.special}
-        self._literal = {token: entry.content for token, entry in added.items() if not entry.special}
-        self._decoders = _decoder_types(json.loads(content).get("decoder"))
-        self.eos_id = _end_of_text(vocabulary, path)
+        self.fingerprint = files.sha256
+        self.bos_id, self.eos_id = files.begin, files.end
+        self.vocab_size = max(files.vocabulary.values()) + 1
+        self._files = files
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(_clean(text), add_special_tokens=False).ids, np.int32)
+        return self._encoded([text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
-        return [self._delimit(np.array(encoding.ids, np.int32)) for encoding in encodings]
+        return [self._delimit(ids) for ids in self._encoded(texts)]
 
     def token_bytes(self, token: int) -> bytes:
-        piece = self._pieces.get(token)
-        if piece is None or token in self._special or token == self.eos_id:
-            return b""
-        if token in self._literal:
-            return self._literal[token].encode()
-        if "ByteLevel" in self._decoders:
-            return bytes(_byte_level_alphabet()[character] for character in piece)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("\u2581", " ").encode()  # SentencePiece writes a blank as U+2581
+        return self._texts.inside.get(token, b"")
+
+    def opening_bytes(self, token: int) -> bytes:
+        return self._texts.opening.get(token, b"")
+
+    def is_special(self, token: int) -> bool:
+        return token not in self._texts.inside
+
+    def describe(self, token: int) -> str:
+        return f"{printable(self._files.library.id_to_token(token))} (token {token})"
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if self._texts.by_bytes:
+            return super().decode(ids)
+        parts = itertools.groupby((int(token) for token in ids), key=self.borders.__contains__)
+        texts = [[token for token in part if not self.is_special(token)] for border, part in parts if not border]
+        return "".join(self._files.library.decode(text, skip_special_tokens=False) for text in texts)
+
+    @functools.cached_property
+    def _texts(self) -> TokenTexts:
+        return token_texts(self._files, hidden=self._files.special.union(self.borders))
+
+    @functools.cached_property
+    def _byte_lengths(self) -> np.ndarray:
+        return _lengths(self._texts.inside, self.vocab_size)
+
+    @functools.cached_property
+    def _byte_counts(self) -> ByteCounts:
+        inside, opening = self._byte_lengths, _lengths(self._texts.opening, self.vocab_size)
+        if np.array_equal(inside, opening):
+            return ByteCounts(inside)
+        return ByteCounts(inside, opening, np.isin(np.arange(self.vocab_size), self.borders))
+
+    def byte_counts(self) -> ByteCounts:
+        return self._byte_counts
+
+    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """i32[tokens] of each text. Raises DataError where the tokenizer has no token for what a text holds."""
+        try:
+            encodings = self._files.encoder.encode_batch_fast(
+                [_clean(text) for text in texts], add_special_tokens=False
+            )
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"data.tokenizer: {self.name} cannot encode some of the text: {error}") from None
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, bos: str | None = "", eos: str = "") -> Tokenizer:
     """The tokenizer called `name`: `bytes`, `hnet-bytes`, `bpe-4096`, a path, or a name on the Hugging Face hub.
 
-    A path is a `tokenizer.json` or a folder with one. Raises DataError naming what is missing and the choices.
+    A path is a `tokenizer.json` or a folder with one. `bos` and `eos` name the tokens that documents begin and end
+    with: "" as the tokenizer's files say, and None as `bos` for none. Raises DataError naming what is missing and the
+    choices.
     """
+    if name in ("bytes", "hnet-bytes"):
+        return _of_bytes(name, bos, eos)
+    if name in BUILT_IN:
+        path = embedded_file(f"{name}.json")
+        return JsonTokenizer(name, read_tokenizer(path, path.with_name(CONFIG), bos, eos))
+    return JsonTokenizer(name, read_tokenizer(*_located(name), bos, eos))
+
+
+def _of_bytes(name: str, bos: str | None, eos: str) -> Tokenizer:
+    for option, text in (("data.bos", bos), ("data.eos", eos)):
+        if text:
+            raise DataError(f"{option}={printable(text)}: the tokenizer {name} has no tokens with names")
     if name == "bytes":
         return Bytes()
-    if name == "hnet-bytes":
-        return HNetBytes()
-    if name in BUILT_IN:
-        return JsonTokenizer(name, embedded_file(f"{name}.json"))
-    path = Path(name).expanduser()
+    return _NoBegin() if bos is None else HNetBytes()
+
+
+def _located(name: str) -> tuple[Path, Path]:
+    """The tokenizer.json that a path or a name on the hub means, and where its configuration would be."""
+    path = local_path(name, "data.tokenizer")
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.is_file():
-        return JsonTokenizer(name, path)
+        return path, path.with_name(CONFIG)
     if _looks_like_a_path(name):
         raise DataError(f"data.tokenizer={name}: no file {path}. Give a tokenizer.json, or one of {_choices()}")
-    return JsonTokenizer(name, hub_tokenizer(name))
+    return hub_tokenizer(name)
+
+
+def _lengths(texts: dict[int, bytes], vocab_size: int) -> np.ndarray:
+    """i32[vocab_size] bytes of each token; 0 for those that have no text."""
+    lengths = np.zeros(vocab_size, np.int32)
+    lengths[list(texts)] = [len(text) for text in texts.values()]
+    return lengths
 
 
 def _choices() -> str:
@@ -194,38 +305,3 @@ def _looks_like_a_path(name: str) -> bool:
 def _clean(text: str) -> str:
     """`text` without lone surrogates, which JSON can carry and UTF-8 cannot."""
     return text.encode("utf-8", errors="replace").decode()
-
-
-def _parse(content: bytes, path: Path) -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise DataError(f"the tokenizer {path} needs a package: pip install 'adaptive[bpe]'") from None
-    try:
-        return tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"data.tokenizer: {path} is not a tokenizer.json: {error}") from None
-
-
-def _decoder_types(decoder: dict | None) -> set[str]:
-    if decoder is None:
-        return set()
-    return {decoder["type"]}.union(*(_decoder_types(part) for part in decoder.get("decoders", [])))
-
-
-def _end_of_text(vocabulary: dict[str, int], path: Path) -> int:
-    config = path.with_name("tokenizer_config.json")
-    named = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
-    named = named.get("content") if isinstance(named, dict) else named
-    for candidate in (named, *_END_NAMES):
-        if candidate in vocabulary:
-            return vocabulary[candidate]
-    raise DataError(f"data.tokenizer: {path} has no end-of-text token; looked for {', '.join(_END_NAMES)}")
-
-
-@functools.cache
-def _byte_level_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2, bytes_to_unicode)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

@@ -89,6 +89,40 @@ def test_megatron_damage(tmp_path, read):
         read(tmp_path / "m.bin")
 
 
+@pytest.mark.parametrize("documents", [[0, 1, 7], [1, 2], [0, 1], [0, 2, 1, 2], [0, -1, 2], []])
+def test_megatron_documents_that_are_not_its_sequences(tmp_path, read, documents):
+    megatron(tmp_path, [FLAT[:2], FLAT[2:]])
+    head = (tmp_path / "m.idx").read_bytes()[: 34 + 12 * 2]
+    head = head[:26] + struct.pack("<Q", len(documents)) + head[34:]
+    (tmp_path / "m.idx").write_bytes(head + np.array(documents, "<i8").tobytes())
+    with pytest.raises(DataError, match=r"m\.idx is damaged: its documents are not its 2 sequences in order"):
+        read(tmp_path / "m.bin")
+
+
+def test_a_changed_index_is_read_again(tmp_path, read):
+    megatron(tmp_path, [FLAT[:2], FLAT[2:6], FLAT[6:]])
+    check(read(tmp_path / "m.bin"), documents=(0, 2, 6, 8))
+    index = (tmp_path / "m.idx").read_bytes()
+    (tmp_path / "m.idx").write_bytes(index[:-32] + np.array([0, 1, 1, 3], "<i8").tobytes())
+    check(read(tmp_path / "m.bin"), documents=(0, 2, 2, 8))
+
+
+def test_empty_token_files_of_a_folder_are_passed_over(tmp_path, read):
+    (tmp_path / "a.bin").touch()
+    (tmp_path / "b.bin").touch()
+    with pytest.raises(DataError, match="every token file is empty"):
+        read(tmp_path)
+    (tmp_path / "b.bin").write_bytes(FLAT.astype(np.uint16).tobytes())
+    check(read(tmp_path))
+
+
+@pytest.mark.parametrize("wide", [2**31, 2**32 + 5, 2**63 - 1])
+def test_ids_wider_than_32_bits_are_not_cut(tmp_path, read, wide):
+    np.save(tmp_path / "a.npy", np.array([1, wide], np.int64))
+    with pytest.raises(DataError, match=f"holds token id {wide}"):
+        read(tmp_path / "a.npy")
+
+
 def test_npy_with_and_without_header(tmp_path, read):
     np.save(tmp_path / "a.npy", FLAT.astype(np.uint32))
     check(read(tmp_path / "a.npy"))

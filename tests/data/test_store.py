@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from adaptive.data import store as store_module
+from adaptive.data.documents import Textless
 from adaptive.data.prepare import cached_store, prepare
 from adaptive.data.store import open_store, token_dtype, write_store
 from adaptive.data.tokenizers import load_tokenizer
@@ -150,6 +151,39 @@ def test_cache_follows_the_source_and_the_tokenizer(tmp_path, tokenizer):
     assert read() == "other, longer"
     assert read(load_tokenizer("hnet-bytes")) == "other, longer"
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 3
+
+
+def test_cache_follows_the_content_of_a_source_of_the_same_size_and_age(tmp_path, tokenizer):
+    file = tmp_path / "a.txt"
+    file.write_text("first", encoding="utf-8")
+    before = file.stat()
+
+    def read():
+        store = cached_store([file], tokenizer, cache=str(tmp_path / "cache"))
+        return tokenizer.decode(store.read(0, len(store)))
+
+    assert read() == "first"
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # as coarse as the clock of the file system
+        file.write_text("other", encoding="utf-8")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert read() == "other"
+
+
+def test_records_without_text_are_counted(tmp_path, tokenizer):
+    records = [Textless(("id",)), "one", Textless(), Textless(), "two", Textless(("id",)), Textless()]
+    for shard_tokens in (1, 100):
+        write(tmp_path / str(shard_tokens), records, tokenizer, shard_tokens=shard_tokens)
+        store = open_store(tmp_path / str(shard_tokens), tokenizer)
+        assert (len(store.documents) - 1, store.empty, store.keyless) == (2, 3, 2)
+        assert len(store.shards) == (2 if shard_tokens == 1 else 1)
+
+
+@pytest.mark.parametrize("index", [[], {"version": 2, "shards": []}, {"format": 1}, {"format": 1, "tokenizer": []}])
+def test_an_index_of_another_program(tmp_path, tokenizer, index):
+    (tmp_path / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(DataError, match=r"index\.json is (of another program|damaged)"):
+        open_store(tmp_path, tokenizer)
 
 
 def test_same_text_has_the_same_fingerprint_anywhere(tmp_path, tokenizer):

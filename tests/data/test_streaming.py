@@ -218,5 +218,57 @@ def test_hub_documents_resume(monkeypatch, tmp_path):
         resumed = list(stream.groups(json.loads(json.dumps(groups[k].position))))
         assert [g.texts for g in resumed] == [g.texts for g in groups[k:]]
         assert [g.first for g in resumed] == [g.first for g in groups[k:]]
-    with pytest.raises(DataError, match=r"no text in 'body'; its fields are text"):
+    with pytest.raises(DataError, match=r"no text in 'body' of its first 100 rows; its fields are text"):
         next(HubDocuments("some/name", "body").groups(None))
+
+
+class Rows:
+    """A data set of the hub, as far as it is used."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def state_dict(self):
+        return {}
+
+
+def test_hub_rows_without_text_are_left_out(monkeypatch, caplog):
+    rows = [{"text": "one"}, {"text": None}, {"id": 1}, {"text": ""}, {"text": "two"}]
+    monkeypatch.setattr(huggingface, "require_hub", lambda purpose: None)
+    monkeypatch.setattr(huggingface, "_load", lambda repo: Rows(rows))
+    caplog.set_level("INFO", "adaptive.data")
+    (group,) = HubDocuments("some/name", "text").groups(None)
+    assert group.texts == ["one", "", "", "", "two"]  # which no row is made of
+    assert "3 of the first 5 rows have no text and are left out" in caplog.text
+    packer = Packer(HubDocuments("some/name", "text"), load_tokenizer("bytes"), 3, held_out=0)
+    assert [packer.next()[0].tolist() for _ in range(2)] == [[*b"one", 256], [256, *b"two"]]
+    monkeypatch.setattr(huggingface, "_load", lambda repo: Rows([{"text": 7}]))
+    with pytest.raises(DataError, match="has a int in 'text', expected text"):
+        next(HubDocuments("some/name", "text").groups(None))
+
+
+def test_a_tokenizer_of_the_hub_comes_with_its_configuration(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    there, cached = {"tokenizer.json", "tokenizer_config.json"}, set()
+
+    def download(name, file, local_files_only=False, **options):
+        if file not in (cached if local_files_only else there):
+            raise FileNotFoundError(file)
+        cached.add(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface, "require_hub", lambda purpose: None)
+    both = (tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json")
+    assert huggingface.hub_tokenizer("some/name") == both and cached == there
+    assert huggingface.hub_tokenizer("some/name") == both
+    there.remove("tokenizer_config.json")
+    cached.clear()
+    assert huggingface.hub_tokenizer("some/name") == both and cached == there
+    there.clear()
+    cached.clear()
+    with pytest.raises(HubError, match="cannot be had"):
+        huggingface.hub_tokenizer("some/name")

@@ -103,3 +103,20 @@ def test_tail_split_of_few_documents(lengths):
     assert len(train) == cut and len(held) == len(store) - cut
     if len(held):
         np.testing.assert_array_equal(held.read(0, len(held)), np.arange(cut, len(store)))
+
+
+@pytest.mark.parametrize("shards", [(3 << 31,), (1 << 31, 5, (1 << 32) - 5)])
+def test_positions_beyond_32_bits(shards):
+    """A store of more tokens than an i32 counts, none of which takes memory."""
+    parts = tuple(np.broadcast_to(np.uint16(7 + i), (size,)) for i, size in enumerate(shards))
+    documents = np.array([0, 10, (1 << 31) + 3, (1 << 32) + 1, 3 << 31], np.int64)
+    store = TokenStore("large", parts, documents, 9, "")
+    rows = whole(store, 4)
+    assert len(rows) == (sum(shards) - 1 + 3) // 4
+    at = (1 << 30) + 0  # the row of token 2^32: one token before a document
+    row = rows[at]
+    assert row.segment_ids.tolist() == [1, 2, 2, 2] and row.positions.tolist() == [0, 0, 1, 2]
+    assert row.tokens.dtype == row.positions.dtype == np.int32
+    held = Split(store, "validation", 2)
+    assert len(held) == int(np.diff(documents)[1::2].sum()) and held.documents.dtype == np.int64
+    assert held.read(len(held) - 2, len(held)).tolist() == store.read((3 << 31) - 2, 3 << 31).tolist()
