@@ -110,7 +110,7 @@ def record(name: str, changes: dict, seed: int) -> dict[str, np.ndarray] | None:
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
         published = load_file(f"{saved}/model.safetensors")
-        text = json.dumps(json.loads(Path(saved, "config.json").read_text()))
+        text = json.dumps(json.loads(Path(saved, "config.json").read_text(encoding="utf-8")))
     held = {
         "config": np.array(text), "tokens": tokens, "mask": mask, "logits": out.logits.detach().numpy(),
         "aux_loss": out.aux_loss.detach().numpy(), "loss": out.loss.detach().numpy(),

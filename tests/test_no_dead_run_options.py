@@ -44,9 +44,12 @@ BLOCK = "model.body.stack.blocks.0.feed_forward"
 
 # Settings that a setting needs beside it. FOLDER is the test's.
 SPREAD = ["mesh.expert=4", "mesh.expert_parallel.strategy=expert"]
+WORDS = ["data.tokenizer=FOLDER/tokenizer.json", "data.source=files", "data.paths=FOLDER/documents.jsonl"]
 NEEDS = {
     "data.weights": ["data.paths=english,python"],
     "data.text_key": ["data.source=files", "data.paths=FOLDER/documents.jsonl"],
+    "data.bos": WORDS,
+    "data.eos": WORDS,
     "data.token_dtype": ["data.source=tokens", "data.paths=FOLDER/tokens.bin"],
     "data.boundaries": ["data.tokenizer=hnet-bytes"],
     "mesh.expert_parallel.strategy": ["mesh.expert=4"],
@@ -64,7 +67,8 @@ NEEDS = {
 # Other values, where they are not simply the next.
 OTHERS = {
     "data.source": "synthetic", "data.paths": "python", "data.weights": "0.9,0.1", "data.tokenizer": "hnet-bytes",
-    "data.text_key": "title", "data.cache_dir": "FOLDER/other", "optimizer.beta1": "0.8", "optimizer.beta2": "0.9",
+    "data.bos": "<s>", "data.eos": "<eos>", "data.text_key": "title", "data.cache_dir": "FOLDER/other",
+    "optimizer.beta1": "0.8", "optimizer.beta2": "0.9",
     "schedule.decay_fraction": "0.5", "schedule.floor": "0.5", "mesh.data": "4", "mesh.fsdp": "2", "mesh.expert": "2",
     "mesh.tensor": "2", "mesh.expert_parallel.strategy": "gather", "mesh.expert_parallel.exchange": "hierarchical",
     "mesh.expert_parallel.nodes": "4", "mesh.expert_parallel.buffer_factor": "1.5", "train.compute_dtype": "bfloat16",
@@ -211,7 +215,7 @@ def evaluating(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         recipe=recipe, facts=recipe.model.facts(), mesh=make_mesh(recipe.mesh, jax.devices()),
         selections=("topk", "threshold"), eval_step=lambda lengths, mode: asked.append(mode),
     )  # fmt: skip
-    tokenizer = types.SimpleNamespace(token_byte_lengths=lambda: None)
+    tokenizer = types.SimpleNamespace(byte_counts=lambda: None)
     Evaluator(program, types.SimpleNamespace(tokenizer=tokenizer, validation=lambda n: asked.append(n) or []))(None)
     return asked
 
@@ -256,10 +260,14 @@ def seen(look: Callable[..., Any], recipe: Recipe, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with text and with tokens."""
+    """A folder with text, with tokens and with a tokenizer."""
     path = tmp_path_factory.mktemp("options")
     lines = [{"text": f"text {i} " * 40, "title": f"title {i} " * 40} for i in range(80)]
     (path / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<eos>": 3, "text": 4}
+    words = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": words}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     np.arange(20_000, dtype=np.uint16).__mod__(250).astype(np.uint16).tofile(path / "tokens.bin")
     return path
 

@@ -66,7 +66,7 @@ def load(found: Found) -> Trained:
     Raises CheckpointError where they cannot be read.
     """
     recipe = found.recipe
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
     graphdef, shapes = abstract_model(lambda key: recipe.model.build(key, dtype=compute_dtype(recipe)))
     model = nnx.merge(graphdef, shapes)
     refuse = model.refuse_generation() or model.refuse_cache()

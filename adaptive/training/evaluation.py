@@ -31,9 +31,9 @@ class Evaluator:
         _, self._processes = data_shard(program.mesh)
         wanted = [mode for mode in recipe.eval.selection if mode in program.selections]
         modes = wanted if len(program.selections) > 1 else ("topk",)
-        lengths = data.tokenizer.token_byte_lengths()
+        counts = data.tokenizer.byte_counts()
         self.selection = modes[0]  # how the passage and the counted routing are selected
-        self._steps = {mode: program.eval_step(lengths, mode) for mode in modes}  # type: ignore[arg-type]
+        self._steps = {mode: program.eval_step(counts, mode) for mode in modes}  # type: ignore[arg-type]
 
     def __call__(self, state: TrainState) -> tuple[Row, RoutingCounter]:
         """(columns "eval/..." of a metrics row, what routing did under the first way of selecting)."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adaptive.data.batch import Batch
+from adaptive.data.tokenizers import ByteCounts
 from adaptive.errors import MeshError, RecipeError
 from adaptive.optim.build import make_optimizer
 from adaptive.parallel.expert_cost import ExpertLoad, settle
@@ -184,13 +185,13 @@ class Program:
         return Compiled(call, time.perf_counter() - begin)
 
     def eval_step(
-        self, byte_lengths: np.ndarray, selection: Literal["topk", "threshold"]
+        self, byte_counts: ByteCounts, selection: Literal["topk", "threshold"]
     ) -> Callable[[TrainState, Batch, int], Evaluation]:
         """(state, batch, its number) -> Evaluation, every array of it on every process; compiled at the first call. The
         objective's noise, if it has any, is that of the batch's number."""
         step = make_eval_step(
             self.graphdef,
-            jnp.asarray(_padded(byte_lengths, self.recipe.model.vocab_size)),
+            jax.tree.map(lambda a: jnp.asarray(_padded(a, self.recipe.model.vocab_size)), byte_counts),
             selection=selection,
             objective=self.recipe.objective,
             loss_chunk=self.recipe.train.loss_chunk,
@@ -237,9 +238,9 @@ class Steps:
         return max(begin for begin in self._begins if begin <= step)
 
 
-def _padded(byte_lengths: np.ndarray, vocab: int) -> np.ndarray:
+def _padded(of_tokens: np.ndarray, vocab: int) -> np.ndarray:
     """i32[vocab]: ids that the tokenizer does not use stand for no text."""
-    return np.pad(byte_lengths, (0, vocab - len(byte_lengths))).astype(np.int32)
+    return np.pad(of_tokens, (0, vocab - len(of_tokens))).astype(np.int32)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from adaptive.data.batch import Batch
+from adaptive.data.tokenizers import ByteCounts
 from adaptive.objectives import Inputs, Objective, next_token
 from adaptive.parallel.rules import batch_shards, constrain, constrain_state
 from adaptive.routing.stages import StageView, at_bytes
@@ -121,7 +122,7 @@ class Evaluation(NamedTuple):
 
 def make_eval_step(
     graphdef: nnx.GraphDef,
-    byte_lengths: jax.Array,
+    byte_counts: ByteCounts,
     *,
     selection: Literal["topk", "threshold"],
     objective: Objective | None = None,
@@ -130,7 +131,7 @@ def make_eval_step(
 ) -> Callable[[Any, Any, Batch, jax.Array], Evaluation]:
     """A pure function (params, buffers, batch, key) -> Evaluation.
 
-    byte_lengths  i32[vocab]: bytes of text that each token stands for
+    byte_counts   bytes of text that each token stands for
     selection     how routed models choose; see LanguageModel
     objective     what is evaluated; None: next-token prediction
     The key is of the objective's noise, if it has any.
@@ -142,7 +143,7 @@ def make_eval_step(
         inputs = aim.inputs(batch, key)
         out = _through(model, aim, inputs, batch, segmented, selection=selection)
         loss = aim.loss(model, out, inputs, loss_chunk)
-        text = (byte_lengths[inputs.targets] * inputs.weights).sum()
+        text = (byte_counts.of(inputs.targets, batch.tokens) * inputs.weights).sum()
         trace = out.trace
         return Evaluation(
             loss.main,

@@ -11,6 +11,7 @@ import shapes
 from flax import nnx
 from train_steps import packed_batch
 
+from adaptive.data.tokenizers import ByteCounts
 from adaptive.objectives import Inputs, Objective, next_token
 from adaptive.routing.types import Readout
 from adaptive.runs.state import abstract_model
@@ -79,7 +80,8 @@ def test_further_predictions_count_with_their_coefficient():
 def evaluated():
     graphdef, _ = abstract_model(lambda key: MODEL.build(key))
     params, buffers = nnx.state(model(), nnx.Param), nnx.state(model(), nnx.Not(nnx.Param))
-    step = jax.jit(make_eval_step(graphdef, jnp.ones(VOCAB, jnp.int32), selection="topk", objective=Noisy()))
+    counts = ByteCounts(jnp.ones(VOCAB, jnp.int32))
+    step = jax.jit(make_eval_step(graphdef, counts, selection="topk", objective=Noisy()))
     return lambda batch, number: jax.device_get(step(params, buffers, batch, jax.random.key(number)))
 
 

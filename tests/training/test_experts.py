@@ -12,6 +12,7 @@ import pytest
 import shapes
 from train_steps import compiled_step, packed_batch
 
+from adaptive.data.tokenizers import ByteCounts
 from adaptive.layers import stack
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import token_choice
@@ -251,7 +252,7 @@ def test_an_evaluation_reports_the_same_on_held_out_text_for_each_way_of_selecti
     state, (graphdef, _) = program.state(), abstract_model(program.build)
     columns = {}
     for selection in ("topk", "threshold"):
-        step = make_eval_step(graphdef, jnp.ones(32, jnp.int32), selection=selection)
+        step = make_eval_step(graphdef, ByteCounts(jnp.ones(32, jnp.int32)), selection=selection)
         evaluate = jax.jit(step)
         sums = PartSums(MOE.facts().experts)
         sums.add(jax.device_get(evaluate(state.params, state.buffers, batch, jax.random.key(0)).told))

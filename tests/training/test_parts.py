@@ -13,6 +13,7 @@ from train_steps import compiled_step, packed_batch
 from training.example_run import recipe_of, write_example
 from training.test_report import Page
 
+from adaptive.data.tokenizers import ByteCounts
 from adaptive.layers.call import Told
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.runs.state import abstract_model
@@ -65,7 +66,7 @@ def test_calls_that_a_part_counts_itself_are_what_its_sums_are_divided_by():
 def test_attention_tells_on_held_out_text_how_many_keys_a_query_reads():
     model = shapes.recursive(4, 2, vocab_size=32, width=16, hidden=24, heads=2, kv_heads=1, window=3)
     graphdef, _ = abstract_model(model.build)
-    step = jax.jit(make_eval_step(graphdef, jnp.ones(32, jnp.int32), selection="topk", segmented=False))
+    step = jax.jit(make_eval_step(graphdef, ByteCounts(jnp.ones(32, jnp.int32)), selection="topk", segmented=False))
     state = jax.jit(lambda key: nnx.state(model.build(key)))(jax.random.key(0))
     params, buffers = nnx.split_state(state, nnx.Param, ...)
     out = step(params, buffers, packed_batch(ROWS, SEQ, 32), jax.random.key(0))
