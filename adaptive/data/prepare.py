@@ -10,6 +10,8 @@ from adaptive.data.store import FORMAT, TokenStore, file_identity, open_store, w
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
 
+_READING = 2  # how files become documents; raised when the same files give others
+
 
 def prepare(
     files: list[Path],
@@ -28,9 +30,9 @@ def cached_store(files: list[Path], tokenizer: Tokenizer, *, text_key: str = "te
     """The store of `files` in the cache folder, written if it is not there.
 
     Its name is a hash of the files (path, size, times of change), the tokenizer with the tokens that begin and end its
-    documents, and the options, so that a change of any of them never meets an old store.
+    documents, the options, and how this version reads files, so that a change of any of them never meets an old store.
     """
-    key = digest([FORMAT, [file_identity(file) for file in files], tokenizer.fingerprint, text_key])
+    key = digest([FORMAT, _READING, [file_identity(file) for file in files], tokenizer.fingerprint, text_key])
     directory = cache_dir(cache) / "tokens" / f"{files[0].stem}-{key[:16]}"
     if not (directory / "index.json").exists():
         _write(files, tokenizer, directory, text_key)

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from adaptive.data import prepare as prepare_module
 from adaptive.data import store as store_module
 from adaptive.data.documents import Textless
 from adaptive.data.prepare import cached_store, prepare
@@ -151,6 +152,18 @@ def test_cache_follows_the_source_and_the_tokenizer(tmp_path, tokenizer):
     assert read() == "other, longer"
     assert read(load_tokenizer("hnet-bytes")) == "other, longer"
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 3
+
+
+def test_cache_follows_how_files_are_read(tmp_path, tokenizer, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one", "title": "two"}', encoding="utf-8")
+    for _ in range(2):
+        cached_store([file], tokenizer, cache=str(tmp_path / "cache"))
+    cached_store([file], tokenizer, cache=str(tmp_path / "cache"), text_key="title")
+    for number in ("FORMAT", "_READING"):
+        monkeypatch.setattr(prepare_module, number, 99)
+        cached_store([file], tokenizer, cache=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 4
 
 
 def test_cache_follows_the_content_of_a_source_of_the_same_size_and_age(tmp_path, tokenizer):
