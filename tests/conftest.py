@@ -14,12 +14,15 @@ FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization
 if importlib.metadata.version("jax").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later versions have them alone
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+given = os.environ.get("XLA_FLAGS", "").split()  # a worker's come from the process that started it, complete
+os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "adaptive-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Threads of XLA's CPU client. With one per device, independent collectives of one device can hold two of them, and the
 # device that finds none never arrives.
 os.environ.setdefault("NPROC", "32")
+# Tracing makes many objects that live: Python's default of a collection per 700 of them costs a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # heard for each program, also where the cache on disk holds it
 MOST_MAPPINGS = 20_000  # Linux allows a process 65,530; a compiled program takes about a dozen while it lives

@@ -190,15 +190,14 @@ class Stack(nnx.Module):
     ) -> tuple[jax.Array, State | None, Tales, jax.Array | None]:
         """The blocks with these states on the residual stream x, without the norm; result as of a call, in the stream's
         dtype."""
-        s = self.settings
         where = self.prepared(where)
         x = x.astype(self.stream)
         before = [None] * len(states) if state is None else list(state)
         start = (x, self.first_previous(x, call), call.layer)
-        if s.repeats == 1:
+        if self._rounds == 1:
             (x, previous, _), (kept, told) = self._pattern(start, states, before, where, call)
         else:
-            fold = lambda a: a.reshape(s.repeats, -1, *a.shape[1:])  # noqa: E731
+            fold = lambda a: a.reshape(self._rounds, -1, *a.shape[1:])  # noqa: E731
             unfold = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
 
             def body(carry: Any, scanned: Any) -> Any:
@@ -210,12 +209,17 @@ class Stack(nnx.Module):
             kept, told = jax.tree.map(unfold, outs)
         return x, tuple(kept) if call.keep or state is not None else None, told, previous
 
+    @property
+    def _rounds(self) -> int:
+        """Rounds of the outer scan; none of a pattern of one block, whose layers are one scan."""
+        return self.settings.repeats if len(self.blocks) > 1 else 1
+
     def _pattern(self, carry: Any, states: list[Any], before: list[Any], where: Where, call: Call) -> Any:
         """All blocks once: carry (stream, logits of the router below, number of the next layer)."""
         kept: list[Any] = []
         told: Tales = {}
         for i, own in enumerate(self.blocks):
-            count = self.settings.blocks[i].repeat
+            count = len(self.settings.numbers(i)) // self._rounds
             carry, (after, tales) = self._layers(own, count, carry, states[i], before[i], where, call)
             kept.append(after)
             told |= {f"blocks/{i}/{path}": tale for path, tale in tales.items()}
