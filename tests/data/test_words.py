@@ -231,5 +231,5 @@ def test_a_missing_package_is_named_only_where_it_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "regex", None)
     words._patterns.cache_clear()
     assert row_marker("none", BYTES)("row") == "row"
-    with pytest.raises(DataError, match=r"pip install 'adaptive\[words\]'"):
+    with pytest.raises(DataError, match=r"pip install 'adaptive-lm\[words\]'"):
         row_marker("words", BYTES)
