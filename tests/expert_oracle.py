@@ -88,8 +88,9 @@ def compare(layer: RoutedLayer, reference: Reference, weights: dict, x: np.ndarr
 
     def ours(state, x):
         y, routing = nnx.merge(graphdef, state).routed(x, context)
-        value = (y * cotangent).sum() + sum(share[name] * routing.losses[name] for name in share)
-        return value, (y, routing.dispatch.combine_matrix(), routing.losses)
+        value = (y * cotangent).sum() + sum(share[name] * routing.losses[name].value for name in share)
+        losses = {name: loss.value for name, loss in routing.losses.items()}
+        return value, (y, routing.dispatch.combine_matrix(), losses)
 
     params = nnx.filter_state(state, nnx.Param)
     rest = nnx.filter_state(state, nnx.Not(nnx.Param))

@@ -258,8 +258,8 @@ class LanguageModel(nnx.Module):
                 kinds.setdefault(layer.settings, (path, layer, []))[2].append(told[path])  # type: ignore[attr-defined]
         losses = AuxLosses()
         for number, (path, layer, calls) in enumerate(kinds.values()):
-            for name, (value, coefficient) in layer.losses(calls).items():
-                losses[f"{path}/{name}" if number else name] = Aux(value, coefficient)
+            for name, (loss, coefficient) in layer.losses(calls).items():
+                losses[f"{path}/{name}" if number else name] = Aux(loss, coefficient)
         return losses
 
 

@@ -17,16 +17,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from adaptive.routing.losses import mean_over
+from adaptive.routing.losses import Product, Sums, averaged
 from adaptive.routing.select import top_choices
+from adaptive.routing.types import Summed
 
 Form = Literal["switch", "hf", "maxtext", "flaxformer", "gshard", "sequence"]
 
 
 def balancing_loss(
     probabilities: jax.Array, index: jax.Array, valid: jax.Array, present: jax.Array | None, form: Form
-) -> jax.Array:
-    """One layer's balancing loss f32[].
+) -> Summed:
+    """One layer's balancing loss.
 
     probabilities  f32[batch, seq, choices]  normalised over the choices, with gradient
     index, valid   [batch, seq, k]           the choices of each token, best first, before dropping
@@ -36,25 +37,21 @@ def balancing_loss(
     counted = valid if present is None else valid & present[..., None]
     if form == "gshard":
         counted = counted & (jnp.arange(k) == 0)
-    per_sequence = form in ("maxtext", "sequence")
+    scale = choices / k if form in ("switch", "sequence") else float(choices)
     n = claims(index, counted, choices)  # [batch, choices]
-    where = jnp.ones(probabilities.shape[:2]) if present is None else present.astype(jnp.float32)
+    where = jnp.ones(probabilities.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
     p = (probabilities * where[..., None]).sum(1)  # [batch, choices]
-    tokens = where.sum(1)[:, None]
-    if not per_sequence:
-        n, p, tokens = n.sum(0, keepdims=True), p.sum(0, keepdims=True), tokens.sum(0, keepdims=True)
-    counts = tokens[:, 0] > 0
-    tokens = jnp.maximum(tokens, 1.0)
-    loss = choices * (p / tokens * n / tokens).sum(-1)
-    if form in ("switch", "sequence"):
-        loss = loss / k
-    return mean_over(loss, counts)
+    tokens = where.sum(1)
+    if form in ("maxtext", "sequence"):
+        each = jax.vmap(Product(scale))({"weight": p, "claims": n, "tokens": tokens})
+        return averaged(each, tokens > 0)
+    return Summed({"weight": p.sum(0), "claims": n.sum(0), "tokens": tokens.sum()}, Product(scale))
 
 
 def claims(index: jax.Array, valid: jax.Array, choices: int) -> jax.Array:
     """f32[batch, choices]: how many tokens of each sequence chose each."""
     ids = jnp.where(valid, index, choices).reshape(index.shape[0], -1)
-    return jax.vmap(lambda row: jnp.zeros(choices + 1).at[row].add(1.0))(ids)[:, :choices]
+    return jax.vmap(lambda row: jnp.zeros(choices + 1, jnp.float32).at[row].add(1.0))(ids)[:, :choices]
 
 
 def importance_and_load(
@@ -64,8 +61,8 @@ def importance_and_load(
     k: int,
     noise: float,
     present: jax.Array | None = None,
-) -> jax.Array:
-    """(CV^2(importance) + CV^2(load)) / 2, f32[] (V-MoE, appendix A; Tutel's second loss).
+) -> Summed:
+    """(CV^2(importance) + CV^2(load)) / 2 (V-MoE, appendix A; Tutel's second loss).
 
     probabilities, noisy, values  f32[batch, seq, E]: the softmax without noise, the logits that were compared, and what
                                   the load compares with the k-th largest of those (V-MoE: the logits without noise;
@@ -76,12 +73,13 @@ def importance_and_load(
     Sample variance, denominators + 1e-10. E must be at least 2.
     """
     experts = probabilities.shape[-1]
-    where = jnp.ones(noisy.shape[:2]) if present is None else present.astype(jnp.float32)
+    where = jnp.ones(noisy.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
     threshold = jnp.take_along_axis(noisy, top_choices(noisy, k)[..., -1:], axis=-1)
     load = jax.scipy.stats.norm.cdf((values - threshold) / (noise / experts))
+    total = lambda shares: (shares * where[..., None]).sum((0, 1))  # noqa: E731
+    return Summed({"importance": total(probabilities), "load": total(load)}, _variation)
 
-    def cv2(shares: jax.Array) -> jax.Array:
-        total = (shares * where[..., None]).sum((0, 1))
-        return jnp.var(total, ddof=1) / (jnp.square(jnp.mean(total)) + 1e-10)
 
-    return 0.5 * (cv2(probabilities) + cv2(load))
+def _variation(sums: Sums) -> jax.Array:
+    cv2 = lambda total: jnp.var(total, ddof=1) / (jnp.square(jnp.mean(total)) + 1e-10)  # noqa: E731
+    return 0.5 * (cv2(sums["importance"]) + cv2(sums["load"]))

@@ -1,5 +1,6 @@
 """From chunk boundaries to a Selection with static shapes, and back to every position."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.routing.chunks import begins
-from adaptive.routing.types import Selection
+from adaptive.routing.types import Selection, Summed
 from kernels_pallas.ema import ema
 
 LEAST = (
@@ -128,8 +129,8 @@ def straight_through(confidence: jax.Array) -> jax.Array:
     return 1.0 + (confidence - jax.lax.stop_gradient(confidence))
 
 
-def ratio_losses(boundaries: Boundaries, valid: jax.Array, target: float, shards: int) -> dict[str, jax.Array]:
-    """The ratio loss f32[] (H-Net paper, equation 10) over all of the batch ("global") and as the mean of each device's
+def ratio_losses(boundaries: Boundaries, valid: jax.Array, target: float, shards: int) -> dict[str, Summed]:
+    """The ratio loss (H-Net paper, equation 10) over all of the batch ("global") and as the mean of each device's
     own ("device"), of which there are `shards`. Demoted boundaries count as boundaries, so that the loss pushes back.
 
     N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)), F the share of boundaries, G their mean probability, N the target.
@@ -138,18 +139,28 @@ def ratio_losses(boundaries: Boundaries, valid: jax.Array, target: float, shards
     def sums(values: jax.Array) -> jax.Array:
         return jnp.where(valid, values, 0.0).astype(jnp.float32).reshape(shards, -1).sum(1)
 
-    def loss(boundary: jax.Array, prob: jax.Array, count: jax.Array) -> jax.Array:
-        f, g = boundary / jnp.maximum(count, 1.0), prob / jnp.maximum(count, 1.0)
-        return target / (target - 1) * ((target - 1) * f * g + (1 - f) * (1 - g))
+    tokens = sums(jnp.ones(valid.shape, jnp.float32))
+    parts = {"wanted": sums(boundaries.wanted), "prob": sums(boundaries.prob), "tokens": tokens}
+    return {"global": Summed(parts, _Ratio(target, True)), "device": Summed(parts, _Ratio(target, False))}
 
-    parts = sums(boundaries.wanted), sums(boundaries.prob), sums(jnp.ones(valid.shape))
-    return {"global": loss(*(part.sum() for part in parts)), "device": loss(*parts).mean()}
+
+@dataclasses.dataclass(frozen=True)
+class _Ratio:
+    target: float
+    over_all: bool
+
+    def __call__(self, sums: dict[str, jax.Array]) -> jax.Array:
+        n, own = self.target, jax.tree.map(jnp.sum, sums) if self.over_all else sums
+        count = jnp.maximum(own["tokens"], 1.0)
+        f, g = own["wanted"] / count, own["prob"] / count
+        return (n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))).mean()
 
 
 def chunk_statistics(boundaries: Boundaries, mask: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
     """Of one stage, f32[] each: the share of positions that begin a chunk, mean and spread of the probabilities, the
     share of them within 0.05 of one half, and the share of boundaries that found no slot."""
-    mean = lambda values: jnp.where(valid, values, 0.0).sum() / jnp.maximum(valid.sum(), 1)  # noqa: E731
+    count = jnp.maximum(valid.sum(dtype=jnp.float32), 1)
+    mean = lambda values: jnp.where(valid, values, 0).sum(dtype=jnp.float32) / count  # noqa: E731
     prob, kept = mean(boundaries.prob), mean(mask)
     wanted = jnp.maximum(mean(boundaries.wanted), 1e-9)
     return {

@@ -10,19 +10,19 @@ from adaptive.routing.losses import mean_over, router_z_loss, sampling_loss
 from adaptive.routing.rows import membership
 from adaptive.routing.scores import passes
 from adaptive.routing.select import select_top
-from adaptive.routing.types import Selection
+from adaptive.routing.types import Selection, Summed
 
 
 class Choice(NamedTuple):
     """One recursion's decision among its candidates.
 
     selection  among the candidates: indices count candidates, not positions of the row
-    losses     "aux_loss", "z_loss": f32[] before their coefficients
+    losses     "aux_loss", "z_loss", before their coefficients
     scalars    "accuracy" (share of candidates whose causal decision agrees with top-k), "gate" (mean weight)
     """
 
     selection: Selection
-    losses: dict[str, jax.Array]
+    losses: dict[str, Summed]
     scalars: dict[str, jax.Array]
 
 

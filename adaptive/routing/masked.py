@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from adaptive.routing.losses import Sums
+from adaptive.routing.types import Summed
+
 
 def softmax_over(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax over the last axis of `logits` f32 among those that `mask` bool allows; 0 elsewhere, and where none is.
@@ -16,18 +19,12 @@ def softmax_over(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return exps / jnp.where(total > 0, total, 1.0)
 
 
-def mean_choice(probabilities: jax.Array, present: jax.Array | None) -> jax.Array:
-    """Mean f32[choices] over the tokens that are present of f32[batch, seq, choices]; present bool[batch, seq]."""
-    if present is None:
-        return probabilities.mean((0, 1))
-    where = present.astype(jnp.float32)
-    return (probabilities * where[..., None]).sum((0, 1)) / jnp.maximum(where.sum(), 1.0)
-
-
-def tokens_in(logits: jax.Array, present: jax.Array | None) -> jax.Array:
-    """Number f32[] of tokens that are present, at least 1."""
-    count = jnp.float32(logits.shape[0] * logits.shape[1]) if present is None else present.sum().astype(jnp.float32)
-    return jnp.maximum(count, 1.0)
+def choice_sums(weights: jax.Array, claims: jax.Array, present: jax.Array | None) -> Sums:
+    """What balancing losses are made of: weights f32[batch, seq, choices] summed over the tokens that are present
+    ("weight"), the pairs f32[choices] that each choice has ("claims"), and the number f32[] of such tokens ("tokens");
+    present bool[batch, seq]; None: all are."""
+    where = jnp.ones(weights.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
+    return {"weight": (weights * where[..., None]).sum((0, 1)), "claims": claims, "tokens": where.sum()}
 
 
 def zero_weights(index: jax.Array, weights: jax.Array, valid: jax.Array, experts: int, zero_experts: int) -> jax.Array:
@@ -40,10 +37,14 @@ def zero_weights(index: jax.Array, weights: jax.Array, valid: jax.Array, experts
     return jnp.where(chosen, weights[..., None], 0.0).sum(-2)
 
 
-def share_loss(probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> jax.Array:
-    """E sum_e P_e n_e / sum n, f32[]: the balancing loss where tokens take different numbers of experts; balanced, 1.
+def share_loss(probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> Summed:
+    """E sum_e P_e n_e / sum n: the balancing loss where tokens take different numbers of experts; balanced, 1.
 
     probabilities f32[batch, seq, experts] with gradient, load f32[experts] pairs without.
     """
-    share = load / jnp.maximum(load.sum(), 1.0)
-    return load.size * (share * mean_choice(probabilities, present)).sum()
+    return Summed(choice_sums(probabilities, load, present), _share)
+
+
+def _share(sums: Sums) -> jax.Array:
+    share = sums["claims"] / jnp.maximum(sums["claims"].sum(), 1.0)
+    return share.size * (share * sums["weight"]).sum() / jnp.maximum(sums["tokens"], 1.0)

@@ -5,17 +5,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adaptive.routing.losses import balancing_loss, load_of, router_z_loss
+from adaptive.routing.losses import balancing_loss, counts_of, router_z_loss
+from adaptive.routing.types import Summed
 
 
 class Depths(NamedTuple):
-    """depth i32[batch, seq] in 0..choices-1 (i means i+1 passes), gate f32[batch, seq], load f32[choices],
-    losses "balancing_loss" and "z_loss" f32[], scalars "max_vio", "entropy" and the share of each depth."""
+    """depth i32[batch, seq] in 0..choices-1 (i means i+1 passes), gate f32[batch, seq], tokens f32[choices] of each,
+    losses "balancing_loss" and "z_loss", scalars "max_vio", "entropy" and the share of each depth."""
 
     depth: jax.Array
     gate: jax.Array
-    load: jax.Array
-    losses: dict[str, jax.Array]
+    tokens: jax.Array
+    losses: dict[str, Summed]
     scalars: dict[str, jax.Array]
 
 
@@ -38,7 +39,8 @@ def decide(
     ranking = probabilities if bias is None else probabilities + jnp.where(full_depth, 0.0, bias)
     depth = jnp.where(full_depth, choices - 1, jnp.argmax(ranking, axis=-1)).astype(jnp.int32)
     gate = jnp.take_along_axis(probabilities, depth[..., None], axis=-1)[..., 0]
-    load = load_of(depth, choices, where)
+    tokens = counts_of(depth, choices, where)
+    load = tokens / jnp.maximum(tokens.sum(), 1.0)
     losses = {
         "balancing_loss": balancing_loss(probabilities, depth, where),
         "z_loss": router_z_loss(logits, where),
@@ -48,4 +50,4 @@ def decide(
         "entropy": -jnp.sum(jnp.where(load > 0, load * jnp.log(jnp.maximum(load, 1e-30)), 0.0)),
         **{f"load_{i + 1}": load[i] for i in range(choices)},
     }
-    return Depths(depth, gate, load, losses, scalars)
+    return Depths(depth, gate, tokens, losses, scalars)

@@ -1,5 +1,8 @@
 """The few types that routing speaks: Selection, AuxLosses, Told, Trace."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,16 +26,40 @@ class Selection(NamedTuple):
     valid: jax.Array
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["form"])
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A loss as sums over a batch's positions, which add up over the micro-batches that a batch is computed in: a
+    product of means over the batch is not the mean of what its micro-batches give.
+
+    sums  arrays by name
+    form  makes the loss f32[] of them; forms are compared, so a function of a module or a frozen dataclass
+    """
+
+    sums: Any
+    form: Callable[[Any], jax.Array]
+
+    @property
+    def value(self) -> jax.Array:
+        """The loss f32[]."""
+        return self.form(self.sums)
+
+
 class Aux(NamedTuple):
-    """One auxiliary loss: value f32[], its coefficient, and whether it is trained apart from the language-model loss.
+    """One auxiliary loss, its coefficient, and whether it is trained apart from the language-model loss.
 
     `separate` losses reach only parameters that the language-model loss does not reach (an auxiliary router behind a
     stop_gradient); they are no part of the total loss.
     """
 
-    value: jax.Array
+    loss: Summed
     coefficient: float
     separate: bool = False
+
+    @property
+    def value(self) -> jax.Array:
+        """The loss f32[] before its coefficient."""
+        return self.loss.value
 
 
 @jax.tree_util.register_pytree_node_class
@@ -58,23 +85,23 @@ class AuxLosses(dict[str, Aux]):
     def tree_flatten(self):
         names = tuple(sorted(self))
         static = tuple((name, self[name].coefficient, self[name].separate) for name in names)
-        return tuple(self[name].value for name in names), static
+        return tuple(self[name].loss for name in names), static
 
     @classmethod
-    def tree_unflatten(cls, static, values):
-        return cls({name: Aux(v, c, sep) for (name, c, sep), v in zip(static, values, strict=True)})
+    def tree_unflatten(cls, static, losses):
+        return cls({name: Aux(loss, c, sep) for (name, c, sep), loss in zip(static, losses, strict=True)})
 
 
 class Told(NamedTuple):
     """What a part did, returned by it and stacked by the scan over layers, one entry per call along leading axes.
 
-    losses     f32[] each: auxiliary losses before their coefficients
+    losses     auxiliary losses before their coefficients
     stats      sums over the positions of the batch, which add up over micro-batches and steps
     parts      arrays of losses that are formed over all calls together
     per_token  arrays [rows, n] by name, such as how many experts computed each position
     """
 
-    losses: dict[str, jax.Array] = {}  # noqa: RUF012  # never changed in place
+    losses: dict[str, Summed] = {}  # noqa: RUF012  # never changed in place
     stats: dict[str, jax.Array] = {}  # noqa: RUF012
     parts: dict[str, jax.Array] = {}  # noqa: RUF012
     per_token: dict[str, jax.Array] = {}  # noqa: RUF012
@@ -111,7 +138,7 @@ class Trace(NamedTuple):
     scalars     named f32[] statistics of this batch's routing, means over the batch; None without a router
     scores      one f32[batch, seq] per recursion: the decision score in [0, 1] of every position, NaN where the
                 position was no candidate; () without a router
-    load        f32[recursions]         share of tokens per depth under token choice, None otherwise
+    load        f32[recursions]         tokens of each depth under token choice, None otherwise
     told        by path in the model: what its parts did, with the leading axes of their buffers
     stages      of an H-Net, from the bytes inwards; () otherwise
     """

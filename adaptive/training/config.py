@@ -4,19 +4,26 @@ import dataclasses
 from typing import Literal
 
 from adaptive.errors import RecipeError
-from adaptive.settings import ranged, show
+from adaptive.settings import ranged, show, since
 
 SELECTIONS = ("topk", "threshold")
+AuxiliaryOver = Literal["batch", "micro_batch"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long, on how much, and how a step is computed."""
 
-    steps: int = ranged(100, least=1)
+    steps: int = ranged(100, least=1, most=2**31 - 1)
     batch_size: int = ranged(8, least=1)  # sequences per optimizer step, over all devices
     device_batch_size: int = ranged(0, least=0)  # most sequences a device computes at once; 0: no accumulation
-    seed: int = ranged(0, least=0)
+    # Over what auxiliary losses are formed, where a device computes its rows in several micro-batches. A balancing loss
+    # is a product of means, so "batch" goes over all micro-batches forward once more, to know the means of the others;
+    # with "micro_batch", which needs no second pass, train.device_batch_size changes what is minimised.
+    auxiliary_over: AuxiliaryOver = since("batch", before="micro_batch")
+    # Parameters that are not trained: paths such as embedding, body/core/*, or what they begin with.
+    frozen: tuple[str, ...] = since((), before=[])
+    seed: int = ranged(0, least=0, most=2**32 - 1)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     remat: Literal["none", "layer", "dots"] = "none"  # recompute in the backward pass: nothing, layers, all but matmuls
     loss_chunk: int = ranged(
@@ -42,7 +49,7 @@ class EvalConfig:
     """When and how models are evaluated."""
 
     every: int = ranged(100, least=0)  # steps; 0: only at the end
-    batches: int = ranged(8, least=0)  # held-out batches per evaluation; 0: all of them
+    rows: int = ranged(64, least=0)  # held-out rows per evaluation, the same whatever the batch size; 0: all of them
     selection: tuple[str, ...] = SELECTIONS  # how routed models choose: as trained, and causally
 
     def validate(self) -> None:
@@ -62,3 +69,14 @@ class LogConfig:
     profile_steps: int = ranged(0, least=0)  # how many steps to trace; 0: none
     sample_prompt: str = "The "
     sample_tokens: int = ranged(200, least=0)
+
+    def unread(self) -> dict[str, str]:
+        """Fields that mean nothing beside the others, and why."""
+        found = {}
+        if not self.profile_steps:
+            found["profile_start"] = "log.profile_steps=0 traces nothing"
+        if self.wandb == "disabled":
+            found["project"] = "log.wandb=disabled"
+        if not self.sample_tokens:
+            found["sample_prompt"] = "log.sample_tokens=0"
+        return found

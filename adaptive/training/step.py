@@ -13,8 +13,9 @@ from adaptive.data.tokenizers import ByteCounts
 from adaptive.objectives import Inputs, Objective, next_token
 from adaptive.parallel.rules import batch_shards, constrain, constrain_state
 from adaptive.routing.stages import StageView, at_bytes
-from adaptive.routing.types import Output
+from adaptive.routing.types import AuxLosses, Output
 from adaptive.runs.state import TrainState
+from adaptive.training.config import AuxiliaryOver
 
 Metrics = dict[str, jax.Array]
 
@@ -25,6 +26,8 @@ def make_train_step(
     *,
     objective: Objective | None = None,
     accumulation: int = 1,
+    auxiliary_over: AuxiliaryOver = "batch",
+    frozen: Any = None,
     loss_chunk: int = 0,
     warmup: bool = False,
     segmented: bool = True,
@@ -34,45 +37,56 @@ def make_train_step(
 
     objective     what is minimised; None: next-token prediction
     accumulation  micro-batches that the batch is computed in, one after another
+    auxiliary_over  over what auxiliary losses are formed, where there are several micro-batches; see TrainConfig
+    frozen        tree of bool like the parameters: those that a step leaves as they are; None: none
     loss_chunk    positions whose logits exist at once; 0: chosen from the vocabulary
     warmup        the program for steps within a router's warm-up
     segmented     False: each row is one document, whatever the batch says (attention needs no document mask)
 
-    The loss is the sum over all targets divided by their number, so that accumulation and packing do not change it. A
-    step whose loss or gradient is not finite leaves parameters, buffers and optimizer bit-identical.
+    The loss is the sum over all targets divided by their number, and auxiliary losses are formed of sums over the whole
+    batch, so that accumulation and packing do not change them. A step whose loss or gradient is not finite leaves
+    parameters, buffers and optimizer bit-identical.
     """
     aim = next_token.Settings() if objective is None else objective
 
-    def minimised(params: Any, buffers: Any, batch: Batch, step: jax.Array, key: jax.Array, count: jax.Array) -> Any:
-        model = nnx.merge(graphdef, params, buffers)
-        inputs = aim.inputs(batch, key)
-        out = _through(
-            model, aim, inputs, batch, segmented, deterministic=False, step=step if warmup else None, key=key
-        )
-        loss = aim.loss(model, out, inputs, loss_chunk)
-        ce = loss.main / count
-        aux = out.aux
-        apart = {f"readout/{name}": value / count * accumulation for name, value in loss.apart.items()}
-        scalars = {"ce": ce, **_scaled({**aux.scalars(), **apart, **_routing(out)}, 1 / accumulation)}
-        total = loss.total / count + aux.total() / accumulation
-        return total + aux.separate_total() / accumulation, (total, scalars, out.trace.sums())
+    def through(params: Any, buffers: Any, batch: Batch, step: jax.Array, key: jax.Array) -> tuple[Any, Inputs, Output]:
+        model, inputs = nnx.merge(graphdef, params, buffers), aim.inputs(batch, key)
+        given = step if warmup else None
+        return model, inputs, _through(model, aim, inputs, batch, segmented, deterministic=False, step=given, key=key)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        count = aim.count(batch)
+        count, positions = aim.count(batch), _present(batch)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         keys = jax.random.split(step_key, accumulation)
 
-        def grads_of(micro: Batch, key: jax.Array) -> Any:
-            (_, extra), grads = jax.value_and_grad(minimised, has_aux=True)(
-                state.params, state.buffers, micro, state.step, key, count
-            )
+        def minimised(params: Any, micro: Batch, key: jax.Array, others: AuxLosses | None) -> Any:
+            model, inputs, out = through(params, state.buffers, micro, state.step, key)
+            loss = aim.loss(model, out, inputs, loss_chunk)
+            share = _present(micro) / jnp.maximum(positions, 1)
+            apart = {f"readout/{name}": value / count for name, value in loss.apart.items()}
+            scalars = {"ce": loss.main / count, **apart, **_scaled(_routing(out), share)}
+            # With what the others add, every micro-batch has the batch's losses, whose derivative by its own sums is
+            # the whole share of its gradient.
+            aux = _scaled_losses(out.aux, 1 / accumulation) if others is None else _plus(out.aux, others)
+            total = loss.total / count
+            return total + aux.total() + aux.separate_total(), (total, out.aux, scalars, out.trace.sums())
+
+        def grads_of(micro: Batch, key: jax.Array, others: AuxLosses | None) -> Any:
+            (_, extra), grads = jax.value_and_grad(minimised, has_aux=True)(state.params, micro, key, others)
             return constrain_state(grads), *extra
 
-        grads, loss, scalars, sums = _accumulated(grads_of, batch, keys)
+        def sums_of(micro: Batch, key: jax.Array) -> AuxLosses:
+            return through(state.params, state.buffers, micro, state.step, key)[2].aux
+
+        first = sums_of if auxiliary_over == "batch" else None
+        grads, loss, aux, scalars, sums = _accumulated(grads_of, first, batch, keys)
+        loss = loss + aux.total()
+        scalars = scalars | aux.scalars()
+        grads = _moving(grads, frozen)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, _moving(updates, frozen))
         buffers = nnx.merge(graphdef, state.params, state.buffers).next_buffers(sums)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
         bad = 1 - good.astype(jnp.int32)
@@ -91,14 +105,46 @@ def make_train_step(
     return train_step
 
 
-def _accumulated(grads_of: Callable[[Batch, jax.Array], Any], batch: Batch, keys: jax.Array) -> Any:
-    """Sums of what `grads_of` gives over as many micro-batches as there are keys."""
+def _accumulated(
+    grads_of: Callable[[Batch, jax.Array, AuxLosses | None], Any],
+    sums_of: Callable[[Batch, jax.Array], AuxLosses] | None,
+    batch: Batch,
+    keys: jax.Array,
+) -> Any:
+    """Sums of what `grads_of` gives over as many micro-batches as there are keys. Where auxiliary losses are trained,
+    `sums_of` first goes over all of them, forward alone, so that each is given the sums of the others."""
     if len(keys) == 1:
-        return grads_of(batch, keys[0])
+        return grads_of(batch, keys[0], None)
     micro = jax.tree.map(lambda a: _micro_batches(a, len(keys)), batch)
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grads_of, jax.tree.map(lambda a: a[0], micro), keys[0]))
+    one = jax.tree.map(lambda a: a[0], micro)
+    others = None
+    if sums_of is not None and any(a.coefficient for a in jax.eval_shape(sums_of, one, keys[0]).values()):
+        each = jax.lax.scan(lambda _, args: (None, sums_of(*args)), None, (micro, keys))[1]
+        others = jax.tree.map(lambda a: a.sum(0) - a, each)
+    mine = None if others is None else jax.tree.map(lambda a: a[0], others)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grads_of, one, keys[0], mine))
     add = lambda total, args: (jax.tree.map(jnp.add, total, grads_of(*args)), None)  # noqa: E731
-    return jax.lax.scan(add, zero, (micro, keys))[0]
+    return jax.lax.scan(add, zero, (micro, keys, others))[0]
+
+
+def _moving(updates: Any, frozen: Any) -> Any:
+    """Zero in place of what concerns frozen parameters."""
+    if frozen is None:
+        return updates
+    return jax.tree.map(lambda update, still: jnp.zeros_like(update) if still else update, updates, frozen)
+
+
+def _plus(own: AuxLosses, others: AuxLosses) -> AuxLosses:
+    return jax.tree.map(jnp.add, own, others)
+
+
+def _scaled_losses(losses: AuxLosses, by: float) -> AuxLosses:
+    return AuxLosses({name: aux._replace(coefficient=aux.coefficient * by) for name, aux in losses.items()})
+
+
+def _present(batch: Batch) -> jax.Array:
+    """Positions f32[] that hold a token."""
+    return jnp.asarray(batch.segment_ids > 0).sum().astype(jnp.float32)
 
 
 class Evaluation(NamedTuple):
@@ -187,7 +233,7 @@ def _routing(out: Output) -> Metrics:
     return {f"routing/{name}": value for name, value in (out.trace.scalars or {}).items()}
 
 
-def _scaled(scalars: Metrics, by: float) -> Metrics:
+def _scaled(scalars: Metrics, by: jax.Array) -> Metrics:
     return {name: value * by for name, value in scalars.items()}
 
 

@@ -218,7 +218,7 @@ def shares(boundary: float, probability: float, n: int = 120) -> Boundaries:
 @pytest.mark.parametrize("target", [1.5, 3.0, 6.0])
 def test_the_ratio_loss_by_its_formula(target):
     everything = jnp.ones((1, 120), bool)
-    at = lambda f, g: float(ratio_losses(shares(f, g), everything, target, 1)["global"])  # noqa: E731
+    at = lambda f, g: float(ratio_losses(shares(f, g), everything, target, 1)["global"].value)  # noqa: E731
     assert at(1 / target, 1 / target) == pytest.approx(1, rel=1e-5)
     for f, g in [(0.25, 0.4), (0.5, 0.1), (1.0, 1.0), (0.0, 0.0)]:
         n = target
@@ -230,7 +230,7 @@ def test_the_ratio_loss_by_its_formula(target):
 def test_the_ratio_loss_pulls_to_its_target(share, sign):
     """The gradient of every probability is N (N F - 1) / ((N - 1) L): up below the target, down above it."""
     everything = jnp.ones((1, 120), bool)
-    loss = lambda p: ratio_losses(shares(share, 0)._replace(prob=p), everything, 4.0, 1)["global"]  # noqa: E731
+    loss = lambda p: ratio_losses(shares(share, 0)._replace(prob=p), everything, 4.0, 1)["global"].value  # noqa: E731
     got = np.asarray(jax.grad(loss)(jnp.full((1, 120), 0.3)))
     np.testing.assert_allclose(got, 4 * (4 * share - 1) / (3 * 120), atol=1e-8)
     assert np.all(np.sign(np.round(got, 7)) == sign)
@@ -248,18 +248,18 @@ def test_ratio_losses_of_the_batch_and_of_devices():
         return 1.5 * (2 * f * g + (1 - f) * (1 - g))
 
     devices = [loss(slice(i, i + 2)) for i in range(0, 8, 2)]
-    assert float(got["global"]) == pytest.approx(loss(slice(None)), rel=1e-5)
-    assert float(got["device"]) == pytest.approx(np.mean(devices), rel=1e-5)
-    assert abs(got["global"] - got["device"]) > 1e-2
+    assert float(got["global"].value) == pytest.approx(loss(slice(None)), rel=1e-5)
+    assert float(got["device"].value) == pytest.approx(np.mean(devices), rel=1e-5)
+    assert abs(got["global"].value - got["device"].value) > 1e-2
 
 
 def test_demoted_boundaries_count_as_boundaries():
     """So that the loss pushes back where slots are too few."""
     boundaries = example(share=0.9)
     valid = jnp.ones((BATCH, SEQ), bool)
-    want = ratio_losses(boundaries, valid, 6.0, 1)["global"]
+    want = ratio_losses(boundaries, valid, 6.0, 1)["global"].value
     _, mask = select_boundaries(boundaries, 2)
-    assert want > ratio_losses(boundaries._replace(wanted=mask), valid, 6.0, 1)["global"]
+    assert want > ratio_losses(boundaries._replace(wanted=mask), valid, 6.0, 1)["global"].value
 
 
 def test_statistics_of_a_stage():

@@ -10,11 +10,14 @@ import shapes
 from flax import nnx
 from train_steps import compiled_step, packed_batch
 
+from adaptive.data.batch import Batch
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import expert_choice as experts_choose
+from adaptive.layers.moe.routers import token_choice as routers
 from adaptive.models.depth import expert_choice, token_choice
 from adaptive.optim.build import make_optimizer
-from adaptive.optim.config import OptimizerConfig, ScheduleConfig
+from adaptive.optim.config import ScheduleConfig
+from adaptive.optim.optimizers import adamw
 from adaptive.runs.state import abstract_model
 
 pytestmark = pytest.mark.compiles
@@ -25,7 +28,10 @@ SHAPE = {"vocab_size": 32, "width": 16, "hidden": 24, "heads": 2, "kv_heads": 1}
 VANILLA = shapes.plain(2, **SHAPE)
 TOKEN = shapes.mor(2, 2, token_choice.Settings(balancing="loss_free"), ends=0, **SHAPE)
 EXPERTS = shapes.plain(2, feed_forward=experts.Settings(experts_choose.Settings(), experts=4, expert_size=12), **SHAPE)
-ADAM = make_optimizer(OptimizerConfig(), ScheduleConfig(kind="constant"), 10)
+ROUTER = routers.Settings(balance="switch", balance_coefficient=0.5, z_coefficient=0.3)
+DEPTH = token_choice.Settings(balancing="loss", balance_coefficient=0.5, z_coefficient=0.1)
+LOSSES = shapes.mor(2, 2, DEPTH, ends=0, feed_forward=experts.Settings(ROUTER, experts=4, expert_size=6), **SHAPE)
+ADAM = make_optimizer(adamw.Settings(), ScheduleConfig(kind="constant"), 10)
 
 
 def numpy_of(tree):
@@ -66,13 +72,41 @@ def test_accumulation_changes_nothing(accumulation):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def topics() -> Batch:
+    """Rows of different tokens and of different lengths."""
+    batch = packed_batch(ROWS, SEQ, 8)
+    own = lambda tokens: tokens + 8 * np.arange(ROWS, dtype=np.int32)[:, None]  # noqa: E731
+    there = np.arange(SEQ) < np.array([[SEQ], [2], [5], [3]])
+    return batch._replace(
+        tokens=own(batch.tokens),
+        targets=own(batch.targets),
+        segment_ids=np.where(there, batch.segment_ids, 0),
+        mask=np.where(there, batch.mask, 0).astype(np.float32),
+    )
+
+
+def test_auxiliary_losses_are_of_the_whole_batch():
+    """Products of means over rows that differ, some of them mostly padding."""
+
+    def once(accumulation):
+        program = compiled_step(LOSSES, GRADIENT, ONE, ROWS, SEQ, accumulation)
+        after, metrics = program.run(program.state(), topics())
+        return numpy_of(after), numpy_of(metrics)
+
+    (want, want_metrics), (got, metrics) = once(1), once(4)
+    names = [name for name in want_metrics if name.startswith("aux/")]
+    assert len(names) == 4
+    for name in [*names, "loss", "grad_norm"]:
+        np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(want.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
 def test_what_routers_report_is_the_mean_over_micro_batches():
     once, twice = (compiled_step(TOKEN, GRADIENT, ONE, ROWS, SEQ, accumulation) for accumulation in (1, 2))
-    batch = packed_batch(ROWS, SEQ, 32)
-    batch = batch._replace(segment_ids=np.ones_like(batch.segment_ids))  # as many positions in every micro-batch
-    want, got = (program.run(program.state(), batch)[1] for program in (once, twice))
+    want, got = (program.run(program.state(), topics())[1] for program in (once, twice))
     named = [name for name in want if name.startswith("routing/load_") or name == "routing/mean_depth"]
-    assert len(named) == 3
+    assert len(named) == 3  # over tokens, though micro-batches have different numbers of them
     for name in named:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-6)
 
@@ -119,7 +153,7 @@ def test_auxiliary_routers_are_clipped_apart():
     """A huge gradient of one group leaves the other group's update as it is."""
     model = shapes.mor(2, 2, expert_choice.Settings(sampling="aux_router"), ends=0, **SHAPE)
     params = nnx.state(model.build(jax.random.key(0)), nnx.Param)
-    tx = make_optimizer(OptimizerConfig(weight_decay=0.0, eps=1.0, clip_norm=1.0), ScheduleConfig(kind="constant"), 10)
+    tx = make_optimizer(adamw.Settings(weight_decay=0.0, eps=1.0, clip_norm=1.0), ScheduleConfig(kind="constant"), 10)
 
     def updates(main: float, auxiliary: float):
         scale = lambda path, p: p * 0 + (auxiliary if "aux_routers" in jax.tree_util.keystr(path) else main)  # noqa: E731

@@ -44,7 +44,7 @@ class Settings(Chunker):
     ) -> tuple[AuxLosses, dict[str, jax.Array]]:
         losses = ratio_losses(found, exists, self.target, shards)
         aux = AuxLosses({f"ratio_loss_{stage}": Aux(losses[self.ratio_over], self.ratio_coefficient)})
-        return aux, {f"ratio_loss_{over}_{stage}": value for over, value in losses.items()}
+        return aux, {f"ratio_loss_{over}_{stage}": loss.value for over, loss in losses.items()}
 
 
 class Dynamic(ChunkerModule):

@@ -11,6 +11,7 @@ from adaptive.layers.call import Call, Told
 from adaptive.layers.cost import Cost
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
+from adaptive.routing.types import Summed
 from adaptive.settings import Member
 
 
@@ -61,7 +62,7 @@ class FeedForwardModule(nnx.Module):
     def update(self, stats: dict[str, jax.Array]) -> None:
         """Moves the buffers by the sums of a whole step, each with the buffers' leading axes."""
 
-    def losses(self, told: list[Told]) -> dict[str, tuple[jax.Array, float]]:
+    def losses(self, told: list[Told]) -> dict[str, tuple[Summed, float]]:
         """(f32[], coefficient) of each loss of all calls together, of layers like this one; each call's leading axes
         are those of its losses."""
         return {}

@@ -14,8 +14,8 @@ from adaptive.layers.moe.settings import Execution, MoESettings
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.routing.dispatch import Dispatch, count
-from adaptive.routing.losses import mean_over
-from adaptive.routing.types import Aux, AuxLosses, Told
+from adaptive.routing.losses import averaged, of_calls
+from adaptive.routing.types import Aux, AuxLosses, Summed, Told
 
 MOST_COUNTED = 16  # experts per token are counted up to here; the last bin holds all above
 
@@ -45,14 +45,14 @@ class Routing(NamedTuple):
     """One layer's decision.
 
     dispatch  who computes what
-    losses    f32[] each, before coefficients
+    losses    before coefficients
     stats     sums over tokens that add up over micro-batches and steps; see `statistics`
     parts     what `joint_losses` makes of all layers together
     logits    f32[batch, seq, choices]
     """
 
     dispatch: Dispatch
-    losses: dict[str, jax.Array]
+    losses: dict[str, Summed]
     stats: dict[str, jax.Array]
     parts: dict[str, jax.Array]
     logits: jax.Array
@@ -77,7 +77,7 @@ class RoutedLayer(FeedForwardModule):
         y, routing = self.routed(jnp.asarray(x), context or Context())
         coefficients = self.coefficients()
         losses = routing.losses | self.joint_losses(jax.tree.map(lambda a: a[None], routing.parts))
-        aux = AuxLosses({name: Aux(value, coefficients[name]) for name, value in losses.items()})
+        aux = AuxLosses({name: Aux(loss, coefficients[name]) for name, loss in losses.items()})
         return y, aux, routing.dispatch
 
     def apply(self, x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, Told, jax.Array]:
@@ -106,23 +106,23 @@ class RoutedLayer(FeedForwardModule):
         """Coefficient of each loss."""
         return self.settings.router.coefficients()
 
-    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Losses f32[] over all layers together, of their `Routing.parts` with a leading axis of calls."""
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, Summed]:
+        """Losses over all layers together, of their `Routing.parts` with a leading axis of calls."""
         return {}
 
-    def losses(self, told: list[Told]) -> dict[str, tuple[jax.Array, float]]:
+    def losses(self, told: list[Told]) -> dict[str, tuple[Summed, float]]:
         """The mean of each loss over all calls, and the losses of all calls together."""
         if not told:
             return {}
 
-        def flat(one: Told) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        def flat(one: Told) -> tuple[dict[str, Summed], dict[str, jax.Array]]:
             lead = one.stats["calls"].ndim  # else a scalar
             return jax.tree.map(lambda a: a.reshape(-1, *a.shape[lead:]), (one.losses, one.parts))
 
         losses, parts = jax.tree.map(lambda *a: jnp.concatenate(a), *map(flat, told))
-        values = {name: value.mean() for name, value in losses.items()} | self.joint_losses(parts)
+        each = {name: of_calls(loss) for name, loss in losses.items()} | self.joint_losses(parts)
         coefficients = self.coefficients()
-        return {name: (value, coefficients[name]) for name, value in values.items()}
+        return {name: (loss, coefficients[name]) for name, loss in each.items()}
 
     def flops(self, tokens: float, width: int) -> tuple[float, float]:
         """Forward matmul FLOPs (of the router, of the experts) for a sequence of `tokens` tokens."""
@@ -156,8 +156,8 @@ class ExpertRouter(nnx.Module):
         """What zero experts add for x [batch, seq, width], given their weights f32[batch, seq, zero]; None: nothing."""
         return None
 
-    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Losses f32[] over all layers together, of their `Routing.parts` with a leading axis of calls."""
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, Summed]:
+        """Losses over all layers together, of their `Routing.parts` with a leading axis of calls."""
         return {}
 
     def update(self, stats: dict[str, jax.Array]) -> None:
@@ -211,14 +211,14 @@ def statistics(
     """
     stop = jax.lax.stop_gradient
     logits = stop(logits)
-    where = jnp.ones(logits.shape[:2]) if present is None else present.astype(jnp.float32)
+    where = jnp.ones(logits.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     total = lambda a: (a * where).sum()  # noqa: E731
     per_token = dispatch.per_token()
     kept = dispatch.load()
     bins = jnp.where(where > 0, jnp.minimum(per_token, MOST_COUNTED), MOST_COUNTED + 1)
     return {
-        "calls": jnp.ones(()),
+        "calls": jnp.ones((), jnp.float32),
         "tokens": where.sum(),
         "claimed": claimed,
         "kept": kept,
@@ -230,6 +230,6 @@ def statistics(
     }
 
 
-def z_loss(logits: jax.Array, present: jax.Array | None) -> jax.Array:
-    """mean_t logsumexp(l_t)^2, f32[]."""
-    return mean_over(jnp.square(jax.nn.logsumexp(logits, axis=-1)), present)
+def z_loss(logits: jax.Array, present: jax.Array | None) -> Summed:
+    """mean_t logsumexp(l_t)^2."""
+    return averaged(jnp.square(jax.nn.logsumexp(logits, axis=-1)), present)

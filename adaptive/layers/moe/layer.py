@@ -16,6 +16,7 @@ from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Experts
 from adaptive.layers.moe.settings import MoESettings, RouterSettings
 from adaptive.layers.site import Site
+from adaptive.routing.types import Summed
 from adaptive.settings import check_ranges, hints, parse, show
 
 # What asks for nothing of a router that does not have the setting.
@@ -61,7 +62,7 @@ class MoE(RoutedLayer):
             y = y if part is None else y + part.astype(y.dtype)
         return poisoned(y, routing.logits).astype(x.dtype), routing
 
-    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, Summed]:
         return self.router.joint_losses(parts)
 
     def update(self, stats: dict[str, jax.Array]) -> None:

@@ -212,3 +212,8 @@ class Limited(Chosen):
 
     def against_dropping(self, at: str) -> str:
         return f"raise {at}.router.capacity_factor (0 drops nothing)"
+
+    def unread(self) -> dict[str, str]:
+        """Fields that mean nothing beside the others, and why."""
+        names = () if self.capacity_factor else ("capacity_group", "drop")
+        return dict.fromkeys(names, "capacity_factor=0 drops nothing")

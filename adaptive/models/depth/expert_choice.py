@@ -14,10 +14,11 @@ from adaptive.layers.site import Site
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
 from adaptive.routing import expert_choice
+from adaptive.routing.losses import mean_over, together
 from adaptive.routing.rows import add_rows, membership, take_rows
 from adaptive.routing.scores import passes as passes_threshold
 from adaptive.routing.scores import scores_of
-from adaptive.routing.types import Aux, AuxLosses, Selection, Trace
+from adaptive.routing.types import Aux, AuxLosses, Selection, Summed, Trace
 from adaptive.settings import ranged
 
 
@@ -51,6 +52,12 @@ class Settings(Depth):
 
     def rules_differ(self) -> bool:
         return True
+
+    def unread(self) -> dict[str, str]:
+        """Fields that mean nothing beside the others, and why."""
+        if self.sampling == "aux_loss" and not self.random:
+            return {}
+        return {"aux_coefficient": "random=true" if self.random else f"sampling={self.sampling} adds no such loss"}
 
     def parameters(self, passes: int, width: int) -> int:
         return passes * (2 if self.sampling == "aux_router" else 1) * sum(matmuls(self.network, width, 1))
@@ -128,7 +135,7 @@ class ExpertChoice(DepthModule):
             log = log.took(selection, partial)
             each.append(told)
             stream, positions, candidates = h + update, absolute, partial
-        return Routed(out, carried, log.aux(), log.trace(), each)
+        return Routed(out, carried, log.aux(), log.trace(exists), each)
 
     def _causal(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
         """Each token decides alone, by its router's threshold, whether it goes on: blind to the future.
@@ -151,7 +158,7 @@ class ExpertChoice(DepthModule):
             x = x + gated(new, selection, s.gating)
             log = log.took(selection, active)
             each.append(told)
-        return Routed(x, carried, AuxLosses(), log.trace(), each)
+        return Routed(x, carried, AuxLosses(), log.trace(exists), each)
 
 
 def gated(f: jax.Array, selection: Selection, gating: str) -> jax.Array:
@@ -168,7 +175,7 @@ class _Log:
     passes: int
     shape: tuple[int, ...]
     depth: Any = 0
-    losses: tuple[dict[str, jax.Array], ...] = ()
+    losses: tuple[dict[str, Summed], ...] = ()
     scalars: tuple[tuple[str, jax.Array], ...] = ()
     selections: tuple[Selection, ...] = ()
     scores: tuple[jax.Array, ...] = ()
@@ -186,7 +193,9 @@ class _Log:
         if candidates is not None:
             scores = jnp.where(candidates, scores, jnp.nan)
         if positions is not None:
-            scores = jax.vmap(lambda i, s: jnp.full(self.shape[1], jnp.nan).at[i].set(s))(positions, scores)
+            scores = jax.vmap(lambda i, s: jnp.full(self.shape[1], jnp.nan, jnp.float32).at[i].set(s))(
+                positions, scores
+            )
         return dataclasses.replace(
             self,
             losses=(*self.losses, choice.losses),
@@ -212,13 +221,13 @@ class _Log:
             losses["z_loss"] = Aux(self._summed("z_loss"), s.z_coefficient)
         return losses
 
-    def _summed(self, name: str) -> jax.Array:
-        return sum((step[name] for step in self.losses), start=jnp.zeros((), jnp.float32))
+    def _summed(self, name: str) -> Summed:
+        return together([step[name] for step in self.losses])
 
-    def trace(self) -> Trace:
+    def trace(self, exists: jax.Array | None) -> Trace:
         scalars = dict(self.scalars)
         if self.losses:
             each = (scalars[f"accuracy_{r + 1}"] for r in range(self.passes))
             scalars["accuracy"] = sum(each, start=jnp.zeros((), jnp.float32)) / self.passes
-        scalars["mean_depth"] = self.depth.mean(dtype=jnp.float32)
+        scalars["mean_depth"] = mean_over(self.depth.astype(jnp.float32), exists)
         return Trace(self.depth, self.selections, scalars, self.scores)

@@ -19,7 +19,7 @@ from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone
 from adaptive.routing.expert_choice import chosen_of, limit_of_counts
-from adaptive.routing.losses import mean_over, sampling_loss
+from adaptive.routing.losses import mean_over, of_calls, sampling_loss
 from adaptive.routing.rows import add_rows, membership, take_rows
 from adaptive.routing.select import select_top
 from adaptive.routing.types import Aux, AuxLosses, Selection, Trace
@@ -84,18 +84,21 @@ class MixtureOfDepths(DepthModule):
             return (x, depth, carried._replace(state=state)), ([*told, own], selection, stats)
 
         start = x, jnp.zeros(where.shape, jnp.int32), carried
-        scanned = jnp.arange(self.groups), self.router[...], self.predictor[...]
+        scanned = jnp.arange(self.groups, dtype=jnp.int32), self.router[...], self.predictor[...]
         (x, depth, carried), (told, selections, stats) = jax.lax.scan(group, start, scanned)
         at = lambda tree, g: jax.tree.map(lambda a: a[g], tree)  # noqa: E731
         each = [at(own, g) for g in range(self.groups) for own in told]
-        aux = AuxLosses({"predictor_loss": Aux(stats.pop("loss").sum(), 1.0, separate=True)} if "loss" in stats else {})
-        scalars = {name: value.mean() for name, value in stats.items()} | {"mean_depth": depth.mean(dtype=jnp.float32)}
+        aux = AuxLosses()
+        if "loss" in stats:
+            aux["predictor_loss"] = Aux(of_calls(stats.pop("loss"), mean=False), 1.0, separate=True)
+        mean_depth = mean_over(depth.astype(jnp.float32), where.present())
+        scalars = {name: value.mean() for name, value in stats.items()} | {"mean_depth": mean_depth}
         trace = Trace(depth, tuple(at(selections, g) for g in range(self.groups)), scalars)
         return Routed(x, carried, aux, trace, each)
 
     def _top(
         self, core: Core, r: Any, x: jax.Array, where: Where, call: Call, carried: Carried, logits: Any, decision: Any
-    ) -> tuple[jax.Array, Any, Any, Selection, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, Any, Any, Selection, dict[str, Any]]:
         """The best of the row, computed among themselves."""
         n, exists, share = x.shape[1], where.present(), self.settings.share
         limit = None if where.exists is None else limit_of_counts(share, where.counts(), n, None)
@@ -113,7 +116,7 @@ class MixtureOfDepths(DepthModule):
 
     def _causal(
         self, core: Core, r: Any, x: jax.Array, where: Where, call: Call, carried: Carried, logits: Any, decision: Any
-    ) -> tuple[jax.Array, Any, Any, Selection, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, Any, Any, Selection, dict[str, Any]]:
         """Those that the predictor names, every position under a mask: exact for any number of them."""
         exists = where.present()
         active = decision > 0 if exists is None else (decision > 0) & exists

@@ -58,6 +58,17 @@ class Settings(Depth):
     def warmup_steps(self) -> int:
         return self.balance_warmup_steps
 
+    def unread(self) -> dict[str, str]:
+        """Fields that mean nothing beside the others, and why."""
+        found = {}
+        if self.balancing != "loss":
+            found["balance_coefficient"] = f"balancing={self.balancing} adds no loss"
+        if self.balancing != "loss_free":
+            found["bias_update_rate"] = f"balancing={self.balancing} has no bias"
+        if self.execution != "capacity":
+            found["capacities"] = f"execution={self.execution} computes every token that goes on"
+        return found
+
     def parameters(self, passes: int, width: int) -> int:
         return sum(matmuls(self.network, width, passes))
 
@@ -76,7 +87,7 @@ class TokenChoice(DepthModule):
         s = self.settings = settings
         self.passes = passes
         self.router = Router(site.width, passes, s.network, temperature=s.temperature, std=site.std, key=next(keys))
-        self.bias = Buffer(jnp.zeros(passes), axes=(None,)) if s.balancing == "loss_free" else None
+        self.bias = Buffer(jnp.zeros(passes, jnp.float32), axes=(None,)) if s.balancing == "loss_free" else None
 
     def update(self, load: jax.Array | None) -> None:
         if self.bias is not None and load is not None:
@@ -108,9 +119,10 @@ class TokenChoice(DepthModule):
             aux["balancing_loss"] = Aux(decided.losses["balancing_loss"], s.balance_coefficient)
         if s.z_coefficient:
             aux["z_loss"] = Aux(decided.losses["z_loss"], s.z_coefficient)
-        scalars = {**decided.scalars, "mean_depth": depth.mean(dtype=jnp.float32), "overflow": overflow}
+        mean_depth = mean_over(depth.astype(jnp.float32), exists)
+        scalars = {**decided.scalars, "mean_depth": mean_depth, "overflow": overflow}
         scores = tuple(jax.nn.softmax(logits, axis=-1)[..., i] for i in range(self.passes))
-        return Routed(out, carried, aux, Trace(depth, selections, scalars, scores, decided.load), each)
+        return Routed(out, carried, aux, Trace(depth, selections, scalars, scores, decided.tokens), each)
 
     def _gate(self, decided: token_choice.Depths) -> jax.Array:
         return decided.gate if self.settings.gating == "weighted" else jnp.ones_like(decided.gate)

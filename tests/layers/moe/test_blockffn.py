@@ -98,8 +98,8 @@ def test_padding_at_the_end_is_as_if_it_were_not_there():
     weights, x = arrays(), inputs(batch=1, seq=9)
     present = jnp.arange(9)[None] < 6
     padded, short = run(layer_of(weights), x, present=present)[1], run(layer_of(weights), x[:, :6])[1]
-    for name, value in short.losses.items():
-        np.testing.assert_allclose(padded.losses[name], value, rtol=1e-6)
+    for name, loss in short.losses.items():
+        np.testing.assert_allclose(padded.losses[name].value, loss.value, rtol=1e-6)
     for name in ("touched_8", "chunks_8", "reused", "reusable", "claimed"):
         np.testing.assert_allclose(padded.stats[name], short.stats[name])
 
@@ -109,7 +109,7 @@ def test_the_locality_loss_trains_its_target_too_and_is_finite_at_the_papers_sha
     layer = layer_of(weights, sharpness=100.0)
 
     def loss(x):
-        return layer.routed(x, Context())[1].losses["activation_locality_loss"]
+        return layer.routed(x, Context())[1].losses["activation_locality_loss"].value
 
     grad = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(x, jnp.float32)))
     assert np.isfinite(grad).all()
@@ -179,7 +179,7 @@ def test_the_sparsity_coefficient_follows_its_loss():
 def test_what_is_trained_is_the_weighted_sparsity_loss():
     weights = arrays() | {"router.coefficient": np.array(0.3)}
     layer = layer_of(weights)
-    losses = run(layer, inputs())[1].losses
+    losses = {name: loss.value for name, loss in run(layer, inputs())[1].losses.items()}
     np.testing.assert_allclose(losses["weighted_chunk_sparsity_loss"], 0.3 * losses["chunk_sparsity_loss"], rtol=1e-6)
     assert layer.coefficients() == {
         "activation_locality_loss": 2e-3, "chunk_sparsity_loss": 0.0, "weighted_chunk_sparsity_loss": 1.0,
@@ -239,7 +239,7 @@ def test_remoes_coefficient_seeks_the_target():
         layer.update(share(pairs))
         expected = max(expected * factor, 1e-8)
         np.testing.assert_allclose(layer.router.coefficient[...], expected, rtol=1e-5)
-    losses = run(layer, inputs())[1].losses
+    losses = {name: loss.value for name, loss in run(layer, inputs())[1].losses.items()}
     np.testing.assert_allclose(losses["weighted_l1_loss"], 1.2e-8 * losses["l1_loss"], rtol=1e-5)
 
 

@@ -100,7 +100,7 @@ def test_padding_is_chosen_by_nobody_and_counts_for_nothing(group, score):
         pairs = oracle.expert_choice(logits, zhou, weights=KINDS[score], group=group, present=present)
     chooses(routing, pairs)
     assert not np.asarray(routing.dispatch.mask())[~present].any()
-    np.testing.assert_allclose(routing.losses["router_z_loss"], oracle.z_loss(logits, present), rtol=1e-5)
+    np.testing.assert_allclose(routing.losses["router_z_loss"].value, oracle.z_loss(logits, present), rtol=1e-5)
     assert routing.stats["dropped"] == 0
     assert routing.stats["experts_per_token"].sum() == present.sum()
 
@@ -204,16 +204,16 @@ def test_popularity_loss(group):
     routing = decide(layer)
     pairs = oracle.expert_choice(LOGITS, zhou, group=group)
     expected = oracle.popularity_loss(LOGITS, pairs, K, group)
-    np.testing.assert_allclose(routing.losses["popularity_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(routing.losses["popularity_loss"].value, expected, rtol=1e-5)
     assert layer.coefficients()["popularity_loss"] == 0.1
-    np.testing.assert_allclose(routing.losses["router_z_loss"], oracle.z_loss(LOGITS), rtol=1e-5)
+    np.testing.assert_allclose(routing.losses["router_z_loss"].value, oracle.z_loss(LOGITS), rtol=1e-5)
 
 
 def test_popularity_ignores_padding():
     layer = layer_of({"score": "selected", "load_coefficient": 0.1})
     present = np.broadcast_to(np.arange(S) < 12, (B, S))
-    padded = decide(layer, present=present).losses["popularity_loss"]
-    np.testing.assert_allclose(padded, decide(layer, X[:, :12]).losses["popularity_loss"], rtol=1e-5)
+    padded = decide(layer, present=present).losses["popularity_loss"].value
+    np.testing.assert_allclose(padded, decide(layer, X[:, :12]).losses["popularity_loss"].value, rtol=1e-5)
 
 
 # --- thresholds and predictor -----------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_predictor_learns_the_choice_and_decides_generation():
     mask = oracle.dense_mask(oracle.expert_choice(LOGITS, zhou, weights="probability", present=PRESENT), E)
     said = X @ predictor
     bce = np.where(mask, np.log1p(np.exp(-said)), np.log1p(np.exp(said))).mean(-1)
-    np.testing.assert_allclose(routing.losses["predictor_loss"], bce[PRESENT].mean(), rtol=1e-5)
+    np.testing.assert_allclose(routing.losses["predictor_loss"].value, bce[PRESENT].mean(), rtol=1e-5)
     assert layer.coefficients()["predictor_loss"] == 0.05
     y, routing = run(layer, X, selection="threshold", present=PRESENT)
     pickers = [[[e for e in range(E) if said[b, s, e] > 0 and PRESENT[b, s]] for s in range(S)] for b in range(B)]
@@ -295,7 +295,7 @@ def test_predictor_learns_the_choice_and_decides_generation():
     assert "predictor_loss" not in routing.losses
     # Its loss reaches nothing but itself.
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-    loss = lambda p, x: nnx.merge(graphdef, p, rest).router(x, Context()).losses["predictor_loss"]  # noqa: E731
+    loss = lambda p, x: nnx.merge(graphdef, p, rest).router(x, Context()).losses["predictor_loss"].value  # noqa: E731
     grads, of_x = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.asarray(X, jnp.float32))
     reached = {".".join(map(str, path)) for path, leaf in nnx.to_flat_state(grads) if np.any(leaf[...])}
     assert reached == {"router.predictor"}
@@ -412,7 +412,7 @@ def test_gradients_are_those_of_the_dense_formula(score, group, execution):
         parts = {"popularity_loss": 0.7, "router_z_loss": 0.3, "predictor_loss": 0.5}
         if group == "batch":  # the dense formula is that of a sequence
             parts.pop("popularity_loss")
-        return (y * MIX).sum() + sum(c * routing.losses[name] for name, c in parts.items())
+        return (y * MIX).sum() + sum(c * routing.losses[name].value for name, c in parts.items())
 
     def formula(weights, x):
         popular = jax.nn.softmax(x @ weights["router.weight"], axis=1).sum(-1) * mask.sum(-1)

@@ -170,8 +170,8 @@ def test_a_value_that_is_told_is_one_of_the_layers(name, x):
     for a, b in zip(told[:2], ours[:2], strict=True):
         np.testing.assert_array_equal(a, b)
     assert {n: c for n, (_, c) in told[2].items()} == {n: a.coefficient for n, a in ours[2].items()}
-    for n, (value, _) in told[2].items():
-        np.testing.assert_allclose(value, ours[2][n].value, rtol=1e-6)
+    for n, (loss, _) in told[2].items():
+        np.testing.assert_allclose(loss.value, ours[2][n].value, rtol=1e-6)
     assert logits.shape == (2, SEQ, moe.choices)
 
 
@@ -186,10 +186,11 @@ def test_losses_of_several_calls(name, router, x):
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *told[:2])
     got = moe.losses([stacked, told[2]])
     parts = jax.tree.map(lambda *a: jnp.stack(a), *(one.parts for one in told))
-    expected = {n: np.mean([one.losses[n] for one in told]) for n in told[0].losses} | moe.joint_losses(parts)
+    expected = {n: np.mean([one.losses[n].value for one in told]) for n in told[0].losses}
+    expected |= {n: loss.value for n, loss in moe.joint_losses(parts).items()}
     assert set(got) == set(expected)
     for n, value in expected.items():
-        np.testing.assert_allclose(got[n][0], value, rtol=1e-6)
+        np.testing.assert_allclose(got[n][0].value, value, rtol=1e-6)
     assert moe.losses([]) == {}
 
 

@@ -238,7 +238,7 @@ def test_balancing_losses(form, score):
 def test_hugging_face_concatenates_layers():
     layers = [layer_of({"balance": "hf"}, WEIGHTS | {"router.weight": WEIGHTS["router.weight"] * f}) for f in (1, -2)]
     parts = [decide(layer, present=PRESENT).parts for layer in layers]
-    joint = layers[0].joint_losses(jax.tree.map(lambda *a: jnp.stack(a), *parts))["load_balancing_loss"]
+    joint = layers[0].joint_losses(jax.tree.map(lambda *a: jnp.stack(a), *parts))["load_balancing_loss"].value
     routed = [(LOGITS * f, oracle.token_choice(LOGITS * f, K, present=PRESENT)) for f in (1, -2)]
     np.testing.assert_allclose(joint, oracle.hf_loss(routed, PRESENT), rtol=1e-5)
     assert abs(joint - np.mean([oracle.hf_loss([layer], PRESENT) for layer in routed])) > 1e-2
@@ -248,10 +248,10 @@ def test_balanced_is_one_or_k_and_zero_logits_have_a_known_z():
     index = jnp.asarray([[[(s + j) % E for j in range(K)] for s in range(S)]] * B)
     p, valid = jnp.full((B, S, E), 1 / E), jnp.ones((B, S, K), bool)
     forms = ("switch", "gshard", "sequence", "hf", "maxtext", "flaxformer")
-    losses = jax.jit(lambda p: [balancing_loss(p, index, valid, None, form) for form in forms])(p)
+    losses = jax.jit(lambda p: [balancing_loss(p, index, valid, None, form).value for form in forms])(p)
     np.testing.assert_allclose(losses, [1, 1, 1, K, K, K], rtol=1e-6)
     layer = layer_of(weights=WEIGHTS | {"router.weight": np.zeros((D, E))}, z_coefficient=1)
-    np.testing.assert_allclose(decide(layer).losses["router_z_loss"], np.log(E) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(decide(layer).losses["router_z_loss"].value, np.log(E) ** 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("of", ["scores", "logits"])
@@ -259,11 +259,11 @@ def test_importance_and_load(of):
     options = {"noise": 1.0, "importance_coefficient": 0.1, "load_of": of}
     layer = layer_of(options)
     present = PRESENT if of == "scores" else None
-    got = decide(layer, present=present).losses["importance_loss"]
+    got = decide(layer, present=present).losses["importance_loss"].value
     np.testing.assert_allclose(got, oracle.tutel_second_loss(LOGITS, K, 1.0, present, of), rtol=1e-5)
     assert layer.coefficients()["importance_loss"] == 0.1
     even = jnp.full((B, S, E), 0.25)
-    assert jax.jit(lambda a: importance_and_load(a / 2, a, a, K, 1.0))(even) < 1e-9
+    assert jax.jit(lambda a: importance_and_load(a / 2, a, a, K, 1.0).value)(even) < 1e-9
 
 
 def test_noise_is_for_training_alone():
@@ -334,7 +334,7 @@ def gradients(layer, x, **context):
     def value(params, x):
         y, routing = nnx.merge(graphdef, params, rest).routed(x, Context(**context))
         losses = routing.losses
-        return (y * MIX).sum() + 0.7 * losses["load_balancing_loss"] + 0.3 * losses["router_z_loss"]
+        return (y * MIX).sum() + 0.7 * losses["load_balancing_loss"].value + 0.3 * losses["router_z_loss"].value
 
     of_params, of_x = jax.jit(jax.grad(value, (0, 1)))(params, jnp.asarray(x, jnp.float32))
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(of_params)} | {"x": of_x}
@@ -405,7 +405,7 @@ def test_absent_tokens_take_no_part():
     z, again = run(layer, other, present=present)
     np.testing.assert_array_equal(np.asarray(y)[present], np.asarray(z)[present])
     for name in routing.losses:
-        np.testing.assert_allclose(routing.losses[name], again.losses[name], rtol=1e-6)
+        np.testing.assert_allclose(routing.losses[name].value, again.losses[name].value, rtol=1e-6)
     assert routing.stats["tokens"] == present.sum()
     assert np.asarray(routing.stats["experts_per_token"]).sum() == present.sum()
     # Room is counted for the tokens that exist: the same as of a sequence that ends there.

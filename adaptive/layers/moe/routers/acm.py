@@ -23,6 +23,8 @@ from adaptive.layers.moe.gates import straight_through, where_present
 from adaptive.layers.moe.settings import Execution, MoESettings, Scored
 from adaptive.layers.site import Site, normal_param, param
 from adaptive.routing.dispatch import by_mask
+from adaptive.routing.losses import Sums, averaged, of_micro_batch
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 
@@ -117,12 +119,13 @@ class Router(ExpertRouter):
         stop = jax.lax.stop_gradient
         claimed = jnp.append(taken.sum((0, 1)).astype(jnp.float32), stop(count[..., 0]).sum())
         stats = statistics(dispatch, logits, claimed, context.present)
-        stats |= {"dropped": jnp.zeros(()), "learners": stop(count @ jnp.arange(n + 1.0)).sum()}
+        learners = count @ jnp.arange(n + 1, dtype=jnp.float32)
+        stats |= {"dropped": jnp.zeros((), jnp.float32), "learners": stop(learners).sum()}
         tokens = present.sum((1, 2)).astype(jnp.float32)
         losses = {"usage_entropy_loss": _usage_entropy_loss(count.sum(1), tokens)}
         if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
-        parts = {"compute": (count @ jnp.arange(n + 1.0)).sum(-1) / n, "tokens": tokens}
+        parts = {"compute": (count @ jnp.arange(n + 1, dtype=jnp.float32)).sum(-1) / n, "tokens": tokens}
         return Routing(dispatch, losses, stats, parts, logits)
 
     def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -133,14 +136,22 @@ class Router(ExpertRouter):
             return self.config.execution
         return "ragged"
 
-    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, Summed]:
         compute, tokens = parts["compute"].sum(0), parts["tokens"].sum(0)  # of each sequence, over all layers
         target = self.options.experts_per_token / self.config.experts
-        budget = jnp.abs(compute.sum() / jnp.maximum(tokens.sum(), 1.0) - target)
+        budget = Summed({"compute": compute.sum(), "tokens": tokens.sum()}, _OffTarget(target))
         share = compute / jnp.maximum(tokens, 1.0)
         pairs = max(len(share) * (len(share) - 1), 1)
         difference = jnp.abs(share[:, None] - share).sum() / pairs
-        return {"budget_loss": budget, "diversity_loss": -2 * difference}
+        return {"budget_loss": budget, "diversity_loss": of_micro_batch(-2 * difference)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _OffTarget:
+    target: float
+
+    def __call__(self, sums: Sums) -> jax.Array:
+        return jnp.abs(sums["compute"] / jnp.maximum(sums["tokens"], 1.0) - self.target)
 
 
 class _Map(nnx.Module):
@@ -163,9 +174,9 @@ def _zeros(size: int, site: Site) -> nnx.Param:
     return param(jnp.zeros((*site.stack, size)), (None,), stack=site.stack, role="bias")
 
 
-def _usage_entropy_loss(counts: jax.Array, tokens: jax.Array) -> jax.Array:
+def _usage_entropy_loss(counts: jax.Array, tokens: jax.Array) -> Summed:
     """-(normalised entropy of counts f32[batch, choices] over tokens f32[batch]), mean over sequences that have any."""
     share = counts / jnp.maximum(tokens, 1.0)[:, None]
     # A choice that nobody takes adds nothing, with a finite slope.
     entropy = -(share * jnp.log(jnp.maximum(share, 1e-9))).sum(-1) / math.log(counts.shape[-1])
-    return -entropy.sum() / jnp.maximum((tokens > 0).sum(), 1)
+    return averaged(-entropy, tokens > 0)

@@ -12,8 +12,10 @@ from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Site
 from adaptive.routing.balance import claims
 from adaptive.routing.dispatch import by_token
-from adaptive.routing.masked import mean_choice, softmax_over, tokens_in, zero_weights
+from adaptive.routing.losses import Product
+from adaptive.routing.masked import choice_sums, softmax_over, zero_weights
 from adaptive.routing.select import top_choices
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 
@@ -79,20 +81,17 @@ class Router(ExpertRouter):
             losses["router_z_loss"] = z_loss(logits, context.present)
         return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
 
-    def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> dict[str, jax.Array]:
-        n, o = self.config.experts, self.options
-        share = load / tokens_in(probabilities, present)
-        share = (
-            jnp.concatenate([share[:n], jnp.broadcast_to(share[n:].mean(), o.null_experts)])
-            if o.null_experts
-            else share
-        )
-        loss = self.choices * (share * mean_choice(probabilities, present)).sum()
+    def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> dict[str, Summed]:
+        n, o, form = self.config.experts, self.options, Product(self.choices)
+        if o.null_experts:
+            load = jnp.concatenate([load[:n], jnp.broadcast_to(load[n:].mean(), o.null_experts)])
+        sums = choice_sums(probabilities, load, present)
+        losses = {"load_balancing_loss": Summed(sums, form)}
         if self.updates is None:
-            return {"load_balancing_loss": loss}
-        late = self.updates[...] >= o.late_after
-        weighted = loss * jnp.where(late, o.late_coefficient, o.balance_coefficient)
-        return {"load_balancing_loss": loss, "weighted_load_balancing_loss": weighted}
+            return losses
+        late = jnp.where(self.updates[...] >= o.late_after, o.late_coefficient, o.balance_coefficient)
+        weighted = {**sums, "weight": late * sums["weight"]}
+        return losses | {"weighted_load_balancing_loss": Summed(weighted, form)}
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         if self.updates is not None:

@@ -12,7 +12,8 @@ from adaptive.layers.moe.settings import Bounded, Execution, MoESettings
 from adaptive.layers.moe.varying import by_weight, how_computed
 from adaptive.layers.site import Site, param
 from adaptive.routing.chunks import chunks, neighbours
-from adaptive.routing.losses import mean_over
+from adaptive.routing.losses import averaged
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 COUNTED = (8, 64)  # chunk lengths of the statistics
@@ -103,8 +104,11 @@ class Router(ExpertRouter):
         sparsity = self._sparsity_loss(normalised, context)
         losses = {"activation_locality_loss": self._locality_loss(logits, context), "chunk_sparsity_loss": sparsity}
         if o.adapt:
-            losses["weighted_chunk_sparsity_loss"] = self.coefficient[...] * sparsity
-        stats |= {"chunk_sparsity": jax.lax.stop_gradient(sparsity)} | shared_among_neighbours(logits > 0, context)
+            weighted = {**sparsity.sums, "total": self.coefficient[...] * sparsity.sums["total"]}
+            losses["weighted_chunk_sparsity_loss"] = Summed(weighted, sparsity.form)
+        stats |= {"chunk_sparsity": jax.lax.stop_gradient(sparsity.value)} | shared_among_neighbours(
+            logits > 0, context
+        )
         return Routing(dispatch, losses, stats, {}, logits)
 
     def update(self, stats: dict[str, jax.Array]) -> None:
@@ -131,21 +135,21 @@ class Router(ExpertRouter):
     def selects_alike(self) -> bool:
         return not self.options.row_slack
 
-    def _locality_loss(self, logits: jax.Array, context: Context) -> jax.Array:
+    def _locality_loss(self, logits: jax.Array, context: Context) -> Summed:
         z = self.options.sharpness * logits
         bce = optax.sigmoid_binary_cross_entropy(z[:, :-1], jax.nn.sigmoid(z[:, 1:])).mean(-1)
         if not bce.size:
-            return jnp.zeros(())
-        return mean_over(bce, neighbours(z.shape[:2], context.present, context.segments))
+            return averaged(jnp.zeros(1, jnp.float32), None)
+        return averaged(bce, neighbours(z.shape[:2], context.present, context.segments))
 
-    def _sparsity_loss(self, normalised: jax.Array, context: Context) -> jax.Array:
+    def _sparsity_loss(self, normalised: jax.Array, context: Context) -> Summed:
         p = normalised / (normalised.sum(-1, keepdims=True) + SMALL)
         if context.present is not None:
             p = jnp.where(context.present[..., None], p, 0.0)
         own = chunks(p.shape[:2], self.options.chunk, context.present, context.segments)
-        absent = own.length - own.sum(jnp.ones(p.shape[:2]))  # of the whole chunk, each with p = 0
+        absent = own.length - own.sum(jnp.ones(p.shape[:2], jnp.float32))  # of the whole chunk, each with p = 0
         log_spared = own.sum(jnp.log(1 - p + SMALL)) + absent[..., None] * jnp.log(1 + SMALL)
-        return 1 - mean_over(jnp.exp(log_spared).mean(-1), own.tokens > 0)
+        return averaged(1 - jnp.exp(log_spared).mean(-1), own.tokens > 0)
 
 
 def rms_normalised(a: jax.Array, eps: float) -> jax.Array:

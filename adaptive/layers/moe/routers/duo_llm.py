@@ -27,6 +27,8 @@ from adaptive.layers.moe.gates import LinearGate, where_present
 from adaptive.layers.moe.settings import Execution, ExpertCost, MoESettings, RouterSettings
 from adaptive.layers.site import Site
 from adaptive.routing.dispatch import Dispatch, by_mask, by_token
+from adaptive.routing.losses import averaged
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 BIG, SMALL, SKIP = range(3)
@@ -131,9 +133,10 @@ class Layer(RoutedLayer):
             share = jnp.where(present[..., None], self._mixture(logits, context), 0.0)
             mask = jnp.broadcast_to(present[..., None], (*present.shape, 2))
             dispatch = by_mask(mask, share[..., :2], zero_weights=share[..., 2:])
-            claimed, overflow = jnp.pad(mask.sum((0, 1)).astype(jnp.float32), (0, self.choices - 2)), jnp.zeros(())
+            claimed = jnp.pad(mask.sum((0, 1)).astype(jnp.float32), (0, self.choices - 2))
+            overflow = jnp.zeros((), jnp.float32)
         else:
-            share = jnp.where(present[..., None], jax.nn.one_hot(choice, self.choices), 0.0)
+            share = jnp.where(present[..., None], jax.nn.one_hot(choice, self.choices, dtype=jnp.float32), 0.0)
             claimed = share.sum((0, 1))
             taken = self._within_slack(choice, present)
             overflow = (taken != choice).sum().astype(jnp.float32)
@@ -141,7 +144,7 @@ class Layer(RoutedLayer):
                 jnp.where(present, taken == SKIP, False).astype(jnp.float32)[..., None] if self.options.skip else None
             )
             valid = present & (taken < SKIP)
-            ones = jnp.ones((*taken.shape, 1))
+            ones = jnp.ones((*taken.shape, 1), jnp.float32)
             dispatch = by_token(taken[..., None], ones, valid[..., None], 2, zero_weights=zero)
         y, lost = self._computed(x, dispatch, "dense" if choice is None else _each_its_own(self.settings.execution))
         stats = statistics(dispatch, logits, claimed, context.present)
@@ -149,13 +152,12 @@ class Layer(RoutedLayer):
         parts = {"big": share[..., BIG].sum(1), "tokens": present.sum(1).astype(jnp.float32)}
         return poisoned(y, logits).astype(x.dtype), Routing(dispatch, {}, stats, parts, logits)
 
-    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, Summed]:
         if self.options.phase == "random":
             return {}
         tokens = parts["tokens"].sum(0)
         share = parts["big"].sum(0) / jnp.maximum(tokens, 1.0)
-        off = jnp.where(tokens > 0, jnp.square(share - self.options.budget), 0.0)
-        return {"budget_loss": off.sum() / jnp.maximum((tokens > 0).sum(), 1)}
+        return {"budget_loss": averaged(jnp.square(share - self.options.budget), tokens > 0)}
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         o = self.options
@@ -190,7 +192,7 @@ class Layer(RoutedLayer):
         share = jax.nn.softmax(logits / self.tau[...], axis=-1)
         if not (self.options.random_steps and context.training and context.key is not None):
             return share
-        drawn = jax.nn.one_hot(self._drawn(logits, context.key), self.choices)
+        drawn = jax.nn.one_hot(self._drawn(logits, context.key), self.choices, dtype=jnp.float32)
         return jnp.where(self.steps[...] < self.options.random_steps, drawn, share)
 
     def _drawn(self, logits: jax.Array, key: jax.Array) -> jax.Array:
@@ -215,7 +217,7 @@ class Layer(RoutedLayer):
         """(sum of weight * feed-forward f32[batch, seq, width], pairs lost in communication f32[])."""
         weights = dispatch.combine_matrix().reshape(*x.shape[:2], -1)
         mask = dispatch.mask()
-        y, lost = jnp.zeros(x.shape), jnp.zeros(())
+        y, lost = jnp.zeros(x.shape, jnp.float32), jnp.zeros((), jnp.float32)
         for expert, experts in ((BIG, self.big), (SMALL, self.small)):
             alone = by_token(
                 jnp.zeros((*x.shape[:2], 1), jnp.int32),

@@ -32,8 +32,9 @@ from adaptive.parallel.shard import sharded
 from adaptive.routing import scale
 from adaptive.routing.capacity import scaled
 from adaptive.routing.dispatch import by_expert, by_mask
-from adaptive.routing.losses import mean_over
+from adaptive.routing.losses import averaged
 from adaptive.routing.masked import softmax_over
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 
@@ -163,7 +164,7 @@ class Router(ExpertRouter):
         ranked = jax.lax.stop_gradient(probabilities if o.score == "softmax" else logits)
         if context.present is not None:
             ranked = jnp.where(context.present[..., None], ranked, -jnp.inf)
-        losses: dict[str, jax.Array] = {}
+        losses: dict[str, Summed] = {}
         least = self.threshold[...]
         refused = None  # pairs that were wanted and found no room
         bounds: dict[str, int] | None = {}
@@ -190,7 +191,7 @@ class Router(ExpertRouter):
             losses["popularity_loss"] = _popularity(logits, mask, context.present, o.group == "batch", pairs)
         if self.predictor is not None and context.selection == "topk":
             bce = optax.sigmoid_binary_cross_entropy(self._predicted(x), mask.astype(jnp.float32)).mean(-1)
-            losses["predictor_loss"] = mean_over(bce, context.present)
+            losses["predictor_loss"] = averaged(bce, context.present)
         claimed = mask if refused is None else mask | refused
         stats = statistics(dispatch, logits, claimed.sum((0, 1)).astype(jnp.float32), context.present)
         stats["least"] = jax.lax.stop_gradient(least)
@@ -313,7 +314,7 @@ class Router(ExpertRouter):
                 weights = jnp.where(mask, jax.nn.sigmoid(logits), 0.0)
                 weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         if self.table:
-            weights = weights * jnp.asarray(self.table)[mask.sum(-1)][..., None]
+            weights = weights * jnp.asarray(self.table, jnp.float32)[mask.sum(-1)][..., None]
         return weights * self.options.route_scale
 
 
@@ -342,11 +343,11 @@ def _mean_of_finite(least: jax.Array) -> jax.Array:
     return jnp.where(finite, least, 0.0).sum(axes) / jnp.maximum(finite.sum(axes), 1)
 
 
-def _popularity(logits: jax.Array, mask: jax.Array, present: jax.Array | None, whole: bool, pairs: float) -> jax.Array:
+def _popularity(logits: jax.Array, mask: jax.Array, present: jax.Array | None, whole: bool, pairs: float) -> Summed:
     """sum_t (sum_e softmax over tokens of l_te) n_t / pairs, over each sequence or the `whole` batch; mean (EC-DLM)."""
     logits, taken = grouped(logits, whole), grouped(mask.sum(-1).astype(jnp.float32), whole)
     if present is not None:
         # Finite, so that a sequence without tokens has a gradient; nobody takes an absent token.
         logits = jnp.where(grouped(present, whole)[..., None], logits, -1e9)
     popularity = jax.nn.softmax(logits, axis=1).sum(-1)
-    return (popularity * taken).sum(-1).mean() / pairs
+    return averaged((popularity * taken).sum(-1) / pairs, None)

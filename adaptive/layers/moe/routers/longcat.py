@@ -12,9 +12,10 @@ from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Site
 from adaptive.routing.balance import claims
 from adaptive.routing.dispatch import by_token
-from adaptive.routing.losses import updated_bias
-from adaptive.routing.masked import mean_choice, zero_weights
+from adaptive.routing.losses import Sums, updated_bias
+from adaptive.routing.masked import choice_sums, zero_weights
 from adaptive.routing.select import top_choices
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 
@@ -113,11 +114,15 @@ class Router(ExpertRouter):
         return not self.options.capacity_factor
 
 
-def true_balance(probabilities: jax.Array, load: jax.Array, experts: int, present: jax.Array | None) -> jax.Array:
-    """E sum_e P_e n_e / sum n over the first `experts` choices alone, P_e their normalised mean probabilities; f32[].
+def true_balance(probabilities: jax.Array, load: jax.Array, experts: int, present: jax.Array | None) -> Summed:
+    """E sum_e P_e n_e / sum n over the first `experts` choices alone, P_e their normalised mean probabilities.
 
     probabilities f32[batch, seq, choices], load f32[choices]. 1 when these are balanced, whatever the others get.
     """
-    mean = mean_choice(probabilities, present)[:experts]
-    share = load[:experts] / jnp.maximum(load[:experts].sum(), 1.0)
-    return experts * (share * mean).sum() / (mean.sum() + 1e-20)
+    return Summed(choice_sums(probabilities[..., :experts], load[:experts], present), _true_share)
+
+
+def _true_share(sums: Sums) -> jax.Array:
+    share = sums["claims"] / jnp.maximum(sums["claims"].sum(), 1.0)
+    total = sums["weight"].sum()
+    return share.size * (share * sums["weight"]).sum() / jnp.where(total > 0, total, 1.0)  # 0 without tokens

@@ -5,16 +5,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.choosing import grouped, present_pairs
 from adaptive.layers.moe.settings import Limited, MoESettings
-from adaptive.layers.site import Site, normal_param
+from adaptive.layers.site import Role, Site, normal_param
 from adaptive.routing.balance import claims
 from adaptive.routing.capacity import keep_within, slots
 from adaptive.routing.dispatch import by_token
-from adaptive.routing.masked import mean_choice, softmax_over, tokens_in, zero_weights
+from adaptive.routing.losses import Product
+from adaptive.routing.masked import choice_sums, softmax_over, zero_weights
 from adaptive.routing.select import top_choices
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 EXPANSION = 8  # hidden units of the two-layer gate per choice
@@ -82,13 +85,16 @@ class Router(ExpertRouter):
         o: Settings = self.options
         self.k = o.experts_per_token
         choices, std, stack = self.choices, site.std, site.stack
-        matrix = lambda key, *shape: normal_param(key, shape, (None,) * len(shape), std, stack)  # noqa: E731
+
+        def matrix(key: jax.Array, *shape: int, role: Role = "matrix") -> nnx.Param:
+            return normal_param(key, shape, (None,) * len(shape), std, stack, role=role)
+
         if o.gate == "mlp":
             self.weight = matrix(keys[0], site.width, EXPANSION * choices)
         self.second = matrix(keys[1], EXPANSION * choices, choices) if o.gate == "mlp" else None
         self.residual = matrix(keys[2], choices, choices) if o.residual else None
         self.constant_gate = matrix(keys[3], o.constant, site.width, 2) if o.constant else None
-        self.constant = matrix(keys[4], o.constant, site.width) if o.constant else None
+        self.constant = matrix(keys[4], o.constant, site.width, role="vector") if o.constant else None
         self.reads_previous = o.residual
         self.input_scale = float(self.k) if o.input_scale and not o.mixtral_gating else 1.0
 
@@ -139,9 +145,9 @@ class Router(ExpertRouter):
             "take at least 2 of at least 2 experts that are not zero"
         )
 
-    def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> jax.Array:
+    def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> Summed:
         eta = jnp.where(jnp.arange(self.choices) < self.config.experts, 1.0, self.options.tau)
-        return (eta * load / tokens_in(probabilities, present) * mean_choice(probabilities, present)).sum()
+        return Summed(choice_sums(probabilities, eta * load, present), Product(1.0))
 
     def _within_capacity(
         self, index: jax.Array, weights: jax.Array, wanted: jax.Array, context: Context

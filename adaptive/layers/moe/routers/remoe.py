@@ -10,7 +10,9 @@ from adaptive.layers.moe.routers.blockffn import rms_normalised, shared_among_ne
 from adaptive.layers.moe.settings import Bounded, Execution, MoESettings
 from adaptive.layers.moe.varying import by_weight, how_computed
 from adaptive.layers.site import Site, param
-from adaptive.routing.masked import tokens_in
+from adaptive.routing.losses import Product
+from adaptive.routing.masked import choice_sums
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 
@@ -64,10 +66,9 @@ class Router(ExpertRouter):
         if self.gain is not None:
             weights = rms_normalised(weights, o.norm_eps) * self.gain[...]
         dispatch, load, stats = by_weight(c, logits, weights, logits > 0, o.row_slack, context)
-        present = weights if context.present is None else jnp.where(context.present[..., None], weights, 0.0)
-        tokens = tokens_in(logits, context.present)
-        l1 = c.experts / (tokens**2 * o.experts_per_token) * (present.sum((0, 1)) * load).sum()
-        losses = {"l1_loss": l1, "weighted_l1_loss": self.coefficient[...] * l1}
+        sums, form = choice_sums(weights, load, context.present), Product(c.experts / o.experts_per_token)
+        weighted = {**sums, "weight": self.coefficient[...] * sums["weight"]}
+        losses = {"l1_loss": Summed(sums, form), "weighted_l1_loss": Summed(weighted, form)}
         return Routing(dispatch, losses, stats | shared_among_neighbours(logits > 0, context), {}, logits)
 
     def update(self, stats: dict[str, jax.Array]) -> None:

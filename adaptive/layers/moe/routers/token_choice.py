@@ -16,8 +16,10 @@ from adaptive.routing import scale
 from adaptive.routing.balance import Form, balancing_loss, claims, importance_and_load
 from adaptive.routing.capacity import Rule, slots
 from adaptive.routing.dispatch import by_token
-from adaptive.routing.losses import updated_bias
+from adaptive.routing.losses import Product, updated_bias
+from adaptive.routing.masked import choice_sums
 from adaptive.routing.select import top_choices
+from adaptive.routing.types import Summed
 from adaptive.settings import ranged
 
 
@@ -70,6 +72,22 @@ class Settings(Limited):
 
     def coefficients(self) -> dict[str, float]:
         return super().coefficients() | {"importance_loss": self.importance_coefficient}
+
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if not self.capacity_factor:
+            found |= dict.fromkeys(("capacity_rule", "least_slots"), "capacity_factor=0 drops nothing")
+        if not self.bias:
+            found["bias_rate"] = "bias=false"
+        if self.groups == self.kept_groups:
+            found["group_score"] = "all groups are kept"
+        if not self.importance_coefficient:
+            found["load_of"] = "importance_coefficient=0"
+        if self.score != "cosine":
+            found["cosine_size"] = f"score={self.score} has no projection"
+        if self.balance != "hf" and not self.balance_coefficient:
+            found["balance"] = "balance_coefficient=0"
+        return found
 
     def slots(self, config: MoESettings, tokens: Any) -> Any:
         k, rule = self.experts_per_token, self.capacity_rule
@@ -164,14 +182,14 @@ class Router(ExpertRouter):
         if not self.options.noise or not context.training or context.key is None:
             return 0.0
         key = jax.random.fold_in(context.key, 1)  # the key itself is the jitter's
-        return self.options.noise / self.config.experts * jax.random.normal(key, logits.shape)
+        return self.options.noise / self.config.experts * jax.random.normal(key, logits.shape, logits.dtype)
 
-    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, Summed]:
         if self.options.balance != "hf":
             return {}
         # Hugging Face concatenates the tokens of all layers before the means.
-        load, probability = parts["hf_load"].mean(0), parts["hf_probability"].mean(0)
-        return {"load_balancing_loss": self.config.experts * jnp.sum(load * probability)}
+        sums = {name.removeprefix("hf_"): part.sum(0) for name, part in parts.items()}
+        return {"load_balancing_loss": Summed(sums, Product(self.config.experts))}
 
     def selects_alike(self) -> bool:
         return not self.options.capacity_factor
@@ -209,17 +227,13 @@ def limited_to_groups(choice: jax.Array, groups: int, kept: int, score: Literal[
 
 def balance(
     config: MoESettings, probabilities: jax.Array, index: jax.Array, wanted: jax.Array, context: Context
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[dict[str, Summed], dict[str, jax.Array]]:
     """(losses, parts) of the balancing loss; the form "hf" is put together over all layers."""
     o = config.router
     assert isinstance(o, Settings)
     if o.balance == "hf":  # Hugging Face reports it whether or not it is trained
-        where = jnp.ones(index.shape[:2]) if context.present is None else context.present.astype(jnp.float32)
-        tokens = jnp.maximum(where.sum(), 1.0)
-        return {}, {
-            "hf_load": claims(index, wanted, config.experts).sum(0) / tokens,
-            "hf_probability": (probabilities * where[..., None]).sum((0, 1)) / tokens,
-        }
+        sums = choice_sums(probabilities, claims(index, wanted, config.experts).sum(0), context.present)
+        return {}, {f"hf_{name}": total for name, total in sums.items()}
     if not o.balance_coefficient:
         return {}, {}
     return {"load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, o.balance)}, {}

@@ -10,7 +10,7 @@ from adaptive.layers.moe.base import Context, ExpertRouter, Routing, z_loss
 from adaptive.layers.moe.settings import Balanced, MoESettings
 from adaptive.layers.moe.varying import by_rank, one_expert
 from adaptive.layers.site import Site
-from adaptive.routing.losses import mean_over
+from adaptive.routing.losses import averaged
 from adaptive.routing.masked import share_loss
 from adaptive.routing.select import top_choices
 from adaptive.settings import ranged
@@ -66,7 +66,7 @@ class Router(ExpertRouter):
         entropy = -(p * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
         losses = {
             "load_balancing_loss": share_loss(p, load, context.present),
-            "router_entropy_loss": mean_over(entropy, context.present),
+            "router_entropy_loss": averaged(entropy, context.present),
         }
         if o.z_coefficient:
             losses["router_z_loss"] = z_loss(logits, context.present)
