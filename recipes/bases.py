@@ -129,9 +129,14 @@ def _llama(*, layers: int, width: int, heads: int, kv_heads: int, hidden: int) -
             "weight_decay": 0.1,
             "clip_norm": 1.0,
         },
-        schedule={"kind": "trapezoid", "decay_fraction": 0.2, "floor": 0.0},  # MoR paper, appendix on set-up
+        schedule={
+            "kind": "trapezoid",  # MoR paper, appendix on set-up, here and in the next two
+            "decay_fraction": 0.2,
+            "floor": 0.0,
+            "count_from": "zero",  # released code: the first step has rate 0
+        },
         train={"batch_size": 1024, "device_batch_size": 16},  # released configurations: 16 rows per device at once
-        eval={"every": 500},  # ours, here and in the next two
+        eval={"every": 500, "rows": 8192},  # ours, here and in the next two
         checkpoint={"every": 500},
         log={"every": 10},
     )

@@ -102,7 +102,7 @@ def trained(recipe: Recipe, rate: float, count: int = STEPS) -> Recipe:
         },
         schedule={"kind": "trapezoid", "decay_fraction": 0.2, "decay_shape": "sqrt", "floor": 0.0},
         train={"batch_size": 256, "device_batch_size": 8, "remat": "layer"},  # the last two and below: ours
-        eval={"every": 1000},
+        eval={"every": 1000, "rows": 2048},
         checkpoint={"every": 1000},
         log={"every": 10},
     )  # fmt: skip

@@ -13,7 +13,7 @@ from adaptive.convert import main
 from adaptive.interop.files import read_tensors, write_safetensors
 from adaptive.interop.official_hnet_config import config_from_official
 from adaptive.runs.load import find, load
-from adaptive.training.metrics import read_rows
+from adaptive.training.log import read_rows
 
 pytestmark = pytest.mark.compiles
 
@@ -43,7 +43,7 @@ OUT = ("--kind", "hnet", "--workdir", "run", "--export", "out/back.safetensors")
 
 def test_in_trained_further_and_out(convert, tmp_path, capfd):
     settings = ("data.seq_len=16", "train.batch_size=8", "train.steps=1", "optimizer.learning_rate=1e-9",
-                "optimizer.weight_decay=0", "log.wandb=disabled", "eval.batches=1", "log.sample_tokens=0")  # fmt: skip
+                "optimizer.weight_decay=0", "log.wandb=disabled", "eval.rows=4", "log.sample_tokens=0")  # fmt: skip
     code, said = convert(*IN, *settings)
     assert code == 0, said
     tensors, text = oracle.random_tensors(CONFIG, 0), b"The cat sat on the mat."

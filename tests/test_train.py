@@ -5,7 +5,7 @@ import json
 import pytest
 
 from adaptive.train import main
-from adaptive.training.metrics import read_rows
+from adaptive.training.log import read_rows
 
 pytestmark = pytest.mark.compiles
 
@@ -13,7 +13,7 @@ BLOCK = ("mixer.heads=2", "mixer.kv_heads=2", "mixer.head_dim=8", "feed_forward.
 SMALL = (
     "model.width=16", *(f"model.body.{part}.blocks.0.{text}" for part in ("prelude", "core", "coda") for text in BLOCK),
     "data.seq_len=32", "train.batch_size=8", "train.steps=3", "schedule.warmup_steps=1",
-    "log.wandb=disabled", "eval.batches=1", "log.every=1", "log.sample_tokens=5",
+    "log.wandb=disabled", "eval.rows=4", "log.every=1", "log.sample_tokens=5",
 )  # fmt: skip
 
 

@@ -58,8 +58,9 @@ class Data(Protocol):
         Raises DataError when the state is of other data.
         """
 
-    def validation(self, batches: int = 0) -> Iterator[Batch]:
-        """This process's rows of `batches` held-out batches (0: all), the same at each call.
+    def validation(self, rows: int = 0) -> Iterator[Batch]:
+        """This process's share of `rows` held-out rows (0: all) in batches, the same rows at each call, for any batch
+        size and any number of processes.
 
         Rows that fill up the last batch have segment 0 and mask 0.
         """
@@ -162,15 +163,15 @@ class IndexedData:
         rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=self._weights)
         return rows if self._config.boundaries == "none" else rows.map(self._mark)
 
-    def validation(self, batches: int = 0) -> Iterator[Batch]:
+    def validation(self, rows: int = 0) -> Iterator[Batch]:
         ends = np.cumsum([len(source.held_out) for source in self.sources])
         total = int(ends[-1])
-        count = min(batches * self._shard.batch_size, total) if batches else total
+        count = min(rows, total) if rows else total
 
         def row(i: int) -> Batch:
             if i >= count:
                 return padding_row(self._config.seq_len, self.tokenizer.eos_id)
-            # Evenly spaced over all sources, so that a few batches speak for the whole.
+            # Evenly spaced over all sources, so that a few rows speak for the whole.
             at = i * total // count
             source = int(np.searchsorted(ends, at, side="right"))
             held_out = self.sources[source].held_out

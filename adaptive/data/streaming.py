@@ -4,6 +4,7 @@ Every process reads the same documents and makes the same rows, and keeps those 
 the saved position do not depend on the number of processes; the price is that each process tokenises everything.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -162,17 +163,15 @@ class StreamedData:
         openings = openings[:1] if self._config.cross_document else openings
         return self._mark(make_row(tokens, openings, self._config.seq_len, self.tokenizer.eos_id))
 
-    def validation(self, batches: int = 0) -> Iterator[Batch]:
+    def validation(self, rows: int = 0) -> Iterator[Batch]:
         size = self._shard.batch_size
         filler = self._mark(padding_row(self._config.seq_len, self.tokenizer.eos_id))
-        number = 0
-        while not batches or number < batches:
-            rows = self._first_held_out((number + 1) * size)[number * size :]
-            if not rows:
+        for first in itertools.count(0, size):
+            some = self._first_held_out(min(first + size, rows or first + size))[first:]
+            if not some:
                 return
-            rows += [filler] * (size - len(rows))
-            yield stack(rows[self._shard.index :: self._shard.count])
-            number += 1
+            some += [filler] * (size - len(some))
+            yield stack(some[self._shard.index :: self._shard.count])
 
     def validation_passage(self, length: int) -> np.ndarray:
         rows = self._first_held_out(-(-length // self._config.seq_len))

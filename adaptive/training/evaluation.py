@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 class Evaluator:
-    """Evaluates a state on the recipe's held-out batches.
+    """Evaluates a state on the recipe's held-out rows.
 
     Models whose routers choose among tokens, or drop some, are evaluated as they train ("topk", which may see the whole
     sequence) and as they generate ("threshold", which is causal); others select alike in both and are evaluated once.
@@ -43,13 +43,15 @@ class Evaluator:
         for mode, step in self._steps.items():
             counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops)
             nll = tokens = text = 0.0
+            weights: list[int] = []
             scalars: list[dict[str, float]] = []
             parts = PartSums(facts.experts)
-            for number, batch in enumerate(self._data.validation(self._recipe.eval.batches)):
+            for number, batch in enumerate(self._data.validation(self._recipe.eval.rows)):
                 out = jax.device_get(step(state, batch, number))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
                 present = _everywhere(batch.segment_ids) > 0
                 counter.add(out.depth, out.scores, present, [stage.mask for stage in out.stages])
+                weights.append(int(present.sum()))
                 scalars.append(out.scalars)
                 parts.add(out.told)
             if not tokens:
@@ -59,7 +61,7 @@ class Evaluator:
             if text:
                 row[f"{prefix}bits_per_byte"] = nll / math.log(2) / text
             for name in scalars[0]:
-                row[f"{prefix}{name}"] = float(np.mean([s[name] for s in scalars]))
+                row[f"{prefix}{name}"] = float(np.average([s[name] for s in scalars], weights=weights))
             row |= chunk_sizes(row, prefix)
             row |= {f"{prefix}{name}": value for name, value in parts.columns().items()}
             if first is None:

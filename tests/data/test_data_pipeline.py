@@ -219,20 +219,31 @@ def test_validation_is_complete_and_the_same_each_time(config):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("batches", [0, 2])
-def test_validation_over_processes_is_the_same_rows(config, processes, batches):
+@pytest.mark.parametrize("count", [0, 12])
+def test_validation_over_processes_is_the_same_rows(config, processes, count):
     def rows(loaded):
         return [tuple(map(tuple, (b.tokens[r], b.mask[r]))) for b in loaded for r in range(len(b.tokens))]
 
-    whole = rows(load(config).validation(batches))
-    parts = [rows(load(config, shard=(p, processes)).validation(batches)) for p in range(processes)]
+    whole = rows(load(config).validation(count))
+    parts = [rows(load(config, shard=(p, processes)).validation(count)) for p in range(processes)]
     assert len({len(part) for part in parts}) == 1
     assert sorted(whole) == sorted(row for part in parts for row in part)
 
 
-def test_a_few_validation_batches_come_from_all_corpora(config):
+def test_validation_is_the_same_rows_whatever_the_batch_size(config):
+    def rows(size):
+        batches = list(load(config, batch_size=size).validation(6))
+        assert all(batch.tokens.shape == (size, SEQ) for batch in batches)
+        return [
+            tuple(row) for batch in batches for row, there in zip(batch.tokens, batch.mask, strict=True) if there.any()
+        ]
+
+    assert rows(2) == rows(4) == rows(8) and len(rows(8)) == 6
+
+
+def test_a_few_validation_rows_come_from_all_corpora(config):
     data = load(config)
-    rows = {tuple(row) for batch in data.validation(1) for row in batch.tokens}
+    rows = {tuple(row) for batch in data.validation(8) for row in batch.tokens}
     for source in data.sources:
         assert rows & {tuple(source.held_out[i].tokens) for i in range(len(source.held_out))}
 
