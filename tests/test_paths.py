@@ -44,8 +44,23 @@ def test_files_of_another_machine_are_refused(text):
         local_path(text, "data.paths")
 
 
-def test_what_is_no_path(monkeypatch):
-    with pytest.raises(UserError, match="zero byte"):
-        local_path("a\0b", "data.paths")
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a\0b", "it holds a zero byte"),
+        ("", "it is empty"),
+        ("a/" + "x" * 256, "it is too long"),
+        ("a/" * 2048, "it is too long"),
+        ("你" * 86, "it is too long"),
+        ("a\ud800", "it holds characters that no name can"),
+    ],
+)
+def test_what_is_no_path(text, why):
+    with pytest.raises(UserError, match=rf"^data\.paths: .* is no path: {why}$") as caught:
+        local_path(text, "data.paths")
+    assert len(str(caught.value)) < 200
+
+
+def test_a_home_that_is_not_known():
     with pytest.raises(UserError, match=r"data\.paths: ~nobody-here/x: the home folder"):
         local_path("~nobody-here/x", "data.paths")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from adaptive.data.documents import Document
-from adaptive.data.tokenizer_files import END_OF_TEXT
+from adaptive.data.tokenizer_files import END_OF_TEXT, MOST_IDS
 from adaptive.errors import DataError
 
 PAD = "<|pad|>"
@@ -21,6 +21,8 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> str:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
         raise DataError("training a tokenizer needs a package: pip install 'adaptive-lm[bpe]'") from None
+    if vocab_size > MOST_IDS:
+        raise DataError(f"--vocab_size {vocab_size}: at most {MOST_IDS:,}")
     smallest = 256 + len(_SPECIAL)
     if vocab_size < smallest:
         raise DataError(f"--vocab_size {vocab_size}: the 256 bytes and {len(_SPECIAL)} specials need {smallest}")

@@ -52,11 +52,11 @@ class DataConfig:
                 f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths "
                 f"({show(self.paths)}): give one per path, or none to mix by size (data.weights=)"
             )
-        self._check_paths()
         if not self.tokenizer:
             raise RecipeError("data.tokenizer is empty: bytes, hnet-bytes, bpe-4096, or a tokenizer.json")
         if self.validation_every == 1:
             raise RecipeError("data.validation_every=1 holds out every document: at least 2, or 0 to hold out none")
+        self._check_paths()
 
     def _check_paths(self) -> None:
         """Raises UserError for addresses of other places, where only paths on this machine work."""
@@ -66,7 +66,8 @@ class DataConfig:
             elif self.source == "huggingface" and is_address(path):
                 raise RecipeError(f"data.paths: {path}: name a data set of the hub as owner/name or owner/name:config")
         local_path(self.tokenizer, "data.tokenizer")
-        local_path(self.cache_dir, "data.cache_dir")
+        if self.cache_dir:
+            local_path(self.cache_dir, "data.cache_dir")
 
     def unread(self) -> dict[str, str]:
         """Fields that mean nothing beside the others, and why."""

@@ -18,7 +18,7 @@ from adaptive.printable import printable
 CONFIG = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
-_MOST_IDS = 1 << 22  # the largest known vocabularies have a fourth of it; a table has a row for each
+MOST_IDS = 1 << 22  # the largest known vocabularies have a fourth of it; a table has a row for each
 _SHOWN = 8  # tokens in a message
 
 
@@ -132,8 +132,8 @@ def _check_ids(vocabulary: Mapping[str, int], added: list[dict], path: Path) -> 
         raise DataError(f"{where} has no tokens")
     pieces: dict[int, str] = {}
     for piece, token in vocabulary.items():
-        if token >= _MOST_IDS:
-            raise DataError(f"{where} gives {piece!r} the id {token:,}, and ids are below {_MOST_IDS:,} here")
+        if token >= MOST_IDS:
+            raise DataError(f"{where} gives {piece!r} the id {token:,}, and ids are below {MOST_IDS:,} here")
         if token in pieces:
             raise DataError(f"{where} gives the id {token} to both {pieces[token]!r} and {piece!r}")
         pieces[token] = piece

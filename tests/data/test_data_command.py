@@ -60,6 +60,7 @@ def test_text_does_not_steer_the_terminal(tmp_path, capsys):
         (["show", "--source", "embedded:klingon"], "english, python, chinese, dna"),
         (["show", "--source", "embedded:dna", "--tokenizer", "missing.json"], "bytes, hnet-bytes, bpe-4096"),
         (["train-bpe", "--source", "embedded:dna", "--vocab_size", "10", "--out", "x"], "need 258"),
+        (["train-bpe", "--source", "embedded:dna", "--vocab_size", "9" * 25, "--out", "x"], "at most 4,194,304"),
         (["prepare", "--source", "embedded:dna", "--tokenizer", "bytes", "--out", "."], "is not empty"),
     ],
 )
