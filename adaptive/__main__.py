@@ -5,7 +5,6 @@ adaptive --version
 """
 
 import difflib
-import importlib
 import sys
 from collections.abc import Sequence
 
@@ -46,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command '{name}'; {hint} (adaptive --help)")
-    return importlib.import_module(module_of(name)).main(rest)
+    return command.imported(module_of(name)).main(rest)
 
 
 def module_of(name: str) -> str:

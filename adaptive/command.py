@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -30,13 +31,29 @@ def start(module: str) -> int:
     """
     _make_streams_safe()
     try:
-        code = exit_code(lambda arguments: importlib.import_module(module).main(arguments), sys.argv[1:])
+        code = exit_code(imported(module).main, sys.argv[1:])
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         if not _lost_readers():
             raise  # another pipe than that of the output
         return NO_READER
+
+
+def imported(module: str) -> Any:
+    """The module. Ctrl-C while it is imported ends the process at once: there are packages that would go on."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return importlib.import_module(module)
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        return importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: object) -> None:
+    os.write(sys.stderr.fileno(), b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def exit_code(run: Run, arguments: Sequence[str], *, interrupted: str = "interrupted") -> int:
