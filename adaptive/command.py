@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from adaptive.errors import NonFiniteError, UserError
+from adaptive.printable import printable
 
 INTERRUPTED = 130
 NO_READER = 141  # whoever read the output has had enough; a shell's code for a program that SIGPIPE ended
@@ -64,7 +65,7 @@ def exit_code(run: Run, arguments: Sequence[str], *, interrupted: str = "interru
     try:
         return run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.code
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)

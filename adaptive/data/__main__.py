@@ -117,7 +117,7 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
 def _print_files(corpora: list[Found]) -> None:
     for found in corpora:
         if about := found.about():
-            print(about)
+            print(printable(about))
 
 
 def _print_store(store: TokenStore, tokenizer: Tokenizer, shown: int) -> None:

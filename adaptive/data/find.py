@@ -10,7 +10,6 @@ from typing import NamedTuple
 from adaptive.data import compressed
 from adaptive.errors import DataError
 from adaptive.paths import local_path
-from adaptive.printable import printable
 
 TEXTS = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json")
@@ -56,11 +55,11 @@ def find(path: str, suffixes: tuple[str, ...] = SUFFIXES) -> Found:
             found, other = _sorted_out(_checked([here], suffixes) if here.is_file() else [], suffixes)
             missing = f"no such file or folder (looked in {Path.cwd()})"
         if len(found) == 1 and found[0].stat().st_size == 0:
-            raise DataError(f"data.paths: {printable(str(found[0]))} is empty")
+            raise DataError(f"data.paths: {found[0]} is empty")
     except OSError as error:
-        raise DataError(f"data.paths: {printable(path)}: {error.strerror or error}") from None
+        raise DataError(f"data.paths: {path}: {error.strerror or error}") from None
     if not found:
-        raise DataError(f"data.paths: {printable(path)}: {missing}")
+        raise DataError(f"data.paths: {path}: {missing}")
     return Found(found, other)
 
 
@@ -97,7 +96,7 @@ def _checked(files: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
     """The files, which the user named; DataError for one of another kind."""
     for file in files:
         if not file.name.lower().endswith(suffixes):
-            raise DataError(f"data.paths: {printable(str(file))}: unknown kind of file; known are {_kinds(suffixes)}")
+            raise DataError(f"data.paths: {file}: unknown kind of file; known are {_kinds(suffixes)}")
     return files
 
 
@@ -132,4 +131,4 @@ def _kinds(suffixes: tuple[str, ...]) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {printable(what)}" for what, count in sorted(counts.items(), key=lambda one: -one[1]))
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items(), key=lambda one: -one[1]))

@@ -15,7 +15,6 @@ from typing import Any
 from adaptive.data.batch import Group
 from adaptive.data.tokenizer_files import CONFIG
 from adaptive.errors import DataError
-from adaptive.printable import printable
 
 _REACH_WITHIN_S = 4.0
 _GROUP = 1024  # documents fetched, shuffled and tokenised at once
@@ -122,7 +121,7 @@ class HubDocuments:
         if not isinstance(value, str):
             raise DataError(
                 f"the data set {self.name} has a {type(value).__name__} in '{self._text_key}', expected text; its "
-                f"fields are {', '.join(map(printable, row))} (set data.text_key)"
+                f"fields are {', '.join(row)} (set data.text_key)"
             )
         return value
 
@@ -130,7 +129,7 @@ class HubDocuments:
         """Says how many of the first rows have no text; DataError where none has any."""
         empty = texts.count("")
         if empty == len(rows):
-            fields = ", ".join(dict.fromkeys(printable(field) for row in rows for field in row))
+            fields = ", ".join(dict.fromkeys(field for row in rows for field in row))
             raise DataError(
                 f"the data set {self.name} has no text in '{self._text_key}' of its first {len(rows):,} rows; its "
                 f"fields are {fields} (set data.text_key)"

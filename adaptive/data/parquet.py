@@ -9,7 +9,6 @@ import numpy as np
 
 from adaptive.data.documents import Document, Textless
 from adaptive.errors import DataError
-from adaptive.printable import printable
 
 _LARGEST_ID = np.iinfo(np.int32).max
 _ROWS_AT_ONCE = 256
@@ -40,7 +39,7 @@ def _rows(table: Any, file: Path, key: str, pyarrow: Any) -> Iterator[Document |
         return
     read = _reader(table.schema_arrow.field(key).type, pyarrow)
     if read is None:
-        kind = printable(str(table.schema_arrow.field(key).type))
+        kind = table.schema_arrow.field(key).type
         raise DataError(f"{file}: column '{key}' is {kind}, expected text or lists of integers")
     number = itertools.count(1)
     for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[key]):

@@ -253,7 +253,7 @@ def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Sourc
         store = open_tokens(path, tokenizer, config.token_dtype, config.cache_dir)
     else:
         found = source_files(config.source, path, config.cache_dir)
-        files_about = found.about()
+        files_about = printable(found.about())
         store = cached_store(found.files, tokenizer, text_key=config.text_key, cache=config.cache_dir)
     train, held_out = (Split(store, which, config.validation_every) for which in ("train", "validation"))
     windows = functools.partial(

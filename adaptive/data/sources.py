@@ -11,7 +11,6 @@ from adaptive.data.documents import Document, Textless
 from adaptive.data.find import PARQUET, ROWS, SUFFIXES, find, is_of
 from adaptive.data.parquet import read_parquet
 from adaptive.errors import DataError
-from adaptive.printable import printable
 
 MARKER = b"<|endoftext|>"
 
@@ -138,7 +137,7 @@ def _row(row: Any, key: str, where: str) -> str | Textless:
         return Textless()
     if not isinstance(row[key], str):
         raise DataError(
-            f"{where}: '{key}' is {type(row[key]).__name__}, expected text (the keys are {printable(', '.join(row))}; "
+            f"{where}: '{key}' is {type(row[key]).__name__}, expected text (the keys are {', '.join(row)}; "
             "data.text_key names the one with the text)"
         )
     return row[key]

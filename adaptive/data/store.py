@@ -27,7 +27,6 @@ from adaptive.data.documents import Document, Textless
 from adaptive.data.files import beside, explained, sync, temporary_pattern
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
-from adaptive.printable import printable
 
 FORMAT = 1
 _SHARD_TOKENS = 1 << 28
@@ -126,10 +125,10 @@ def write_store(
 
 def _no_text(shards: list[dict], sources: list[dict], options: dict) -> str:
     """What to say of files whose every record is without text."""
-    paths = [printable(source["path"]) for source in sources]
+    paths = [source["path"] for source in sources]
     where = ", ".join(paths[:_NAMED]) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
     empty, keyless = (sum(entry[count] for entry in shards) for count in ("empty", "keyless"))
-    keys = next((", ".join(map(printable, entry["keys"])) for entry in shards if entry["keys"]), "none")
+    keys = next((", ".join(entry["keys"]) for entry in shards if entry["keys"]), "none")
     lacking = f"{keyless:,} records have no '{options.get('text_key')}', only {keys} (data.text_key names the text)"
     return f"no text found in {where}: {empty:,} records or files are empty" + (f", and {lacking}" if keyless else "")
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from adaptive.data.files import digest
 from adaptive.errors import DataError
-from adaptive.printable import printable
 
 CONFIG = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -246,8 +245,8 @@ def _named(config: Mapping[str, Any], key: str) -> str:
 def _known(text: str, option: str, vocabulary: Mapping[str, int], path: Path) -> int:
     if text not in vocabulary:
         marked = [piece for piece in vocabulary if piece[:1] in "<[" and piece[-1:] in ">]" and len(piece) > 2]
-        near = ", ".join(map(printable, sorted(marked, key=vocabulary.__getitem__)[:_SHOWN])) or "nothing alike"
-        raise DataError(f"{option}={printable(text)}: {path} has no such token; it has {near}")
+        near = ", ".join(sorted(marked, key=vocabulary.__getitem__)[:_SHOWN]) or "nothing alike"
+        raise DataError(f"{option}={text}: {path} has no such token; it has {near}")
     return vocabulary[text]
 
 
@@ -259,4 +258,4 @@ def _existing(token: int, vocabulary: Mapping[str, int], path: Path) -> int:
 
 def _pieces(ids: list[int], vocabulary: Mapping[str, int]) -> list[str]:
     names = {token: piece for piece, token in vocabulary.items()}
-    return [printable(names.get(token, str(token))) for token in ids]
+    return [names.get(token, str(token)) for token in ids]

@@ -269,7 +269,7 @@ def load_tokenizer(name: str, *, bos: str | None = "", eos: str = "") -> Tokeniz
 def _of_bytes(name: str, bos: str | None, eos: str) -> Tokenizer:
     for option, text in (("data.bos", bos), ("data.eos", eos)):
         if text:
-            raise DataError(f"{option}={printable(text)}: the tokenizer {name} has no tokens with names")
+            raise DataError(f"{option}={text}: the tokenizer {name} has no tokens with names")
     if name == "bytes":
         return Bytes()
     return _NoBegin() if bos is None else HNetBytes()

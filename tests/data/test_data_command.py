@@ -47,6 +47,16 @@ def test_what_is_left_out_is_told(tmp_path, capsys):
     assert "begin token none, end token 255" in capsys.readouterr().err
 
 
+def test_names_and_keys_do_not_steer_the_terminal(tmp_path, capsys):
+    file = tmp_path / "\x1b[2Ja.jsonl"
+    file.write_text('{"\\u001b[2J": 1}\n', encoding="utf-8")
+    assert main(["show", "--source", str(tmp_path)]) == 2
+    assert "have no 'text', only \u241b[2J" in (told := capsys.readouterr().err) and "\x1b" not in told
+    file.write_text("{\n", encoding="utf-8")
+    assert main(["show", "--source", str(tmp_path)]) == 2
+    assert "\u241b[2Ja.jsonl:1: malformed JSON" in (told := capsys.readouterr().err) and "\x1b" not in told
+
+
 def test_text_does_not_steer_the_terminal(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("\x1b[2J\x1b]0;title\x07 text", encoding="utf-8")
     assert main(["show", "--source", str(tmp_path / "a.txt")]) == 0

@@ -1,0 +1,108 @@
+"""A line between the processes of a job, over which each learns at once that another has gone.
+
+Process 0 listens; every other one keeps a connection to it and says goodbye before it ends in order. A connection that
+breaks without goodbye tells who was lost, and process 0 tells the others. Collectives would say it too, later, in words
+that name nobody.
+"""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+_GOODBYE = "goodbye"
+
+
+class Lifeline:
+    """`lost` is called once, from a thread, with who has gone: "process 2 on host-b".
+
+    Make it with `listen` on process 0 and with `connect` on the others.
+    """
+
+    def __init__(self, lost: Callable[[str], None]):
+        self._lost = lost
+        self._lock = threading.Lock()
+        self._peers: dict[int, socket.socket] = {}
+        self._server: socket.socket | None = None
+        self._ended = False
+        self.told = threading.Event()  # set when `lost` was called
+
+    @classmethod
+    def listen(cls, lost: Callable[[str], None], processes: int) -> "tuple[Lifeline, int]":
+        """The line of process 0, and the port that the others connect to."""
+        line = cls(lost)
+        line._server = socket.create_server(("", 0), backlog=processes)
+        threading.Thread(target=line._accept, args=(processes,), name="lifeline", daemon=True).start()
+        return line, line._server.getsockname()[1]
+
+    @classmethod
+    def connect(cls, lost: Callable[[str], None], host: str, port: int, index: int) -> "Lifeline":
+        """The line of process `index`. Raises OSError where process 0 cannot be reached at the port."""
+        line = cls(lost)
+        peer = socket.create_connection((host, port), timeout=5)
+        peer.settimeout(None)
+        peer.sendall(f"{index} {socket.gethostname()}\n".encode())
+        line._peers[0] = peer
+        threading.Thread(target=line._read, args=(peer,), name="lifeline", daemon=True).start()
+        return line
+
+    def close(self) -> None:
+        """Says goodbye: this process ends in order."""
+        with self._lock:
+            self._ended = True
+            peers = list(self._peers.values())
+        for peer in peers:
+            _send(peer, _GOODBYE)
+        if self._server is not None:
+            self._server.close()
+
+    def _accept(self, processes: int) -> None:
+        assert self._server is not None
+        for _ in range(processes - 1):
+            try:
+                peer, _ = self._server.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=(peer,), name="lifeline", daemon=True).start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        """Process 0: one other process, until it says goodbye or is lost."""
+        lines = _lines(peer)
+        index, _, host = next(lines, "").partition(" ")
+        if not (index.isascii() and index.isdecimal()):
+            peer.close()
+            return
+        with self._lock:
+            self._peers[int(index)] = peer
+        if next(lines, "") != _GOODBYE:
+            self._tell(f"process {index} on {host}", int(index))
+
+    def _read(self, peer: socket.socket) -> None:
+        word = next(_lines(peer), "")
+        if word != _GOODBYE:
+            self._tell(word or "process 0", 0)
+
+    def _tell(self, who: str, index: int) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+            peers = [peer for other, peer in self._peers.items() if other != index]
+        for peer in peers:
+            _send(peer, who)
+        self.told.set()
+        self._lost(who)
+
+
+def _lines(peer: socket.socket) -> Iterator[str]:
+    with peer.makefile("r", encoding="utf-8", errors="replace") as file:
+        try:
+            for line in file:
+                yield line.rstrip("\n")
+        except OSError:
+            return
+
+
+def _send(peer: socket.socket, word: str) -> None:
+    with contextlib.suppress(OSError):  # it is gone as well
+        peer.sendall(f"{word}\n".encode())

@@ -1,0 +1,55 @@
+"""Settings that a run never reads: given on purpose, and without any effect.
+
+A settings dataclass may have a method `unread`, which names the fields that mean nothing beside the others, with the
+reasons. What depends on the model and the mesh together is known here.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from adaptive import settings
+from adaptive.settings import show
+from adaptive.training.program import Program
+
+
+def lines_of(program: Program) -> list[str]:
+    """One line for every setting with another value than its default that the run does not read."""
+    found: dict[str, str] = {}
+    for at, node in settings.nodes(program.recipe, ""):
+        why = node.unread() if hasattr(node, "unread") else {}
+        found |= {f"{at}.{name}".strip("."): reason for name, reason in why.items() if _given(node, name)}
+    for path, reason in _of_run(program):
+        group, _, name = path.rpartition(".")
+        node = program.recipe
+        for part in group.split("."):
+            node = getattr(node, part)
+        if _given(node, name):
+            found[path] = reason
+    values = settings.leaf_values(program.recipe)
+    return [f"{path}={show(values[path])} has no effect: {reason}" for path, reason in found.items()]
+
+
+def _given(node: object, name: str) -> bool:
+    """Whether the field has another value than its default."""
+    field = next(f for f in dataclasses.fields(node) if f.name == name)  # type: ignore[arg-type]
+    return getattr(node, name) != field.default
+
+
+def _of_run(program: Program) -> Iterator[tuple[str, str]]:
+    recipe, experts = program.recipe, program.facts.experts
+    log, steps = recipe.log, recipe.train.steps
+    if log.profile_steps and log.profile_start >= steps:
+        yield "log.profile_steps", f"the trace would begin after step {log.profile_start}, the run has {steps}"
+    if len(program.selections) == 1:
+        yield "eval.selection", "this model selects alike as it trains and as it generates"
+    if program.refuse_generation:
+        yield "log.sample_tokens", "this model writes no sample"
+    if program.accumulation == 1:
+        yield "train.device_batch_size", "no device has more rows of a batch than that"
+        yield "train.auxiliary_over", "there is one micro-batch"
+    elif recipe.train.auxiliary_over != "batch" and not program.auxiliary():
+        yield "train.auxiliary_over", "this model trains no auxiliary loss"
+    if not experts or program.mesh.shape["expert"] == 1:
+        why = "the model has no experts" if not experts else "mesh.expert=1, so that experts are on every device"
+        for field in dataclasses.fields(recipe.mesh.expert_parallel):
+            yield f"mesh.expert_parallel.{field.name}", why
