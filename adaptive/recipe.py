@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -24,10 +25,11 @@ from adaptive.layers.moe.settings import MoESettings
 from adaptive.models import language_model
 from adaptive.models.bodies import hnet
 from adaptive.objectives import Objective, next_token
-from adaptive.optim.config import OptimizerConfig, ScheduleConfig
+from adaptive.optim.config import ScheduleConfig
+from adaptive.optim.optimizers import Optimizer, adamw
 from adaptive.parallel.config import MeshConfig
 from adaptive.paths import local_path
-from adaptive.runs.config import CheckpointConfig
+from adaptive.runs.config import CheckpointConfig, InitConfig
 from adaptive.settings import nearest, show
 from adaptive.training.config import EvalConfig, LogConfig, TrainConfig
 
@@ -35,6 +37,7 @@ FORMAT_VERSION = 4  # from 4 on the model is a tree of parts
 SHARED_MODULES = ("bases", "hnet_bases")  # modules of recipes/ that hold what families share
 ABOUT = ("name", "description", "published")  # fields of a recipe that are no settings
 ABSENT = "(absent)"  # a setting that one of two recipes does not have
+LONGEST_NAME = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +64,12 @@ class Recipe:
     model: language_model.Settings = field(default_factory=language_model.Settings)
     objective: Objective = field(default_factory=next_token.Settings)
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: Optimizer = field(default_factory=adamw.Settings)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    init: InitConfig = field(default_factory=InitConfig, metadata={"before": settings.to_tree(InitConfig())})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     published: Published = field(default_factory=Published)
@@ -103,11 +107,13 @@ class Recipe:
 
     def validate(self) -> None:
         """Raises RecipeError for the first setting or combination that cannot work, as far as no device is needed."""
+        _check_name(self.name, "name")
         settings.check_ranges(self)
         self.model.validate()
         self.data.validate()
         self.train.validate(self.data.seq_len)
         self.eval.validate()
+        self.init.validate()
         self.mesh.validate(self._experts())
         self._check_words()
 
@@ -119,12 +125,13 @@ class Recipe:
     def from_json(text: str, *, where: str = "recipe.json") -> "Recipe":
         """The recipe that `to_json` wrote. `where` names it in messages.
 
-        Raises RecipeError for malformed JSON, another format, and fields that are unknown, missing or of another type.
+        Raises RecipeError for malformed JSON, another format, fields that are unknown, missing or of another type, and
+        what may not be a name.
         """
         try:
-            tree = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
+            tree = settings.parse_json(text)
+        except ValueError as error:
+            raise RecipeError(f"{where}, {error}") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("format_version"), int):
             raise RecipeError(f"{where} is not a saved recipe: it has no format_version")
         version = tree.pop("format_version")
@@ -137,7 +144,12 @@ class Recipe:
             raise RecipeError(
                 f"{where} has recipe format {version}, this version reads {FORMAT_VERSION}; update adaptive to read it"
             )
-        return settings.read(Recipe, tree, where=where)
+        try:
+            recipe: Recipe = settings.read(Recipe, _renamed(tree), where=where)
+        except RecursionError:
+            raise RecipeError(f"{where}: its parts are nested too deeply") from None
+        _check_name(recipe.name, f"{where}.name")
+        return recipe
 
     def _experts(self) -> list[tuple[int, bool | None]]:
         """Of every feed-forward with experts: how many, and whether their rows are ragged (None: not known)."""
@@ -152,6 +164,32 @@ class Recipe:
             raise RecipeError(f"the chunker {kinds[0]} needs data.boundaries=words")
         if self.data.boundaries != "none" and not kinds:
             raise RecipeError(f"data.boundaries={self.data.boundaries}: only the chunker words reads it")
+
+
+def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings under the names that they have now: eval.batches, each of train.batch_size, became eval.rows."""
+    evaluation, train = tree.get("eval"), tree.get("train")
+    if not isinstance(evaluation, dict) or "batches" not in evaluation or not isinstance(train, dict):
+        return tree
+    batches, size = evaluation["batches"], train.get("batch_size")
+    if not isinstance(batches, int) or not isinstance(size, int):
+        return tree
+    others = {name: value for name, value in evaluation.items() if name != "batches"}
+    return tree | {"eval": others | {"rows": batches * size}}
+
+
+def _check_name(name: str, where: str) -> None:
+    """Raises RecipeError for a name that could not be that of a file or a folder; empty: the recipe has none yet."""
+    if name and name_from(name) != name:
+        raise RecipeError(
+            f"{where} is {name[: 2 * LONGEST_NAME]!r}: a name has letters, digits, _, - and ., begins with a letter, a "
+            f"digit or _, and is at most {LONGEST_NAME} characters long; write {name_from(name)}"
+        )
+
+
+def name_from(text: str) -> str:
+    """The text as a recipe's name: that of a folder, on every system."""
+    return re.sub(r"[^\w.-]+", "-", text).lstrip("-.")[:LONGEST_NAME] or "recipe"
 
 
 # Loading
@@ -200,7 +238,7 @@ def _text_of(path: Path) -> str:
 def _changes_of(path: Path) -> dict[str, Any] | None:
     """What a file in JSON says that states a difference from its "base"; None of a whole recipe."""
     with contextlib.suppress(ValueError):  # told where it is read as a whole one
-        tree = json.loads(_text_of(path))
+        tree = settings.parse_json(_text_of(path))
         return tree if isinstance(tree, dict) and "format_version" not in tree else None
     return None
 
@@ -227,7 +265,7 @@ def _from_json_file(path: Path, above: tuple[Path, ...]) -> Recipe:
         found = found.with_values(flat(changes, str(path)))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
-    name, description = told["name"] or path.stem, told["description"] or f"{found.name}, changed"
+    name, description = told["name"] or name_from(path.stem), told["description"] or f"{found.name}, changed"
     return dataclasses.replace(found, name=name, description=description, published=Published())
 
 
@@ -240,7 +278,7 @@ def _from_python(path: Path) -> Recipe:
         raise RecipeError(
             f"{path} has no recipe: a function recipe() that returns an adaptive.recipe.Recipe, or one itself"
         )
-    return recipe if recipe.name else dataclasses.replace(recipe, name=path.stem)
+    return recipe if recipe.name else dataclasses.replace(recipe, name=name_from(path.stem))
 
 
 # Leaves
@@ -351,7 +389,7 @@ def _preset(name: str) -> dict[str, Any]:
     if name not in DATA_PRESETS:
         raise RecipeError(
             f"data={name}: there is no such preset; there are {', '.join(DATA_PRESETS)}. "
-            f"To read files: data.source=files data.paths={name}"
+            f"To read files: data.source=files data.paths={name if Path(name).exists() else 'PATH'}"
         )
     return DATA_PRESETS[name]
 
@@ -382,7 +420,7 @@ def _reasons(recipe: Recipe, path: str) -> Iterator[str]:
     for part in path.split("."):
         at = ".".join(done)
         if isinstance(node, tuple) and node and dataclasses.is_dataclass(node[0]):
-            if not (part.isdecimal() and int(part) < len(node)):
+            if part not in map(str, range(len(node))):
                 yield f"{at} has {len(node)}, numbered from 0"
                 return
             node = node[int(part)]

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import math
 import pkgutil
 import re
@@ -28,13 +29,18 @@ T = TypeVar("T")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LARGEST_INT = 2**63 - 1
 _ITEM = re.compile(r'\s*(?:"((?:[^"]|"")*)"\s*|([^,]*)),')
+_SHOWN = 60  # characters of a value in a message
 
 
 class Member:
     """Base of the settings of everything behind one door. A door's own base class names its package; a member's file in
-    that package has a dataclass `Settings` below that base."""
+    that package has a dataclass `Settings` below that base.
+
+    before  the kind that recipes saved without one had, as there was no other; empty: none were
+    """
 
     door: ClassVar[str]
+    before: ClassVar[str] = ""
 
     @classmethod
     def kind(cls) -> str:
@@ -155,7 +161,8 @@ def with_leaf(node: Any, path: str, value: Any) -> Any:
 
 
 def check_ranges(node: Any, above: str = "") -> None:
-    """Raises RecipeError for the first leaf below `node` outside the range that its field declares."""
+    """Raises RecipeError for the first leaf below `node` that is no finite number of 64 bits, or lies outside the range
+    that its field declares."""
     for field, kind, value in fields(node):
         path = f"{above}{field.name}"
         if is_nodes(kind):
@@ -163,20 +170,47 @@ def check_ranges(node: Any, above: str = "") -> None:
                 check_ranges(item, f"{path}.{i}.")
         elif dataclasses.is_dataclass(value):
             check_ranges(value, f"{path}.")
-        elif "range" in field.metadata:
+        else:
             for item in value if isinstance(value, tuple) else (value,):
-                _check_range(path, item, value, *field.metadata["range"])
+                if isinstance(item, int | float) and not _usable(item):
+                    raise RecipeError(f"{path}={_short(show(value))}: must be finite, whole numbers below 2^63")
+                if "range" in field.metadata:
+                    _check_range(path, item, value, *field.metadata["range"])
 
 
 def _check_range(path: str, item: Any, value: Any, least: float, most: float, above: float, below: float) -> None:
     if item is None or (least <= item <= most and above < item < below):
         return
-    low = f"at least {least:g}" if least > -math.inf else f"above {above:g}" if above > -math.inf else ""
-    high = f"at most {most:g}" if most < math.inf else f"below {below:g}" if below < math.inf else ""
+    exact = lambda limit: f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"  # noqa: E731
+    low = f"at least {exact(least)}" if least > -math.inf else f"above {exact(above)}" if above > -math.inf else ""
+    high = f"at most {exact(most)}" if most < math.inf else f"below {exact(below)}" if below < math.inf else ""
     raise RecipeError(f"{path}={show(value)}: must be {' and '.join(filter(None, (low, high)))}")
 
 
 # JSON
+
+
+def parse_json(text: str) -> Any:
+    """What a text of JSON says. Raises ValueError, which begins with the place, where that cannot be told: other text,
+    nesting beyond what Python follows, numbers that are not finite or have too many digits."""
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_int=_json_int, parse_float=_json_float)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError("somewhere: nested too deeply") from None
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"somewhere: {_short(text)} is no number that JSON or a setting may have")
+
+
+def _json_int(text: str) -> int:
+    return int(text) if len(text) <= 300 else _no_number(text)
+
+
+def _json_float(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _no_number(text)
 
 
 def to_tree(node: Any) -> Any:
@@ -206,19 +240,21 @@ def read(kind: Any, value: Any, *, where: str) -> Any:
         return tuple(read(args[0], item, where=f"{where}.{i}") for i, item in enumerate(value))
     if origin is typing.Literal and value in args:
         return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is None and type(value) is kind:
+    if kind in (int, float) and type(value) in (int, kind):
+        number = float(value) if kind is float and abs(value) < 1e300 else value
+        if _usable(number):
+            return number
+    elif origin is None and type(value) is kind:
         return value
-    raise RecipeError(f"{where} is {value!r}: expected {expected(kind)}")
+    raise RecipeError(f"{where} is {_short(repr(value))}: expected {expected(kind)}{_hint(kind, str(value))}")
 
 
 def _read_dataclass(cls: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise RecipeError(f"{where} is {value!r}: expected an object with the fields of {cls.__name__}")
+        raise RecipeError(f"{where} is {_short(repr(value))}: expected an object with the fields of {cls.__name__}")
     if issubclass(cls, Member):
         value = dict(value)
-        kind = value.pop("kind", None)
+        kind = value.pop("kind", cls.before or None)
         if not isinstance(kind, str):
             raise RecipeError(f'{where} lacks its "kind": one of {", ".join(cls.kinds())}')
         cls = cls.member(kind, where=where)
@@ -283,7 +319,7 @@ def parse(kind: Any, text: str, *, where: str) -> Any:
     door = _node(kind)
     if door is not None:
         return _parse_node(kind, door, text, where)
-    wrong = RecipeError(f"{where}={text}: expected {expected(kind)}{_hint(kind, text)}")
+    wrong = RecipeError(f"{where}={_short(text)}: expected {expected(kind)}{_hint(kind, text)}")
     if origin in (types.UnionType, typing.Union):
         try:
             return None if text == "none" else parse(_inner(kind), text, where=where)
@@ -392,9 +428,20 @@ def _whole(number: Decimal) -> bool:
     return number.adjusted() < 19 and number == number.to_integral_value() and abs(number) <= _LARGEST_INT
 
 
+def _usable(number: float) -> bool:
+    """Whether a number is finite and, if it is whole, has 64 bits."""
+    return math.isfinite(number) if isinstance(number, float) else abs(number) <= _LARGEST_INT
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
 def _hint(kind: Any, text: str) -> str:
     if kind is int and _number(text) is not None:
         return " (not a fraction, and below 2^63)"
+    if kind is float and text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return " that is finite"
     if typing.get_origin(kind) is typing.Literal:
         near = difflib.get_close_matches(text, map(str, typing.get_args(kind)), n=1)
         return f"; did you mean {near[0]}?" if near else ""

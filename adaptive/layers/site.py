@@ -4,8 +4,8 @@ A parameter's metadata says what it is; nobody guesses from names:
 
 axes   logical name of every dimension (adaptive/parallel/rules.py). Leading "uses" tells a recursion's passes apart,
        "layers" the layers that a scan runs over
-role   matrix, scale (of a norm), gated_scale (of Mamba-2's norm), bias or vector (one number per head, or the like):
-       what weight decay asks
+role   matrix, kernel (of a convolution of each channel alone), scale (of a norm), gated_scale (of Mamba-2's norm), bias
+       or vector (one number per head or channel, stacked or not): what weight decay and the optimizer ask
 group  main, or auxiliary: trained by losses of its own
 rate   multiple of the learning rate
 """
@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Role = Literal["matrix", "scale", "gated_scale", "bias", "vector"]
+Role = Literal["matrix", "kernel", "scale", "gated_scale", "bias", "vector"]
 Axes = tuple[str | None, ...]
+STACKING = ("uses", "layers", "experts")  # axes that tell apart what is stacked, and are no dimension of it
 
 
 class Buffer(nnx.Variable):
@@ -53,7 +54,8 @@ class Site(NamedTuple):
         return self.std if self.out_std is None else self.out_std
 
     def buffer(self, value: jax.Array) -> Buffer:
-        """A buffer that starts as `value` in every stacked layer and use."""
+        """A buffer that starts as `value` in every stacked layer and use: f32, or i32 of whole numbers, or bool."""
+        value = _narrow(jnp.asarray(value))
         lead = (self.uses,) * bool(self.uses) + self.stack
         axes = ("uses",) * bool(self.uses) + lead_axes(self.stack) + (None,) * jnp.ndim(value)
         return Buffer(jnp.broadcast_to(value, (*lead, *jnp.shape(value))), axes=axes)
@@ -65,9 +67,23 @@ def lead_axes(stack: tuple[int, ...]) -> Axes:
     return tuple(names[2 - len(stack) :])
 
 
+def own_axes(axes: Axes) -> Axes:
+    """The axes of one of what a parameter stacks."""
+    return tuple(name for name in axes if name not in STACKING)
+
+
 def param(value: jax.Array, axes: Axes, *, stack: tuple[int, ...] = (), role: Role, group: str = "main") -> nnx.Param:
-    """A parameter that starts as `value`, which has the leading axes of `stack` and then those named."""
+    """A float32 parameter that starts as `value`, which has the leading axes of `stack` and then those named."""
+    assert role not in ("matrix", "kernel") or len(own_axes(axes)) > 1, f"{axes}: what has one dimension is no {role}"
+    value = jnp.asarray(value, jnp.float32)  # whatever JAX_ENABLE_X64 says
     return nnx.Param(value, axes=lead_axes(stack) + axes, role=role, group=group, rate=1.0)
+
+
+def _narrow(value: jax.Array) -> jax.Array:
+    """`value` in 32 bits, whatever JAX_ENABLE_X64 says."""
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return value.astype(jnp.float32)
+    return value.astype(jnp.int32) if jnp.issubdtype(value.dtype, jnp.integer) else value
 
 
 def normal_param(

@@ -5,13 +5,15 @@ from typing import Any
 import jax
 import optax
 
-from adaptive.optim.config import OptimizerConfig, ScheduleConfig
+from adaptive.optim.config import ScheduleConfig
 from adaptive.optim.groups import decayed, groups, rates
+from adaptive.optim.optimizers import Optimizer
 from adaptive.optim.schedule import make_schedule
 
 
-def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW, schedule; norms are not decayed (MoR paper, appendix on set-up; released code).
+def make_optimizer(config: Optimizer, schedule: ScheduleConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, the optimizer's update, weight decay, schedule; norms are not decayed (MoR paper, appendix
+    on set-up; released code).
 
     Parameters that the language-model loss does not reach get a chain of their own: their gradients are clipped apart
     from the rest. A parameter's rate multiplies the whole update, weight decay included, as if it had its own learning
@@ -21,7 +23,7 @@ def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, steps: int
     def chain() -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+            config.update(),
             optax.add_decayed_weights(config.weight_decay, mask=lambda params: decayed(params, config.decay)),
             scale_by_rate(),
             optax.scale_by_learning_rate(make_schedule(schedule, config.learning_rate, steps)),

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from adaptive.layers.site import STACKING, Axes
 
 Decay = Literal["matrices", "official"]
 
@@ -15,13 +18,13 @@ Decay = Literal["matrices", "official"]
 def decayed(params: Any, rule: Decay = "matrices") -> Any:
     """True for every parameter that weight decay reaches.
 
-    matrices  matrices, embeddings and the weights of convolutions among them; no scale of a norm, no bias, no vector
+    matrices  matrices, embeddings among them, and kernels of convolutions; no scale of a norm, no bias, no vector
     official  all but what the H-Net release leaves out: biases, of convolutions and of the residual projection, and the
               scale of Mamba's gated norm. All other norms and vectors are decayed (released code, utils/train.py,
               group_params)
     """
     if rule == "matrices":
-        return _asked(params, lambda about: about["role"] == "matrix")
+        return _asked(params, lambda about: about["role"] in ("matrix", "kernel"))
     return _asked(params, lambda about: about["role"] not in ("bias", "gated_scale"))
 
 
@@ -33,6 +36,30 @@ def rates(params: Any) -> Any:
 def groups(params: Any) -> Any:
     """ "auxiliary" for the parameters that losses of their own train, "main" for all others."""
     return _asked(params, lambda about: about["group"])
+
+
+def updated_by_muon(params: Any) -> Any:
+    """ "muon" for the matrices inside the network, "adamw" for all other parameters."""
+    return _asked(params, lambda about: "muon" if _dimensions(about) else "adamw")
+
+
+def matrices(params: Any) -> Any:
+    """Of each matrix inside the network the places of the dimensions that it reads and writes; None of all else."""
+    return _asked(params, _dimensions)
+
+
+def _dimensions(about: dict[str, Any]) -> MuonDimensionNumbers | None:
+    axes: Axes = about["axes"]
+    places = [i for i, name in enumerate(axes) if name not in STACKING]
+    if about["role"] != "matrix" or "vocab" in axes:  # embedding and head
+        return None
+    if len(places) == 2:
+        return MuonDimensionNumbers((places[0],), (places[1],))
+    if axes[places[0]] == "width":  # [width, heads, head_dim]
+        return MuonDimensionNumbers((places[0],), tuple(places[1:]))
+    if axes[places[-1]] == "width":  # [heads, head_dim, width]
+        return MuonDimensionNumbers(tuple(places[:-1]), (places[-1],))
+    return None
 
 
 def _asked(params: Any, answer: Callable[[dict[str, Any]], Any]) -> Any:

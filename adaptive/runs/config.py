@@ -1,8 +1,29 @@
-"""Which checkpoints a run keeps: plain data."""
+"""What a run begins from, and which checkpoints it keeps: plain data."""
 
 import dataclasses
 
+from adaptive.errors import RecipeError
 from adaptive.settings import ranged
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What a new run begins from in place of parameters drawn from the seed: its steps, schedule and data are its own.
+
+    The command's --init_from RUN[@STEP] sets `run` and `step`.
+    """
+
+    run: str = ""  # workdir of another run; empty: none
+    step: int = ranged(0, least=0)  # of the checkpoint there
+    optimizer: bool = False  # take its optimizer's state as well: moments, but not the place in the schedule
+    # Parameters that are drawn from the seed all the same: their paths, as in embedding or body/core/*, or what these
+    # begin with.
+    fresh: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """Raises RecipeError for settings that say nothing without a run."""
+        if not self.run and self != InitConfig():
+            raise RecipeError("init.step, init.optimizer and init.fresh need init.run, or --init_from RUN[@STEP]")
 
 
 @dataclasses.dataclass(frozen=True)

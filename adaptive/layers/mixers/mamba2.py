@@ -117,9 +117,9 @@ class Mamba2(MixerModule):
         make = functools.partial(param, stack=stack)
         bound = 1 / math.sqrt(taps)
         tap = functools.partial(uniform, low=-bound, high=bound)
-        self.conv_x = make(tap(rest[0], taps, heads, dim), (None, "heads", None), role="matrix")
+        self.conv_x = make(tap(rest[0], taps, heads, dim), (None, "heads", None), role="kernel")
         self.conv_x_bias = make(tap(rest[1], heads, dim), ("heads", None), role="bias")
-        self.conv_bc = make(tap(rest[2], taps, 2 * n), (None, None), role="matrix")
+        self.conv_bc = make(tap(rest[2], taps, 2 * n), (None, None), role="kernel")
         self.conv_bc_bias = make(tap(rest[3], 2 * n), (None,), role="bias")
 
         low, high = map(math.log, DT_RANGE)
@@ -232,14 +232,14 @@ def _same_segment(segments: jax.Array, taps: int) -> tuple[jax.Array, ...]:
     What was carried in is of the first position's segment.
     """
     changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
-    runs = jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
+    runs = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     past = jnp.pad(runs, ((0, 0), (taps - 1, 0)))
     return tuple(past[:, taps - 1 - ago :][:, : runs.shape[1]] == runs for ago in range(taps))
 
 
 def _extended(segments: jax.Array, valid: jax.Array) -> jax.Array:
     """The segments, with positions that are not valid in that of the row's last valid one."""
-    last = jnp.maximum(valid.sum(axis=1, keepdims=True) - 1, 0)
+    last = jnp.maximum(valid.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1, 0)
     return jnp.where(valid, segments, jnp.take_along_axis(segments, last, axis=1))
 
 
@@ -250,7 +250,7 @@ def _last(inputs: tuple[jax.Array, jax.Array], before: jax.Array, valid: jax.Arr
     both = jnp.concatenate([before, own.astype(before.dtype)], axis=1)
     if valid is None:
         return both[:, -taps:]
-    index = valid.sum(axis=1)[:, None] + jnp.arange(taps)
+    index = valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(taps, dtype=jnp.int32)
     return jnp.take_along_axis(both, index[..., None], axis=1)
 
 
