@@ -31,6 +31,7 @@ def check_fingerprint(state: dict | None, fingerprint: str) -> None:
     if state is not None and state["fingerprint"] != fingerprint:
         raise DataError(
             f"the saved position is in other data: fingerprint {state['fingerprint'][:12]}, the recipe's is "
-            f"{fingerprint[:12]}. The text, the tokenizer or one of data.seq_len, weights, shuffle, shuffle_seed and "
-            "validation_every changed: restore it, or start a new workdir"
+            f"{fingerprint[:12]}. The text, the tokenizer, what documents begin or end with (data.bos, data.eos), "
+            "or one of data.seq_len, weights, shuffle, shuffle_seed and validation_every changed: restore it, or start a "
+            "new workdir"
         )

@@ -1,3 +1,4 @@
+import os
 import struct
 
 import numpy as np
@@ -155,6 +156,17 @@ def test_a_changed_file_is_read_again(tmp_path, read):
     file.write_bytes(np.append(FLAT, 7).astype(np.uint16).tobytes())
     second = read(file)
     assert second.max_id == END and len(second) == 9 and second.fingerprint != first
+
+
+def test_content_of_the_same_size_and_age_is_read_again(tmp_path, read):
+    file = tmp_path / "a.bin"
+    file.write_bytes(FLAT.astype(np.uint16).tobytes())
+    first, before = read(file), file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # as coarse as the clock of the file system
+        file.write_bytes(FLAT[::-1].astype(np.uint16).tobytes())
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert read(file).documents.tolist() == [0, 4, 6, 8] != first.documents.tolist()
 
 
 def test_trains_on_foreign_tokens(tmp_path):
