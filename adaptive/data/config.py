@@ -20,9 +20,10 @@ class DataConfig:
                    Megatron-LM and OLMo (.bin, .npy)
       huggingface  hub datasets, streamed: "repo" or "repo:config"; the first 4,096 documents are held out
       synthetic    tasks made from an index: uniform, copy, reverse, recall, chase, addition, brackets
+      own          functions of the user's, as MODULE:FUNCTION, that give documents; read as a hub dataset is
     """
 
-    source: Literal["embedded", "files", "tokens", "huggingface", "synthetic"] = "embedded"
+    source: Literal["embedded", "files", "tokens", "huggingface", "synthetic", "own"] = "embedded"
     paths: tuple[str, ...] = ("english",)
     # Proportion of rows drawn from each path; () mixes by size (streams equally).
     weights: tuple[float, ...] = ranged((), above=0)
@@ -76,7 +77,7 @@ class DataConfig:
             found["text_key"] = f"{at} has no fields of text"
         if self.source != "tokens":
             found["token_dtype"] = f"{at} reads no files of tokens"
-        if self.source in ("huggingface", "synthetic"):
+        if self.source in ("huggingface", "synthetic", "own"):
             found["validation_every"] = f"{at} holds out rows of its own"
         if not self.shuffle and self.source != "synthetic":
             found["shuffle_seed"] = "data.shuffle=false"

@@ -13,6 +13,7 @@ from adaptive.data.config import DataConfig
 from adaptive.data.files import digest
 from adaptive.data.foreign import open_tokens
 from adaptive.data.huggingface import HubDocuments
+from adaptive.data.own import OwnDocuments
 from adaptive.data.prepare import cached_store, source_files
 from adaptive.data.shards import Shard, check_fingerprint
 from adaptive.data.store import TokenStore
@@ -217,8 +218,9 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
         )
     row_marker(config.boundaries, tokenizer)  # a missing package is told before text is prepared
     if config.source == "huggingface":
-        streams = [HubDocuments(path, config.text_key) for path in config.paths]
-        return StreamedData(config, tokenizer, streams, rows)
+        return StreamedData(config, tokenizer, [HubDocuments(path, config.text_key) for path in config.paths], rows)
+    if config.source == "own":
+        return StreamedData(config, tokenizer, [OwnDocuments(path) for path in config.paths], rows)
     if config.source == "synthetic":
         if config.boundaries != "none":
             raise DataError(f"data.boundaries={config.boundaries} needs text; synthetic tasks are none: set it to none")
