@@ -22,7 +22,13 @@ from adaptive.training.report.experts import layer_names
 from adaptive.training.report.heat import heat_map
 from adaptive.training.report.numbers import clock, compact, duration
 from adaptive.training.report.page import write_report
-from adaptive.training.report.passage import passage_digits, passage_html, print_passage
+from adaptive.training.report.passage import (
+    passage_digits,
+    passage_html,
+    passage_shaded,
+    print_chunks,
+    print_passage,
+)
 from adaptive.training.report.runs import load_run
 from adaptive.training.report.schema import (
     END_MARK,
@@ -202,6 +208,30 @@ def test_the_settings_that_differ_from_the_recipe_file_are_listed(tmp_path, monk
     path = write_example(tmp_path / "run", "mor", steps=20)
     monkeypatch.setattr("adaptive.training.report.runs.load", lambda name: recipe_of("mor", steps=600))
     assert "train.steps: 600 -&gt; 20" in report(path).text
+
+
+def test_where_a_run_came_from_is_told(tmp_path):
+    (tmp_path / "recipe.json").write_text(recipe_of("mor").to_json())
+    assert "Origin" not in report(tmp_path).titles
+    code = {"package": {"commit": "0123456789abcdef", "changed": True}, "working_folder": None}
+    start = {
+        "time": "2026-11-29T12:00:00+00:00",
+        "host": "here",
+        "command": "adaptive train <b>",
+        "adaptive": "1",
+        **code,
+    }
+    (tmp_path / "starts.jsonl").write_text(f'{json.dumps(start)}\n{{"host": 3}}\n')
+    page = report(tmp_path)
+    assert "Origin" in page.titles and "2 starts" in page.text
+    assert "adaptive train &lt;b&gt;" in page.text and "adaptive 1, 0123456789ab+<" in page.text
+
+
+def test_text_of_a_passage_steers_no_terminal():
+    out = io.StringIO()
+    print_chunks([TokenRecord("a\x1b[31m\nb", 1, 1.0, 1, (0.5,))], 1, out)
+    assert "\x1b" not in out.getvalue() and "a␛[31m↵\nb" in out.getvalue()
+    assert "\x1b" not in str(passage_shaded([TokenRecord("\x1b[2J", 1, 1.0, 1, (0.5,))], 3))
 
 
 def test_several_runs_are_compared(runs):

@@ -3,6 +3,7 @@
 import html
 from typing import Any
 
+from adaptive.runs.origin import starts
 from adaptive.training.report.charts import Series, line_chart
 from adaptive.training.report.chunks import size_tile, stages_of
 from adaptive.training.report.layout import grid, section, smooth, table
@@ -117,3 +118,30 @@ def recipe(run: Run) -> str:
             "details", element("summary", f"All {len(settings)} settings, as resolved") + table(rows, kind="settings")
         ),
     )
+
+
+def origin(run: Run) -> str:
+    """Every start of the run: when, where, by which command, from which code."""
+    found = starts(run.path)
+    if not found:
+        return ""
+    shown = [
+        [_told(start, name) for name in ("time", "host", "devices", "command")] + [_code(start)] for start in found
+    ]
+    rows = [("time", "host", "devices", "command", "code"), *shown]
+    count = f"{len(found)} start{'s' * (len(found) != 1)}"
+    return section("Origin", element("details", element("summary", count) + table(rows, kind="settings")))
+
+
+def _told(start: dict[str, Any], name: str) -> str:
+    return str(start.get(name) or "")
+
+
+def _code(start: dict[str, Any]) -> str:
+    """Version of the package, and commits, with a plus where files had changed."""
+    told = [f"adaptive {_told(start, 'adaptive')}"]
+    for name in ("package", "working_folder"):
+        if isinstance(found := start.get(name), dict):
+            commit = f"{str(found.get('commit'))[:12]}{'+' * bool(found.get('changed'))}"
+            told.append(commit if name == "package" else f"working folder {commit}")
+    return ", ".join(told)

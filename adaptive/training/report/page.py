@@ -11,7 +11,7 @@ from adaptive.training.report.chunks import chunks, stages_of
 from adaptive.training.report.compare import comparison
 from adaptive.training.report.compute import compute
 from adaptive.training.report.experts import experts
-from adaptive.training.report.overview import learning, recipe, tiles
+from adaptive.training.report.overview import learning, origin, recipe, tiles
 from adaptive.training.report.parts import parts
 from adaptive.training.report.routing import deep_tokens, routing
 from adaptive.training.report.runs import Run, load_run
@@ -48,6 +48,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
             parts(run),
             compute(run),
             recipe(run),
+            origin(run),
             element("footer", html.escape(_footer(run))),
         )
     )
@@ -122,4 +123,4 @@ def _alerts(run: Run) -> str:
 
 def _footer(run: Run) -> str:
     written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    return f"Made from {run.path.resolve()} on {written}. It can be made again with python -m adaptive.report."
+    return f"Made from {run.path.resolve()} on {written}. It can be made again with adaptive report."
