@@ -12,14 +12,13 @@ from adaptive.errors import UserError
 from adaptive.recipe import Recipe
 
 
-def keep_compilations() -> Path:
-    """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine; its path.
+def keep_compilations() -> str:
+    """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine; its place.
 
-    JAX_COMPILATION_CACHE_DIR moves it. Raises UserError where the user has no folder that can be written.
+    JAX_COMPILATION_CACHE_DIR moves it, also to an address that jax knows (gs://). Raises UserError where the user has no folder that can be written.
     """
-    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = Path(named) if named else cache_folder() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder() / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_raise_persistent_cache_errors", False)
     return folder
