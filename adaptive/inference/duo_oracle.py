@@ -84,7 +84,7 @@ def search(
             out = model(tokens, positions=positions, segment_ids=segment_ids, logits=False)
             weight = model.head_weight().astype(out.hidden.dtype)
             chunk = chunk_length(tokens.shape[1], tokens.shape[0], len(weight))
-            return cross_entropy_sum(out.hidden, weight, targets, jnp.ones(tokens.shape), chunk)[1]
+            return cross_entropy_sum(out.hidden, weight, targets, jnp.ones(tokens.shape, jnp.float32), chunk)[1]
 
         def better(best: tuple[jax.Array, jax.Array], path: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
             least, chosen = best
@@ -92,7 +92,7 @@ def search(
             wins = loss < least
             return (jnp.where(wins, loss, least), jnp.where(wins[..., None], path, chosen)), None
 
-        start = jnp.full(tokens.shape, jnp.inf), jnp.zeros((*tokens.shape, layers), jnp.int32)
+        start = jnp.full(tokens.shape, jnp.inf, jnp.float32), jnp.zeros((*tokens.shape, layers), jnp.int32)
         (loss, path), _ = jax.lax.scan(better, start, tried)
         return Oracle(loss, path, losses(jnp.full(layers, SMALL, jnp.int32)))
 

@@ -116,7 +116,7 @@ def routes(wanted: jax.Array, sent: jax.Array, me: jax.Array | int) -> tuple[Rou
 
 def truncated(wanted: jax.Array, room: int) -> jax.Array:
     """Of i32[devices, ...] rows that come from each device in turn, those that fit into `room` rows in all."""
-    total = jnp.minimum(jnp.cumsum(wanted, 0), room)
+    total = jnp.minimum(jnp.cumsum(wanted, 0, dtype=jnp.int32), room)
     return jnp.diff(total, axis=0, prepend=jnp.zeros_like(total[:1]))
 
 

@@ -182,11 +182,11 @@ class _Trip:
         self.most = min(count, task.held * -(-_most_per_expert(task) // task.settings.overlap))
         self.room = receive_rows(count, size, self.most, task.settings.buffer_factor)
         wanted = task.comm.gather(group_sizes[None]).reshape(size, size, task.held)
-        between = wanted.sum(-1)
+        between = wanted.sum(-1, dtype=jnp.int32)
         sent = truncated(between, self.room)
         self.there, self.back = routes(between, sent, me)
         come = _first(wanted[:, me], sent[:, me])
-        self.sizes = come.sum(0)
+        self.sizes = come.sum(0, dtype=jnp.int32)
         self.index, self.inverse = by_expert(come, self.room)
         self.lost = _lost(task, between[me] - sent[me])
 
@@ -240,7 +240,8 @@ def _seen_slots(task: Task, slots: Slots) -> jax.Array:
 def _seen_rows(task: Task, rows: RaggedRows) -> Done:
     comm, count, me = task.comm, len(rows.tokens), task.comm.index()
     wanted = comm.gather(rows.group_sizes[None])
-    between = wanted.reshape(comm.size, -1, task.held).sum(-1)  # rows that each source has for each set of experts held
+    # rows that each source has for each set of experts held
+    between = wanted.reshape(comm.size, -1, task.held).sum(-1, dtype=jnp.int32)
     most = min(count, task.held * _most_per_expert(task))
     room = receive_rows(count, comm.size, most, -1 if task.whole else task.settings.buffer_factor)
     sent = truncated(between, room)
@@ -253,7 +254,7 @@ def _seen_rows(task: Task, rows: RaggedRows) -> Done:
     tokens = pick(comm.gather(rows.tokens[None]) + _first_token(task))
     scale = pick(comm.gather(rows.weights))
     seen = comm.gather(task.x)
-    out = task.feed_forward(task.weights, take(seen, tokens, None), come.sum(0))
+    out = task.feed_forward(task.weights, take(seen, tokens, None), come.sum(0, dtype=jnp.int32))
     lost = _lost(task, (between - sent)[me])
     return _sent_back(task, combine(out, scale, tokens, None, len(seen))), lost
 

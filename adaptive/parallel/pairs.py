@@ -73,7 +73,7 @@ permute.defvjp(
 
 def segments(starts: jax.Array, sizes: jax.Array, length: int, absent: int) -> jax.Array:
     """i32[length]: the indices starts[i], ..., starts[i] + sizes[i] - 1 of each segment i in turn, then `absent`."""
-    ends = jnp.cumsum(sizes)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
     position = jnp.arange(length, dtype=jnp.int32)
     segment = jnp.minimum(jnp.searchsorted(ends, position, side="right"), len(sizes) - 1)
     index = starts[segment] + position - (ends - sizes)[segment]
@@ -82,12 +82,12 @@ def segments(starts: jax.Array, sizes: jax.Array, length: int, absent: int) -> j
 
 def before(sizes: jax.Array, axis: int = 0) -> jax.Array:
     """Exclusive cumulative sum."""
-    return jnp.cumsum(sizes, axis) - sizes
+    return jnp.cumsum(sizes, axis, dtype=jnp.int32) - sizes
 
 
 def every(sizes: jax.Array, step: int) -> list[jax.Array]:
     """For sorted rows dealt out in turn to `step` parts, the group sizes of each part: i32[groups] each."""
-    ends = jnp.cumsum(sizes)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
 
     def dealt(rows: jax.Array, part: int) -> jax.Array:
         """How many of the first `rows` rows go to `part`."""

@@ -53,10 +53,10 @@ def chunks(shape: tuple[int, ...], length: int, present: jax.Array | None, segme
     """The chunks of `length` that each document is cut into from its start; arguments as for `neighbours`."""
     batch, seq = shape
     inside = numbered(shape, segments)
-    where = jnp.ones(shape) if present is None else present.astype(jnp.float32)
+    where = jnp.ones(shape, jnp.float32) if present is None else present.astype(jnp.float32)
     if segments is None:
         of, number = inside // length, -(-seq // length)
     else:
         of, number = jnp.cumsum(inside % length == 0, axis=1, dtype=jnp.int32) - 1, seq
-    own = Chunks(of, jnp.zeros((batch, number)), length)
+    own = Chunks(of, jnp.zeros((batch, number), jnp.float32), length)
     return own._replace(tokens=own.sum(where))

@@ -70,9 +70,9 @@ class Dispatch:
 
     def _dense(self, values: jax.Array) -> jax.Array:
         if self.by == "expert":
-            put = lambda i, v: jax.vmap(lambda i, v: jnp.zeros(self.seq).at[i].add(v))(i, v).T  # noqa: E731
+            put = lambda i, v: jax.vmap(lambda i, v: jnp.zeros(self.seq, jnp.float32).at[i].add(v))(i, v).T  # noqa: E731
             return jax.vmap(put)(self.index, values)
-        put = lambda i, v: jnp.zeros(self.experts).at[i].add(v)  # noqa: E731
+        put = lambda i, v: jnp.zeros(self.experts, jnp.float32).at[i].add(v)  # noqa: E731
         return jax.vmap(jax.vmap(put))(self.index, values)
 
 
@@ -94,7 +94,7 @@ def by_token(
         index=jnp.clip(index, 0, experts - 1).astype(jnp.int32),
         weights=jnp.where(valid, weights, 0.0),
         valid=valid,
-        zero_weights=jnp.zeros((batch, seq, 0)) if zero_weights is None else zero_weights,
+        zero_weights=jnp.zeros((batch, seq, 0), jnp.float32) if zero_weights is None else zero_weights,
         by="token",
         experts=experts,
         seq=seq,
@@ -118,7 +118,7 @@ def by_expert(index: jax.Array, weights: jax.Array, valid: jax.Array, seq: int) 
         index=index,
         weights=jnp.where(valid, weights, 0.0),
         valid=valid,
-        zero_weights=jnp.zeros((batch, seq, 0)),
+        zero_weights=jnp.zeros((batch, seq, 0), jnp.float32),
         by="expert",
         experts=experts,
         seq=seq,
@@ -188,5 +188,5 @@ def count(ids: jax.Array, length: int) -> jax.Array:
     """f32[length]: how often each of 0..length-1 occurs in `ids` i32; others are not counted."""
     # A sum per sequence before the sum over the batch: nothing but the small result moves between devices.
     rows = ids.reshape(ids.shape[0], -1) if ids.ndim > 1 else ids[None]
-    once = jax.vmap(lambda row: jnp.zeros(length + 1).at[jnp.minimum(row, length)].add(1.0))
+    once = jax.vmap(lambda row: jnp.zeros(length + 1, jnp.float32).at[jnp.minimum(row, length)].add(1.0))
     return once(rows).sum(0)[:length]

@@ -54,7 +54,7 @@ def _triangle(keep: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
         return weight[..., ::-1, ::-1], carried[..., ::-1]
     zero = keep == 0
     total = jnp.cumsum(jnp.log(jnp.where(zero, 1, keep)), -1)
-    run = jnp.cumsum(zero, -1)
+    run = jnp.cumsum(zero, -1, dtype=jnp.int32)
     within = jnp.tril(run[..., :, None] == run[..., None, :])
     # Masked before exp: above the diagonal the difference is positive and may overflow.
     weight = jnp.exp(jnp.where(within, total[..., :, None] - total[..., None, :], -jnp.inf))

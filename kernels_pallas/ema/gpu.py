@@ -44,7 +44,7 @@ def recurrence(
 def _kernel(gain_ref, keep_ref, x_ref, initial_ref, out_ref, *, columns, reverse):
     _, n, width = x_ref.shape
     row, column = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
-    inside = pl.program_id(0) * columns + jnp.arange(columns) < width
+    inside = pl.program_id(0) * columns + jnp.arange(columns, dtype=jnp.int32) < width
 
     def position(i):
         return n - 1 - i if reverse else i

@@ -69,7 +69,7 @@ class Block:
         self.start, self.mask = first, None
         if end is not None:
             self.start = jnp.minimum(first, total - size)  # near the last row, reach back over rows that are done
-            row = self.start + jnp.arange(size)
+            row = self.start + jnp.arange(size, dtype=jnp.int32)
             self.mask = ((row >= first) & (row < end))[:, None]
 
     def of(self, x: jax.Array) -> jax.Array:
@@ -87,8 +87,8 @@ class Block:
 
 def over_groups(visit: Callable[[jax.Array, State], State], group_sizes: jax.Array, state: State) -> State:
     """`state` after `visit(group, state)` for each group that has rows."""
-    order = jnp.argsort(group_sizes == 0, stable=True)
-    count = (group_sizes > 0).sum()
+    order = jnp.argsort(group_sizes == 0, stable=True).astype(jnp.int32)
+    count = (group_sizes > 0).sum(dtype=jnp.int32)
     return lax.fori_loop(0, count, lambda i, state: visit(order[i], state), like(group_sizes, state))
 
 
@@ -96,7 +96,7 @@ def over_blocks(
     group: jax.Array, group_sizes: jax.Array, total: int, step: Callable[[Block, State], State], state: State
 ) -> State:
     """`state` after `step(block, state)` for blocks that hold each of the group's rows once; `total`: all rows."""
-    end = jnp.cumsum(group_sizes)[group]
+    end = jnp.cumsum(group_sizes, dtype=jnp.int32)[group]
     first = end - group_sizes[group]
     *full, last = [size for size in BLOCKS if size <= total] or [total]
     for size in full:

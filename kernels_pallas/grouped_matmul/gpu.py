@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -77,7 +78,7 @@ def _outer(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group_sizes: j
     """[G, K, N]: of each group, its rows [., K] transposed times its cotangents [., N]."""
     groups, k, n = weights.shape
     block_r, block_n, block_k = _tile(rows.shape[0], _depth(rows.dtype)), _tile(n, COLUMNS), _tile(k, ROWS)
-    end = jnp.cumsum(group_sizes)
+    end = jnp.cumsum(group_sizes, dtype=jnp.int32)
     return pl.pallas_call(
         functools.partial(_outer_kernel, blocks=(block_r, block_n, block_k)),
         out_shape=_shape(weights.shape, weights),
@@ -102,7 +103,7 @@ def _outer_kernel(first_ref, end_ref, rows_ref, d_ref, out_ref, *, blocks):
         b = _load(d_ref.at[pl.ds(at, block_r), pl.ds(column, block_n)], row_mask, column_mask)
         return total + plt.dot(a, b, trans_a=True)
 
-    steps = pl.cdiv(end - first, block_r)
+    steps = lax.div(end - first + (block_r - 1), np.int32(block_r))
     total = lax.fori_loop(0, steps, step, jnp.zeros((block_k, block_n), jnp.float32))
     out = out_ref.at[group, pl.ds(depth, block_k), pl.ds(column, block_n)]
     plt.store(out, total.astype(out_ref.dtype), mask=k_mask[:, None] & column_mask[None, :])
@@ -115,8 +116,8 @@ def _tiles(group_sizes: jax.Array, total: int, block: int) -> tuple[jax.Array, j
     need at most; a tile too many begins at `total` and has no rows.
     """
     sizes = jnp.append(group_sizes, total - group_sizes.sum()).astype(jnp.int32)
-    count = pl.cdiv(sizes, block)
-    last, end = jnp.cumsum(count), jnp.cumsum(sizes)
+    count = lax.div(sizes + (block - 1), np.int32(block))
+    last, end = jnp.cumsum(count, dtype=jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)
     tile = jnp.arange(total // block + sizes.size, dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(last, tile, side="right", method="compare_all"), sizes.size - 1)
     first = (end - sizes)[group] + (tile - (last - count)[group]) * block
@@ -128,7 +129,7 @@ def _load(ref: Any, row_mask: jax.Array, column_mask: jax.Array) -> jax.Array:
 
 
 def _within(start: jax.Array, size: int, end: jax.Array | int) -> jax.Array:
-    return start + jnp.arange(size) < end
+    return start + jnp.arange(size, dtype=jnp.int32) < end
 
 
 def _tile(size: int, most: int) -> int:

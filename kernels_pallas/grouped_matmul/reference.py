@@ -12,7 +12,7 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) 
     group_sizes  i32[G]
     returns      [R, N] in rows' dtype, 0 past the last group; the sum over K is float32
     """
-    end = jnp.cumsum(group_sizes)
+    end = jnp.cumsum(group_sizes, dtype=jnp.int32)
     row = jnp.arange(rows.shape[0])
     mask = (row >= (end - group_sizes)[:, None]) & (row < end[:, None])
     products = jnp.einsum("rk,gkn->grn", rows, weights, preferred_element_type=jnp.float32)

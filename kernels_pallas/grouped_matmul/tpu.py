@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -31,7 +32,7 @@ def backward(
 
 def _within_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """x, 0 past the last group: what a kernel leaves in rows that it does not visit is its own affair."""
-    return jnp.where((jnp.arange(x.shape[0]) < group_sizes.sum())[:, None], x, 0)
+    return jnp.where((jnp.arange(x.shape[0], dtype=jnp.int32) < group_sizes.sum())[:, None], x, 0)
 
 
 def outer(
@@ -94,11 +95,11 @@ def _visits(group_sizes: jax.Array, total: int, block: int) -> tuple[jax.Array, 
     without rows is visited once, to be written as 0. Visits left over are to the last group, with no rows.
     """
     sizes = group_sizes.astype(jnp.int32)
-    end = jnp.cumsum(sizes)
+    end = jnp.cumsum(sizes, dtype=jnp.int32)
     first = end - sizes
     low = first // block
-    count = jnp.where(sizes > 0, pl.cdiv(end, block) - low, 1)
-    after = jnp.cumsum(count)
+    count = jnp.where(sizes > 0, lax.div(end + (block - 1), np.int32(block)) - low, 1)
+    after = jnp.cumsum(count, dtype=jnp.int32)
     visit = jnp.arange(pl.cdiv(total, block) + sizes.size, dtype=jnp.int32)
     group = jnp.searchsorted(after, visit, side="right", method="compare_all").astype(jnp.int32)
     over = group == sizes.size

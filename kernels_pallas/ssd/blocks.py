@@ -56,7 +56,7 @@ def runs_of(x: jax.Array, segments: jax.Array | None) -> jax.Array:
     if segments is None:
         return jnp.zeros(x.shape[:2], jnp.int32)
     changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
-    return jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def accumulator(x: jax.Array) -> jnp.dtype:

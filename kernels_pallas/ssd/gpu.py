@@ -58,7 +58,7 @@ def _kernel(
     x_ref, b_ref, c_ref, runs_ref, total_ref, dt_ref, into_ref, out_of_ref, state_ref, y_ref, final_ref, *, size, blocks
 ):
     head, row = pl.program_id(0), pl.program_id(1)
-    position = jnp.arange(size)
+    position = jnp.arange(size, dtype=jnp.int32)
     causal = position[:, None] >= position[None, :]
 
     def body(k: Any, state: jax.Array) -> jax.Array:

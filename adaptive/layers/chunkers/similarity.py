@@ -37,5 +37,5 @@ class Similarity(dynamic.Dynamic):
             return Boundaries(prob, prob >= 0.5)
         root = 1 / self.temperature
         sharp = jnp.where(prob >= 0.5, prob**root, 1 - (1 - prob) ** root)
-        drawn = jax.random.uniform(heard.key, prob.shape) < jax.lax.stop_gradient(sharp)
+        drawn = jax.random.uniform(heard.key, prob.shape, prob.dtype) < jax.lax.stop_gradient(sharp)
         return Boundaries(prob, drawn | heard.first)

@@ -231,7 +231,8 @@ def _seen(where: Where, window: int, sees: str) -> jax.Array:
     before = jnp.where(first > 0, jnp.take_along_axis(total, jnp.maximum(first - 1, 0), axis=1), 0.0)
     if sees == "past":
         return total - before
-    last = jnp.full(where.shape, where.shape[1] - 1) if where.segments is None else jax.vmap(_last_of)(where.segments)
+    end = jnp.full(where.shape, where.shape[1] - 1, jnp.int32)
+    last = end if where.segments is None else jax.vmap(_last_of)(where.segments)
     if window:
         until = jax.vmap(lambda index: jnp.searchsorted(index, index + window))(where.index)
         last = jnp.minimum(last, until.astype(jnp.int32) - 1)

@@ -21,7 +21,7 @@ def computed(experts: Matrices, x: jax.Array, dispatch: Dispatch, execution: Exe
     """
     weights = experts.weights(x.dtype)
     if execution == "dense":
-        return _dense(weights, experts.activation, x, dispatch), jnp.zeros(())
+        return _dense(weights, experts.activation, x, dispatch), jnp.zeros((), jnp.float32)
 
     def feed_forward(weights, rows, group_sizes):
         if group_sizes is None:

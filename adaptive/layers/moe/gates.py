@@ -25,9 +25,9 @@ def straight_through(logits: jax.Array, temperature: jax.Array | float, key: jax
     a key there is no noise: the largest logit.
     """
     if key is not None:
-        logits = logits + jax.random.gumbel(key, logits.shape)
+        logits = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
     soft = jax.nn.softmax(logits / temperature, axis=-1)
-    hard = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    hard = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
     return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))
 
 

@@ -414,12 +414,12 @@ class HNet(BodyModule):
         own = StageTrace(found.prob, mask, found.wanted & ~mask, exists, selection)
         stages = (own, *trace.stages)
         depth = outwards((own,), trace.depth, 0).reshape(shape)
-        count = depth.size if where.exists is None else jnp.maximum(where.exists.sum(), 1)
+        count = depth.size if where.exists is None else jnp.maximum(where.exists.sum(dtype=jnp.float32), 1)
         stats = chunk_statistics(found, mask, exists)
         scalars = (trace.scalars or {}) | {f"{name}_{self.stage}": value for name, value in stats.items()} | ratios
-        scalars["chunks_per_byte"] = stages[-1].boundary_mask.sum() / count
-        if "mean_depth" in scalars:
-            scalars["mean_depth"] = depth.sum() / count  # passes per position, where the network inside counts by chunk
+        scalars["chunks_per_byte"] = stages[-1].boundary_mask.sum(dtype=jnp.float32) / count
+        if "mean_depth" in scalars:  # passes per position, where the network inside counts by chunk
+            scalars["mean_depth"] = depth.sum(dtype=jnp.float32) / count
         scores = tuple(outwards((own,), a, jnp.nan).reshape(shape) for a in trace.scores)
         return AuxLosses({**through.aux, **aux}), trace._replace(
             depth=depth, scores=scores, scalars=scalars, stages=stages

@@ -111,7 +111,7 @@ class Layer(RoutedLayer):
         present = where_present(context.present, x.shape[:2])
         key = context.key if context.training else None
         taken = straight_through(self.loops(x), self.tau[...], key)  # [batch, seq, loops]
-        mean_loops = (taken * jnp.arange(1, o.loops + 1)).sum(-1)
+        mean_loops = (taken * jnp.arange(1, o.loops + 1, dtype=jnp.int32)).sum(-1)
         width_share = (o.loops - mean_loops) / o.loops
 
         logits = self.router(x)
@@ -153,7 +153,7 @@ class Layer(RoutedLayer):
 
     def _mixed(self, x: jax.Array, taken: jax.Array) -> jax.Array:
         """Y_d - x, f32[batch, seq, width], with every loop computed for every token."""
-        h, y = x, jnp.zeros(x.shape)
+        h, y = x, jnp.zeros(x.shape, jnp.float32)
         for loop in range(self.options.loops):  # the paper's index
             h = h + self.feed_forward(self.norm(h))
             y = y + taken[..., loop, None] * (h - x).astype(jnp.float32)
@@ -167,7 +167,7 @@ class Layer(RoutedLayer):
         h = x
         for loop in range(self.options.loops):
             index = jnp.zeros((*count.shape, 1), jnp.int32)
-            dispatch = by_token(index, jnp.ones(index.shape), (count > loop)[..., None], 1)
+            dispatch = by_token(index, jnp.ones(index.shape, jnp.float32), (count > loop)[..., None], 1)
             h = h + computed(one, self.norm(h), dispatch, execution)[0].astype(x.dtype)
         return (h - x).astype(jnp.float32)
 
