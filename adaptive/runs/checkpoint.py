@@ -1,30 +1,28 @@
 """Checkpoints: everything the next step depends on, written beside training, read back whole or not at all.
 
 A checkpoint is a folder named by its step: the arrays of the state under plain, stable names, and one JSON object that
-says what they are (`about`). It gets its name only when complete, and older ones are removed only after that. Reading
-never changes a folder.
+says what they are (`about`). The arrays have a digest there, and all of it a checksum. A checkpoint gets its name only
+when complete, and older ones are removed only after that. Reading never changes a folder.
 """
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import adaptive
 from adaptive.errors import CheckpointError
 from adaptive.parallel.cluster import anywhere
 from adaptive.runs.config import CheckpointConfig
+from adaptive.runs.digest import checksum, digest, named
 from adaptive.runs.state import TrainState
 
 FORMAT_VERSION = 1
@@ -34,7 +32,6 @@ _GRACE_S = 60  # after that, for the threads that wait to say so
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # how Orbax names what it has not finished
 _ORBAX = f"orbax{os.sep}checkpoint"  # in the path of its modules
-_WRAPPERS = ("inner_states", "inner_state")  # fields of optax that wrap the states of a chain and tell nothing
 
 Say = Callable[[str], None]
 
@@ -81,8 +78,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending, readable or not."""
-        names = (entry.name for entry in self._folder.glob("*") if entry.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return steps_in(self._folder)
 
     def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint and returns when the state's arrays may be changed again.
@@ -97,7 +93,7 @@ class Checkpoints:
         self._put_damaged_aside()
         if step in self.steps():
             return
-        arrays = _named(state)
+        arrays = named(state)
         about = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -108,6 +104,7 @@ class Checkpoints:
             "arrays": {name: [a.dtype.name, list(a.shape)] for name, a in arrays.items()},
             "digest": digest(state),
         }
+        about["checksum"] = checksum(about)
         failure = None
         try:
             _write(self._manager(), step, arrays, about)
@@ -225,64 +222,13 @@ class Checkpoints:
         self._manager().reload()
 
 
-# Names and digests
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending, readable or not."""
+    names = (entry.name for entry in folder.glob("*") if entry.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
-def digest(tree: Any) -> str:
-    """16 hexadecimal digits that tell whether two trees hold the same arrays under the same names, bit for bit.
-
-    Each array is hashed where it lies, every element's bits mixed with its position, and summed modulo 2^32: the result
-    depends neither on the sharding nor on the order of the sum. For comparing runs and finding damage; it is no
-    cryptographic hash.
-    """
-    arrays = _named(tree)
-    seeds = np.array([zlib.crc32(name.encode()) for name in arrays], np.uint32)
-    sums = jax.device_get(_sums(list(arrays.values()), seeds)) if arrays else []
-    rows = [f"{name} {a.dtype.name} {a.shape} {total}" for (name, a), total in zip(arrays.items(), sums, strict=True)]
-    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _sums(arrays: list[jax.Array], seeds: jax.Array) -> jax.Array:
-    """u32[len(arrays)]. One program: many small ones with collectives could starve each other of threads."""
-    return jnp.stack([_hashed(a, seed) for a, seed in zip(arrays, seeds, strict=True)])
-
-
-def _hashed(a: jax.Array, seed: jax.Array) -> jax.Array:
-    """u32[]; the mixing is the finalizer of MurmurHash3, applied to bits and position together."""
-    a = jnp.asarray(a)
-    if a.dtype == jnp.bool_:
-        a = a.astype(jnp.uint8)
-    width = min(32, a.dtype.itemsize * 8)
-    bits = jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-    position = jnp.full(bits.shape, seed, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(bits.ndim)):  # no reshape: it would gather a sharded array
-        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        position += index * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    return _mixed(bits ^ _mixed(position)).sum(dtype=jnp.uint32)
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves under names such as params/block/attention/q, opt/main/1/mu/embedding, step."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {_name(path): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two arrays of the state would get the same name in a checkpoint"
-    return named
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    if parts and isinstance(path[-1], jax.tree_util.GetAttrKey) and parts[-1] == "value":
-        parts.pop()  # an nnx.Variable around the array
-    return "/".join(part for part in parts if part not in _WRAPPERS)
+# Names
 
 
 def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,8 +329,8 @@ def _read(manager: Any, folder: Path, step: int, abstract: TrainState) -> Restor
     import orbax.checkpoint as ocp
 
     about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-    wanted = _named(abstract)
-    _check(about, folder / str(step), wanted)
+    wanted = named(abstract)
+    _check(about, folder / str(step), step, wanted)
     into = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in wanted.items()}
     items = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(into)))
     tree = manager.restore(step, args=items)["state"]
@@ -396,10 +342,11 @@ def _read(manager: Any, folder: Path, step: int, abstract: TrainState) -> Restor
     return Restored(state, step, about["data_state"], about["recipe"], found)
 
 
-def read_part(folder: Path, step: int, part: Any) -> Any:
+def read_part(folder: Path, step: int, part: Any, leave: Callable[[str], bool] = lambda name: False) -> Any:
     """Some fields of the TrainState of a checkpoint, the others left unread: parameters without optimizer states.
 
-    part  {field: tree of ShapeDtypeStructs with shardings}; the same with arrays is returned
+    part   {field: tree of ShapeDtypeStructs with shardings, or of arrays}; the same with arrays is returned
+    leave  whether the array of a name (`named`) is returned as `part` has it, whatever the checkpoint holds
 
     Raises CheckpointError for a checkpoint that cannot be read, that is of a newer format or that holds other arrays.
     Damage that shows in no error goes unseen, as the digest is of the whole.
@@ -407,11 +354,13 @@ def read_part(folder: Path, step: int, part: Any) -> Any:
     _silence()
     import orbax.checkpoint as ocp
 
-    where, wanted = Path(folder).absolute() / str(step), _named(part)
+    where, leaves = Path(folder).absolute() / str(step), named(part)
+    wanted = {name: a for name, a in leaves.items() if not leave(name)}
     try:
         about = ocp.JsonCheckpointHandler().restore(where / "about")
         _check_version(about, where)
-        saved = {n: a for n, a in about["arrays"].items() if n.partition("/")[0] in part}
+        _check_whole(about, step)
+        saved = {n: a for n, a in about["arrays"].items() if n.partition("/")[0] in part and not leave(n)}
         _check_arrays(saved, where, wanted)
         into = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in wanted.items()}
         nested = _nested(into)
@@ -423,12 +372,15 @@ def read_part(folder: Path, step: int, part: Any) -> Any:
         raise
     except Exception as error:  # damaged files show as errors of many kinds
         raise CheckpointError(f"{where} cannot be read: {_reason(error)}") from None
-    return jax.tree.unflatten(jax.tree.structure(part), [_leaf(tree, name) for name in wanted])
+    read = [_leaf(tree, name) if name in wanted else a for name, a in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(part), read)
 
 
-def _check(about: Mapping[str, Any], where: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises CheckpointError unless the checkpoint is of this format, random keys and arrays."""
+def _check(about: Mapping[str, Any], where: Path, step: int, wanted: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the checkpoint is of this format, random keys and arrays, ValueError where it was
+    changed."""
     _check_version(about, where)
+    _check_whole(about, step)
     if about["key_implementation"] != _key_implementation():
         raise CheckpointError(
             f"{where} holds a random key of {about['key_implementation']}, this run uses {_key_implementation()}: "
@@ -444,6 +396,14 @@ def _check_version(about: Mapping[str, Any], where: Path) -> None:
             f"{where} has checkpoint format {version}, this version of adaptive ({adaptive.__version__}) reads up to "
             f"{FORMAT_VERSION}; it was written by adaptive {about['program']['adaptive']}: update to read it"
         )
+
+
+def _check_whole(about: Mapping[str, Any], step: int) -> None:
+    """Raises ValueError where what stands beside the arrays is not as it was saved, or not under its own step."""
+    if "checksum" in about and about["checksum"] != checksum(about):  # the first versions wrote none
+        raise ValueError("what is said beside its arrays (position in the data, step, recipe) was changed")
+    if about["step"] != step:
+        raise ValueError(f"it is the checkpoint of step {about['step']}, not of {step} as its folder is called")
 
 
 def _check_arrays(arrays: Mapping[str, Any], where: Path, wanted: Mapping[str, Any]) -> None:

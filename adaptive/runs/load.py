@@ -9,7 +9,7 @@ from flax import nnx
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.errors import CheckpointError
 from adaptive.recipe import Recipe
-from adaptive.runs.checkpoint import read_part
+from adaptive.runs.checkpoint import read_part, steps_in
 from adaptive.runs.folder import RunFolder
 from adaptive.runs.platform import compute_dtype
 from adaptive.runs.state import abstract_model
@@ -49,7 +49,7 @@ def find(workdir: str | Path, step: int | None = None) -> Found:
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(f"--workdir {folder.path} holds no run: {folder.recipe.name}: {why}") from None
     recipe = Recipe.from_json(text, where=str(folder.recipe))
-    steps = sorted(int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdecimal())
+    steps = steps_in(folder.checkpoints)
     if not steps:
         raise CheckpointError(
             f"{folder.path} has no checkpoint yet; training saves every checkpoint.every={recipe.checkpoint.every} "

@@ -23,8 +23,9 @@ from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules
 from adaptive.runs import checkpoint
-from adaptive.runs.checkpoint import FORMAT_VERSION, Checkpoints, digest
+from adaptive.runs.checkpoint import FORMAT_VERSION, Checkpoints, read_part, steps_in
 from adaptive.runs.config import CheckpointConfig
+from adaptive.runs.digest import checksum, digest
 from adaptive.runs.state import TrainState, fresh_state
 
 pytestmark = pytest.mark.compiles
@@ -84,9 +85,11 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def edit_about(folder: Path, **changes) -> None:
+def edit_about(folder: Path, *, signed: bool = True, **changes) -> None:
+    """Changes what stands beside the arrays; signed: as if it had been saved so."""
     path = folder / "about" / "metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    about = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({**about, "checksum": checksum(about)} if signed else about))
 
 
 # Round trips
@@ -210,6 +213,42 @@ def test_whatever_byte_is_wrong_nothing_wrong_comes_back(tmp_path):
                 assert line.startswith("warning: checkpoint 2 cannot be read (") and "going on from step 1" in line
             shutil.rmtree(folder)
     assert passed_over > len(files)  # the test does damage
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_state": {"index": 17}},
+        {"step": 3},
+        {"recipe": {"name": "r", "seed": 1}},
+        {"digest": "0" * 16},
+        {"new": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_stands_beside_the_arrays_is_believed_only_as_it_was_saved(tmp_path, change):
+    save_all(tmp_path, 1, 2)
+    edit_about(tmp_path / "2", signed=False, **change)
+    said: list[str] = []
+    with open_checkpoints(tmp_path, said) as checkpoints:
+        assert checkpoints.restore(small()).step == 1
+    assert "checkpoint 2 cannot be read (what is said beside its arrays" in said[0] and "was changed" in said[0]
+    with pytest.raises(CheckpointError, match="was changed"):
+        read_part(tmp_path, 2, {"params": small().params})
+
+
+def test_a_checkpoint_is_of_the_step_that_its_folder_says(tmp_path):
+    save_all(tmp_path, 1, 2)
+    (tmp_path / "2").rename(tmp_path / "9")
+    said: list[str] = []
+    with open_checkpoints(tmp_path, said) as checkpoints:
+        assert checkpoints.steps() == [1, 9]
+        assert checkpoints.restore(small()).step == 1
+    assert "checkpoint 9 cannot be read (it is the checkpoint of step 2, not of 9 as its folder is called)" in said[0]
+    with pytest.raises(CheckpointError, match="of step 2, not of 9"):
+        read_part(tmp_path, 9, {"params": small().params})
+    (tmp_path / "1").rename(tmp_path / "01")
+    assert steps_in(tmp_path) == [9]
 
 
 def test_a_step_that_was_damaged_can_be_saved_again(tmp_path):
