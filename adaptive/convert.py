@@ -22,7 +22,8 @@ from typing import Any
 from adaptive import command, doctor
 from adaptive.errors import CheckpointError, RecipeError, UserError
 from adaptive.paths import local_path
-from adaptive.recipe import Recipe
+from adaptive.recipe import Recipe, name_from
+from adaptive.settings import parse_json
 
 TOKENIZERS = {"hnet": "hnet-bytes"}  # of the kinds that know theirs
 
@@ -35,7 +36,7 @@ def options() -> command.Options:
     add("--config", default="", help="the released configuration (JSON)")
     add("--workdir", default="", help="folder of the run: a new one; with --export that of a model")
     add("--export", default="", help="file to write; of hnet the configuration too, beside it as *.json")
-    add("--allow_pickle", action="store_true", help="read PyTorch files with torch, which runs whatever code is in them")
+    add("--allow_pickle", action="store_true", help="read PyTorch files with torch, which runs any code in them")
     made.add_settings()
     return made
 
@@ -150,16 +151,16 @@ def save(recipe: Recipe, model: Any, workdir: Path) -> None:
 def name_of(config: Path) -> str:
     """The model's name: that of its configuration file, or of the folder around one that is called config.json."""
     stem = config.absolute().parent.name if config.stem == "config" else config.stem
-    return stem or "converted"
+    return name_from(stem or "converted")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        config = parse_json(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read --config {path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise CheckpointError(f"--config {path} is not JSON: {error}") from None
+        raise CheckpointError(f"--config {path} is not JSON that can be used: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"--config {path} must be a JSON object of settings, not a {type(config).__name__}")
     return config

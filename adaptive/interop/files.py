@@ -3,25 +3,31 @@
 A PyTorch file is a zip archive with a pickle that may, by its format, run any code. Without `allow_pickle` only what a
 dict of tensors is made of is understood, and nothing else is ever called; torch need not be installed. What is read:
 
-    *.safetensors             the safetensors package (pip install 'adaptive[hf]')
+    *.safetensors             the safetensors package (pip install 'adaptive-lm[hf]')
     *.pt, *.pth, *.bin, ...   an archive that torch.save of version 1.6 or later wrote
-    *.index.json, or a folder with one, or with files of one of these kinds: all of the tensors of several files
+    *.index.json, or a folder: all of the tensors of several files (see adaptive.interop.folder)
+
+Nothing is read that a file could not hold: what it claims is compared with its size first.
 """
 
 import collections
 import io
-import json
+import math
 import pickle
+import pickletools
+import re
 import types
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from adaptive.errors import CheckpointError
+from adaptive.interop.dtypes import not_a_weight
+from adaptive.interop.folder import weight_files
 
 _STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
@@ -32,11 +38,19 @@ _STORAGES = {
 # they are read as nothing. The release's own script expects OmegaConf's lists in its checkpoints.
 _NOTHING_IN = ("omegaconf", "typing")
 _NOTHING = {
-    "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "collections.defaultdict",
+    "torch.per_tensor_affine", "torch.per_channel_affine", "torch.Tensor", "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter", "collections.defaultdict",
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "long", "object", "set", "str", "tuple")),
 }  # fmt: skip
 _WRAPPERS = ("model", "state_dict")  # keys under which training scripts keep the tensors
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_TORCH_DTYPES = re.compile(r"(q?u?int|float|bfloat|complex|bits)\d\w*")
+_SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL"}
+
+
+class _Unread(NamedTuple):
+    """Stands for a tensor that numpy has no numbers for."""
+
+    dtype: str
 
 
 def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:
@@ -44,12 +58,13 @@ def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, n
 
     allow_pickle  let torch read PyTorch files, which runs whatever code is in them: for files from a source you trust
 
-    What lies under "model" or "state_dict" in a PyTorch file is taken out. Raises CheckpointError for what is missing,
-    damaged, of another format, or holds anything else than a dict of tensors.
+    What lies under "model" or "state_dict" in a PyTorch file is taken out. Arrays may be views of one another and not
+    writeable. Raises CheckpointError for what is missing, damaged, of another format, claims more than it can hold, is
+    of no dtype that numpy has, or holds anything else than a dict of tensors.
     """
     path = Path(path).expanduser()
     tensors: dict[str, np.ndarray] = {}
-    for file in _files(path):
+    for file in weight_files(path):
         try:
             found = _read_file(file, allow_pickle)
         except OSError as error:
@@ -72,35 +87,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
         raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-# Which files
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        indices = sorted(path.glob("*.index.json"))
-        for found in (indices[:1], sorted(path.glob("*.safetensors"))):
-            if found:
-                return _indexed(found[0]) if found[0].suffix == ".json" else found
-        found = sorted(file for file in path.iterdir() if file.suffix in _TORCH_SUFFIXES)
-        if not found:
-            raise CheckpointError(f"{path} has no *.safetensors, *.pt, *.pth or *.bin files")
-        return found
-    if not path.exists():
-        near = [file.name for file in sorted(path.parent.glob("*")) if file.suffix == path.suffix][:3]
-        hint = f"; there is {', '.join(near)}" if near else ""
-        raise CheckpointError(f"no file {path}{hint}")
-    return _indexed(path) if path.suffix == ".json" else [path]
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files of an index, weight_map: {tensor: file}."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index} is not a checkpoint index: it has no weight_map") from None
-    if missing := [name for name in names if not (index.parent / str(name)).is_file()]:
-        raise CheckpointError(f"{index} names {missing[0]}, which is not beside it")
-    return [index.parent / name for name in names]
+# One file
 
 
 def _read_file(path: Path, allow_pickle: bool) -> dict[str, np.ndarray]:
@@ -109,11 +96,7 @@ def _read_file(path: Path, allow_pickle: bool) -> dict[str, np.ndarray]:
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a pointer of Git LFS, not the file itself: git lfs pull")
     if path.suffix == ".safetensors":
-        library = _safetensors()
-        try:
-            return library.load_file(path)
-        except library.SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
+        return _read_safetensors(path)
     if allow_pickle:
         return _read_with_torch(path)
     if not start.startswith(b"PK"):
@@ -124,15 +107,30 @@ def _read_file(path: Path, allow_pickle: bool) -> dict[str, np.ndarray]:
     return _read_torch_archive(path)
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    library = _safetensors()
+    try:
+        with library.safe_open(path, framework="np") as file:  # compares its header with the file's size
+            for name in file.keys():  # noqa: SIM118
+                if (dtype := str(file.get_slice(name).get_dtype())) not in _SAFETENSORS_DTYPES:
+                    raise CheckpointError(f"{path}: {not_a_weight(name, dtype)}")
+        return library.load_file(path)
+    except library.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
 def _safetensors() -> Any:
     try:
         import safetensors
         import safetensors.numpy
     except ImportError:
-        raise CheckpointError("*.safetensors files need the package safetensors: pip install 'adaptive[hf]'") from None
+        raise CheckpointError(
+            "*.safetensors files need the package safetensors: pip install 'adaptive-lm[hf]'"
+        ) from None
     return types.SimpleNamespace(
         load_file=safetensors.numpy.load_file,
         save_file=safetensors.numpy.save_file,
+        safe_open=safetensors.safe_open,
         SafetensorError=safetensors.SafetensorError,
     )
 
@@ -160,26 +158,44 @@ class _Reader(pickle.Unpickler):
     """Builds what a dict of tensors is made of and calls nothing else."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, name: str):
-        super().__init__(io.BytesIO(archive.read(name)))
         self._path, self._archive, self._folder = path, archive, name.rpartition("/")[0]
+        self._left = path.stat().st_size
+        content = self._read(name)
+        super().__init__(io.BytesIO(content))
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name == "LONG_BINPUT" and int(argument or 0) > len(
+                content
+            ):  # memory is taken for as many objects
+                raise ValueError(f"it numbers an object {argument}, more than it can hold")
         order = f"{self._folder}/byteorder"
-        big = order in archive.namelist() and archive.read(order).strip() == b"big"
-        self._order = ">" if big else "<"
+        self._big = order in archive.namelist() and self._read(order).strip() == b"big"
         self._storages: dict[str, np.ndarray] = {}
+
+    def _read(self, name: str) -> bytes:
+        """An entry. torch.save does not compress, so that all of them together are no larger than the file."""
+        self._left -= self._archive.getinfo(name).file_size
+        if self._left < 0:
+            raise CheckpointError(
+                f"{self._path} claims to hold more than its {self._path.stat().st_size:,} bytes: it is compressed, "
+                "which torch.save does not do, or made up"
+            )
+        return self._archive.read(name)
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         known = {
             "collections.OrderedDict": collections.OrderedDict,
             "torch._utils._rebuild_tensor_v2": _tensor,
+            "torch._utils._rebuild_tensor_v3": lambda *about: _Unread(about[6].name),
+            "torch._utils._rebuild_qtensor": lambda storage, *_: storage,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
             "torch._tensor._rebuild_from_type_v2": lambda rebuild, kind, arguments, state: rebuild(*arguments),
         }
         if full in known:
             return known[full]
-        if module == "torch" and name in _STORAGES:
-            return _Storage(name)
+        if module in ("torch", "torch.storage") and (name.endswith("Storage") or _TORCH_DTYPES.fullmatch(name)):
+            return _Kind(name)
         full = full.replace("__builtin__.", "builtins.", 1)
         if full in _NOTHING or module.partition(".")[0] in _NOTHING_IN:
             return _Nothing
@@ -188,21 +204,23 @@ class _Reader(pickle.Unpickler):
             "--allow_pickle reads it with torch, which runs whatever code is in it"
         )
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def persistent_load(self, pid: Any) -> np.ndarray | _Unread:
         """The storage [elements] that ("storage", type, key, device, elements) names."""
         _, kind, key, _, count = pid
+        if kind.name not in _STORAGES:
+            return _Unread(kind.name.removesuffix("Storage"))
         if key not in self._storages:
             dtype = np.dtype(_STORAGES[kind.name])
-            raw = self._archive.read(f"{self._folder}/data/{key}")
+            raw = self._read(f"{self._folder}/data/{key}")
             if len(raw) < count * dtype.itemsize:
                 raise ValueError(f"tensor data {key} is cut off after {len(raw)} of {count * dtype.itemsize} bytes")
             values = np.frombuffer(raw, dtype, count=count)
-            self._storages[key] = values.byteswap() if self._order == ">" else values
+            self._storages[key] = values.byteswap() if self._big else values
         return self._storages[key]
 
 
-class _Storage:
-    """Stands for a type of storage."""
+class _Kind:
+    """Stands for a type of storage, or a dtype."""
 
     def __init__(self, name: str):
         self.name = name
@@ -220,15 +238,18 @@ class _Nothing:
     def append(self, _: Any) -> None: ...
 
 
-def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
+def _tensor(storage: Any, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray | _Unread:
     """The array of `shape` whose element [i, j, ...] is storage[offset + i strides[0] + j strides[1] + ...]."""
+    if isinstance(storage, _Unread):
+        return storage
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     empty = 0 in shape
     if min((offset, *shape, *strides), default=0) < 0 or (not empty and last >= storage.size):
         raise ValueError(f"a tensor of shape {list(shape)} reaches beyond its data")
+    if math.prod(shape) > storage.size:
+        raise ValueError(f"a tensor of shape {list(shape)} has more numbers than its data, {storage.size}")
     steps = tuple(step * storage.itemsize for step in strides)
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
-    return np.ascontiguousarray(view).reshape(shape)
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
 
 
 def _read_with_torch(path: Path) -> dict[str, np.ndarray]:
@@ -251,7 +272,10 @@ def _read_with_torch(path: Path) -> dict[str, np.ndarray]:
         value = value.detach().contiguous()
         if value.dtype == torch.bfloat16:
             return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return value.numpy()
+        try:
+            return value.numpy()
+        except (TypeError, RuntimeError):
+            return _Unread(str(value.dtype).removeprefix("torch."))
 
     return _unwrapped(path, array(content))
 
@@ -261,9 +285,9 @@ def _unwrapped(path: Path, content: Any) -> dict[str, np.ndarray]:
     for _ in range(2):
         inside = (content.get(name) for name in _WRAPPERS) if isinstance(content, Mapping) else ()
         content = next((inner for inner in inside if isinstance(inner, Mapping)), content)
-    tensors = dict(_arrays(content))
+    tensors = dict(_arrays(path, content))
     if not tensors:
-        keys = f"a dict of {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else (
+        keys = f"a dict of {', '.join(map(_shown, list(content)[:4]))}" if isinstance(content, Mapping) else (
             f"a {type(content).__name__}"
         )  # fmt: skip
         raise CheckpointError(
@@ -273,8 +297,14 @@ def _unwrapped(path: Path, content: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _arrays(content: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _shown(key: Any) -> str:
+    return key if isinstance(key, str) else type(key).__name__
+
+
+def _arrays(path: Path, content: Any) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(content, Mapping):
         for name, value in content.items():
+            if isinstance(name, str) and isinstance(value, _Unread):
+                raise CheckpointError(f"{path}: {not_a_weight(name, value.dtype)}")
             if isinstance(name, str) and isinstance(value, np.ndarray):
                 yield name, value

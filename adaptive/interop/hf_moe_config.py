@@ -42,6 +42,7 @@ _DEFAULTS: dict[Kind, dict[str, Any]] = {
 }  # fmt: skip
 QK_NORMS: dict[Kind, Literal["none", "head", "full"]] = {"mixtral": "none", "olmoe": "full", "qwen3_moe": "head"}
 KINDS: tuple[Kind, ...] = tuple(QK_NORMS)
+MOST_LAYERS = 10_000  # each is listed before any tensor is looked at
 
 
 def config_from_transformers(kind: Kind, config: Mapping[str, Any]) -> language_model.Settings:
@@ -155,8 +156,8 @@ def _attention(fields: _Fields) -> Attention:
 def _feed_forwards(fields: _Fields) -> list[FeedForward]:
     """That of each layer."""
     layers = fields.integer("num_hidden_layers")
-    if layers < 1:
-        raise fields.wrong("num_hidden_layers", "must be at least 1")
+    if not 1 <= layers <= MOST_LAYERS:
+        raise fields.wrong("num_hidden_layers", f"must be at least 1 and at most {MOST_LAYERS}")
     plain_one, routed, only = (
         dense.Settings(fields.integer("intermediate_size")),
         _experts(fields),

@@ -115,6 +115,8 @@ def parse_layout(layout: str | list[Any], *, where: str = "arch_layout") -> Layo
                 f"{where}={layout!r}: not a list (character {error.pos + 1}: {error.msg}); "
                 """write it as in ["m4", ["T22"], "m4"]"""
             ) from None
+        except RecursionError:
+            raise RecipeError(f"{where} is nested too deeply") from None
     encoders: list[Runs] = []
     decoders: list[Runs] = []
     at = ""
@@ -136,10 +138,10 @@ def _runs(text: Any, where: str) -> Runs:
         raise RecipeError(f"{where}: {json.dumps(text)} is no text of blocks, as in m4 or T1m4")
     runs, at = [], 0
     while at < len(text):
-        found = re.compile(r"([A-Za-z])(\d+)").match(text, at)
+        found = re.compile(r"([A-Za-z])(\d{1,4})(?!\d)").match(text, at)
         if found is None or found[1] not in LETTERS or int(found[2]) == 0:
             rest = text[at:]
-            why = "a letter and a count of at least 1, as in m4" if found is None or found[1] in LETTERS else (
+            why = "a letter and a count from 1 to 9999, as in m4" if found is None or found[1] in LETTERS else (
                 f"{found[1]!r} is no block; there are m (Mamba-2), M (with feed-forward), t (attention), T (with it)"
             )  # fmt: skip
             raise RecipeError(f"{where}, character {at + 1} of {text!r}: cannot read {rest!r}: {why}")

@@ -16,6 +16,7 @@ from adaptive.models.depth import all as all_tokens
 
 _SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")
 _ROUTERS = ("linear", "mlp", "wide_mlp")
+MOST_LAYERS = 10_000  # each is built before any tensor is looked at
 # Values of optional llama keys for which the released network is the one built here.
 _PLAIN = {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "rope_scaling": (None,)}
 
@@ -37,7 +38,7 @@ def config_from_official(config: Mapping[str, Any]) -> language_model.Settings:
         width=llama.integer("hidden_size"),
         body=_body(config, llama),
         tie_embeddings=bool(llama.get("tie_word_embeddings", True)),
-        norm_eps=float(llama.get("rms_norm_eps", 1e-5)),
+        norm_eps=llama.number("rms_norm_eps", 1e-5),
     )
     ours.validate()
     return ours
@@ -69,6 +70,12 @@ class _Section:
             raise RecipeError(f"official config: {self._path}.{key} {found}; it must be an integer")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        value = self._values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecipeError(f"official config: {self._path}.{key} is {value!r}; it must be a number")
+        return float(value)
+
     def choice(self, key: str, known: tuple[str | None, ...], default: str | None = None) -> str | None:
         value = self._values.get(key, default)
         if value not in known:
@@ -79,7 +86,10 @@ class _Section:
 
 def _body(config: Mapping[str, Any], llama: _Section) -> Body:
     recursive, kv, mor = (_Section(config, name) for name in ("recursive", "kv_sharing", "mor"))
-    layers, recursions, sharing = _structure(llama.integer("num_hidden_layers"), recursive, kv, mor)
+    layers = llama.integer("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise RecipeError(f"official config: llama.num_hidden_layers={layers} must be at most {MOST_LAYERS}")
+    layers, recursions, sharing = _structure(layers, recursive, kv, mor)
     one = _block(llama)
     if recursions == 1:
         return plain.Settings(stack.Settings((one,), repeats=layers))
@@ -103,7 +113,7 @@ def _block(llama: _Section) -> block.Settings:
         heads=heads,
         kv_heads=llama.integer("num_key_value_heads", heads),
         head_dim=llama.integer("head_dim", width // max(heads, 1)),
-        rope_theta=float(llama.get("rope_theta", 10_000.0)),
+        rope_theta=llama.number("rope_theta", 10_000.0),
     )
     return block.Settings(attends, dense.Settings(llama.integer("intermediate_size")))
 
@@ -176,31 +186,31 @@ def _depth(config: Mapping[str, Any], mor: _Section, recursions: int) -> Depth:
     network = mor.choice("router_type", _ROUTERS, "linear")
     common: dict[str, Any] = {
         "network": "mlp" if network == "wide_mlp" else network,
-        "temperature": float(mor.get("temp", 1.0)),
+        "temperature": mor.number("temp", 1.0),
         "random": bool(mor.get("rand_router", False)),
-        "z_coefficient": float(mor.get("z_coeff", 0.001)) if mor.get("z_loss", False) else 0.0,
+        "z_coefficient": mor.number("z_coeff", 0.001) if mor.get("z_loss", False) else 0.0,
         "gating": part.choice("gating", ("weighted", "additive"), "weighted"),
     }
     if expert:
         warmup = part.get("cap_warmup_step")
         return expert_choice.Settings(
             activation=part.choice("router_func", ("sigmoid", "tanh", None)) or "none",  # type: ignore[arg-type]
-            alpha=float(part.get("alpha", 0.1)),
+            alpha=part.number("alpha", 0.1),
             capacities=_capacities(mor.get("capacity"), recursions),
             sampling=part.choice("sampling", ("aux_loss", "aux_router", None)) or "none",  # type: ignore[arg-type]
-            aux_coefficient=float(part.get("coeff", 0.01)),
+            aux_coefficient=part.number("coeff", 0.01),
             capacity_warmup_steps=int((config.get("num_warmup_steps") or 0) if warmup is None else warmup),
             **common,
         )
     activation = part.choice("router_func", ("softmax", "sigmoid", None), "softmax") or "softmax"
     return token_choice.Settings(
         activation=activation,  # type: ignore[arg-type]
-        alpha=float(part.get("alpha", 0.1 if activation == "sigmoid" else 1.0)),
+        alpha=part.number("alpha", 0.1 if activation == "sigmoid" else 1.0),
         balancing=part.choice("balancing", ("loss", "loss_free", None)) or "none",  # type: ignore[arg-type]
-        balance_coefficient=float(part.get("coeff", 0.01)),
-        bias_update_rate=float(part.get("u", 0.001)),
+        balance_coefficient=part.number("coeff", 0.01),
+        bias_update_rate=part.number("u", 0.001),
         # The released code counts its forward passes from 1 and warms up while the count is below the setting.
-        balance_warmup_steps=max(0, int(part.get("bal_warmup_step") or 0) - 1),
+        balance_warmup_steps=max(0, part.integer("bal_warmup_step", 0) - 1),
         **common,
     )
 

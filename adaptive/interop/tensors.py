@@ -1,6 +1,7 @@
 """What every kind of official weights shares: which tensor is which parameter, read in both directions."""
 
 import difflib
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from adaptive.errors import CheckpointError
+from adaptive.interop.dtypes import FLOATS, dtype_name, not_a_weight
 from adaptive.layers import block, stack
 from adaptive.models import language_model
 from adaptive.models.language_model import LanguageModel
@@ -101,9 +103,10 @@ def checked(
 ) -> dict[str, jax.Array]:
     """The tensors that `parts` names, in float32; aliases are other names of a tensor, which alone is read.
 
-    Raises CheckpointError for whatever is missing, unknown or misshapen, and for an alias of other values.
+    Raises CheckpointError for whatever is missing, unknown, misshapen, of integers or quantised, for numbers that are
+    not finite in float32, and for an alias of other values.
     """
-    named: dict[str, jax.Array] = {}
+    _check_dtypes(kind, tensors, parts, aliases)
     unknown = [name for name in tensors if name not in parts and name not in aliases]
     missing = [name for name in parts if name not in tensors]
     if missing:
@@ -116,17 +119,45 @@ def checked(
         hint = f"; a name of this model is {near}" if near else ""
         raise CheckpointError(f"official {kind}: {listed(unknown)} unknown to a model of this configuration{hint}")
     for name, part in parts.items():
-        value = tensors[name]
-        if tuple(value.shape) != part.shape:
-            raise CheckpointError(misshapen(kind, name, value, part.shape))
-        named[name] = jnp.asarray(value, jnp.float32)
+        if tuple(tensors[name].shape) != part.shape:
+            raise CheckpointError(misshapen(kind, name, tensors[name], part.shape))
+    _check_finite(kind, {name: tensors[name] for name in parts})
     for other, first in aliases.items():
         if other in tensors and not same(tensors[other], tensors[first]):
             raise CheckpointError(
                 f"official {kind}: {other} is another name of {first} in a model of this configuration, but its values "
                 f"differ or are traced; give {first} alone"
             )
-    return named
+    return {name: jnp.asarray(tensors[name], jnp.float32) for name in parts}
+
+
+def _check_dtypes(kind: str, tensors: Mapping[str, Any], parts: Mapping[str, Part], aliases: Mapping[str, str]) -> None:
+    """Raises CheckpointError for a parameter that is no float, and, where parameters are missing, for anything that is
+    none, as packed weights have names of their own."""
+    other = [name for name, value in tensors.items() if dtype_name(value) not in FLOATS]
+    complete = all(name in tensors for name in parts)
+    wrong = [name for name in other if not complete or name in parts or name in aliases]
+    if wrong:
+        more = f" ({len(wrong) - 1} more tensors are none of these either)" if len(wrong) > 1 else ""
+        raise CheckpointError(f"official {kind}: {not_a_weight(wrong[0], dtype_name(tensors[wrong[0]]))}{more}")
+
+
+def _check_finite(kind: str, tensors: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a known number is NaN, infinite, or beyond float32."""
+    bad = {name: count for name, value in tensors.items() if not traced(value) and (count := _not_finite(value))}
+    if bad:
+        name, count = next(iter(bad.items()))
+        more = f", and {sum(bad.values()) - count:,} in {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise CheckpointError(
+            f"official {kind}: {count:,} of the {math.prod(tensors[name].shape):,} numbers in {name} are not finite in "
+            f"float32{more}; such a model computes nothing"
+        )
+
+
+def _not_finite(value: Any) -> int:
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(value).astype(np.float32, copy=False)
+    return numbers.size - int(np.count_nonzero(np.isfinite(numbers)))
 
 
 def misshapen(kind: str, name: str, value: Any, shape: tuple[int, ...]) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from adaptive.errors import UserError
 from adaptive.interop.files import read_tensors, write_safetensors
+from adaptive.interop.folder import weight_files
 
 FLOATS = np.random.default_rng(0).standard_normal(24).astype(np.float32)
 
@@ -39,10 +40,13 @@ def table(**entries: bytes) -> bytes:
     return b"}(" + b"".join(text(key) + value for key, value in entries.items()) + b"u"
 
 
+def storage(kind="FloatStorage", key="0", count=24) -> bytes:
+    return row(text("storage"), f"ctorch\n{kind}\n".encode(), text(key), text("cpu"), number(count)) + b"Q"
+
+
 def tensor(key="0", kind="FloatStorage", count=24, offset=0, shape=(4, 6), strides=(6, 1)) -> bytes:
-    storage = row(text("storage"), f"ctorch\n{kind}\n".encode(), text(key), text("cpu"), number(count)) + b"Q"
-    places = (number(offset), row(*map(number, shape)), row(*map(number, strides)))
-    return called("torch._utils._rebuild_tensor_v2", storage, *places, b"\x89", called("collections.OrderedDict"))
+    places = (storage(kind, key, count), number(offset), row(*map(number, shape)), row(*map(number, strides)))
+    return called("torch._utils._rebuild_tensor_v2", *places, b"\x89", called("collections.OrderedDict"))
 
 
 def archive(path, content: bytes, data=None, name="archive/data.pkl"):
@@ -120,6 +124,26 @@ def test_anything_else_is_refused_and_not_called(tmp_path, name):
         (table(a=tensor(shape=(5, 6))), None, r"is damaged: a tensor of shape \[5, 6\] reaches beyond its data"),
         (table(a=tensor(strides=(-6, 1))), None, "reaches beyond its data"),
         (table(a=tensor(offset=-4)), None, "reaches beyond its data"),
+        (table(a=tensor(shape=(2**20, 2**20), strides=(0, 0))), None, "more numbers than its data, 24"),
+        (table(a=called("torch._utils._rebuild_qtensor", storage("QInt8Storage"))), None, "a is QInt8; .*quantised"),
+        (table(a=tensor(kind="ComplexFloatStorage")), None, "a is ComplexFloat; weights are read in float16, bfloat16"),
+        (
+            table(
+                a=called(
+                    "torch._utils._rebuild_tensor_v3",
+                    storage("UntypedStorage"),
+                    number(0),
+                    row(number(24)),
+                    row(number(1)),
+                    b"\x89",
+                    called("collections.OrderedDict"),
+                    b"ctorch\nfloat8_e4m3fn\n",
+                )
+            ),
+            None,
+            "a is float8_e4m3fn; .*quantised",
+        ),
+        (b"K\x00r" + struct.pack("<I", 2**30) + b"0" + table(a=tensor()), None, "numbers an object 1073741824"),
         (table(a=tensor()), {"0": FLOATS[:9]}, "cut off after 36 of 96 bytes"),
         (table(a=tensor("9")), None, r"is damaged: .*archive/data/9"),
         (row(number(1)), None, "no tensors by name, but a tuple"),
@@ -129,6 +153,18 @@ def test_anything_else_is_refused_and_not_called(tmp_path, name):
 def test_contents_that_do_not_fit(tmp_path, content, data, message):
     with pytest.raises(UserError, match=message):
         read_tensors(archive(tmp_path / "a.pt", content, data))
+
+
+def test_an_archive_that_unfolds_is_refused_before_it_does(tmp_path):
+    """A file of a few kilobytes whose zeros would fill the memory."""
+    path = archive(tmp_path / "a.pt", table(a=tensor(count=2**26, shape=(2**26,), strides=(1,))))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(
+            "archive/data.pkl", b"\x80\x02" + table(a=tensor(shape=(2**26,), strides=(1,), count=2**26)) + b"."
+        )
+        file.writestr("archive/data/0", bytes(2**20))
+    with pytest.raises(UserError, match=r"a\.pt claims to hold more than its [\d,]+ bytes: it is compressed"):
+        read_tensors(path)
 
 
 def test_files_that_are_something_else(tmp_path):
@@ -189,9 +225,79 @@ def test_a_folder_or_its_index_is_all_its_files(tmp_path):
         read_tensors(tmp_path)
 
 
+def header(path, **tensors) -> None:
+    """A safetensors file of this header and eight bytes."""
+    head = json.dumps(tensors).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(8))
+
+
+def test_safetensors_that_numpy_has_no_numbers_for_or_that_claim_too_much(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "a.safetensors"
+    header(path, x={"dtype": "F8_E4M3", "shape": [2, 4], "data_offsets": [0, 8]})
+    with pytest.raises(UserError, match=r"a\.safetensors: x is F8_E4M3; weights are read in float16.*quantised ones"):
+        read_tensors(path)
+    for offsets in ([0, 8], [0, 2**42]):
+        header(path, x={"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": offsets})
+        with pytest.raises(UserError, match="is damaged or no safetensors file"):
+            read_tensors(path)
+
+
+MISTRAL = ("consolidated.safetensors", "model-1.safetensors", "model-2.safetensors", "adapter_model.safetensors")
+TRAINED = ("pytorch_model.bin", "training_args.bin", "optimizer.bin", "rng_state_0.pth", "scheduler.pt")
+PARTS = ("part1.safetensors", "part2.safetensors")
+TORCH = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+META = ("consolidated.00.pth", "consolidated.01.pth")
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (MISTRAL, set(MISTRAL[1:3])),
+        ((*MISTRAL, *TRAINED, *META), set(MISTRAL[1:3])),
+        (("model.safetensors", "consolidated-1.safetensors"), {"model.safetensors"}),
+        ((*PARTS, "adapter_model.safetensors"), set(PARTS)),
+        (("adapter_model.safetensors", *TORCH), set(TORCH)),
+        (TRAINED, {"pytorch_model.bin"}),
+        (META, set(META)),
+        (("a.safetensors", "b-1.safetensors", "b-2.safetensors"), "a.safetensors; b-1.safetensors and 1 more. Give a"),
+        (("adapter_model.safetensors", "optimizer.pt"), "no weights of a whole model, only adapter_model"),
+        (("notes.txt",), r"has no \*\.safetensors"),
+    ],
+)  # fmt: skip
+def test_of_a_folder_one_set_of_weights_is_read(tmp_path, names, read):
+    for name in names:
+        (tmp_path / name).touch()
+    if isinstance(read, set):
+        assert {file.name for file in weight_files(tmp_path)} == read
+        return
+    with pytest.raises(UserError, match=read):
+        weight_files(tmp_path)
+
+
+def test_the_index_of_a_set_comes_before_its_files(tmp_path):
+    for name in (*MISTRAL, "model.safetensors"):
+        (tmp_path / name).touch()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    (tmp_path / "consolidated.safetensors.index.json").write_text("{}")
+    assert weight_files(tmp_path) == [tmp_path / "model-1.safetensors"]
+    for text, message in (
+        ('{"weight_map": {"a": "../model-1.safetensors"}}', "which is not beside it"),
+        ("[" * 100_000, "not a checkpoint index"),
+    ):
+        index.write_text(text)
+        with pytest.raises(UserError, match=message):
+            weight_files(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no file .*other\.index\.json; there is consolidated\.safetensors\.index\.json"
+    ):
+        weight_files(tmp_path / "other.index.json")
+
+
 def test_a_package_that_is_absent_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    with pytest.raises(UserError, match=r"pip install 'adaptive\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install 'adaptive-lm\[hf\]'"):
         write_safetensors(tmp_path / "a.safetensors", {"a": FLOATS})
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(UserError, match="torch, which is not installed"):
