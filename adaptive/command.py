@@ -133,7 +133,9 @@ class Options(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (--help shows all options)")
+        name, colon, what = message.removeprefix("argument ").partition(": ")
+        hint = f"; one that begins with - is written {name}=VALUE" if what == "expected one argument" else ""
+        raise UserError(f"{name}{colon}{what}{hint} (--help shows all options)")
 
 
 def number(

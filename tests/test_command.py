@@ -69,7 +69,7 @@ def test_settings_stand_anywhere_among_the_options(options):
         (["--share", "0"], "--share: 0: must be above 0 (--help shows all options)"),
         (["--share", "nan"], "--share: 'nan' is not a number (--help shows all options)"),
         (["--share", "inf"], "--share: 'inf' is not a number (--help shows all options)"),
-        (["--workdir"], "--workdir: expected one argument (--help shows all options)"),
+        (["--workdir", "-x"], "argument; one that begins with - is written --workdir=VALUE (--help shows all options)"),
         (["steps"], "'steps' is neither an option (--steps) nor a setting (name=value)"),
     ],
 )
