@@ -102,7 +102,9 @@ def test_a_run_prints_a_table_and_one_line_of_json(monkeypatch, capsys):
     (["model.sizee=3"], "does not exist"),
     (["model.body.core.blocks.0.mixer.kv_heads=3"], "is not a multiple of"),
     (["train.batch_size=7"], "does not divide over 8"),
-    (["--repeats", "0"], "--repeats is 0"),
+    (["--repeats", "0"], "--repeats: 0: must be at least 1"),
+    (["--repeats", "many"], "--repeats: 'many' is not a whole number"),
+    (["--againts", "mor_bench"], "did you mean --against?"),
 ])  # fmt: skip
 def test_mistakes_are_told_and_exit_with_2(extra, says, capsys):
     overrides = [o for o in SMALL if not o.startswith(extra[-1].partition("=")[0] + "=")]

@@ -148,6 +148,38 @@ def test_each_command_is_there_and_tells_its_options(capsys):
             assert capsys.readouterr().out.startswith(f"usage: adaptive {name} [-h]")
 
 
+AT = "gs://bucket/run"
+RELEASED = {"--tensors": "t", "--config": "c", "--workdir": "w"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", ["--recipe", "mor_tiny", "--workdir", AT]),
+        ("train", ["--recipe", f"{AT}.json"]),
+        ("train", ["--recipe", f"{AT}.py"]),
+        ("bench", ["train", "--recipe", f"{AT}.json"]),
+        ("generate", ["--workdir", AT]),
+        ("generate", ["--workdir", "w", "--prompt_file", AT]),
+        ("report", [AT]),
+        ("report", ["w", "--compare", "v", AT]),
+        ("data", ["prepare", "--source", "embedded:dna", "--tokenizer", "bytes", "--out", AT]),
+        ("data", ["prepare", "--source", AT, "--tokenizer", "bytes", "--out", "tokens"]),
+        *(
+            ("convert", ["--kind", "hnet", *(f"{key}={value}" for key, value in (RELEASED | {name: AT}).items())])
+            for name in RELEASED
+        ),
+        ("convert", ["--kind", "hnet", "--workdir", "w", "--export", f"{AT}.safetensors"]),
+    ],
+)
+def test_an_address_of_another_place_is_refused_at_once(capsys, monkeypatch, tmp_path, name, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main([name, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert AT in error and "is an address, and only paths on this machine work" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_command_that_is_not_there_is_refused(capsys):
     assert __main__.main(["trian", "--recipe", "x"]) == 2
     assert "there is no command 'trian'; did you mean train?" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from adaptive.data.tokenizers import load_tokenizer
@@ -41,8 +42,6 @@ def test_only_what_may_become_a_stop_text_waits():
 
 
 def test_a_prompt_may_hold_a_stop_text_and_marks_keep_their_places():
-    import numpy as np
-
     writer = Writer(load_tokenizer("bytes"), marks=True, stops=["END"])
 
     def push(text: str, begins: int, prompt: bool) -> str:
@@ -54,6 +53,12 @@ def test_a_prompt_may_hold_a_stop_text_and_marks_keep_their_places():
     assert push("E", 0, False) == "|EN" and not writer.stopped
     assert push("ND", 9, False) == "" and writer.stopped
     assert push("more", 0, False) == "" and writer.finish() == ""
+
+
+def test_marks_stay_colours_where_text_is_shown_safely():
+    writer = Writer(load_tokenizer("bytes"), marks=True, colour=True, safe=True)
+    text = writer.push(np.array([27, 99], np.int32), np.array([[True, False]]))
+    assert text == "\x1b[36m|\x1b[0m␛c"
 
 
 def test_what_would_steer_a_terminal_is_shown():
