@@ -32,6 +32,6 @@ def check_fingerprint(state: dict | None, fingerprint: str) -> None:
         raise DataError(
             f"the saved position is in other data: fingerprint {state['fingerprint'][:12]}, the recipe's is "
             f"{fingerprint[:12]}. The text, the tokenizer, what documents begin or end with (data.bos, data.eos), "
-            "or one of data.seq_len, weights, shuffle, shuffle_seed and validation_every changed: restore it, or start a "
-            "new workdir"
+            "or one of data.seq_len, weights, shuffle, shuffle_seed and validation_every changed: restore it, or start "
+            "a new workdir"
         )

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from adaptive.data.tokenizer_files import TokenizerFiles
+from adaptive.data.tokenizer_files import TokenizerFiles, explained
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _ANCHORS = 256  # tokens that are tried as neighbours
@@ -47,7 +47,8 @@ def _asked(files: TokenizerFiles, pieces: dict[int, str]) -> TokenTexts:
     """The texts that the library's decoder gives."""
 
     def decoded(*rows: list[int]) -> list[str]:
-        return files.library.decode_batch(list(rows), skip_special_tokens=False)
+        with explained("the decoder of the tokenizer.json cannot make text of its tokens"):
+            return files.library.decode_batch(list(rows), skip_special_tokens=False)
 
     alone = dict(zip(pieces, decoded(*([token] for token in pieces)), strict=True))
     single = _single_bytes(pieces) if "ByteFallback" in files.decoders else {}

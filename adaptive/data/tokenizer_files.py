@@ -4,10 +4,11 @@ that transformers writes beside it.
 Everything is checked while it is read: whatever a file holds, a UserError names the file and what is wrong.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def read_tokenizer(path: Path, config_path: Path, bos: str | None, eos: str) -> 
     encoder = _parsed(_without(markers, tree), path) if markers and _matches_pieces(tree["model"]) else library
     vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
     _check_ids(vocabulary, tree.get("added_tokens") or [], path)
-    before, after = _around(tree.get("post_processor"))
+    before, after = _around(_state(library.post_processor), path)
     config = _config(config_path)
     begin = _begin(bos, before, config, vocabulary, path)
     end = _end(eos, after, config, vocabulary, path)
@@ -68,8 +69,19 @@ def read_tokenizer(path: Path, config_path: Path, bos: str | None, eos: str) -> 
     added = library.get_added_tokens_decoder()
     special = frozenset(token for token, entry in added.items() if entry.special)
     return TokenizerFiles(
-        library, encoder, vocabulary, special, frozenset(_kinds(tree.get("decoder"))), begin, end, sha256
+        library, encoder, vocabulary, special, frozenset(_kinds(_state(library.decoder))), begin, end, sha256
     )
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns whatever the library raises inside the block into a DataError that begins with `what`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and panics that are no Exception
+        raise DataError(f"data.tokenizer: {what}: {error}") from None
 
 
 # Reading
@@ -87,14 +99,8 @@ def _parsed(content: bytes, path: Path) -> Any:
         import tokenizers
     except ImportError:
         raise DataError(f"the tokenizer {path} needs a package: pip install 'adaptive-lm[bpe]'") from None
-    try:
+    with explained(f"{path} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read"):
         library = tokenizers.Tokenizer.from_buffer(content)
-    except BaseException as error:  # the library raises plain Exception, and panics that are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise DataError(
-            f"data.tokenizer: {path} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read: {error}"
-        ) from None
     # Text of users is text: a marker such as <|endoftext|> inside it must not become a special token.
     library.encode_special_tokens = True
     library.no_truncation()
@@ -159,6 +165,11 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _state(part: Any) -> dict | None:
+    """A part of the library's tokenizer as JSON has it, in the form of today whatever the file's."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
 def _kinds(decoder: dict | None) -> set[str]:
     if decoder is None:
         return set()
@@ -168,25 +179,25 @@ def _kinds(decoder: dict | None) -> set[str]:
 # Begin and end
 
 
-def _around(processor: dict | None) -> tuple[list[int], list[int]]:
+def _around(processor: dict | None, path: Path) -> tuple[list[int], list[int]]:
     """Ids that a post-processor puts before a text and after it."""
-    kind = None if processor is None else processor["type"]
     if processor is None:
         return [], []
+    kind = processor["type"]
     if kind == "Sequence":
         before: list[int] = []
         after: list[int] = []
         for part in processor["processors"]:  # each puts its own around what those before it made
-            outer = _around(part)
+            outer = _around(part, path)
             before, after = outer[0] + before, after + outer[1]
         return before, after
     if kind == "TemplateProcessing":
-        pieces = processor["single"]
-        text = next((i for i, piece in enumerate(pieces) if "Sequence" in piece), len(pieces))
-        ids = [
-            processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else []
-            for piece in pieces
-        ]
+        pieces, known = processor["single"], processor["special_tokens"]
+        names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in pieces]
+        if unknown := {name for name in names if name is not None} - known.keys():
+            raise DataError(f"data.tokenizer: {path} puts {', '.join(unknown)} around texts and defines no such token")
+        ids = [[] if name is None else known[name]["ids"] for name in names]
+        text = names.index(None) if None in names else len(names)
         return list(itertools.chain(*ids[:text])), list(itertools.chain(*ids[text:]))
     if kind in ("BertProcessing", "RobertaProcessing"):
         return [processor["cls"][1]], [processor["sep"][1]]

@@ -17,7 +17,7 @@ import numpy as np
 from adaptive.data.corpus import embedded_file
 from adaptive.data.huggingface import hub_tokenizer
 from adaptive.data.token_texts import TokenTexts, token_texts
-from adaptive.data.tokenizer_files import CONFIG, TokenizerFiles, read_tokenizer
+from adaptive.data.tokenizer_files import CONFIG, TokenizerFiles, explained, read_tokenizer
 from adaptive.errors import DataError
 from adaptive.paths import local_path
 from adaptive.printable import printable
@@ -220,7 +220,8 @@ class JsonTokenizer(Tokenizer):
             return super().decode(ids)
         parts = itertools.groupby((int(token) for token in ids), key=self.borders.__contains__)
         texts = [[token for token in part if not self.is_special(token)] for border, part in parts if not border]
-        return "".join(self._files.library.decode(text, skip_special_tokens=False) for text in texts)
+        with explained(f"{self.name} cannot make text of its tokens"):
+            return "".join(self._files.library.decode(text, skip_special_tokens=False) for text in texts)
 
     @functools.cached_property
     def _texts(self) -> TokenTexts:
@@ -242,12 +243,9 @@ class JsonTokenizer(Tokenizer):
 
     def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
         """i32[tokens] of each text. Raises DataError where the tokenizer has no token for what a text holds."""
-        try:
-            encodings = self._files.encoder.encode_batch_fast(
-                [_clean(text) for text in texts], add_special_tokens=False
-            )
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"data.tokenizer: {self.name} cannot encode some of the text: {error}") from None
+        cleaned = [_clean(text) for text in texts]
+        with explained(f"{self.name} cannot encode some of the text"):
+            encodings = self._files.encoder.encode_batch_fast(cleaned, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 

@@ -1,6 +1,8 @@
 """What a tokenizer.json and its configuration say: which tokens begin and end documents, and what is refused."""
 
+import functools
 import json
+import random
 
 import pytest
 
@@ -257,3 +259,37 @@ def test_a_tokenizer_that_cannot_be_opened(tmp_path):
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(DataError, match=r"no file .*tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+def places(value, at=()):
+    """Paths of everything in a tree of JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*at, key)
+        yield from places(inner, (*at, key))
+
+
+def test_no_file_ends_in_a_traceback(tmp_path):
+    """Parts of good files missing, or of another type or size: a tokenizer that works, or an error naming the file."""
+    rng, odd = random.Random(0), [None, True, 0, -1, 2**31, 2**64, 1.5, "", "x", [], {}, [1], {"a": 1}]
+    worked = 0
+    for number in range(200):
+        processor = (None, template(["<s>"], ["</s>"]), BERT, {"type": "Sequence", "processors": [ROBERTA]})[number % 4]
+        whole = tree(post_processor=processor, decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
+        *above, last = rng.choice(list(places(whole)))
+        inner = functools.reduce(lambda node, key: node[key], above, whole)
+        if rng.random() < 0.4:
+            del inner[last]
+        else:
+            inner[last] = rng.choice(odd)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+        config = {key: rng.choice(odd) for key in ("bos_token", "eos_token", "add_bos_token") if rng.random() < 0.5}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            tokenizer = load_tokenizer(str(tmp_path))
+            (document,) = tokenizer.encode_documents(["a b <s> z"])
+        except DataError as error:
+            assert str(tmp_path) in str(error)
+        else:
+            worked += len(tokenizer.decode(document)) >= 0 and tokenizer.text_size(document) >= 0
+    assert 20 < worked < 180
