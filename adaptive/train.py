@@ -17,6 +17,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from adaptive import command, doctor
 from adaptive.errors import UserError
@@ -81,8 +82,6 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     """
     import jax
 
-    from adaptive.data.huggingface import HubError
-    from adaptive.data.pipeline import open_data
     from adaptive.parallel.mesh import make_mesh
     from adaptive.runs.folder import RunFolder
     from adaptive.runs.origin import record_start
@@ -99,15 +98,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         mesh = make_mesh(recipe.mesh)
         program = Program(recipe, mesh)
         show_data_progress(say)
-        try:
-            data = open_data(
-                recipe.data,
-                batch_size=recipe.train.batch_size,
-                vocab_size=recipe.model.vocab_size,
-                shard=data_shard(mesh),
-            )
-        except HubError as error:
-            raise UserError(f"{error}\n{elsewhere(recipe, arguments)}") from None
+        data = open_data(recipe, data_shard(mesh), arguments)
         # Claimed only now, so that a run that cannot work leaves no folder behind.
         opened = RunFolder.open(workdir, recipe, primary=primary, say=say) if workdir else None
         folder = at_exit.enter_context(opened) if opened else None
@@ -158,6 +149,18 @@ def new_workdir(name: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # a run is in it, or another process was faster
             workdir.rmdir()
+
+
+def open_data(recipe: Recipe, shard: tuple[int, int], arguments: Sequence[str]) -> Any:
+    """The recipe's data; where the hub is out of reach, a UserError with commands that do without."""
+    from adaptive.data import pipeline
+    from adaptive.data.huggingface import HubError
+
+    size, vocab = recipe.train.batch_size, recipe.model.vocab_size
+    try:
+        return pipeline.open_data(recipe.data, batch_size=size, vocab_size=vocab, shard=shard)
+    except HubError as error:
+        raise UserError(f"{error}\n{elsewhere(recipe, arguments)}") from None
 
 
 def elsewhere(recipe: Recipe, arguments: Sequence[str]) -> str:
