@@ -101,7 +101,7 @@ def _headerless(file: Path, dtype: np.dtype) -> np.ndarray:
 def _numpy_array(file: Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header also what reading Python raises
         raise DataError(f"{file} is not a readable .npy file: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in "ui":
         raise DataError(f"{file} holds {array.dtype.name}{list(array.shape)}, expected one axis of integers")
@@ -162,5 +162,8 @@ def _scan(file: Path, tokens: np.ndarray, bounds: np.ndarray | None, eos_id: int
         np.savez(packed, bounds=found, max_id=largest, sha256=content.hexdigest())
         with explained(f"remembering what is in {file}", "Set data.cache_dir to a folder that can be written."):
             write_atomically(known, packed.getvalue())
-    with np.load(known) as saved:
-        return _Shard(tokens, saved["bounds"], int(saved["max_id"]), str(saved["sha256"]))
+    try:
+        with np.load(known) as saved:
+            return _Shard(tokens, saved["bounds"], int(saved["max_id"]), str(saved["sha256"]))
+    except Exception as error:  # several kinds, by what is damaged
+        raise DataError(f"what was remembered of {file} is damaged ({error}): remove {known}") from None

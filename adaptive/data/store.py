@@ -200,7 +200,7 @@ def _open_shard(directory: Path, i: int, entry: dict, dtype: np.dtype) -> tuple[
         raise DataError(f"{path} {found}, its index says {expected:,}: the store is damaged; prepare it again")
     try:
         bounds = np.load(directory / f"docs-{i:05d}.npy")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged header also what reading Python raises
         raise DataError(f"{directory}/docs-{i:05d}.npy cannot be read ({error}): prepare the store again") from None
     return np.memmap(path, dtype, "r"), bounds
 

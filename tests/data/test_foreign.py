@@ -149,6 +149,22 @@ def test_wrong_type_or_vocabulary_is_refused(tmp_path, read):
         read(tmp_path / "missing.bin")
 
 
+def test_damaged_headers_and_memories(tmp_path, read):
+    file = tmp_path / "a.npy"
+    np.save(file, FLAT)
+    whole = file.read_bytes()
+    for content in (whole[:40], whole[:20] + b"(" * 20 + whole[40:], whole.replace(b"(8,)", b"(8;)")):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.npy is not a readable \.npy file|a\.npy holds"):
+            read(file)
+    (tmp_path / "b.bin").write_bytes(FLAT.astype(np.uint16).tobytes())
+    check(read(tmp_path / "b.bin"))
+    (known,) = (tmp_path / "cache" / "scans").glob("b-*")
+    known.write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match=r"what was remembered of .*b\.bin is damaged .*: remove .*\.npz"):
+        read(tmp_path / "b.bin")
+
+
 def test_a_changed_file_is_read_again(tmp_path, read):
     file = tmp_path / "a.bin"
     file.write_bytes(FLAT.astype(np.uint16).tobytes())
