@@ -123,6 +123,7 @@ def save(recipe: Recipe, model: Any, workdir: Path) -> None:
     from adaptive.parallel.mesh import make_mesh
     from adaptive.runs.checkpoint import Checkpoints
     from adaptive.runs.folder import RunFolder
+    from adaptive.runs.origin import record_start
     from adaptive.runs.state import TrainState
     from adaptive.training.program import Program
 
@@ -141,6 +142,7 @@ def save(recipe: Recipe, model: Any, workdir: Path) -> None:
     opt = jax.jit(program.tx.init, out_shardings=into.opt)(params)
     state = TrainState(step, skipped, params, buffers, opt, key)
     with RunFolder.open(workdir, recipe) as folder:
+        record_start(folder.path)
         checkpoints = Checkpoints(folder.checkpoints, recipe.checkpoint, json.loads(recipe.to_json()))
         checkpoints.save(0, state, {})
         checkpoints.close()
