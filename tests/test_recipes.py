@@ -215,6 +215,7 @@ def test_training_settings_are_the_published_ones(name):
     assert (recipe.data.source, recipe.data.seq_len, recipe.data.shuffle) == ("huggingface", 2048, False)
     assert recipe.data.cross_document
     assert recipe.schedule.kind == ("cosine" if name == "recursive2_135m" else "trapezoid")
+    assert recipe.schedule.count_from == "zero"  # the released code's first step has rate 0
 
 
 def test_plain_mor_360m_is_the_papers_chosen_design():

@@ -63,7 +63,7 @@ def test_a_stack_is_spelled_as_it_was_written(text):
         (["x4"], ["at [0]", "character 1 of 'x4'", "'x' is no block"]),
         (["m4", ["T22"], "m4q2"], ["at [2]", "character 3 of 'm4q2'", "'q2'", "'q' is no block"]),
         (["m4", ["T1m4", ["T3 T4"], "m4"], "m4"], ["at [1][1][0]", "character 3", "' T4'", "a letter and a count"]),
-        (["m0"], ["at [0]", "'m0'", "a count of at least 1"]),
+        (["m0"], ["at [0]", "'m0'", "a count from 1 to 9999"]),
         (["m4", ["T2t0"], "m4"], ["at [1][0]", "character 3", "'t0'"]),
         (["m"], ["at [0]", "'m'", "a letter and a count"]),
         ([""], ["at [0]", "no blocks"]),
