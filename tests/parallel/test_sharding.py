@@ -59,9 +59,8 @@ MODELS = {
     ),
 }
 CASES = [
-    ("vanilla", FSDP), ("vanilla", TENSOR), ("olmo", MIXED), ("olmo", TENSOR), ("recursive", REPLICAS), ("mor", FSDP),
-    ("mor", MIXED), ("mor_token", MIXED), ("mor_mamba", MIXED), ("moe", EXPERT), ("moe", MIXED_EXPERT),
-    ("moe_token", REPLICAS), ("moe_token", MIXED_EXPERT), ("mor_moe", MIXED_EXPERT),
+    ("vanilla", FSDP), ("vanilla", TENSOR), ("olmo", MIXED), ("recursive", REPLICAS), ("mor", MIXED),
+    ("mor_token", MIXED), ("mor_mamba", MIXED), ("moe", EXPERT), ("moe_token", REPLICAS), ("mor_moe", MIXED_EXPERT),
 ]  # fmt: skip
 
 
