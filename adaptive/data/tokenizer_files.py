@@ -55,8 +55,6 @@ def read_tokenizer(path: Path, config_path: Path, bos: str | None, eos: str) -> 
     content = _content(path)
     library = _parsed(content, path)
     tree = json.loads(content)
-    markers = {entry["content"] for entry in tree.get("added_tokens") or [] if entry["special"]}
-    encoder = _parsed(_without(markers, tree), path) if markers and _matches_pieces(tree["model"]) else library
     vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
     _check_ids(vocabulary, tree.get("added_tokens") or [], path)
     before, after = _around(_state(library.post_processor), path)
@@ -68,9 +66,10 @@ def read_tokenizer(path: Path, config_path: Path, bos: str | None, eos: str) -> 
         sha256 = digest([sha256, begin, end])
     added = library.get_added_tokens_decoder()
     special = frozenset(token for token, entry in added.items() if entry.special)
-    return TokenizerFiles(
-        library, encoder, vocabulary, special, frozenset(_kinds(_state(library.decoder))), begin, end, sha256
-    )
+    hidden = _spelt_otherwise({piece for piece, token in vocabulary.items() if token in {*special, begin, end}}, tree)
+    encoder = library if hidden is None else _parsed(hidden, path)
+    decoders = frozenset(_kinds(_state(library.decoder)))
+    return TokenizerFiles(library, encoder, vocabulary, special, decoders, begin, end, sha256)
 
 
 @contextlib.contextmanager
@@ -110,25 +109,33 @@ def _parsed(content: bytes, path: Path) -> Any:
     return library
 
 
-def _matches_pieces(model: dict) -> bool:
-    """Whether a model takes any piece that it finds in a text, be it a marker; BPE makes pieces by its merges alone."""
-    return "merges" not in model or bool(model.get("ignore_merges"))
+def _spelt_otherwise(markers: set[str], tree: dict) -> bytes | None:
+    """A tokenizer.json with the same ids that finds no marker in any text; None where `tree` finds none either.
 
-
-def _without(markers: set[str], tree: dict) -> bytes:
-    """A tokenizer.json with the same ids in which the pieces that are markers are spelt as no text is."""
-    hidden = lambda piece: f"\ufdd0{piece}\ufdd1" if piece in markers else piece  # noqa: E731
-    model = dict(tree["model"])
-    if isinstance(model["vocab"], dict):
-        known = set(model["vocab"])
-        model["vocab"] = {hidden(piece): token for piece, token in model["vocab"].items()}
+    The library looks for tokens that are added and not special, and its models take any piece that they find, but for
+    BPE, which makes pieces by its merges alone.
+    """
+    model, added = tree["model"], tree.get("added_tokens") or []
+    vocab = model["vocab"]
+    pieces = set(vocab) if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+    found = markers & pieces if "merges" not in model or model.get("ignore_merges") else set()
+    if not found and all(entry["special"] for entry in added if entry["content"] in markers):
+        return None
+    other = lambda piece: f"\ufdd0{piece}\ufdd1" if piece in found else piece  # noqa: E731
+    if isinstance(vocab, dict):
+        vocab = {other(piece): token for piece, token in vocab.items()}
     else:
-        known = {piece for piece, _ in model["vocab"]}
-        model["vocab"] = [(hidden(piece), score) for piece, score in model["vocab"]]
-    if model.get("unk_token"):
-        model["unk_token"] = hidden(model["unk_token"])
-    added = [entry for entry in tree["added_tokens"] if entry["content"] not in markers & known]
-    return json.dumps({**tree, "model": model, "added_tokens": added, "post_processor": None}).encode()
+        vocab = [(other(piece), score) for piece, score in vocab]
+    unknown = {"unk_token": other(model["unk_token"])} if model.get("unk_token") else {}
+    added = [entry | {"special": entry["special"] or entry["content"] in markers} for entry in added]
+    return json.dumps(
+        tree
+        | {
+            "model": model | {"vocab": vocab} | unknown,
+            "added_tokens": [entry for entry in added if entry["content"] not in found],
+            "post_processor": None,
+        }
+    ).encode()
 
 
 def _check_ids(vocabulary: Mapping[str, int], added: list[dict], path: Path) -> None:

@@ -225,6 +225,17 @@ def test_byte_level_vocabularies_may_hold_other_pieces(tmp_path):
     assert tokenizer.token_bytes(tokenizer.encode("é")[0]) == "é".encode()
 
 
+def test_an_end_that_is_no_special_token_is_no_text_either(tmp_path):
+    library = llama()
+    library.add_special_tokens(MARKERS)
+    library.add_tokens(["<end>", "<b>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path), eos="<end>")
+    (document,) = tokenizer.encode_documents(["a<end> <b>"])
+    assert document[-1] == tokenizer.eos_id not in document[:-1]
+    assert library.token_to_id("<b>") in document and tokenizer.decode(document) == "a<end> <b>"
+
+
 @pytest.mark.parametrize("made", ["llama", "unigram", "words"])
 def test_markers_in_a_text_stay_text(made, tmp_path):
     """Also where the model itself has the marker as a piece that text could make."""
