@@ -15,8 +15,8 @@ from adaptive.recipe import Recipe
 def keep_compilations() -> str:
     """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine; its place.
 
-    JAX_COMPILATION_CACHE_DIR moves it, also to an address that jax knows (gs://). Raises UserError where the user has no
-    folder that can be written.
+    JAX_COMPILATION_CACHE_DIR moves it, also to an address that jax knows (gs://). Raises UserError where the user has
+    no folder that can be written.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder() / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
