@@ -147,7 +147,9 @@ def open_store(directory: Path, tokenizer: Tokenizer) -> TokenStore:
         raise DataError(f"{directory} has format {index['format']}; this program reads up to {FORMAT}: update it")
     try:
         return _opened(directory, index, tokenizer)
-    except (KeyError, TypeError, AttributeError) as error:
+    except DataError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{directory}/index.json is damaged ({error!r}): prepare the store again") from None
 
 

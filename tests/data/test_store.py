@@ -199,6 +199,15 @@ def test_an_index_of_another_program(tmp_path, tokenizer, index):
         open_store(tmp_path, tokenizer)
 
 
+@pytest.mark.parametrize("change", [{"shards": []}, {"shards": [{}]}, {"shards": 3}, {"dtype": "x"}, {"tokenizer": {}}])
+def test_a_damaged_index(tmp_path, tokenizer, change):
+    write(tmp_path / "s", DOCUMENTS, tokenizer)
+    path = tmp_path / "s" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(DataError, match=r"index\.json is damaged .*: prepare the store again"):
+        open_store(tmp_path / "s", tokenizer)
+
+
 def test_same_text_has_the_same_fingerprint_anywhere(tmp_path, tokenizer):
     prints = set()
     for name in ("a", "b"):
