@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from adaptive.errors import RecipeError
 from adaptive.optim.optimizers import muon
-from adaptive.recipe import Recipe, identity_difference, load
+from adaptive.recipe import Recipe, difference, identity_difference, load
 from adaptive.settings import check_ranges, parse_json
 
 TINY = load("mor_tiny")
 DEEP = "[" * 100_000
+FIXTURE = Path(__file__).parent / "runs" / "fixtures" / "recipe_4.json"
 
 
 def message(call, *arguments) -> str:
@@ -114,13 +116,17 @@ def test_json_says_where_it_ends():
     assert parse_json('{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
 
 
-def test_recipes_saved_before_there_was_a_choice_are_read_as_they_ran():
-    tree = json.loads(TINY.to_json())
-    del tree["schedule"]["count_from"], tree["optimizer"]["kind"]
-    old = Recipe.from_json(json.dumps(tree))
-    assert (old.schedule.count_from, old.optimizer) == ("zero", TINY.optimizer)
-    assert identity_difference(old, TINY) == ["schedule.count_from: zero -> one"]  # resuming with another is refused
+def test_a_recipe_that_an_earlier_version_saved_is_read_as_it_ran():
+    """`fixtures/recipe_4.json` is hnet_mor_tiny as the first versions of format 4 wrote it; it is never rewritten."""
+    old, new = Recipe.from_json(FIXTURE.read_text()), load("hnet_mor_tiny")
+    assert (old.schedule.count_from, old.optimizer) == ("zero", new.optimizer)
+    differences = difference(old, new)
+    assert "schedule.count_from: zero -> one" in differences
+    assert identity_difference(old, new) == differences  # a run is not resumed with another of these unnoticed
     assert Recipe.from_json(old.to_json()) == old
+    missing = json.loads(FIXTURE.read_text())
+    del missing["schedule"]["kind"]  # what was always there is no less needed
+    assert "schedule lacks kind" in message(Recipe.from_json, json.dumps(missing))
 
 
 def test_the_optimizer_is_chosen_by_name():

@@ -37,12 +37,13 @@ def from_official(kind: str, tensors: Mapping[str, Any], config: Mapping[str, An
     kind     "mor": Mixture-of-Recursions as its authors released it (see adaptive.interop.official_mor); "hnet":
              H-Net (see adaptive.interop.official_hnet); "mixtral", "olmoe", "qwen3_moe": mixtures of experts under
              Hugging Face names (see adaptive.interop.hf_moe)
-    tensors  name -> array of any float dtype, under the official names; read as float32
+    tensors  name -> array of float16, bfloat16, float32 or float64, under the official names; read as float32
     config   the official configuration (of Hugging Face models config.json), a plain dict
 
     Pure and traceable in `tensors`: gradients through `from_official(kind, tensors, config)(tokens)` come back under
     the official names, a shared tensor's summed over its uses. Raises UserError for an unknown kind, a configuration
-    that cannot be built, and tensors that are missing, unknown, misshapen or in disagreement with their aliases.
+    that cannot be built, and tensors that are missing, unknown, misshapen, quantised, not finite or in disagreement
+    with their aliases.
     """
     return _kind(kind).read(tensors, config)
 
