@@ -33,6 +33,7 @@ from adaptive import command
 from adaptive.command import number
 
 PREEMPTED = 75  # adaptive.train was asked to stop, and saved
+LOST = 76  # another process of the job was lost
 GRACE_S = 5.0  # for the others, after one process failed
 SAVING_GRACE_S = 300.0  # for the others, when they are saving
 
@@ -86,7 +87,8 @@ def wait(processes: Sequence[Process], stop: threading.Event) -> Process | None:
     running = list(processes)
     give_up = None
     while running:
-        for process in [p for p in running if p.popen.poll() is not None]:
+        ended = [p for p in running if p.popen.poll() is not None]
+        for process in sorted(ended, key=lambda p: p.popen.returncode == LOST):  # after the one that they lost
             running.remove(process)
             if process.popen.returncode and first is None:
                 first = process
@@ -160,6 +162,7 @@ def launch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     signal.signal(signal.SIGINT, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGHUP, pass_on)
     for index in range(given.processes):
         env = environment(index, given.processes, given.devices_per_process, port)
         processes.append(Process(index, each, env))

@@ -7,6 +7,7 @@ The environment describes the job. These variables come first, and fill in or re
     ADAPTIVE_PROCESS       which one this is, from 0
     ADAPTIVE_HOSTS         over how many machines (default: one per process)
     ADAPTIVE_CLUSTER=tpu   a Cloud TPU pod slice: JAX asks the machine's metadata for all of these
+    ADAPTIVE_START_LIMIT   seconds for all processes to be there (600)
 
 Then a SLURM step (srun), Open MPI (mpirun), and the variables that GKE sets on TPU nodes. None of them: one process.
 """
@@ -25,8 +26,12 @@ import numpy as np
 
 from adaptive.errors import ClusterError
 from adaptive.parallel import rollcall
+from adaptive.parallel.lifeline import Lifeline
 
 PREEMPTED = 75  # the exit code of a run that was asked to stop, and saved: every process ends with it
+LOST = 76  # the exit code of a process that ends because another one of its job was lost
+START_LIMIT_S = 600.0
+_NOTICE_S = 2.0  # for the line to another process to break, after a collective with it failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +157,27 @@ def _gke_tpu(env: Mapping[str, str]) -> Cluster | None:
     return Cluster("TPU_WORKER_HOSTNAMES", "", 0, 0, 0)
 
 
+def start_limit(env: Mapping[str, str] = os.environ) -> float:
+    """Seconds for all processes to be there; raises ClusterError unless they are a number above 0."""
+    text = env.get("ADAPTIVE_START_LIMIT") or str(START_LIMIT_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise ClusterError(f"ADAPTIVE_START_LIMIT={text}: expected seconds, above 0, such as {START_LIMIT_S:g}")
+    return seconds
+
+
 def join(
-    limit_s: float = 600.0, env: Mapping[str, str] = os.environ, say: Callable[[str], None] | None = None
+    limit_s: float = 0.0, env: Mapping[str, str] = os.environ, say: Callable[[str], None] | None = None
 ) -> Cluster | None:
     """Joins the job that the environment describes; must come before anything that asks JAX for devices.
 
     Returns the job, or None for a single process, where nothing happens. Collectives between CPU processes use gloo.
     An uncaught exception then ends this process at once (see `leave`).
 
-    limit_s   for all processes to be there; a line tells the time left
+    limit_s   for all processes to be there; a line tells the time left; 0: as `start_limit` says
     say       prints one line; default: print
 
     Raises ClusterError if the description is incomplete, the coordinator's name leads to this machine alone while the
@@ -174,12 +191,12 @@ def join(
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the training loop
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + (limit_s or start_limit(env))
     if job.coordinator:
         address = rollcall.resolve(job.coordinator, job.hosts, deadline)
         say(f"job: process {job.index} of {job.processes} on {job.hosts} host(s), from {job.how}")
         say(f"job: coordinator {job.coordinator} = {address}, {_visible(job, env)}")
-        rollcall.gather(address, job.processes, job.index, deadline, say)
+        _Job.hosts, _Job.line = _line(address, job, deadline, say)
         arguments: dict[str, Any] = {
             "coordinator_address": address,
             "num_processes": job.processes,
@@ -197,6 +214,67 @@ def join(
     devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
     say(f"job: joined as process {job.index} of {job.processes}, {devices}")
     return job
+
+
+class _Job:
+    """Of this process's job: the host of every process, and the line to the others."""
+
+    hosts: list[str] = []  # noqa: RUF012  # of the process, set once
+    line: Lifeline | None = None
+
+
+def _line(address: str, job: Cluster, deadline: float, say: Callable[[str], None]) -> tuple[list[str], Lifeline | None]:
+    """The roll call, and the line over which a lost process is known; none where a firewall closes its port."""
+    if job.index == 0:
+        line, port = Lifeline.listen(_end, job.processes)
+        try:
+            hosts = rollcall.gather(address, job.processes, 0, deadline, say, port).hosts
+        except ClusterError:
+            line.close()
+            raise
+        return hosts, line
+    hosts, port = rollcall.gather(address, job.processes, job.index, deadline, say)
+    host = address.rsplit(":", 1)[0].strip("[]")
+    with contextlib.suppress(OSError):
+        return hosts, Lifeline.connect(_end, host, port, job.index)
+    return hosts, None
+
+
+def _end(who: str) -> None:
+    """Ends this process because another one was lost: it would wait for it in a collective."""
+    if " on " not in who and _Job.hosts:
+        who = f"{who} on {_Job.hosts[0]}"
+    print(f"job: {who} ended before the others; this process ends, too", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(LOST)
+
+
+def meet(what: str) -> None:
+    """Waits, within the start limit, until every process of the job is here. All must call it, in the same order.
+
+    Collectives fail where one process comes half a minute after another; so it stands between what may take processes
+    different times, such as a compilation, and the first collective after it. Raises ClusterError that names who is
+    missing.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    from jax._src import distributed  # no public way leads to a barrier without a collective
+
+    client: Any = distributed.global_state.client
+    limit = start_limit()
+    try:
+        client.wait_at_barrier(f"adaptive: {what}", int(limit * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        named = re.search(r"timed out task names:\s*([\d\s,]+)", str(error))
+        if named is None:
+            raise
+        absent = [int(number) for number in re.findall(r"\d+", named[1])]
+        who = ", ".join(f"process {i}" + (f" on {_Job.hosts[i]}" if i < len(_Job.hosts) else "") for i in absent)
+        raise ClusterError(
+            f"{what}: {who} did not come within {limit:g} s of the others (ADAPTIVE_START_LIMIT sets how many)"
+        ) from None
 
 
 def _visible(job: Cluster, env: Mapping[str, str]) -> str:
@@ -252,6 +330,8 @@ def _exit_at_once_on_errors() -> None:
     report = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        if _Job.line is not None and _Job.line.told.wait(_NOTICE_S):
+            time.sleep(_NOTICE_S)  # the thread that was told ends this process
         report(kind, error, trace)  # type: ignore[arg-type]
         leave(130 if kind is KeyboardInterrupt else 1)
 
@@ -268,6 +348,8 @@ def leave(code: int) -> int:
     import jax
 
     if code in (0, PREEMPTED) or not jax.distributed.is_initialized():
+        if _Job.line is not None:
+            _Job.line.close()
         return code
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,12 +5,15 @@ the time is up, every process that came is told who is absent; then the port is 
 """
 
 import ipaddress
+import json
 import socket
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from adaptive.errors import ClusterError
 
+LIMIT = "ADAPTIVE_START_LIMIT"  # the environment variable with the seconds for all processes to be there
 _REMIND_S = 15.0
 
 
@@ -38,26 +41,34 @@ def resolve(coordinator: str, hosts: int, deadline: float) -> str:
     return f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
 
 
-def gather(address: str, processes: int, index: int, deadline: float, say: Callable[[str], None]) -> None:
-    """Returns in every process once all are there.
+class Present(NamedTuple):
+    """hosts: of every process, by its index; port: what process 0 gave for its own use."""
+
+    hosts: list[str]
+    port: int
+
+
+def gather(
+    address: str, processes: int, index: int, deadline: float, say: Callable[[str], None], port: int = 0
+) -> Present:
+    """Returns in every process once all are there; `port` is that of process 0.
 
     Raises ClusterError, in every process that came, if one is missing at `deadline` or two have the same index.
     """
-    host, port = address.rsplit(":", 1)
+    host, own = address.rsplit(":", 1)
     if index == 0:
-        _call(int(port), processes, deadline, say)
-    else:
-        _answer(host.strip("[]"), int(port), processes, index, deadline, say)
+        return _call(int(own), processes, deadline, say, port)
+    return _answer(host.strip("[]"), int(own), processes, index, deadline, say)
 
 
-def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]) -> None:
+def _call(port: int, processes: int, deadline: float, say: Callable[[str], None], given: int) -> Present:
     try:
         server = socket.create_server(("", port), backlog=processes)
     except OSError as error:
         raise ClusterError(f"process 0 cannot listen on port {port}: {error.strerror}; choose another one") from None
-    present: dict[int, socket.socket] = {}
+    present: dict[int, tuple[socket.socket, str]] = {}
     problem = ""
-    remind = time.monotonic() + _REMIND_S
+    begin, remind = time.monotonic(), time.monotonic() + _REMIND_S
     with server:
         server.settimeout(0.5)
         while len(present) < processes - 1 and not problem:
@@ -65,7 +76,8 @@ def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]
             now = time.monotonic()
             if now > deadline:
                 problem = (
-                    f"process {_names(absent)} of {processes} did not connect to port {port} within the time limit"
+                    f"process {_names(absent)} of {processes} did not connect to port {port} within "
+                    f"{deadline - begin:.0f} s ({LIMIT} sets how many)"
                 )
                 break
             if now > remind:
@@ -76,17 +88,19 @@ def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]
                 problem = _greet(peer, present, processes)
             except OSError:  # nobody yet, or somebody else's connection
                 continue
-    for peer in present.values():
-        _dismiss(peer, problem or "ready")
+    hosts = [socket.gethostname(), *(present[i][1] for i in sorted(present))]
+    for peer, _ in present.values():
+        _dismiss(peer, problem or f"ready {json.dumps([hosts, given])}")
     if problem:
         raise ClusterError(problem)
+    return Present(hosts, given)
 
 
-def _greet(peer: socket.socket, present: dict[int, socket.socket], processes: int) -> str:
+def _greet(peer: socket.socket, present: dict[int, tuple[socket.socket, str]], processes: int) -> str:
     """Notes who `peer` is. Returns what is wrong with the job, if anything; a stranger is sent away."""
     peer.settimeout(5)
-    words = peer.recv(64).decode("ascii", "replace").split()
-    if len(words) != 3 or words[0] != "adaptive" or not (words[1] + words[2]).isdigit():
+    words = peer.recv(400).decode("ascii", "replace").split()
+    if len(words) != 4 or words[0] != "adaptive" or not (words[1] + words[2]).isdigit():
         peer.close()
         return ""
     index, believes = int(words[1]), int(words[2])
@@ -98,7 +112,7 @@ def _greet(peer: socket.socket, present: dict[int, socket.socket], processes: in
     if problem:
         _dismiss(peer, problem)
     else:
-        present[index] = peer
+        present[index] = peer, words[3]
     return problem
 
 
@@ -114,27 +128,29 @@ def _dismiss(peer: socket.socket, word: str) -> None:
             pass
 
 
-def _answer(host: str, port: int, processes: int, index: int, deadline: float, say: Callable[[str], None]) -> None:
+def _answer(host: str, port: int, processes: int, index: int, deadline: float, say: Callable[[str], None]) -> Present:
     remind = time.monotonic() + _REMIND_S
     while True:
         now = time.monotonic()
         if now > deadline:
             raise ClusterError(
-                f"process 0 does not answer at {host}:{port}: it did not start there, ended, or a firewall is between"
+                f"process 0 does not answer at {host}:{port}: it did not start there, ended, or a firewall is between "
+                f"({LIMIT} sets how many seconds to wait)"
             )
         if now > remind:
             say(f"job: waiting for process 0 at {host}:{port}, {deadline - now:.0f} s left")
             remind = now + _REMIND_S
         try:
             with socket.create_connection((host, port), timeout=2) as caller:
-                caller.sendall(f"adaptive {index} {processes}".encode())
+                name = socket.gethostname().encode("ascii", "replace").decode() or "?"
+                caller.sendall(f"adaptive {index} {processes} {name[:255]}".encode())
                 caller.settimeout(max(1.0, deadline - time.monotonic() + 5))
                 word = b"".join(iter(lambda: caller.recv(256), b"")).decode()
         except OSError:
             time.sleep(0.3)
             continue
-        if word == "ready":
-            return
+        if word.startswith("ready "):
+            return Present(*json.loads(word.removeprefix("ready ")))
         if word:
             raise ClusterError(word)
         time.sleep(0.3)  # the caller went away: it may be starting again

@@ -1,8 +1,10 @@
 """What depends on the machine of a run: where compiled programs are kept, and what layers compute in."""
 
 import os
+import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,33 @@ def keep_compilations() -> str:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_raise_persistent_cache_errors", False)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        _share_compilations()
     return folder
+
+
+def _share_compilations() -> None:
+    """Makes what process 0 compiled the compilation of all: they run one program, and process 0 alone writes the cache.
+
+    On CPUs jax mixes into the key a fingerprint that differs between processes of one machine; here it is the kind of
+    machine. A version of jax that computes the key in another way keeps its own.
+    """
+    from jax._src import cache_key
+
+    def kind_of_machine(hasher: Any, devices: Any) -> None:
+        hasher.update(f"{len(devices.flat)} {platform.machine()} {_cpu()}".encode())
+
+    if hasattr(cache_key, "_hash_accelerator_config"):
+        cache_key._hash_accelerator_config = kind_of_machine  # type: ignore[assignment]
+
+
+def _cpu() -> str:
+    """What code for this machine may use, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 def start_backend() -> None:
