@@ -30,6 +30,9 @@ def options() -> command.Options:
     add = made.add_argument
     add("--workdir", default="", help="folder of the run; its newest checkpoint is read, parameters alone")
     add("--step", type=number(int, least=0), help="the checkpoint of this step instead")
+    add(
+        "--ema", action="store_true", help="with the running average of the parameters, of a run with train.ema above 0"
+    )
     add("--prompt", action="append", default=[], metavar="TEXT",
         help="text to continue; several are computed together (default: the recipe's log.sample_prompt)")  # fmt: skip
     add("--prompt_file", action="append", default=[], metavar="FILE",
@@ -96,7 +99,7 @@ def generate(given: argparse.Namespace, begin: float) -> int:
         raise UserError(f"--{name} is for H-Nets that chunk, and {found.recipe.name} does not")
     start_backend()
     keep_compilations()
-    trained = load(found)
+    trained = load(found, ema=given.ema)
     if trained.refuse_generation:
         raise UserError(f"{found.recipe.name} cannot generate: {trained.refuse_generation}")
     ids = [prompt_tokens(trained.tokenizer, text) for text in texts]

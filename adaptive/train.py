@@ -2,7 +2,8 @@
 
 Settings are dotted: train.steps=100 model.body.depth=token_choice. `data=embedded` sets all that a preset of data sets.
 Exit codes: 0 done, 1 failed, 2 something asked for cannot work, 3 not finite, 75 stopped when asked and saved,
-124 a step or a save exceeded its time limit, 130 interrupted, 141 nobody reads the output any more.
+76 another process of the job was lost, 124 a step or a save exceeded its time limit, 130 interrupted, 141 nobody reads
+the output any more.
 """
 
 if __name__ == "__main__":
@@ -116,6 +117,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         say(f"compiling the train step (kept in {compilations})")
         with watchdog.limit("compiling", COMPILE_S), stop.at_once(folder.close if folder else lambda: None):
             steps = Steps(program)
+        cluster.meet("the train step is compiled")
         plan = plans.with_compiled(plan, steps.first)
         say(f"compiled  in {steps.first.seconds:.1f} s")
         say(plans.memory_line(plan.memory))

@@ -29,6 +29,7 @@ from adaptive.layers.moe.routers import token_choice
 from adaptive.optim.build import make_optimizer
 from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe, setting_kinds
+from adaptive.runs import initial
 from adaptive.runs.checkpoint import Checkpoints
 from adaptive.runs.state import TrainState
 from adaptive.training import loop as loops
@@ -61,19 +62,27 @@ NEEDS = {
     "mesh.expert_parallel.overlap": SPREAD,
     "mesh.expert_parallel.buffer_factor": [*SPREAD, f"{BLOCK}.execution=ragged"],
     "train.device_batch_size": ["train.batch_size=16"],
+    "train.auxiliary_over": ["train.batch_size=16", "train.device_batch_size=1"],
     "log.profile_start": ["log.profile_steps=2"],
+    "init.step": ["init.run=other"],
+    "init.optimizer": ["init.run=other"],
+    "init.fresh": ["init.run=other"],
+    **{f"optimizer.{name}": ["optimizer=muon"] for name in ("momentum", "rms")},
 }  # fmt: skip
 
 # Other values, where they are not simply the next.
 OTHERS = {
     "data.source": "synthetic", "data.paths": "python", "data.weights": "0.9,0.1", "data.tokenizer": "hnet-bytes",
     "data.bos": "<s>", "data.eos": "<eos>", "data.text_key": "title", "data.cache_dir": "FOLDER/other",
-    "optimizer.beta1": "0.8", "optimizer.beta2": "0.9",
+    "optimizer": "muon", "optimizer.beta1": "0.8",
+    "optimizer.beta2": "0.9", "optimizer.momentum": "0.9",
     "schedule.decay_fraction": "0.5", "schedule.floor": "0.5", "mesh.data": "4", "mesh.fsdp": "2", "mesh.expert": "2",
     "mesh.tensor": "2", "mesh.expert_parallel.strategy": "gather", "mesh.expert_parallel.exchange": "hierarchical",
     "mesh.expert_parallel.nodes": "4", "mesh.expert_parallel.buffer_factor": "1.5", "train.compute_dtype": "bfloat16",
     "train.remat": "layer", "train.loss_chunk": "8", "train.device_batch_size": "1", "train.batch_size": "16",
-    "train.max_bad_steps": "3", "eval.selection": "threshold", "log.profile_steps": "3",
+    "train.max_bad_steps": "3", "eval.selection": "threshold", "log.profile_steps": "3", "train.frozen": "embedding",
+    "train.ema": "0.9",
+    "init.fresh": "head",
 }  # fmt: skip
 
 
@@ -88,6 +97,7 @@ def base() -> Recipe:
 
 
 PATHS = [path for path in setting_kinds(base()) if not path.startswith(("model", "objective"))]
+PATHS += [path for path in NEEDS if path not in PATHS]
 
 
 # Looks
@@ -122,7 +132,7 @@ def step(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         return lambda state, batch: (state, {})  # what is compiled in its place
 
     patch.setattr(programs, "make_train_step", make)
-    patch.setattr(programs, "fresh_state", lambda build, tx, key, *where: jax.random.key_data(key).tolist())
+    patch.setattr(programs, "fresh_state", lambda build, tx, key, *where, ema: jax.random.key_data(key).tolist())
     program = programs.Program(recipe, make_mesh(recipe.mesh, jax.devices()))
     program.compile_train_step()
     with program.placed():
@@ -143,18 +153,21 @@ def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
     bad = jax.tree.map(jnp.asarray, {"skipped": 1, "loss": np.nan, "grad_norm": 1.0})
     meter = types.SimpleNamespace(
-        waited=lambda s: None, add=lambda m: None, paused=contextlib.nullcontext, row=lambda n, **columns: (n, columns)
+        waited=lambda s: None,
+        add=lambda m, at: None,
+        paused=contextlib.nullcontext,
+        row=lambda n, **columns: (n, columns),
     )
     loop: Any = types.SimpleNamespace(
         recipe=recipe, meter=meter, watchdog=types.SimpleNamespace(limit=limit), late=loops.OneStepLate(),
         folder=types.SimpleNamespace(profile=folder, path=folder), first_row=True, bad_in_row=0, say=lambda line: None,
         steps=lambda number, state, batch: (state, bad), program=types.SimpleNamespace(to_devices=lambda batch: batch),
         progress=types.SimpleNamespace(step=lambda done: None), stop=types.SimpleNamespace(agreed=lambda: False),
-        checkpoints=types.SimpleNamespace(save=lambda done, *rest: did.append(("save", done))),
+        save=lambda done, *rest: did.append(("save", done)),
         evaluate=lambda state, done: did.append(("evaluate", done)), prepare=lambda number: None,
         record=lambda row: did.append(row), schedule=lambda number: 0.0,
     )  # fmt: skip
-    for name in ("absorb", "profile", "not_finite"):
+    for name in ("absorb", "profile", "not_finite", "evaluation_due"):
         setattr(loop, name, types.MethodType(getattr(Loop, name), loop))
     state = types.SimpleNamespace(state=dict)
     try:
@@ -181,7 +194,11 @@ def tracking(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(loops, "cost_of", lambda plan: None)
     patch.setattr(loops, "Meter", lambda *arguments, **given: None)
     loop: Any = types.SimpleNamespace(
-        recipe=recipe, folder=types.SimpleNamespace(path=folder, checkpoints=folder, run_id=""), say=lambda line: None,
+        recipe=recipe, say=lambda line: None,
+        folder=types.SimpleNamespace(path=folder, checkpoints=folder, run_id="", close=lambda: None),
+        stop=types.SimpleNamespace(at_once=lambda close: contextlib.nullcontext()),
+        opened_log=lambda begin: types.SimpleNamespace(kept=[]), catch_up=lambda *arguments: None,
+        note_saved=lambda: None, failure=None,
         restore_or_start=lambda: (None, 0, None), primary=False, plan=None, facts=recipe.model.facts(),
         data=types.SimpleNamespace(train=lambda state: types.SimpleNamespace(close=lambda: None)),
         train=lambda *arguments: (False, None, 1), finish=lambda *arguments: None,
@@ -194,6 +211,24 @@ def tracking(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
 class Silent:
     def finish(self) -> None:
         pass
+
+
+def beginning(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """What a new run begins from."""
+    asked: list[Any] = []
+    found = types.SimpleNamespace(checkpoints=folder, step=0)
+    patch.setattr(initial, "find", lambda run, number: asked.append((run, number)) or found)
+    names = ["params/head", "params/body/norm", "opt/mu/head"]
+
+    def read_part(folder: Path, number: int, part: Any, leave: Callable[[str], bool]) -> dict:
+        asked.append((sorted(part), [leave(name) for name in names]))
+        return {}
+
+    patch.setattr(initial, "read_part", read_part)
+    params = nnx.State({"head": nnx.Param(jnp.zeros(())), "body": {"norm": nnx.Param(jnp.zeros(()))}})
+    zero = jnp.zeros((), jnp.int32)
+    initial.begun(recipe.init, TrainState(zero, zero, params, nnx.State({}), {}, zero))
+    return asked
 
 
 def sampling(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
@@ -216,7 +251,9 @@ def evaluating(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         selections=("topk", "threshold"), eval_step=lambda lengths, mode: asked.append(mode),
     )  # fmt: skip
     tokenizer = types.SimpleNamespace(byte_counts=lambda: None)
-    Evaluator(program, types.SimpleNamespace(tokenizer=tokenizer, validation=lambda n: asked.append(n) or []))(None)
+    Evaluator(program, types.SimpleNamespace(tokenizer=tokenizer, validation=lambda n: asked.append(n) or []))(
+        types.SimpleNamespace(ema=())
+    )
     return asked
 
 
@@ -240,6 +277,7 @@ LOOKS: dict[str, tuple[Callable[..., Any], ...]] = {
     "train": (updates, running, step),
     "eval": (running, evaluating),
     "checkpoint": (running, kept),
+    "init": (beginning,),
     "log": (running, tracking, sampling),
 }
 

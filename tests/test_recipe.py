@@ -161,7 +161,7 @@ def test_optional_and_integer_tuples():
         ("train.steps.x=1", ["train.steps is a single value"]),
         ("train.steps", ["name=value"]),
         ("=3", ["name=value"]),
-        ("data=fineweb", ["embedded", "fineweb_edu", "data.source=files data.paths=fineweb"]),
+        ("data=fineweb", ["embedded", "fineweb_edu", "data.source=files data.paths=PATH"]),
         ("name=other", ["no setting"]),
         ("published.tokens=3", ["no setting"]),
     ],
@@ -264,6 +264,22 @@ def test_saved_recipes_are_read_strictly(change, parts):
     text = message(Recipe.from_json, _changed(change))
     for part in parts:
         assert part in text
+
+
+def test_a_recipe_that_counts_batches_of_an_evaluation_is_read():
+    def older(tree):
+        del tree["eval"]["rows"]
+        tree["eval"]["batches"] = 3
+
+    read = Recipe.from_json(_changed(older))
+    assert read == TINY.with_(f"eval.rows={3 * TINY.train.batch_size}")
+
+
+def test_what_a_recipe_did_not_say_before_it_could_is_what_was_done():
+    def older(tree):
+        del tree["train"]["auxiliary_over"], tree["train"]["frozen"], tree["init"]
+
+    assert Recipe.from_json(_changed(older)) == TINY.with_("train.auxiliary_over=micro_batch")
 
 
 def test_malformed_json_names_file_and_line():

@@ -10,11 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from adaptive.data.files import write_text_atomically
 from adaptive.errors import CheckpointError, RecipeError
+from adaptive.optim.schedule import make_schedule
 from adaptive.recipe import Recipe, difference, identity_difference
+from adaptive.runs.checkpoint import steps_in
 
 RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
@@ -30,10 +34,25 @@ Say = Callable[[str], None]
 class RunFolder:
     """The workdir of a run. `RunFolder(path)` only names its files; `RunFolder.open` claims it for this process."""
 
-    def __init__(self, path: str | Path, *, run_id: str = "", lock: "_Lock | None" = None):
+    def __init__(self, path: str | Path, *, about: "_About | None" = None, lock: "_Lock | None" = None):
         self.path = Path(path)
-        self.run_id = run_id  # stays the same over all resumptions; "" where the folder was not opened
+        self._about = about
         self._lock = lock
+
+    @property
+    def run_id(self) -> str:
+        """Stays the same over all resumptions; "" where the folder was not opened."""
+        return self._about.run_id if self._about else ""
+
+    @property
+    def saved(self) -> int:
+        """The newest step whose checkpoint is known to have been complete; 0: none."""
+        return self._about.saved if self._about else 0
+
+    @property
+    def finished(self) -> int:
+        """The last step of the run for which all was done, its report included; 0: none."""
+        return self._about.finished if self._about else 0
 
     @property
     def recipe(self) -> Path:
@@ -79,7 +98,7 @@ class RunFolder:
             raise _unwritable(path, error) from None
         lock.take(say)
         try:
-            run_id = _run_id(path)
+            about = _about(path)
             if saved != recipe:
                 write_text_atomically(path / RECIPE_FILE, recipe.to_json())
         except OSError as error:
@@ -88,7 +107,18 @@ class RunFolder:
         changes = difference(saved, recipe) if saved is not None else []
         if changes:
             say(f"{path}: settings changed since the last start: {'; '.join(changes)}")
-        return cls(path, run_id=run_id, lock=lock)
+        return cls(path, about=about, lock=lock)
+
+    def note(self, *, saved: int | None = None, finished: int | None = None) -> None:
+        """Keeps them with the run. Does nothing where the folder was not opened. Raises OSError."""
+        if self._about is None:
+            return
+        about = _About(
+            self.run_id, self.saved if saved is None else saved, self.finished if finished is None else finished
+        )
+        if about != self._about:
+            self._about = about
+            write_text_atomically(self.path / RUN_FILE, json.dumps(about._asdict()) + "\n")
 
     def close(self) -> None:
         """Gives the claim back. May be called twice."""
@@ -134,6 +164,15 @@ def _look(path: Path) -> Recipe | None:
 
 def _refuse_another(path: Path, saved: Recipe, recipe: Recipe) -> None:
     lines = identity_difference(saved, recipe)
+    taken = max(steps_in(path / "checkpoints"), default=0)
+    if [line.partition(":")[0] for line in lines] == ["train.steps"]:
+        if (other := _other_rate(saved, recipe, taken)) is None:
+            return  # of the steps that were taken nothing changes
+        lines.append(
+            f"  with so many steps, step {other} of the {taken} taken would have had another learning rate; "
+            "they stay the same where the warm-up is as long in both and then schedule.kind=constant, or a trapezoid "
+            "has not begun to decay"
+        )
     if saved.name != recipe.name and lines:
         lines = [f"recipe: {saved.name} -> {recipe.name}", *lines]
     if lines:
@@ -143,20 +182,42 @@ def _refuse_another(path: Path, saved: Recipe, recipe: Recipe) -> None:
                 [
                     f"{path} holds a run of another recipe; saved there -> asked for:",
                     *shown,
-                    f"To train what was asked for, choose another --workdir. To continue that run: "
-                    f"--recipe {path / RECIPE_FILE} --workdir {path}",
+                    f"To train what was asked for, choose another --workdir; --init_from {path} begins it with the "
+                    f"weights of that run. To continue that run: --recipe {path / RECIPE_FILE} --workdir {path}",
                 ]
             )
         )
 
 
-def _run_id(path: Path) -> str:
+def _other_rate(saved: Recipe, recipe: Recipe, taken: int) -> int | None:
+    """The first of the steps taken, from 1, that would have had another learning rate under the new recipe, or would
+    not have been taken; None where there is none."""
+    if recipe.train.steps < taken:
+        return recipe.train.steps + 1
+    before, now = (
+        make_schedule(each.schedule, each.optimizer.learning_rate, each.train.steps)(np.arange(taken))
+        for each in (saved, recipe)
+    )
+    differ = np.flatnonzero(before != now)
+    return int(differ[0]) + 1 if differ.size else None
+
+
+class _About(NamedTuple):
+    """What run.json holds; see RunFolder."""
+
+    run_id: str
+    saved: int = 0
+    finished: int = 0
+
+
+def _about(path: Path) -> _About:
     file = path / RUN_FILE
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
-    run_id = secrets.token_hex(4)
-    write_text_atomically(file, json.dumps({"run_id": run_id}) + "\n")
-    return run_id
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return _About(str(known["run_id"]), int(known.get("saved", 0)), int(known.get("finished", 0)))
+    about = _About(secrets.token_hex(4))
+    write_text_atomically(file, json.dumps(about._asdict()) + "\n")
+    return about
 
 
 class _Lock:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -77,6 +78,8 @@ def begun(init: InitConfig, state: TrainState) -> TrainState:
         raise CheckpointError(
             f"{error}\ninit.fresh=PATH,... draws parameters anew that the other run has not, or in other shapes"
         ) from None
+    if jax.tree.leaves(state.ema):
+        read["ema"] = jax.tree.map(jnp.copy, read["params"])  # an array of its own, as both are updated in place
     return state._replace(**read)
 
 

@@ -60,11 +60,15 @@ def find(workdir: str | Path, step: int | None = None) -> Found:
     return Found(recipe, folder.checkpoints, steps[-1] if step is None else step, tuple(steps))
 
 
-def load(found: Found) -> Trained:
+def load(found: Found, *, ema: bool = False) -> Trained:
     """The model of a run with parameters alone, computing in what it was trained in on this kind of device.
 
-    Raises CheckpointError where they cannot be read.
+    ema  their running average in place of the parameters
+
+    Raises CheckpointError where they cannot be read, or the run keeps no average.
     """
+    if ema and not found.recipe.train.ema:
+        raise CheckpointError(f"{found.recipe.name} keeps no running average of its parameters: train.ema is 0")
     recipe = found.recipe
     tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
     graphdef, shapes = abstract_model(lambda key: recipe.model.build(key, dtype=compute_dtype(recipe)))
@@ -73,7 +77,8 @@ def load(found: Found) -> Trained:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
     params, buffers = nnx.split_state(placed, nnx.Param, ...)
-    part = {"params": params, "buffers": buffers}
+    weights = "ema" if ema else "params"
+    part = {weights: params, "buffers": buffers}
     if not jax.tree.leaves(buffers):
         del part["buffers"]
     try:
@@ -81,5 +86,5 @@ def load(found: Found) -> Trained:
     except CheckpointError as error:
         others = ", ".join(f"--step {step}" for step in found.steps if step != found.step)
         raise CheckpointError(f"{error}{f'; there are also {others}' if others else ''}") from None
-    state = nnx.merge_state(read["params"], read.get("buffers", buffers))
+    state = nnx.merge_state(read[weights], read.get("buffers", buffers))
     return Trained(recipe, found.step, graphdef, state, tokenizer, refuse)

@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
     buffers  nnx.State of variables that no gradient trains
     opt      optax state
     key      u32[2] key data of the run's PRNG key
+    ema      nnx.State like params, their running average; () where the run keeps none
     """
 
     step: jax.Array
@@ -30,6 +31,7 @@ class TrainState(NamedTuple):
     buffers: Any
     opt: optax.OptState
     key: jax.Array
+    ema: Any = ()
 
 
 Build = Callable[[jax.Array], nnx.Module]
@@ -40,26 +42,36 @@ def abstract_model(build: Build) -> tuple[nnx.GraphDef, Any]:
     return nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
 
 
-def initial_state(build: Build, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state at step 0; traceable. `build(key) -> nnx.Module` draws every parameter from the key."""
+def initial_state(build: Build, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False) -> TrainState:
+    """The state at step 0, with a running average of the parameters or without; traceable. `build(key) -> nnx.Module`
+    draws every parameter from the key."""
     model = build(key)
     params, buffers = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, params, buffers, tx.init(params), jax.random.key_data(key))
+    average = jax.tree.map(jnp.copy, params) if ema else ()
+    return TrainState(zero, zero, params, buffers, tx.init(params), jax.random.key_data(key), average)
 
 
-def state_shardings(build: Build, tx: optax.GradientTransformation, mesh: Mesh, rules: AxisRules) -> TrainState:
+def state_shardings(
+    build: Build, tx: optax.GradientTransformation, mesh: Mesh, rules: AxisRules, *, ema: bool = False
+) -> TrainState:
     """Where each array of the state lives. Optimizer moments follow the parameter they belong to.
 
     Raises MeshError where a dimension does not divide over the mesh.
     """
-    return place(jax.eval_shape(lambda key: initial_state(build, tx, key), jax.random.key(0)), mesh, rules)
+    return place(jax.eval_shape(lambda: initial_state(build, tx, jax.random.key(0), ema=ema)), mesh, rules)
 
 
 def fresh_state(
-    build: Build, tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, rules: AxisRules
+    build: Build,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    rules: AxisRules,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """The state at step 0, every array created on the devices that keep it."""
-    shardings = state_shardings(build, tx, mesh, rules)
+    shardings = state_shardings(build, tx, mesh, rules, ema=ema)
     with placement(mesh, rules):
-        return jax.jit(lambda key: initial_state(build, tx, key), out_shardings=shardings)(key)
+        return jax.jit(lambda key: initial_state(build, tx, key, ema=ema), out_shardings=shardings)(key)

@@ -23,6 +23,9 @@ class TrainConfig:
     auxiliary_over: AuxiliaryOver = since("batch", before="micro_batch")
     # Parameters that are not trained: paths such as embedding, body/core/*, or what they begin with.
     frozen: tuple[str, ...] = since((), before=[])
+    # Decay of a running average of the parameters, which is kept and evaluated beside them; 0: none. At step t it is at
+    # most (1 + t) / (10 + t), so that the average forgets its start.
+    ema: float = dataclasses.field(default=0.0, metadata={**ranged(0.0, least=0, below=1).metadata, "before": 0.0})
     seed: int = ranged(0, least=0, most=2**32 - 1)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     remat: Literal["none", "layer", "dots"] = "none"  # recompute in the backward pass: nothing, layers, all but matmuls

@@ -40,14 +40,18 @@ class Evaluator:
         facts = self._facts
         row: Row = {}
         first = None
-        for mode, step in self._steps.items():
+        runs = [(mode, "eval/" if mode == self.selection else f"eval/{mode}/", state) for mode in self._steps]
+        if jax.tree.leaves(state.ema):
+            runs.append((self.selection, "eval/ema/", state._replace(params=state.ema)))
+        for mode, prefix, evaluated in runs:
+            step = self._steps[mode]
             counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops)
             nll = tokens = text = 0.0
             weights: list[int] = []
             scalars: list[dict[str, float]] = []
             parts = PartSums(facts.experts)
             for number, batch in enumerate(self._data.validation(self._recipe.eval.rows)):
-                out = jax.device_get(step(state, batch, number))
+                out = jax.device_get(step(evaluated, batch, number))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
                 present = _everywhere(batch.segment_ids) > 0
                 counter.add(out.depth, out.scores, present, [stage.mask for stage in out.stages])
@@ -56,7 +60,6 @@ class Evaluator:
                 parts.add(out.told)
             if not tokens:
                 continue
-            prefix = "eval/" if mode == self.selection else f"eval/{mode}/"
             row[f"{prefix}loss"] = nll / tokens
             if text:
                 row[f"{prefix}bits_per_byte"] = nll / math.log(2) / text

@@ -8,21 +8,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from adaptive.data.pipeline import Data
-from adaptive.errors import NonFiniteError
+from adaptive.errors import CheckpointError, NonFiniteError
 from adaptive.inference.sampling import marker_of, prompt_tokens, sample
 from adaptive.optim.schedule import make_schedule
+from adaptive.parallel.cluster import anywhere, meet
 from adaptive.printable import printable
+from adaptive.runs import initial
 from adaptive.runs.checkpoint import Checkpoints, digest
 from adaptive.runs.folder import RunFolder
 from adaptive.runs.state import TrainState
 from adaptive.training.alarms import alarms, health_warnings
 from adaptive.training.evaluation import Evaluator
-from adaptive.training.metrics import Meter, MetricsLog, OneStepLate, read_rows
+from adaptive.training.log import MetricsLog, WorkdirLostError, is_evaluation, read_rows, shown_gaps, steps_without_row
+from adaptive.training.metrics import Measured, Meter, OneStepLate
 from adaptive.training.plan import cost_of
 from adaptive.training.program import Program, Steps, profiled
 from adaptive.training.progress import Progress
@@ -60,7 +62,8 @@ class Loop:
         self.facts = program.facts
         self.alarms = alarms(self.facts)
         self.late, self.bad_in_row = OneStepLate(), 0
-        self.first_row = True  # the first step of an attempt is logged, so that there is something to see at once
+        self.first_row = True  # the first step of a run is logged, so that there is something to see at once
+        self.failure: OSError | None = None  # why nothing more can be written into the folder; known to process 0 alone
         self.schedule = make_schedule(
             self.recipe.schedule, self.recipe.optimizer.learning_rate, self.recipe.train.steps
         )
@@ -70,15 +73,17 @@ class Loop:
         recipe = self.recipe
         resolved = json.loads(recipe.to_json())
         self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.checkpoint, resolved, say=self.say)
-        state, begin, data_state = self.restore_or_start()
-        if begin >= recipe.train.steps:
-            self.say(f"this run is complete at step {begin}; a new --workdir starts another")
-            return 0
-        self.log = MetricsLog.open(self.folder.path, begin) if self.primary else MetricsLog(None)
+        with self.stop.at_once(self.folder.close):
+            state, begin, data_state = self.restore_or_start()
+            if begin >= recipe.train.steps and not anywhere(self.primary and self.folder.finished < begin):
+                self.say(f"this run is complete at step {begin}; a new --workdir starts another")
+                return 0
+            self.log = self.opened_log(begin)
         if self.primary:
-            save_record(self.plan, self.folder.path)
-        seconds = (self.log.last or {}).get("seconds", 0.0)
-        self.meter = Meter(cost_of(self.plan), seconds, experts=self.facts.experts)
+            self.keep(self.plan)
+        seconds = self.log.kept[-1].get("seconds") if self.log.kept else None
+        self.meter = Meter(cost_of(self.plan), seconds or 0.0, experts=self.facts.experts)
+        self.first_row = begin == 0
         batches = self.data.train(data_state)
         with contextlib.ExitStack() as at_exit:
             at_exit.callback(batches.close)
@@ -96,15 +101,21 @@ class Loop:
                 say=self.say,
             )
             at_exit.callback(self.tracker.finish)
+            self.catch_up(state, begin)
             stopped, state, step = self.train(state, begin, batches)
             with self.watchdog.limit("saving the last checkpoint", SHUTDOWN_S):
                 self.checkpoints.close()
+            self.note_saved()
+        if anywhere(self.failure is not None):
+            return self.failed(step)
         if stopped:
             kept = f"saved at step {step}" if not self.checkpoints.failed else f"step {step} could not be saved"
-            self.say = lambda text: print(text, flush=True)
-            self.say(f"stopped on request, {kept}; run the same command with --workdir {self.folder.path} to resume")
+            again = f"run the same command with --workdir {self.folder.path} to resume"
+            self.last_words(f"stopped on request, {kept}; {again}")
             return PREEMPTED
         self.finish(state, step)
+        if anywhere(self.failure is not None):
+            return self.failed(step)
         return FAILED if self.checkpoints.failed else 0
 
     def restore_or_start(self) -> tuple[TrainState, int, dict[str, Any] | None]:
@@ -112,24 +123,60 @@ class Loop:
         with self.watchdog.limit("restoring", SHUTDOWN_S):
             restored = self.checkpoints.restore(self.program.abstract_state())
         if restored is not None:
-            rows = self.log_steps()
+            rows = max((row["step"] for row in read_rows(self.folder.path)), default=0) if self.primary else 0
             lost = f" ({rows - restored.step} later steps are repeated)" if rows > restored.step else ""
             self.say(f"resuming  {self.folder.path} from step {restored.step}{lost}")
             return restored.state, restored.step, restored.data_state or None  # {}: converted weights have read nothing
-        state = self.program.fresh_state()
-        self.say(f"starting  {self.folder.path}, state digest {digest(state)}")
+        self.refuse_lost_checkpoints()
+        state, init, source = self.program.fresh_state(), self.recipe.init, ""
+        meet("parameters are drawn")
+        if init.run:
+            state = initial.begun(init, state)
+            what = "weights and the optimizer's state" if init.optimizer else "weights"
+            source = f" with the {what} of {init.run} at step {init.step}"
+        self.say(f"starting  {self.folder.path}{source}, state digest {digest(state)}")
         return state, 0, None
 
-    def log_steps(self) -> int:
-        """The last step that an earlier attempt logged."""
-        return max((int(row.get("step", 0)) for row in read_rows(self.folder.path)), default=0)
+    def refuse_lost_checkpoints(self) -> None:
+        """Raises CheckpointError where the run has no checkpoint but had one: it would begin anew over what is kept."""
+        where = self.folder.checkpoints
+        if anywhere(where.exists() and not where.is_dir()):
+            raise CheckpointError(f"{where} is a file, and checkpoints go into a folder of that name: move it away")
+        if anywhere(self.folder.saved > 0):
+            at = f" of step {self.folder.saved}" if self.primary else ""
+            raise CheckpointError(
+                f"{where} holds no checkpoint, though this run had one{at}: put the folder back to go on, or choose "
+                "another --workdir to start anew. Nothing was changed"
+            )
+
+    def opened_log(self, begin: int) -> MetricsLog:
+        """The rows up to the step where this attempt begins; says which are not there."""
+        if not self.primary:
+            return MetricsLog(None)
+        log = MetricsLog.open(self.folder.path, begin)
+        if gaps := steps_without_row(log.kept, begin):
+            self.say(f"warning: {self.folder.metrics} has no row of step {shown_gaps(gaps)}")
+        return log
+
+    def catch_up(self, state: TrainState, begin: int) -> None:
+        """The evaluation that was due when an earlier attempt ended, where it made none; of the last step in any case,
+        for the report."""
+        made = any(is_evaluation(row) and row["step"] == begin for row in self.log.kept)
+        missing = anywhere(self.primary and not made)
+        if begin and self.evaluation_due(begin) and (missing or begin >= self.recipe.train.steps):
+            with self.meter.paused():
+                self.evaluate(state, begin, recorded=missing)
+
+    def evaluation_due(self, done: int) -> bool:
+        every = self.recipe.eval.every
+        return done >= self.recipe.train.steps or bool(every and done % every == 0)
 
     def train(self, state: TrainState, begin: int, batches: Any) -> tuple[bool, TrainState, int]:
         """(whether it was asked to stop, state, step)."""
         recipe, total = self.recipe, self.recipe.train.steps
         for step in range(begin, total):
             self.prepare(step)
-            with self.watchdog.limit(f"step {step + 1}", recipe.train.step_timeout_s), self.profile(step):
+            with self.watchdog.limit(f"step {step + 1}", recipe.train.step_timeout_s), self.profile(step, begin):
                 begin_wait = time.perf_counter()
                 batch = next(batches)
                 self.meter.waited(time.perf_counter() - begin_wait)
@@ -139,14 +186,14 @@ class Loop:
             self.progress.step(done)
             stopping = self.stop.agreed()
             last = done == total
-            evaluate = last or (recipe.eval.every and done % recipe.eval.every == 0)
-            save = last or stopping or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
+            evaluate = self.evaluation_due(done) and (last or not stopping)
+            save = last or stopping or bool(recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
             if evaluate or save:
-                self.absorb(self.late.flush())  # rows on disk reach as far as any checkpoint
+                self.absorb(self.late.flush(), row=save)  # rows on disk reach as far as any checkpoint
                 with self.meter.paused():
                     if save:
-                        self.checkpoints.save(done, state, batches.state())
-                    if evaluate and not stopping:
+                        self.save(done, state, batches)
+                    if evaluate:
                         self.evaluate(state, done)
             if stopping and not last:
                 return True, state, done
@@ -159,34 +206,84 @@ class Loop:
         self.absorb(self.late.flush())
         with self.meter.paused(), self.watchdog.limit("compiling", COMPILE_S):
             compiled = self.steps.prepare(step)
+        meet(f"the program of step {step + 1} is compiled")
         self.say(f"step {step + 1} begins a new phase of the run: compiled its program in {compiled.seconds:.1f} s")
 
-    def profile(self, step: int) -> contextlib.AbstractContextManager[None]:
-        return profiled(step, self.recipe, self.folder.profile)
+    def profile(self, step: int, begin: int) -> contextlib.AbstractContextManager[None]:
+        return profiled(step, begin, self.recipe, self.folder.profile)
 
-    def absorb(self, due: tuple[int, Mapping[str, Any]] | None) -> None:
-        """Counts a finished step's metrics and logs a row when one is due."""
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
+        """Begins to write a checkpoint, unless the run's folder is gone."""
+        try:
+            self.log.check()
+        except OSError as error:
+            self.fail(error)
+        if anywhere(isinstance(self.failure, WorkdirLostError)):
+            return
+        self.checkpoints.save(step, state, batches.state())
+        self.note_saved()
+
+    def note_saved(self) -> None:
+        """Notes in the run's folder that it has a checkpoint, so that a missing one is told from a new run."""
+        if self.failure is None and self.primary and (steps := self.checkpoints.steps()):
+            try:
+                self.folder.note(saved=steps[-1])
+            except OSError as error:
+                self.fail(error)
+
+    def absorb(self, due: Measured | None, *, row: bool = False) -> None:
+        """Counts a finished step's metrics and logs a row when one is due, or one is asked for."""
         if due is None:
             return
-        step, metrics = due
-        self.meter.add(metrics)
+        step, metrics, at = due
+        self.meter.add(metrics, at)
         self.bad_in_row = self.bad_in_row + 1 if metrics["skipped"] else 0
         if metrics["skipped"]:
             self.say(f"step {step} skipped: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}")
         first, self.first_row = self.first_row, False
-        if first or step % self.recipe.log.every == 0 or step == self.recipe.train.steps:
-            row = self.meter.row(step, learning_rate=float(self.schedule(jnp.asarray(step - 1))))
-            self.record(row)
+        if row or first or step % self.recipe.log.every == 0 or step == self.recipe.train.steps:
+            self.record(self.meter.row(step, learning_rate=float(self.schedule(step - 1))))
         if self.bad_in_row >= self.recipe.train.max_bad_steps:
             raise NonFiniteError(self.not_finite(step, metrics))
 
     def record(self, row: Mapping[str, Any]) -> None:
-        self.log.write(row)
+        try:
+            self.log.write(row)
+        except OSError as error:
+            self.fail(error)
         self.progress.row(row)
         self.tracker.log(row)
         for alarm in self.alarms:
             for warning in alarm(row):
                 self.say(f"warning: {warning}")
+
+    def keep(self, record: Any) -> None:
+        """Writes a record into the run's folder."""
+        try:
+            save_record(record, self.folder.path)
+        except OSError as error:
+            self.fail(error)
+
+    def fail(self, error: OSError) -> None:
+        """The run's folder cannot be written: a run that keeps nothing must not go on."""
+        if self.failure is None:
+            self.failure = error
+            self.say(f"error: cannot write to {self.folder.path}: {error.strerror or error}; stopping after this step")
+            self.stop.ask()
+
+    def failed(self, step: int) -> int:
+        """Says what is left of a run whose folder could not be written; the exit code."""
+        steps = [] if anywhere(isinstance(self.failure, WorkdirLostError)) else self.checkpoints.steps()
+        kept = f"the last checkpoint is of step {steps[-1]}" if steps else "no checkpoint is there"
+        why = f": {self.failure.strerror or self.failure}" if self.failure else ""
+        self.last_words(f"stopped at step {step}, because {self.folder.path} could not be written{why}; {kept}")
+        return FAILED
+
+    def last_words(self, text: str) -> None:
+        """A line after the progress line has ended."""
+        self.say = lambda text: print(text, flush=True)
+        if self.primary:
+            self.say(text)
 
     def not_finite(self, step: int, metrics: Mapping[str, Any]) -> str:
         bad = ((name, value) for name, value in metrics.items() if np.ndim(value) == 0 and not np.isfinite(value))
@@ -197,27 +294,33 @@ class Loop:
             "optimizer.learning_rate, or look at the rows of metrics.jsonl before it"
         )
 
-    def evaluate(self, state: TrainState, step: int) -> None:
-        """Held-out loss, what routing did, and a passage for the report."""
+    def evaluate(self, state: TrainState, step: int, *, recorded: bool = True) -> None:
+        """Held-out loss, what routing did, and a passage for the report. recorded: whether it becomes a row."""
         self.progress.doing("evaluating")
         with self.watchdog.limit("evaluating", self.recipe.train.step_timeout_s):
             columns, counter = self.evaluator(state)
             self.passage = self.evaluator.passage(state)
         row = {**self.meter.position(step), **columns}
-        self.record(row)
+        if recorded:
+            self.record(row)
         for warning in health_warnings(row, self.facts.recursion, step / self.recipe.train.steps):
             self.say(f"warning: {warning}")
         self.counter = counter
         if self.primary:
-            save_record(counter.record(step, self.evaluator.selection, self.passage), self.folder.path)
+            self.keep(counter.record(step, self.evaluator.selection, self.passage))
 
     def finish(self, state: TrainState, step: int) -> None:
         """A sample, the report, and where everything is."""
         continuation = self.sample(state)
         if not self.primary:
             return
-        save_record(self.counter.record(step, self.evaluator.selection, self.passage, continuation), self.folder.path)
-        report = write_report(self.folder.path)
+        self.keep(self.counter.record(step, self.evaluator.selection, self.passage, continuation))
+        try:
+            report = write_report(self.folder.path)
+            self.folder.note(finished=step)
+        except OSError as error:
+            self.fail(error)
+            return
         if self.facts.chunking and self.passage:
             print("\nheld-out text and its chunks:\n")
             print_chunks(self.passage, len(self.facts.chunking), sys.stdout)

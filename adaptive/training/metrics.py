@@ -3,6 +3,7 @@
 A row is one flat JSON object. Rows of training steps hold
 
     step, tokens, flops, seconds     how far: steps taken, their tokens and analytic FLOPs, wall time since the start
+    steps                            of the interval: this many up to `step` are in the row
     loss, ce, bits_per_byte          total loss and cross entropy (nats per token), the latter in bits per byte of text
     grad_norm, learning_rate, skipped (steps of the interval that changed nothing: not finite)
     tokens_per_s, step_ms, data_wait_ms, flops_per_s
@@ -12,9 +13,10 @@ A row is one flat JSON object. Rows of training steps hold
     routing/NAME_S                   what chunking stage S did, below
 
 and rows of evaluations hold step, tokens, flops, seconds and eval/loss, eval/bits_per_byte, eval/dead_token_ratio,
-eval/routing/NAME, eval/experts/NAME, eval/told/PATH/NAME, eval/keys_attended, eval/keys/PATH; a second way of selecting
-is named in between, as in eval/threshold/loss. Values are means over the steps since the row before, because a single
-step may be a transient. What is not finite is null.
+eval/routing/NAME, eval/experts/NAME, eval/told/PATH/NAME, eval/keys_attended, eval/keys/PATH; a second way of
+selecting is named in between, as in eval/threshold/loss, and so is the running average of the parameters:
+eval/ema/loss. Values are means over the steps since the row before, because a single step may be a transient. What is
+not finite is null.
 
 Parts of the model tell what they did. PATH is a part's place in the model below its body, such as stack/blocks/0/mixer:
 
@@ -54,85 +56,24 @@ Each chunking stage S, from 0, which sees the bytes, inwards has means over the 
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from adaptive.data.files import write_text_atomically
-from adaptive.errors import UserError
-from adaptive.runs.folder import METRICS_FILE
+from adaptive.training.log import Row
 from adaptive.training.parts import PREFIX as TOLD
 from adaptive.training.parts import PartSums
 
-Row = dict[str, Any]
 
+class Measured(NamedTuple):
+    """What a step measured, as numpy, and when it was first seen to be done."""
 
-class MetricsLog:
-    """The rows of a run, kept in WORKDIR/metrics.jsonl: the truth that reports and plots read.
-
-    Every row is handed to the system when `write` returns, so it outlives a killed process. `MetricsLog(None)`, for
-    processes other than 0, accepts rows and keeps none.
-    """
-
-    def __init__(self, path: Path | None, last: Row | None = None):
-        self.last = last  # the newest row that was kept at opening: where a resumed run goes on counting
-        self._file = None if path is None else path.open("a", encoding="utf-8")
-
-    @classmethod
-    def open(cls, workdir: str | Path, resume_step: int) -> "MetricsLog":
-        """Opens the log for a run that goes on after `resume_step` (0: a fresh one).
-
-        Rows past that step are dropped, because those steps will be taken again, and so is a line that a killed process
-        left unfinished. Raises UserError where the folder cannot be written.
-        """
-        path = Path(workdir) / METRICS_FILE
-        try:
-            kept = [row for row in _rows(path) if row.get("step", 0) <= resume_step]
-            write_text_atomically(path, "".join(map(_line, kept)))
-            return cls(path, kept[-1] if kept else None)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --workdir") from None
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one row; numbers may be of numpy or of 0-d arrays."""
-        if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def read_rows(workdir: str | Path) -> list[Row]:
-    """The rows of WORKDIR/metrics.jsonl in order, whole lines alone; none where there is no file."""
-    return list(_rows(Path(workdir) / METRICS_FILE))
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                yield row
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    step: int
+    metrics: Any
+    at: float
 
 
 class OneStepLate:
@@ -142,24 +83,28 @@ class OneStepLate:
     then or soon will be, while the new step runs.
     """
 
-    def __init__(self) -> None:
-        self._held: tuple[int, Any] | None = None
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._held: tuple[int, Any, float | None] | None = None
 
-    def swap(self, step: int, metrics: Any) -> tuple[int, Any] | None:
-        """(step, metrics as numpy) of the previous call, None at first; holds these instead."""
-        for leaf in jax.tree.leaves(metrics):
+    def swap(self, step: int, metrics: Any) -> Measured | None:
+        """What the step of the previous call measured, None at first; holds these instead."""
+        leaves = jax.tree.leaves(metrics)
+        for leaf in leaves:
             leaf.copy_to_host_async()
-        due, self._held = self._held, (step, metrics)
-        return _fetched(due)
+        due = self.flush()
+        # Where a call returns no sooner than its results (often so on CPUs), the step is done already.
+        self._held = step, metrics, self._clock() if all(leaf.is_ready() for leaf in leaves) else None
+        return due
 
-    def flush(self) -> tuple[int, Any] | None:
-        """(step, metrics as numpy) of what is still held, if anything; waits for it."""
-        due, self._held = self._held, None
-        return _fetched(due)
-
-
-def _fetched(held: tuple[int, Any] | None) -> tuple[int, Any] | None:
-    return None if held is None else (held[0], jax.device_get(held[1]))
+    def flush(self) -> Measured | None:
+        """The same of what is still held, if anything; waits for it."""
+        if self._held is None:
+            return None
+        step, metrics, at = self._held
+        self._held = None
+        fetched = jax.device_get(metrics)
+        return Measured(step, fetched, self._clock() if at is None else at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +128,7 @@ class StepCost:
 class Meter:
     """Collects step metrics over a logging interval and makes a row of them.
 
+    steps    of the interval so far
     seconds  continues from an earlier attempt of the run
     clock    returns seconds
     experts  of the model's facts
@@ -198,18 +144,22 @@ class Meter:
         self._cost, self._clock = cost, clock
         self._parts = PartSums(experts)
         self._origin = clock() - seconds
-        self._begin_interval()
+        self._idle = 0.0  # of all pauses so far
+        self._begin_interval(clock(), 0.0)
 
-    def _begin_interval(self) -> None:
-        self._steps, self._wait, self._idle = 0, 0.0, 0.0
+    def _begin_interval(self, since: float, idle: float) -> None:
+        """since: when the last step of the interval before was done; idle: of all pauses until then."""
+        self.steps, self._wait = 0, 0.0
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._parts.clear()
-        self._since = self._clock()
+        self._since = self._until = since
+        self._idle_since = self._idle_until = idle
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        """The metrics of one step: scalars, and sums named "told/PATH:NAME"."""
-        self._steps += 1
+    def add(self, metrics: Mapping[str, Any], at: float | None = None) -> None:
+        """The metrics of one step: scalars, and sums named "told/PATH:NAME". at: when it was done; None: now."""
+        self.steps += 1
+        self._until, self._idle_until = self._clock() if at is None else at, self._idle
         if not metrics.get("skipped"):  # of a step that changed nothing the sums are of no model in use
             self._parts.add(metrics)
         for name, value in metrics.items():
@@ -250,19 +200,21 @@ class Meter:
             means["skipped"] = int(self._sums.get("skipped", 0))
         if "ce" in means:
             means["bits_per_byte"] = bits_per_byte(means["ce"], self._cost.bytes_per_token)
-        row = {**self.position(step), **means, **chunk_sizes(means), **self._parts.columns(), **more, **self._rates()}
-        self._begin_interval()
+        own = {"steps": self.steps}
+        row = {**self.position(step), **own, **means, **chunk_sizes(means), **self._parts.columns(), **more}
+        row |= self._rates()
+        self._begin_interval(self._until, self._idle_until)
         return row
 
     def _rates(self) -> Row:
-        busy = self._clock() - self._since - self._idle
-        if not self._steps or busy <= 0:
+        busy = self._until - self._since - (self._idle_until - self._idle_since)
+        if not self.steps or busy <= 0:
             return {}
-        cost, per_step = self._cost, busy / self._steps
+        cost, per_step = self._cost, busy / self.steps
         rates = {
             "tokens_per_s": cost.tokens / per_step,
             "step_ms": 1e3 * per_step,
-            "data_wait_ms": 1e3 * self._wait / self._steps,
+            "data_wait_ms": 1e3 * self._wait / self.steps,
             "flops_per_s": cost.flops / per_step,
         }
         if cost.peak:

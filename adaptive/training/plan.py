@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from adaptive import doctor
-from adaptive.optim.schedule import phases
+from adaptive.optim.schedule import make_schedule, phases
 from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe
+from adaptive.training import unread
 from adaptive.training.metrics import StepCost
 from adaptive.training.program import Compiled, Program
 from adaptive.training.report.collect import plan_costs
@@ -83,15 +84,36 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     lines += [
         f"mesh      {mesh} on {plan.devices} x {plan.device_kind}, {plan.compute_dtype}"
         + (f", {program.accumulation} micro-batches" if program.accumulation > 1 else ""),
+        *_accumulated(program),
         f"training  {plan.steps:,} steps of {recipe.train.batch_size} x {plan.seq_len} = "
         f"{_count(plan.steps * plan.tokens_per_step)} tokens; {_schedule(recipe)}",
         f"compute   {plan.flops_per_step * plan.steps:.3g} FLOPs in all, {plan.flops_per_step:.3g} a step: "
         f"{plan.flops_per_step / plan.dense_flops_per_step:.0%} of what it would be with every token at full depth",
         *(f"kernels   {operation}: {choice}" for operation, choice in plan.kernels.items()),
     ]
+    if program.recipe.init.run:
+        lines.append(f"begins    from {program.recipe.init.run} at step {program.recipe.init.step}")
+    if program.frozen is not None:
+        flags = jax.tree.leaves(program.frozen)
+        lines.append(f"frozen    {sum(flags)} of {len(flags)} parameter arrays")
+    lines += [f"note      {line}" for line in unread.lines_of(program)]
     if plan.peak_flops_per_s is None:
         lines.append(f"MFU       not shown: {peak_of(plan.device_kind, plan.compute_dtype).why}")
     return lines
+
+
+def _accumulated(program: Program) -> list[str]:
+    """How auxiliary losses are formed where there are several micro-batches and such losses."""
+    if program.accumulation == 1 or not (names := program.auxiliary()):
+        return []
+    if program.recipe.train.auxiliary_over == "micro_batch":
+        return [
+            f"          {', '.join(names)}: of each micro-batch, so train.device_batch_size changes what is minimised"
+        ]
+    return [
+        f"          {', '.join(names)}: of the whole batch, known by one more forward pass "
+        "(train.auxiliary_over=micro_batch saves it)"
+    ]
 
 
 def _chunk_lines(chunking: Sequence[tuple[str, Any]], seq_len: int) -> list[str]:
@@ -121,7 +143,9 @@ def _schedule(recipe: Recipe) -> str:
     warmup, decay = phases(s, steps)
     cut = f" (shortened from {s.warmup_steps})" if warmup < s.warmup_steps else ""
     end = f", decay over the last {decay}" if s.kind == "trapezoid" else ""
-    return f"peak rate {recipe.optimizer.learning_rate:g}, {s.kind}, warm-up {warmup}{cut}{end}"
+    rate = make_schedule(s, recipe.optimizer.learning_rate, steps)
+    ends = f"rate {rate(0):.3g} in the first step, {rate(steps - 1):.3g} in the last"
+    return f"peak rate {recipe.optimizer.learning_rate:g}, {s.kind}, warm-up {warmup}{cut}{end}; {ends}"
 
 
 def _count(n: float) -> str:

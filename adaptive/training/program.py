@@ -19,10 +19,13 @@ from adaptive.data.batch import Batch
 from adaptive.data.tokenizers import ByteCounts
 from adaptive.errors import MeshError, RecipeError
 from adaptive.optim.build import make_optimizer
+from adaptive.optim.named import chosen
+from adaptive.parallel.cluster import meet
 from adaptive.parallel.expert_cost import ExpertLoad, settle
 from adaptive.parallel.mesh import batch_sharding, divisors
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.recipe import Recipe
+from adaptive.routing.types import AuxLosses, Output
 from adaptive.runs.platform import compute_dtype
 from adaptive.runs.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
@@ -102,6 +105,8 @@ class Program:
     """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit.
 
     facts                  of the model
+    ema                    whether its state has a running average of the parameters
+    frozen                 tree of bool like its parameters: which are not trained; None: all are
     experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
     experts_described      each kind of routed feed-forward in a few words
     selections             the ways of selecting that the model can evaluate and that differ
@@ -122,12 +127,15 @@ class Program:
         model = nnx.merge(self.graphdef, shapes)
         if reason := model.no_gradient():
             raise RecipeError(reason)
+        still, params = recipe.train.frozen, nnx.state(model, nnx.Param)
+        self.frozen = chosen(params, still, "train.frozen") if still else None
         routed = model.routed()
         told = (f"{one.settings.router.kind()}: {routed[one.path].describe()}" for one in self.facts.experts)
         self.experts_described = tuple(dict.fromkeys(told))
         self.selections = model.selections()
         self.refuse_generation = model.refuse_generation() or model.refuse_cache()
-        self.shardings = state_shardings(self.build, self.tx, mesh, self.rules)
+        self.ema = recipe.train.ema > 0
+        self.shardings = state_shardings(self.build, self.tx, mesh, self.rules, ema=self.ema)
         self._segmented = not recipe.data.cross_document
 
     def build(self, key: jax.Array, step: int = -1) -> Any:
@@ -140,11 +148,13 @@ class Program:
         return placement(self.mesh, self.rules, self.experts)
 
     def fresh_state(self) -> TrainState:
-        return fresh_state(self.build, self.tx, jax.random.key(self.recipe.train.seed), self.mesh, self.rules)
+        key = jax.random.key(self.recipe.train.seed)
+        return fresh_state(self.build, self.tx, key, self.mesh, self.rules, ema=self.ema)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, each with its sharding."""
-        shapes = jax.eval_shape(lambda key: initial_state(self.build, self.tx, key), jax.random.key(0))
+        initial = lambda key: initial_state(self.build, self.tx, key, ema=self.ema)  # noqa: E731
+        shapes = jax.eval_shape(initial, jax.random.key(0))
         shaped = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
         return jax.tree.map(shaped, shapes, self.shardings)
 
@@ -161,6 +171,20 @@ class Program:
         place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))  # noqa: E731
         return jax.tree.map(place, batch)
 
+    def auxiliary(self) -> list[str]:
+        """Names of the auxiliary losses that are trained."""
+        batch = self.abstract_batch()
+        graphdef, shapes = abstract_model(self.build)
+
+        def losses(state: Any, batch: Batch) -> AuxLosses:
+            key = jax.random.key(0)
+            model = nnx.merge(graphdef, state)
+            out: Output = model(batch.tokens, boundaries=batch.boundaries, deterministic=False, key=key, logits=False)
+            return out.aux
+
+        with self.placed():
+            return [name for name, aux in jax.eval_shape(losses, shapes, batch).items() if aux.coefficient]
+
     def compile_train_step(self, at: int = -1) -> Compiled:
         """The train step (state, batch) -> (state, metrics), its state argument donated, as it is at training step `at`
         (from 0); -1: at the last."""
@@ -172,6 +196,9 @@ class Program:
             self.tx,
             objective=self.recipe.objective,
             accumulation=self.accumulation,
+            auxiliary_over=self.recipe.train.auxiliary_over,
+            frozen=self.frozen,
+            ema=self.recipe.train.ema,
             loss_chunk=self.recipe.train.loss_chunk,
             warmup=0 <= at < model.warmup_steps(),
             segmented=self._segmented,
@@ -198,12 +225,17 @@ class Program:
             segmented=self._segmented,
         )
         jitted = jax.jit(step, out_shardings=NamedSharding(self.mesh, P()))
+        compiled: list[Any] = []
 
         @functools.wraps(step)
         def call(state: TrainState, batch: Batch, number: int = 0) -> Evaluation:
             key = jax.random.fold_in(jax.random.key(self.recipe.train.seed), number)
-            with self.placed():
-                return jitted(state.params, state.buffers, self.to_devices(batch), key)
+            given = state.params, state.buffers, self.to_devices(batch), key
+            if not compiled:
+                with self.placed():
+                    compiled.append(jitted.lower(*given).compile())
+                meet(f"the evaluation by {selection} is compiled")
+            return compiled[0](*given)
 
         return call
 
@@ -244,11 +276,13 @@ def _padded(of_tokens: np.ndarray, vocab: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def profiled(step: int, recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Starts or stops jax.profiler's trace into `folder` at the steps that the recipe names."""
+def profiled(step: int, begin: int, recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Starts or stops jax.profiler's trace into `folder` at the steps that the recipe names, or at the first and last
+    that an attempt which begins at step `begin` takes of them."""
     log = recipe.log
-    if log.profile_steps and step == log.profile_start:
+    end = min(log.profile_start + log.profile_steps, recipe.train.steps)
+    if step == max(log.profile_start, begin) and step < end:
         jax.profiler.start_trace(str(folder))
     yield
-    if log.profile_steps and step == log.profile_start + log.profile_steps - 1:
+    if step == end - 1 >= log.profile_start and log.profile_steps:
         jax.profiler.stop_trace()

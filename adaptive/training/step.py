@@ -28,6 +28,7 @@ def make_train_step(
     accumulation: int = 1,
     auxiliary_over: AuxiliaryOver = "batch",
     frozen: Any = None,
+    ema: float = 0.0,
     loss_chunk: int = 0,
     warmup: bool = False,
     segmented: bool = True,
@@ -39,6 +40,7 @@ def make_train_step(
     accumulation  micro-batches that the batch is computed in, one after another
     auxiliary_over  over what auxiliary losses are formed, where there are several micro-batches; see TrainConfig
     frozen        tree of bool like the parameters: those that a step leaves as they are; None: none
+    ema           decay of the state's running average of the parameters; 0: it has none
     loss_chunk    positions whose logits exist at once; 0: chosen from the vocabulary
     warmup        the program for steps within a router's warm-up
     segmented     False: each row is one document, whatever the batch says (attention needs no document mask)
@@ -97,6 +99,7 @@ def make_train_step(
             buffers=keep(buffers, state.buffers),
             opt=keep(opt, state.opt),
             key=state.key,
+            ema=keep(_averaged(state, params, ema), state.ema),
         )
         told = told_metrics({path: stats for path, stats in sums.items() if path != "depth"})
         metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count, "skipped": bad, **scalars, **told}
@@ -132,6 +135,15 @@ def _moving(updates: Any, frozen: Any) -> Any:
     if frozen is None:
         return updates
     return jax.tree.map(lambda update, still: jnp.zeros_like(update) if still else update, updates, frozen)
+
+
+def _averaged(state: TrainState, params: Any, decay: float) -> Any:
+    """The running average after a step that gave `params`."""
+    if not decay:
+        return state.ema
+    taken = state.step.astype(jnp.float32)
+    own = jnp.minimum(decay, (1 + taken) / (10 + taken))
+    return jax.tree.map(lambda average, now: own * average + (1 - own) * now, state.ema, params)
 
 
 def _plus(own: AuxLosses, others: AuxLosses) -> AuxLosses:

@@ -1,11 +1,12 @@
 """Stopping when asked: signals become a flag that the loop reads, and all processes stop at the same step."""
 
+import contextlib
 import functools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -15,11 +16,12 @@ __all__ = ["INTERRUPTED", "PREEMPTED", "StopRequest"]
 
 INTERRUPTED = 130  # the exit code of a run that a second signal ended at once: what was not saved is lost
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """While the block runs, SIGTERM and Ctrl-C ask the run to stop; a second one ends the process at once with 130.
+    """While the block runs, SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C ask the run to stop; a second one ends
+    the process at once with 130. A SIGHUP that whoever started the process has ignored (nohup) stays ignored.
 
     Signals are taken by a thread, so that both work while the main thread is inside a compilation or a long step.
     Enter it in the main thread.
@@ -30,6 +32,9 @@ class StopRequest:
     def __init__(self, say: Callable[[str], None] = print):
         self._say = say
         self._asked = threading.Event()
+        self._lock = threading.Lock()
+        self._nothing_to_save: Callable[[], object] | None = None
+        self._terminals: list[int] = []
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup_before = -1
         self._read = self._write = -1
@@ -39,6 +44,24 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
         return self._asked.is_set()
+
+    def ask(self) -> None:
+        """Asks for the same without a signal."""
+        self._asked.set()
+
+    @contextlib.contextmanager
+    def at_once(self, close: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Around what leaves nothing to save, such as a compilation before the first step: a signal ends the process
+        there and then, with 75. close: what is to be done before."""
+        with self._lock:
+            if self.requested:
+                self._leave(close)
+            self._nothing_to_save = close
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._nothing_to_save = None
 
     def agreed(self) -> bool:
         """Whether the processes stop now: the same answer in all of them, which must call it equally often.
@@ -58,7 +81,9 @@ class StopRequest:
         os.set_blocking(self._write, False)
         threading.Thread(target=self._listen, args=(self._read,), name="signals", daemon=True).start()
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _left_to_the_thread) for number in _SIGNALS}
+        heard = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        self._before = {number: signal.signal(number, _left_to_the_thread) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,8 +102,21 @@ class StopRequest:
         if self.requested:
             print(f"{number.name} again: ending now, without saving", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)
-        self._asked.set()
+        if number == signal.SIGHUP:
+            for terminal in self._terminals:  # nobody is there any more: a line would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        with self._lock:
+            self._asked.set()
+            if self._nothing_to_save is not None:
+                self._say(f"{number.name}: stopping now; there is nothing to save")
+                self._leave(self._nothing_to_save)
         self._say(f"{number.name}: stopping after this step and saving (again: at once, without saving)")
+
+    def _leave(self, close: Callable[[], object]) -> None:
+        close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(PREEMPTED)  # not sys.exit: the main thread may be inside the compiler
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:

@@ -43,6 +43,51 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path):
     RunFolder.open(tmp_path, RECIPE).close()  # a refusal leaves no claim
 
 
+def checkpoint(workdir, step):
+    (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+
+
+CONSTANT = RECIPE.with_("schedule.kind=constant", "train.steps=6")
+TRAPEZOID = RECIPE.with_("schedule.warmup_steps=2", "schedule.decay_fraction=0.5", "train.steps=20")
+
+
+@pytest.mark.parametrize(("recipe", "taken", "steps"), [(CONSTANT, 6, 12), (TRAPEZOID, 10, 40), (CONSTANT, 4, 5)])
+def test_a_run_may_be_longer_where_the_steps_taken_stay_as_they_were(tmp_path, recipe, taken, steps):
+    said = []
+    RunFolder.open(tmp_path, recipe).close()
+    checkpoint(tmp_path, taken)
+    longer = recipe.with_(f"train.steps={steps}")
+    RunFolder.open(tmp_path, longer, say=said.append).close()
+    assert len(said) == 1 and f"train.steps: {recipe.train.steps} -> {steps}" in said[0]
+    assert Recipe.from_json((tmp_path / "recipe.json").read_text()) == longer
+
+
+@pytest.mark.parametrize(
+    ("taken", "changes", "part"),
+    [
+        (11, ["train.steps=40"], "step 11 of the 11 taken would have had another learning rate"),
+        (10, ["train.steps=9"], "step 10 of the 10 taken"),
+        (10, ["train.steps=40", "train.seed=1"], "train.seed: 0 -> 1"),
+    ],
+)
+def test_a_run_is_not_made_longer_where_they_would_have_been_others(tmp_path, taken, changes, part):
+    RunFolder.open(tmp_path, TRAPEZOID).close()
+    checkpoint(tmp_path, taken)
+    with pytest.raises(CheckpointError) as error:
+        RunFolder.open(tmp_path, TRAPEZOID.with_(*changes))
+    assert part in str(error.value) and f"--init_from {tmp_path}" in str(error.value)
+
+
+def test_what_is_noted_of_a_run_is_there_at_the_next_start(tmp_path):
+    with RunFolder.open(tmp_path, RECIPE) as run:
+        assert (run.saved, run.finished) == (0, 0)
+        run.note(saved=3)
+        run.note(saved=5, finished=5)
+        first = run.run_id
+    with RunFolder.open(tmp_path, RECIPE) as run:
+        assert (run.saved, run.finished, run.run_id) == (5, 5, first)
+
+
 def test_free_settings_may_change_and_are_announced(tmp_path):
     said = []
     RunFolder.open(tmp_path, RECIPE, say=said.append).close()

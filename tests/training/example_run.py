@@ -18,7 +18,8 @@ from adaptive.models.facts import Experts, Facts
 from adaptive.models.language_model import Settings
 from adaptive.recipe import Recipe
 from adaptive.training.config import TrainConfig
-from adaptive.training.metrics import Meter, MetricsLog, StepCost
+from adaptive.training.log import MetricsLog
+from adaptive.training.metrics import Meter, StepCost
 from adaptive.training.parts import PartSums
 from adaptive.training.report.collect import RoutingCounter, passage_tokens, plan_costs
 from adaptive.training.report.schema import PlanRecord, SampleRecord, TokenRecord, save_record

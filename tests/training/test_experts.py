@@ -20,7 +20,8 @@ from adaptive.models.bodies import plain
 from adaptive.models.facts import Experts
 from adaptive.runs.state import abstract_model
 from adaptive.training.experts import layers_of, scalar_columns
-from adaptive.training.metrics import Meter, MetricsLog, StepCost, read_rows
+from adaptive.training.log import MetricsLog, read_rows
+from adaptive.training.metrics import Meter, StepCost
 from adaptive.training.parts import PartSums
 from adaptive.training.step import make_eval_step
 

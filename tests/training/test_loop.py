@@ -8,8 +8,8 @@ import shapes
 
 from adaptive.layers.feed_forwards import experts
 from adaptive.training.alarms import alarms
+from adaptive.training.log import MetricsLog
 from adaptive.training.loop import Loop
-from adaptive.training.metrics import MetricsLog
 from adaptive.training.progress import Progress
 from adaptive.training.tracking import NoTracker
 

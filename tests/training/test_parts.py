@@ -17,7 +17,8 @@ from adaptive.data.tokenizers import ByteCounts
 from adaptive.layers.call import Told
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.runs.state import abstract_model
-from adaptive.training.metrics import Meter, MetricsLog, StepCost
+from adaptive.training.log import MetricsLog
+from adaptive.training.metrics import Meter, StepCost
 from adaptive.training.parts import PartSums
 from adaptive.training.report.page import write_report
 from adaptive.training.step import make_eval_step

@@ -15,8 +15,8 @@ from adaptive.training.plan import make_plan, plan_lines, runs_on
 from adaptive.training.program import Program
 
 
-def lines_of(model, **changes) -> list[str]:
-    recipe = dataclasses.replace(Recipe(name="made", model=model).with_("data.seq_len=64"), **changes)
+def lines_of(model, *overrides, **changes) -> list[str]:
+    recipe = dataclasses.replace(Recipe(name="made", model=model).with_("data.seq_len=64", *overrides), **changes)
     program = Program(recipe, make_mesh(recipe.mesh))
     return plan_lines(make_plan(program, np.ones(model.vocab_size, int), np.arange(8)), program)
 
@@ -59,7 +59,28 @@ def test_an_objective_other_than_the_usual_is_told():
     assert not beginning(lines_of(shapes.plain(2)), "objective")
 
 
+def test_how_auxiliary_losses_are_accumulated_is_told():
+    many = ("train.batch_size=16", "train.device_batch_size=1")
+    routed = shapes.plain(2, feed_forward=experts.Settings(experts=4))
+
+    def told(model, *overrides):
+        return [line.strip() for line in lines_of(model, *overrides) if "micro" in line]
+
+    assert told(routed, "train.batch_size=16") == [] and len(told(shapes.plain(2), *many)) == 1
+    whole, each = told(routed, *many)[1], told(routed, *many, "train.auxiliary_over=micro_batch")[1]
+    assert whole.startswith("load_balancing_loss: of the whole batch") and "one more forward pass" in whole
+    assert each.startswith("load_balancing_loss: of each micro-batch")
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_every_operation_says_what_computes_it(platform):
     texts = [runs_on(operation, platform) for operation in ("attention", "ssd", "ema", "grouped_matmul", "routing")]
     assert all(texts) and ("Pallas for TPUs" in texts[1]) == (platform == "tpu")
+
+
+def test_the_rates_of_both_ends_are_told():
+    (line,) = beginning(lines_of(shapes.plain(2), "train.steps=10", "schedule.warmup_steps=4"), "training")
+    assert line.endswith("warm-up 4, decay over the last 2; rate 0.00075 in the first step, 0 in the last")
+    before = "train.steps=10", "schedule.warmup_steps=4", "schedule.count_from=zero"
+    (line,) = beginning(lines_of(shapes.plain(2), *before), "training")
+    assert line.endswith("rate 0 in the first step, 0.0015 in the last")

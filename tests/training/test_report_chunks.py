@@ -11,7 +11,7 @@ from training.test_report import Page
 
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.recipe import Recipe
-from adaptive.training.metrics import MetricsLog
+from adaptive.training.log import MetricsLog
 from adaptive.training.progress import evaluation_line, plain_line
 from adaptive.training.report.bars import histogram
 from adaptive.training.report.chunks import bytes_per_chunk, chunks

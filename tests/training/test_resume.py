@@ -18,7 +18,7 @@ import pytest
 import shapes
 
 from adaptive.recipe import load
-from adaptive.training.metrics import read_rows
+from adaptive.training.log import read_rows
 
 pytestmark = pytest.mark.compiles
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 120
 TINY = (
     "data.seq_len=32", "train.batch_size=8", f"train.steps={STEPS}", "schedule.warmup_steps=4", "train.seed=5",
-    "eval.every=0", "eval.batches=1", "checkpoint.every=10", "checkpoint.keep_last=3", "checkpoint.keep_every=60",
+    "eval.every=0", "eval.rows=2", "checkpoint.every=10", "checkpoint.keep_last=3", "checkpoint.keep_every=60",
     "log.every=1", "log.wandb=disabled", "log.sample_tokens=4",
 )  # fmt: skip
 SPLIT = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")

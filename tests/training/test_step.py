@@ -17,8 +17,10 @@ from adaptive.layers.moe.routers import token_choice as routers
 from adaptive.models.depth import expert_choice, token_choice
 from adaptive.optim.build import make_optimizer
 from adaptive.optim.config import ScheduleConfig
+from adaptive.optim.named import chosen
 from adaptive.optim.optimizers import adamw
 from adaptive.runs.state import abstract_model
+from adaptive.training.step import make_train_step
 
 pytestmark = pytest.mark.compiles
 
@@ -147,6 +149,23 @@ def test_a_router_that_is_not_a_number_skips_the_step():
     for part in ("params", "buffers", "opt"):
         for a, b in zip(jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(before, part)), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_frozen_parameters_stay_as_they_are_and_an_average_follows_the_others():
+    """Weight decay included, and their gradients count in no norm."""
+    graphdef, shapes_of = abstract_model(VANILLA.build)
+    state = compiled_step(VANILLA, GRADIENT, ONE, ROWS, SEQ).state()
+    frozen = chosen(nnx.state(nnx.merge(graphdef, shapes_of), nnx.Param), ("embedding", "body/stack/*/mixer"), "here")
+    decaying = optax.chain(optax.add_decayed_weights(0.5), GRADIENT)
+    step = jax.jit(make_train_step(graphdef, decaying, frozen=frozen, ema=0.9))
+    begin = state._replace(opt=decaying.init(state.params), ema=state.params)
+    after, metrics = step(begin, packed_batch(ROWS, SEQ, 32))
+    before = jax.tree.leaves(state.params)
+    for average, old, new in zip(jax.tree.leaves(after.ema), before, jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_allclose(average, 0.1 * old + 0.9 * new, atol=1e-6)  # (1 + 0) / (10 + 0) at the first step
+    for still, a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(after.params), before, strict=True):
+        assert still == np.array_equal(a, b)
+    assert 0 < metrics["grad_norm"] < one_step(1)[1]["grad_norm"]
 
 
 def test_auxiliary_routers_are_clipped_apart():

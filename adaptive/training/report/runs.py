@@ -12,7 +12,7 @@ from adaptive.errors import RecipeError, UserError
 from adaptive.recipe import Recipe, difference, leaves, load, show
 from adaptive.runs.folder import METRICS_FILE, RECIPE_FILE
 from adaptive.training.alarms import alarms, health_warnings
-from adaptive.training.metrics import Row, read_rows
+from adaptive.training.log import Row, is_evaluation, read_rows, shown_gaps, steps_without_row
 from adaptive.training.report.schema import (
     PLAN_FILE,
     ROUTING_FILE,
@@ -140,7 +140,7 @@ def load_run(workdir: str | Path) -> Run:
     if not any((path / name).exists() for name in files):
         raise UserError(f"{path} holds no run: none of {', '.join(files)} is there; give the --workdir of a run")
     missing: list[str] = []
-    rows = [row for row in read_rows(path) if isinstance(row.get("step"), int)]
+    rows = read_rows(path)
     if not rows:
         missing.append(f"{METRICS_FILE} has no rows: the run ended before its first logged step")
     plan = _or_default(lambda: load_record(PlanRecord, path), PlanRecord(), PLAN_FILE, "sizes and FLOPs", missing)
@@ -152,15 +152,13 @@ def load_run(workdir: str | Path) -> Run:
         missing,
     )
     recipe = _or_default(lambda: _recipe(path), None, RECIPE_FILE, "the settings", missing)
-    training = [row for row in rows if not _is_evaluation(row)]
-    evaluations = [row for row in rows if _is_evaluation(row)]
+    training = [row for row in rows if not is_evaluation(row)]
+    evaluations = [row for row in rows if is_evaluation(row)]
+    if training and (gaps := steps_without_row(rows, training[-1]["step"])):
+        missing.append(f"{METRICS_FILE} has no row of step {shown_gaps(gaps)}")
     if rows and not evaluations:
         missing.append("no evaluation on held-out text has been made yet")
     return Run(path, training, evaluations, plan, routing, recipe, tuple(missing))
-
-
-def _is_evaluation(row: dict[str, Any]) -> bool:
-    return any(name.startswith("eval/") for name in row)
 
 
 def _or_default(read: Callable[[], T | None], default: T, name: str, what: str, missing: list[str]) -> T:
