@@ -23,6 +23,7 @@ from adaptive.paths import local_path
 
 STREAMED = 4  # tokens per call while text is watched: smooth, and not much slower than many
 MOST_TOKENS = 1_000_000
+LARGEST = 1e4  # temperature and penalty, and their inverses: far beyond use, and no logit overflows
 
 
 def options() -> command.Options:
@@ -42,7 +43,7 @@ def options() -> command.Options:
     add("--stop", action="append", default=[], metavar="TEXT",
         help="ends a continuation before this text; may be given several times")  # fmt: skip
     add("--ignore_end", action="store_true", help="goes on where the model ends the text")
-    add("--temperature", type=number(float, least=0), default=0.8,
+    add("--temperature", type=number(float, least=0, most=LARGEST), default=0.8,
         help="below 1 favours what is likely; 0 always takes the likeliest (default 0.8)")  # fmt: skip
     add("--top_k", type=number(int, least=0), default=0,
         help="draws from the K likeliest tokens (default 0: from all)")  # fmt: skip
@@ -50,7 +51,7 @@ def options() -> command.Options:
         help="draws from the likeliest tokens that make up this share of the probability (default 1)")  # fmt: skip
     add("--min_p", type=number(float, least=0, most=1), default=0.0,
         help="draws from tokens with at least this share of the likeliest one's probability (default 0)")  # fmt: skip
-    add("--repetition_penalty", type=number(float, above=0), default=1.0,
+    add("--repetition_penalty", type=number(float, least=1 / LARGEST, most=LARGEST), default=1.0,
         help="above 1: tokens that the text has already become less likely (default 1)")  # fmt: skip
     add("--seed", type=number(int, least=0, most=2**31 - 1), default=0, help="of the draws (default 0)")
     add("--json", action="store_true",
@@ -74,6 +75,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"'{word}' is no option (--help shows all); a text to continue is --prompt '{word}'")
     if not given.workdir:
         raise UserError("which run? --workdir RUN, the folder that training named")
+    if 0 < given.temperature < 1 / LARGEST:
+        raise UserError(f"--temperature {given.temperature} is too small: 0 takes the likeliest token")
     if "" in given.stop:
         raise UserError("--stop is empty: give the text before which a continuation ends")
     if given.json and given.show_chunks:
