@@ -215,7 +215,7 @@ def test_a_recipe_may_be_any_python_file(tmp_path):
     path.write_text(OWN)
     assert load(str(path)) == dataclasses.replace(TINY, name="mine")
     path.write_text("recipe = 3")
-    assert "no function recipe()" in message(load, str(path))
+    assert "has no recipe: a function recipe()" in message(load, str(path))
     assert "there is no such file" in message(load, str(tmp_path / "other.py"))
 
 
