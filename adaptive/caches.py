@@ -1,5 +1,6 @@
 """Where this machine keeps what can be made again: compiled programs, tokens of text, decompressed corpora."""
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -15,15 +16,21 @@ def cache_folder() -> Path:
     A user without a home folder, or with one that cannot be written, as in containers, gets a folder of their own among
     the temporary ones. Raises UserError where there is no place at all.
     """
-    try:
+    with contextlib.suppress(RuntimeError):  # there is no home
         named = os.environ.get("XDG_CACHE_HOME")
         folder = (local_path(named, "XDG_CACHE_HOME") if named else Path.home() / ".cache") / "adaptive"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
+        if can_be_written(folder):
             return folder
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        pass
     return _temporary()
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be made in the folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _temporary() -> Path:

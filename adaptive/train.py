@@ -114,7 +114,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
             say(line)
 
         watchdog, stop = Watchdog(), at_exit.enter_context(StopRequest(say))
-        say(f"compiling the train step (kept in {compilations})")
+        say(f"compiling the train step ({compilations})")
         with watchdog.limit("compiling", COMPILE_S), stop.at_once(folder.close if folder else lambda: None):
             steps = Steps(program)
         cluster.meet("the train step is compiled")

@@ -3,19 +3,22 @@
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adaptive.caches import cache_folder
+from adaptive.caches import cache_folder, can_be_written
 from adaptive.errors import UserError
+from adaptive.paths import is_address
 from adaptive.recipe import Recipe
 
 
 def keep_compilations() -> str:
-    """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine; its place.
+    """Turns on jax's persistent compilation cache, by default in the user's cache folder of this machine. Returns, in
+    words, where programs are kept.
 
     JAX_COMPILATION_CACHE_DIR moves it, also to an address that jax knows (gs://). Raises UserError where the user has
     no folder that can be written.
@@ -26,7 +29,11 @@ def keep_compilations() -> str:
     jax.config.update("jax_raise_persistent_cache_errors", False)
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         _share_compilations()
-    return folder
+    if not is_address(folder) and not can_be_written(Path(folder)):
+        # Else jax warns at every program.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+        return f"not kept: {folder} cannot be written"
+    return f"kept in {folder}"
 
 
 def _share_compilations() -> None:

@@ -1,5 +1,7 @@
 """Devices and compiled programs of a machine: what is missing is told in a line."""
 
+import warnings
+
 import jax
 import pytest
 
@@ -46,7 +48,12 @@ def test_a_platform_that_is_not_there_is_told_in_a_line(monkeypatch, named, erro
 def test_compiled_programs_lie_in_the_folder_of_caches(monkeypatch, tmp_path):
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
-    assert platform.keep_compilations() == "gs://bucket/compiled"  # jax reads and writes there itself
+    assert platform.keep_compilations() == "kept in gs://bucket/compiled"  # jax reads and writes there itself
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/dev/null/compiled")
+    with warnings.catch_warnings(record=True) as told:
+        assert platform.keep_compilations() == "not kept: /dev/null/compiled cannot be written"
+        warnings.warn("Error writing persistent compilation cache entry for 'jit_step'", stacklevel=1)
+    assert not told
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert platform.keep_compilations() == str(tmp_path / "adaptive" / "compiled")
+    assert platform.keep_compilations() == f"kept in {tmp_path / 'adaptive' / 'compiled'}"
