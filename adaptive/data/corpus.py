@@ -5,7 +5,7 @@ import lzma
 from importlib import resources
 from pathlib import Path
 
-from adaptive.data.files import cache_dir, explained, write_atomically
+from adaptive.data.files import ELSEWHERE, cache_dir, explained, write_atomically
 from adaptive.errors import DataError
 
 CORPORA = ("english", "python", "chinese", "dna")
@@ -27,6 +27,6 @@ def embedded_corpus(name: str, cache: str = "") -> Path:
     version = hashlib.sha256(packed).hexdigest()[:12]
     target = cache_dir(cache) / "corpus" / f"{name}-{version}.txt"
     if not target.exists():
-        with explained(f"unpacking the '{name}' corpus", "Set data.cache_dir to a folder that can be written."):
+        with explained(f"unpacking the '{name}' corpus", ELSEWHERE):
             write_atomically(target, lzma.decompress(packed))
     return target

@@ -13,6 +13,8 @@ from adaptive.caches import cache_folder
 from adaptive.errors import DataError
 from adaptive.paths import local_path
 
+ELSEWHERE = "Set data.cache_dir, or ADAPTIVE_CACHE, to a folder that can be written."
+
 
 def cache_dir(configured: str = "") -> Path:
     """The folder of decompressed corpora and cached token stores: `configured`, $ADAPTIVE_CACHE or the user's own.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive.data.files import cache_dir, digest, explained, write_atomically
+from adaptive.data.files import ELSEWHERE, cache_dir, digest, explained, write_atomically
 from adaptive.data.sources import find_files
 from adaptive.data.store import TokenStore, file_identity, open_store
 from adaptive.data.tokenizers import Tokenizer
@@ -160,7 +160,7 @@ def _scan(file: Path, tokens: np.ndarray, bounds: np.ndarray | None, eos_id: int
         content.update(found.astype("<i8").tobytes())
         packed = io.BytesIO()
         np.savez(packed, bounds=found, max_id=largest, sha256=content.hexdigest())
-        with explained(f"remembering what is in {file}", "Set data.cache_dir to a folder that can be written."):
+        with explained(f"remembering what is in {file}", ELSEWHERE):
             write_atomically(known, packed.getvalue())
     try:
         with np.load(known) as saved:

@@ -105,7 +105,7 @@ def write_store(
     Records without text are counted in index.json. Raises DataError when there is no document, when a document of
     tokens does not fit the tokenizer, or when the disk refuses. Nothing is left behind then.
     """
-    remedy = "Free some space or choose another folder (data.cache_dir, or --out of the prepare command)."
+    remedy = "Free some space or choose another folder (data.cache_dir or ADAPTIVE_CACHE, or --out of `data prepare`)."
     with explained(f"writing the token store {directory}", remedy), _new_folder(directory) as folder:
         shards = list(_write_shards(folder, _encoded(records, tokenizer), tokenizer, shard_tokens))
         if not any(entry["documents"] for entry in shards):
