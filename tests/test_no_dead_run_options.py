@@ -34,8 +34,10 @@ from adaptive.runs.checkpoint import Checkpoints
 from adaptive.runs.state import TrainState
 from adaptive.training import loop as loops
 from adaptive.training import program as programs
+from adaptive.training import tracking as dashboards
 from adaptive.training.evaluation import Evaluator
 from adaptive.training.loop import Loop
+from adaptive.training.report.schema import PlanRecord
 from adaptive.training.step import make_train_step
 
 pytestmark = pytest.mark.compiles
@@ -188,29 +190,14 @@ class Endless:
 
 
 def tracking(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
-    """What the service that shows runs is started with."""
+    """What the dashboards are started with."""
     asked: list[Any] = []
-    patch.setattr(loops, "start_tracking", lambda mode, **given: asked.append((mode, given["project"])) or Silent())
-    patch.setattr(loops, "cost_of", lambda plan: None)
-    patch.setattr(loops, "Meter", lambda *arguments, **given: None)
-    loop: Any = types.SimpleNamespace(
-        recipe=recipe, say=lambda line: None,
-        folder=types.SimpleNamespace(path=folder, checkpoints=folder, run_id="", close=lambda: None),
-        stop=types.SimpleNamespace(at_once=lambda close: contextlib.nullcontext()),
-        opened_log=lambda begin: types.SimpleNamespace(kept=[]), catch_up=lambda *arguments: None,
-        note_saved=lambda: None, failure=None,
-        restore_or_start=lambda: (None, 0, None), primary=False, plan=None, facts=recipe.model.facts(),
-        data=types.SimpleNamespace(train=lambda state: types.SimpleNamespace(close=lambda: None)),
-        train=lambda *arguments: (False, None, 1), finish=lambda *arguments: None,
-        watchdog=types.SimpleNamespace(limit=lambda name, seconds: contextlib.nullcontext()),
-    )  # fmt: skip
-    Loop.run(loop)
+    patch.setattr(dashboards.weights_and_biases, "start", lambda *given: asked.append(given[:-1]))
+    patch.setattr(dashboards.tensorboard, "start", lambda *given: asked.append(given[:-1]))
+    known = types.SimpleNamespace(path=folder, run_id="")
+    loop: Any = types.SimpleNamespace(recipe=recipe, plan=PlanRecord(), folder=known)
+    dashboards.start_tracking(recipe.log, Loop.about(loop, {}, 0), print)
     return asked
-
-
-class Silent:
-    def finish(self) -> None:
-        pass
 
 
 def beginning(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:

@@ -68,6 +68,9 @@ class LogConfig:
     every: int = ranged(10, least=1)  # steps between rows of metrics.jsonl
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is present
     project: str = "adaptive"
+    tensorboard: bool = since(False, before=False)  # event files in the run's folder, of the same rows
+    tags: tuple[str, ...] = since((), before=[])  # for dashboards, as are notes
+    notes: str = since("", before="")
     profile_start: int = ranged(0, least=0)  # first step of a jax.profiler trace
     profile_steps: int = ranged(0, least=0)  # how many steps to trace; 0: none
     sample_prompt: str = "The "
@@ -80,6 +83,8 @@ class LogConfig:
             found["profile_start"] = "log.profile_steps=0 traces nothing"
         if self.wandb == "disabled":
             found["project"] = "log.wandb=disabled"
+            if not self.tensorboard:
+                found |= dict.fromkeys(("tags", "notes"), "log.wandb=disabled and log.tensorboard=false")
         if not self.sample_tokens:
             found["sample_prompt"] = "log.sample_tokens=0"
         return found

@@ -1,11 +1,14 @@
 """The training loop: step, late metrics, now and then an evaluation or a checkpoint, until done or asked to stop."""
 
 import contextlib
+import dataclasses
+import functools
+import io
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -20,6 +23,7 @@ from adaptive.printable import printable
 from adaptive.runs import initial
 from adaptive.runs.checkpoint import Checkpoints, digest
 from adaptive.runs.folder import RunFolder
+from adaptive.runs.origin import starts
 from adaptive.runs.state import TrainState
 from adaptive.training.alarms import alarms, health_warnings
 from adaptive.training.evaluation import Evaluator
@@ -32,12 +36,16 @@ from adaptive.training.report.page import write_report
 from adaptive.training.report.passage import print_chunks, print_passage
 from adaptive.training.report.schema import PlanRecord, SampleRecord, save_record
 from adaptive.training.stopping import PREEMPTED, StopRequest
-from adaptive.training.tracking import start_tracking
+from adaptive.training.tracking import About, Several, Tracker, start_tracking
 from adaptive.training.watchdog import COMPILE_S, Watchdog
 
 Say = Callable[[str], None]
 FAILED = 1
 SHUTDOWN_S = 1500.0
+TOLD = (  # of the plan, to dashboards
+    "family", "unique_parameters", "embedding_parameters", "flops_per_step", "dense_flops_per_step", "tokens_per_step",
+    "device_kind", "devices", "processes", "mesh", "compute_dtype", "peak_flops_per_s",
+)  # fmt: skip
 
 
 class Loop:
@@ -62,6 +70,8 @@ class Loop:
         self.facts = program.facts
         self.alarms = alarms(self.facts)
         self.late, self.bad_in_row = OneStepLate(), 0
+        self.tracker: Tracker = Several()
+        self.told_saved = -1  # step of the newest checkpoint that dashboards know
         self.first_row = True  # the first step of a run is logged, so that there is something to see at once
         self.failure: OSError | None = None  # why nothing more can be written into the folder; known to process 0 alone
         self.schedule = make_schedule(
@@ -70,6 +80,12 @@ class Loop:
 
     def run(self) -> int:
         """Trains; the exit code: 0 done, 75 stopped when asked, 1 if the last checkpoint could not be written."""
+        try:
+            return self.run_tracked()
+        finally:
+            self.tracker.finish()
+
+    def run_tracked(self) -> int:
         recipe = self.recipe
         resolved = json.loads(recipe.to_json())
         self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.checkpoint, resolved, say=self.say)
@@ -89,18 +105,8 @@ class Loop:
             at_exit.callback(batches.close)
             self.progress = at_exit.enter_context(Progress(recipe.train.steps, begin, enabled=self.primary))
             self.say = self.progress.say
-            self.tracker = start_tracking(
-                recipe.log.wandb,
-                workdir=self.folder.path,
-                project=recipe.log.project,
-                name=recipe.name,
-                run_id=self.folder.run_id,
-                config=resolved,
-                start_step=begin,
-                primary=self.primary,
-                say=self.say,
-            )
-            at_exit.callback(self.tracker.finish)
+            if self.primary:
+                self.tracker = start_tracking(recipe.log, self.about(resolved, begin), self.say)
             self.catch_up(state, begin)
             stopped, state, step = self.train(state, begin, batches)
             with self.watchdog.limit("saving the last checkpoint", SHUTDOWN_S):
@@ -117,6 +123,20 @@ class Loop:
         if anywhere(self.failure is not None):
             return self.failed(step)
         return FAILED if self.checkpoints.failed else 0
+
+    def about(self, resolved: Mapping[str, Any], begin: int) -> About:
+        """What dashboards are told of this start."""
+        plan = dataclasses.asdict(self.plan)
+        return About(
+            self.folder.path,
+            self.recipe.name,
+            self.folder.run_id,
+            resolved,
+            facts={**{name: plan[name] for name in TOLD}, "started": starts(self.folder.path)[-1:]},
+            start=begin,
+            tags=self.recipe.log.tags,
+            notes=self.recipe.log.notes,
+        )
 
     def restore_or_start(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """(state, step, position in the data): of the newest whole checkpoint of this folder, or of the beginning."""
@@ -230,6 +250,9 @@ class Loop:
                 self.folder.note(saved=steps[-1])
             except OSError as error:
                 self.fail(error)
+            if steps[-1] != self.told_saved:
+                self.told_saved = steps[-1]
+                self.tracker.checkpoint(self.folder.checkpoints / str(steps[-1]), steps[-1])
 
     def absorb(self, due: Measured | None, *, row: bool = False) -> None:
         """Counts a finished step's metrics and logs a row when one is due, or one is asked for."""
@@ -308,6 +331,18 @@ class Loop:
         self.counter = counter
         if self.primary:
             self.keep(counter.record(step, self.evaluator.selection, self.passage))
+            for title, show in self.passages():
+                show(text := io.StringIO())
+                self.tracker.text(title, step, text.getvalue())
+
+    def passages(self) -> Iterator[tuple[str, Callable[[TextIO], None]]]:
+        """Ways to show the held-out text: a title, and what prints it."""
+        if self.facts.chunking and self.passage:
+            stages = len(self.facts.chunking)
+            yield "held-out text and its chunks", functools.partial(print_chunks, self.passage, stages)
+        if self.facts.recursions > 1 and self.passage:
+            title = "held-out text, shaded by how many times each token went through the shared block"
+            yield title, functools.partial(print_passage, self.passage, self.facts.recursions)
 
     def finish(self, state: TrainState, step: int) -> None:
         """A sample, the report, and where everything is."""
@@ -321,15 +356,14 @@ class Loop:
         except OSError as error:
             self.fail(error)
             return
-        if self.facts.chunking and self.passage:
-            print("\nheld-out text and its chunks:\n")
-            print_chunks(self.passage, len(self.facts.chunking), sys.stdout)
-        if self.facts.recursions > 1 and self.passage:
-            print("\nheld-out text, shaded by how many times each token went through the shared block:\n")
-            print_passage(self.passage, self.facts.recursions, sys.stdout)
+        self.tracker.report(report, step)
+        for title, show in self.passages():
+            print(f"\n{title}:\n")
+            show(sys.stdout)
         if continuation is not None:
             text = printable(continuation.prompt + continuation.text)
             print(f"\na continuation of {continuation.prompt!r}:\n\n{text}")
+            self.tracker.text("continuation", step, text)
         print(f"\nworkdir      {self.folder.path}")
         print(f"report       {report}")
         print(f"metrics      {self.folder.metrics}")

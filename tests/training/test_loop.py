@@ -11,7 +11,7 @@ from adaptive.training.alarms import alarms
 from adaptive.training.log import MetricsLog
 from adaptive.training.loop import Loop
 from adaptive.training.progress import Progress
-from adaptive.training.tracking import NoTracker
+from adaptive.training.tracking import Several
 
 
 def test_an_alarm_of_experts_is_said_when_its_row_is_recorded():
@@ -19,7 +19,7 @@ def test_an_alarm_of_experts_is_said_when_its_row_is_recorded():
     loop = types.SimpleNamespace(
         log=MetricsLog(None),
         progress=Progress(10, enabled=False),
-        tracker=NoTracker(),
+        tracker=Several(),
         alarms=alarms(shapes.plain(feed_forward=experts.Settings()).facts()),
         say=said.append,
     )

@@ -1,10 +1,11 @@
-"""Weights & Biases, when asked for or when a key is present; never needed, and nothing in a run waits for it.
+"""Weights & Biases, when asked for or when a key is present.
 
 All calls into the wandb package are made by one thread of their own, which is fed through a bounded queue: a slow or
 absent network costs a run nothing, and no answer of the service can influence what the processes compute. What could
 not be sent is still in metrics.jsonl.
 """
 
+import html
 import importlib.util
 import itertools
 import netrc
@@ -13,13 +14,12 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from adaptive.training.experts import scalar_columns
+from adaptive.training.tracking.base import About, Say, distributions, scalars
 
 Mode = Literal["auto", "online", "offline", "disabled"]
-Say = Callable[[str], None]
 
 _QUEUE = 10_000  # rows that may wait while the service starts
 _INIT_TIMEOUT_S = 60.0
@@ -27,64 +27,32 @@ _FINISH_TIMEOUT_S = 30.0
 _GIVE_UP_S = _FINISH_TIMEOUT_S + 5.0  # should the package not keep to it
 
 
-class Tracker(Protocol):
-    """Where rows go besides metrics.jsonl. No method raises, waits for a network, or returns anything."""
+def start(mode: Mode, project: str, about: About, say: Say) -> "WandbTracker | None":
+    """Begins to track this start of a run and returns at once; None where it is not tracked.
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """The scalars of a row of metrics.jsonl, those of each layer by themselves, under its own step."""
-
-    def finish(self) -> None:
-        """Ends the run's record; gives up after a limited time."""
-
-
-class NoTracker:
-    """Tracking is off, or this is not process 0."""
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        del row
-
-    def finish(self) -> None:
-        return
-
-
-def start_tracking(
-    mode: Mode,
-    *,
-    workdir: str | Path,
-    project: str,
-    name: str,
-    run_id: str,
-    config: Mapping[str, Any],
-    start_step: int = 0,
-    primary: bool = True,
-    say: Say = print,
-) -> Tracker:
-    """Begins to track this attempt at a run and returns at once.
-
-    mode        auto: online if a key is present (WANDB_API_KEY or .netrc) or as WANDB_MODE says, otherwise disabled
-    workdir     keeps the offline files
-    name        of the recipe
-    run_id      of the workdir; all attempts at the run form one group
-    config      the resolved recipe as nested dicts
-    start_step  where this attempt begins; each attempt is a run of its own, because steps of a run must increase
-    primary     False on processes other than 0
-    say         where to print what could not be done, a line each
+    mode   auto: online if a key is present (WANDB_API_KEY or .netrc) or as WANDB_MODE says, otherwise disabled
+    about  all starts of the run are one W&B run, whose id is the run's: a resumed run goes on in its own curves. Rows
+           that are repeated after the last checkpoint are shown twice, at the same steps with the same values
+    say    where to print what could not be done, a line each
 
     Whatever fails is said and otherwise without consequence.
     """
-    chosen = _choose(mode, say) if primary else "disabled"
+    chosen = _choose(mode, say)
     if chosen == "disabled":
-        return NoTracker()
-    group = f"{name}-{run_id}"
-    about = {
+        return None
+    arguments = {
         "project": project,
-        "name": f"{group}-from-{start_step}" if start_step else group,
-        "group": group,
+        "id": about.run_id,
+        "resume": "allow",
+        "name": about.title,
+        "group": about.name,
         "job_type": "train",
-        "dir": str(workdir),
-        "config": {**config, "run_id": run_id, "start_step": start_step},
+        "dir": str(about.workdir),
+        "config": {**about.config, "run_id": about.run_id, **about.facts},
+        "tags": list(about.tags) or None,
+        "notes": about.notes or None,
     }
-    return WandbTracker(chosen, about, say)
+    return WandbTracker(chosen, arguments, say, resumed=about.start > 0)
 
 
 def key_present() -> bool:
@@ -125,16 +93,41 @@ def _automatic() -> Literal["online", "offline", "disabled"]:
 class WandbTracker:
     """Feeds the thread that talks to W&B."""
 
-    def __init__(self, mode: Literal["online", "offline"], about: dict[str, Any], say: Say):
-        self._mode, self._about, self._say = mode, about, say
+    def __init__(self, mode: Literal["online", "offline"], arguments: dict[str, Any], say: Say, *, resumed: bool):
+        self._mode, self._arguments, self._say, self._resumed = mode, arguments, say, resumed
         self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE)
         self._dropped = itertools.count()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        values = {name: value for name, value in scalar_columns(row).items() if value is not None}
-        self._put(lambda run: run.log(values, step=int(row["step"])))
+        values, shares = scalars(row), distributions(row)
+
+        def send(run: Any) -> None:
+            # Not under W&B's own step: it must increase, and a resumed run repeats steps after its last checkpoint.
+            run.log(values | {name: _histogram(shares) for name, shares in shares.items()})
+
+        self._put(send)
+
+    def text(self, name: str, step: int, text: str) -> None:
+        page = f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>"
+        self._put(lambda run: run.log({"step": step, name: _wandb().Html(page)}))
+
+    def report(self, path: Path, step: int) -> None:
+        def send(run: Any) -> None:
+            artifact = _wandb().Artifact(f"report-{run.id}", type="report", metadata={"step": step})
+            artifact.add_file(str(path))
+            run.log_artifact(artifact)
+
+        self._put(send)
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        def send(run: Any) -> None:
+            artifact = _wandb().Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
+            artifact.add_reference(path.absolute().as_uri(), checksum=False)
+            run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+        self._put(send)
 
     def finish(self) -> None:
         if not self._thread.is_alive():
@@ -164,16 +157,15 @@ class WandbTracker:
             self._say(f"W&B: tracking stopped ({_first_line(error)}); everything is in metrics.jsonl")
 
     def _start(self) -> Any:
-        import wandb
-
+        wandb = _wandb()
         try:
-            run = wandb.init(mode=self._mode, settings=_settings(), **self._about)
+            run = wandb.init(mode=self._mode, settings=_settings(), **self._arguments)
         except Exception as error:
             if self._mode == "offline":
                 raise
             self._say(f"W&B: cannot be reached ({_first_line(error)}), so this run is tracked offline")
             self._mode = "offline"
-            run = wandb.init(mode="offline", settings=_settings(), **self._about)
+            run = wandb.init(mode="offline", settings=_settings(), **self._arguments)
         run.define_metric("step")
         for pattern in ("*", "eval/*", "aux/*", "routing/*", "experts/*", "told/*"):
             run.define_metric(pattern, step_metric="step")
@@ -183,21 +175,33 @@ class WandbTracker:
             self._say(f"W&B: {run.url}")
         else:
             folder = Path(run.dir).parent
-            self._say(f"W&B: offline; look with `wandb leet run {folder}`, upload with `wandb sync {folder}`")
+            sync = "wandb sync --append" if self._resumed else "wandb sync"
+            self._say(f"W&B: offline; look with `wandb leet run {folder}`, upload with `{sync} {folder}`")
         return run
 
 
 def _settings() -> Any:
     """Silent (the terminal is ours), and limited in time where this version of the package knows how."""
-    import wandb
-
     wanted: dict[str, Any] = {
         "silent": True,
         "console": "off",
         "init_timeout": _INIT_TIMEOUT_S,
         "finish_timeout": _FINISH_TIMEOUT_S,
     }
-    return wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
+    settings = _wandb().Settings
+    return settings(**{name: value for name, value in wanted.items() if name in settings.model_fields})
+
+
+def _wandb() -> Any:
+    """The package, which takes seconds to import."""
+    import wandb
+
+    return wandb
+
+
+def _histogram(shares: list[float]) -> Any:
+    """Bars around 0, 1, 2, ..."""
+    return _wandb().Histogram(np_histogram=(shares, [i - 0.5 for i in range(len(shares) + 1)]))
 
 
 def _first_line(error: Exception) -> str:
