@@ -7,6 +7,7 @@ say which packages are missing.
 import argparse
 import difflib
 import importlib
+import importlib.util
 import math
 import os
 import select
@@ -32,7 +33,7 @@ def start(module: str) -> int:
     """
     _make_streams_safe()
     try:
-        code = exit_code(imported(module).main, sys.argv[1:])
+        code = exit_code(lambda arguments: imported(module).main(arguments), sys.argv[1:])
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -42,14 +43,23 @@ def start(module: str) -> int:
 
 
 def imported(module: str) -> Any:
-    """The module. Ctrl-C while it is imported ends the process at once: there are packages that would go on."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return importlib.import_module(module)
-    signal.signal(signal.SIGINT, _leave)
+    """The module. Ctrl-C while it is imported ends the process at once: there are packages that would go on.
+
+    Raises UserError where a package is not installed.
+    """
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _leave)
     try:
         return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package):
+            raise
+        raise UserError(f"{package} is not installed in {sys.prefix}; python -m adaptive.doctor tells more") from None
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(number: int, frame: object) -> None:

@@ -115,6 +115,14 @@ def test_an_interrupt_is_one_line_also_while_modules_are_imported(process, where
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_a_package_that_is_not_installed_is_told(process):
+    done = process("import package_that_is_not_there.part")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: package_that_is_not_there is not installed in ")
+    done = process("import json.part_that_is_not_there")
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
+
+
 @pytest.mark.parametrize("flush", [True, False])
 def test_a_reader_that_has_had_enough_is_no_error(process, flush):
     read, write = os.pipe()
