@@ -109,6 +109,7 @@ class Recipe:
         """Raises RecipeError for the first setting or combination that cannot work, as far as no device is needed."""
         _check_name(self.name, "name")
         settings.check_ranges(self)
+        self._check_sizes()
         self.model.validate()
         self.data.validate()
         self.train.validate(self.data.seq_len)
@@ -156,6 +157,13 @@ class Recipe:
         ragged = {"capacity": False, "ragged": True}
         routed = [node for _, node in settings.nodes(self.model, "model") if isinstance(node, MoESettings)]
         return [(node.experts, ragged.get(node.execution)) for node in routed]
+
+    def _check_sizes(self) -> None:
+        """Raises RecipeError for a size that no array has: what is computed from several must have 64 bits."""
+        for path, value in settings.leaf_values(self.model, "model.").items():
+            for size in value if isinstance(value, tuple) else (value,):
+                if isinstance(size, int) and abs(size) >= 2**31:
+                    raise RecipeError(f"{path}={show(value)}: must be below 2^31")
 
     def _check_words(self) -> None:
         stages = [stage for stage in self.model.body.stages() if isinstance(stage, hnet.Settings)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaptive.errors import RecipeError
+from adaptive.layers.mixers import mamba2
 from adaptive.optim.optimizers import muon
 from adaptive.recipe import Recipe, difference, identity_difference, load
 from adaptive.settings import check_ranges, parse_json
@@ -85,11 +86,22 @@ def test_the_command_line_takes_only_numbers_that_can_be_used(override, says):
         ("train.seed=4294967296", "at least 0 and at most 4,294,967,295"),
         ("train.seed=-1", "at least 0"),
         ("train.steps=2147483648", "at most 2,147,483,647"),
+        ("model.width=2147483648", "below 2^31"),
+        ("model.body.core.repeats=1e15", "at most 10,000"),
+        ("model.body.core.blocks.0.repeat=1e15", "at most 10,000"),
+        ("model.body.recursions=1e15", "at most 10,000"),
     ],
 )
-def test_seeds_and_steps_fit_their_32_bits(override, says):
-    """A seed beyond them would be cut off, or not, as JAX_ENABLE_X64 says; the state counts steps in an i32."""
+def test_seeds_steps_and_sizes_fit_their_32_bits(override, says):
+    """A seed beyond them would be cut off, or not, as JAX_ENABLE_X64 says; the state counts steps in an i32; so many
+    layers would be listed one by one."""
     assert says in message(TINY.with_(override).validate)
+
+
+def test_the_nearest_width_that_would_do_is_found_at_once():
+    mixer = mamba2.Settings(expand=2, head_dim=2**31 - 1)
+    assert "nearest width: 2147483647" in message(mixer.check, 100, "mixer")
+    assert "nearest width: 96" in message(mamba2.Settings(expand=2, head_dim=64).check, 100, "mixer")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2**63])

@@ -136,13 +136,15 @@ def _structure(layers: int, recursive: _Section, kv: _Section, mor: _Section) ->
             f"official config: recursive.sharing={sharing}: routing needs one contiguous block per recursion; use "
             "cycle or middle_cycle"
         )
+    if recursions < 1:
+        raise RecipeError(f"official config: {name}.num_recursion={recursions} must be at least 1")
     if recursions == 1:
         return _without_recursion(layers, recursive, mor), 1, sharing
     ends = 2 if sharing.startswith("middle") else 0
     inner = layers - ends
     # Layers that do not divide are dropped, of recursive models alone.
-    if recursions < 1 or inner < recursions or (inner % recursions and not recursive.enabled):
-        near = sorted({ends + max(1, inner // max(recursions, 1) + more) * max(recursions, 1) for more in (0, 1)})
+    if inner < recursions or (inner % recursions and not recursive.enabled):
+        near = sorted({ends + max(1, inner // recursions + more) * recursions for more in (0, 1)})
         raise RecipeError(
             f"official config: {name}.num_recursion={recursions} does not divide the depth: "
             f"llama.num_hidden_layers={layers} with sharing={sharing} must be "

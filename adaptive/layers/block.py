@@ -25,7 +25,7 @@ class Settings:
 
     mixer: Mixer | None = attention.Settings()
     feed_forward: FeedForward | None = dense.Settings()
-    repeat: int = ranged(1, least=1)
+    repeat: int = ranged(1, least=1, most=10_000)
 
     @property
     def additions(self) -> int:

@@ -28,7 +28,7 @@ class Settings:
     """`blocks` one after another, and all of that `repeats` times."""
 
     blocks: tuple[block.Settings, ...] = (block.Settings(),)
-    repeats: int = ranged(1, least=1)
+    repeats: int = ranged(1, least=1, most=10_000)
     stream: Literal["compute", "float32"] = "compute"  # dtype of the residual stream; compute: as layers compute
     scale_residual: bool = False  # initial matrices that write to the stream shrink with the root of its additions
 

@@ -48,10 +48,8 @@ class Settings(Mixer):
     def check(self, width: int, at: str) -> None:
         inner = self.expand * width
         if inner % self.head_dim:
-            near = min(
-                (w for w in range(1, 2 * width + self.head_dim) if self.expand * w % self.head_dim == 0),
-                key=lambda w: abs(w - width),
-            )
+            step = self.head_dim // math.gcd(self.expand, self.head_dim)
+            near = min((max(step, width // step * step), (width // step + 1) * step), key=lambda w: abs(w - width))
             raise RecipeError(
                 f"{at}.expand * width = {inner} is not a multiple of {at}.head_dim={self.head_dim}; "
                 f"nearest width: {near}"

@@ -46,7 +46,7 @@ class Settings(Body):
     prelude: stacks.Settings | None = None
     core: stacks.Settings = stacks.Settings()
     coda: stacks.Settings | None = None
-    recursions: int = ranged(3, least=1)
+    recursions: int = ranged(3, least=1, most=10_000)
     depth: Depth = all_tokens.Settings()
     shared: Shared = "all"
     order: Literal["cycle", "sequence"] = "cycle"
