@@ -8,15 +8,20 @@ import shapes
 
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import expert_choice
+from adaptive.layers.moe.routers import token_choice as routers
+from adaptive.models.depth import token_choice
 from adaptive.objectives import next_token
 from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe
 from adaptive.training.plan import make_plan, plan_lines, runs_on
 from adaptive.training.program import Program
 
+UNREAD = routers.Settings(drop="position", bias_rate=0.1)
+
 
 def lines_of(model, *overrides, **changes) -> list[str]:
-    recipe = dataclasses.replace(Recipe(name="made", model=model).with_("data.seq_len=64", *overrides), **changes)
+    seq_len = [] if any(one.startswith("data.seq_len") for one in overrides) else ["data.seq_len=64"]
+    recipe = dataclasses.replace(Recipe(name="made", model=model).with_(*seq_len, *overrides), **changes)
     program = Program(recipe, make_mesh(recipe.mesh))
     return plan_lines(make_plan(program, np.ones(model.vocab_size, int), np.arange(8)), program)
 
@@ -70,6 +75,29 @@ def test_how_auxiliary_losses_are_accumulated_is_told():
     whole, each = told(routed, *many)[1], told(routed, *many, "train.auxiliary_over=micro_batch")[1]
     assert whole.startswith("load_balancing_loss: of the whole batch") and "one more forward pass" in whole
     assert each.startswith("load_balancing_loss: of each micro-batch")
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "says"),
+    [
+        (shapes.plain(2), ["log.profile_steps=3", "log.profile_start=200"],
+         ["log.profile_steps=3 has no effect: the trace would begin after step 200, the run has 100"]),
+        (shapes.plain(2), ["eval.selection=topk", "train.device_batch_size=8"],
+         ["eval.selection=topk has no effect: this model", "train.device_batch_size=8 has no effect: no device"]),
+        (shapes.plain(2), ["schedule.kind=constant", "schedule.floor=0.1", "data.shuffle=false", "data.shuffle_seed=2"],
+         ["schedule.floor=0.1 has no effect: schedule.kind", "data.shuffle_seed=2 has no effect: data.shuffle"]),
+        (shapes.mor(5, 3, token_choice.Settings(balancing="loss_free", balance_coefficient=0.2)), [],
+         ["model.body.depth.balance_coefficient=0.2 has no effect: balancing=loss_free adds no loss"]),
+        (shapes.plain(2, feed_forward=experts.Settings(UNREAD, experts=4)), [],
+         ["router.drop=position has no effect: capacity_factor=0", "router.bias_rate=0.1 has no effect: bias=false"]),
+        (shapes.plain(2), ["log.profile_steps=3", "log.profile_start=20", "schedule.floor=0.1", "data.seq_len=32"], []),
+    ],
+)  # fmt: skip
+def test_settings_that_the_run_never_reads_are_told(model, overrides, says):
+    notes = beginning(lines_of(model, *overrides), "note")
+    assert len(notes) == len(says)
+    for part in says:
+        assert any(part in note for note in notes), notes
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
