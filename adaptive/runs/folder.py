@@ -19,6 +19,7 @@ from adaptive.errors import CheckpointError, RecipeError
 from adaptive.optim.schedule import make_schedule
 from adaptive.recipe import Recipe, difference, identity_difference
 from adaptive.runs.checkpoint import steps_in
+from adaptive.settings import parse_json
 
 RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
@@ -213,7 +214,7 @@ class _About(NamedTuple):
 def _about(path: Path) -> _About:
     file = path / RUN_FILE
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = parse_json(file.read_text(encoding="utf-8"))
         return _About(str(known["run_id"]), int(known.get("saved", 0)), int(known.get("finished", 0)))
     about = _About(secrets.token_hex(4))
     write_text_atomically(file, json.dumps(about._asdict()) + "\n")

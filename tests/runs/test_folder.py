@@ -86,6 +86,10 @@ def test_what_is_noted_of_a_run_is_there_at_the_next_start(tmp_path):
         first = run.run_id
     with RunFolder.open(tmp_path, RECIPE) as run:
         assert (run.saved, run.finished, run.run_id) == (5, 5, first)
+    for odd in ("[" * 100_000, '{"run_id": "a", "saved": Infinity}', "3"):
+        (tmp_path / "run.json").write_text(odd)
+        with RunFolder.open(tmp_path, RECIPE) as run:
+            assert run.saved == 0 and run.run_id not in ("", "a")
 
 
 def test_free_settings_may_change_and_are_announced(tmp_path):
