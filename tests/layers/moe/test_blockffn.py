@@ -154,7 +154,7 @@ def simulated(losses, start, hold, window):
                 ratio = last / before
                 if ratio > 1:
                     ratio = max(1.025, ratio)
-                ramp = list(np.linspace(value, min(4 * start, value * ratio), window + 1))
+                ramp = list(np.linspace(value, min(4 * start, value * ratio), window + 1)[1:])
             before = last
         values.append(ramp[step % window] if ramp else value)
     return values
@@ -172,7 +172,11 @@ def test_the_sparsity_coefficient_follows_its_loss():
     expected = simulated(losses, 5e-2, 20, 10)
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
     assert max(ours) == pytest.approx(0.2)  # four times the start
-    assert ours[:21] == [pytest.approx(0.05)] * 21
+    assert ours[:20] == [pytest.approx(0.05)] * 20  # all the steps that it is held for
+    whole = np.mean(losses[10:20]) / np.mean(losses[:10])
+    way = max(1.025, whole) if whole > 1 else whole
+    np.testing.assert_allclose(ours[20], 0.05 * (1 + (way - 1) / 10), rtol=1e-4)  # the next takes the first tenth
+    np.testing.assert_allclose(ours[29], 0.05 * way, rtol=1e-4)  # the window's last is there
     assert ours[-1] < ours[-10]
 
 

@@ -47,6 +47,9 @@ class Settings(Bounded):
                 "least two"
             )
 
+    def unread(self) -> dict[str, str]:
+        return {} if self.adapt else dict.fromkeys(("hold_steps", "window"), "adapt=false")
+
     def against_starving(self, at: str) -> str:
         return f"lower {at}.router.sparsity_coefficient"
 
@@ -80,8 +83,8 @@ class Router(ExpertRouter):
 
     With adapt the latter is trained as weighted_chunk_sparsity_loss, its coefficient included: constant for
     hold_steps; then after every window of steps, ratio = mean loss of the window / that of the one before, if above 1
-    at least 1.025; over the next window the coefficient moves linearly to min(4 start, coefficient * ratio). The loss
-    is averaged over the layers of a stack, which share the coefficient.
+    at least 1.025; over the next window the coefficient moves linearly to min(4 start, coefficient * ratio), which the
+    window's last step has. The loss is averaged over the layers of a stack, which share the coefficient.
 
     stats, besides the common: chunk_sparsity f32[] the loss's sum over calls; touched_8, chunks_8, touched_64,
     chunks_64, reused, reusable, of which `sparsity` makes the paper's metrics.
@@ -124,7 +127,8 @@ class Router(ExpertRouter):
         origin = jnp.where(ends, self.target[...], self.origin[...])
         aim = jnp.minimum(MOST_RISE * o.sparsity_coefficient, origin * ratio)
         target = jnp.where(ends & (steps >= o.hold_steps), aim, self.target[...])
-        self.coefficient[...] = origin + (target - origin) * place / o.window
+        # Of the step that comes next: the first of a window takes the first part of the way, its last the whole.
+        self.coefficient[...] = origin + (target - origin) * (place + 1) / o.window
         self.origin[...], self.target[...], self.steps[...] = origin, target, steps
         self.before[...] = jnp.where(ends, mean, self.before[...])
         self.window[...] = jnp.where(ends, 0.0, window)
