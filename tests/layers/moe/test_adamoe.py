@@ -24,9 +24,10 @@ from adaptive.layers.moe.routers.adamoe import with_null_columns
 pytestmark = pytest.mark.compiles
 
 N, M, K = 4, 3, 3
+FORMS = ("paper", "share", "plain")
 
 
-def reference(weights, x, n=N, k=K):
+def reference(weights, x, n=N, k=K, balance="paper"):
     p = softmax(x @ weights["router.weight"])
     choices = p.shape[-1]
     chosen = best(p, k)
@@ -34,7 +35,10 @@ def reference(weights, x, n=N, k=K):
     weight = np.where(true, p, 0)
     weight = weight / np.maximum(weight.sum(-1, keepdims=True), 1e-300)
     f = chosen.mean((0, 1))
-    f[n:] = f[n:].mean() if choices > n else 0
+    if balance != "plain":
+        f[n:] = f[n:].mean() if choices > n else 0
+    if balance == "share":
+        f = f / f.sum()
     return Decision(weight, {"load_balancing_loss": choices * (f * p.mean((0, 1))).sum()})
 
 
@@ -53,6 +57,17 @@ def test_is_the_formula_with_tokens_that_choose_nulls_alone():
     compare(layer, reference, weights, x)
     assert not np.asarray(run(layer, x)[0])[0, 0].any()
     assert layer.coefficients()["load_balancing_loss"] == 0.01
+
+
+def test_balancing_losses_of_the_releases():
+    weights, x = weights_of(N, N + M), inputs()
+    values = {form: reference(weights, x, balance=form).losses["load_balancing_loss"] for form in FORMS}
+    assert len({round(value, 3) for value in values.values()}) == 3
+    for form, value in values.items():
+        layer = build("adamoe", weights, {"null_experts": M, "balance": form}, experts_per_token=K)
+        np.testing.assert_allclose(run(layer, x)[1].losses["load_balancing_loss"].value, value, rtol=1e-5)
+    with pytest.raises(RecipeError, match="paper, share"):
+        build("adamoe", weights, {"null_experts": M, "balance": "mean"}, experts_per_token=K)
 
 
 def test_normalised_over_all_that_are_chosen():

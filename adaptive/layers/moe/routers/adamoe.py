@@ -26,11 +26,18 @@ class Settings(Limited):
 
     null_experts: int = ranged(8, least=0)
     normalise: Literal["true", "all"] = "true"  # over which of the chosen: true experts (the paper), or nulls as well
+    balance: Literal["paper", "share", "plain"] = "paper"  # the balancing loss as printed, or as one of the releases
     late_after: int = ranged(0, least=0)  # steps after which the balancing loss has `late_coefficient`; 0: never
     late_coefficient: float = ranged(1e-4, least=0)
 
     def zeros(self) -> int:
         return self.null_experts
+
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if not self.late_after:
+            found["late_coefficient"] = "late_after=0"
+        return found
 
     def coefficients(self) -> dict[str, float]:
         if not self.late_after:
@@ -49,10 +56,13 @@ class Router(ExpertRouter):
 
     Weights are p of the chosen true experts over their sum; a token that chose nulls alone gets 0.
 
-    load_balancing_loss  (n + m) sum_i f_i P_i over all n + m experts; f_i is the share of tokens that chose i, for
-                         nulls their mean (nulls need no balance among themselves), P_i the mean probability. As
-                         printed, so that the paper's coefficients apply: balanced it is k. (The released code averages
-                         along a wrong axis or divides by k.)
+    load_balancing_loss  (n + m) sum_i f_i P_i over all n + m experts, P_i the mean probability
+
+    balance  f_i                                                                                       balanced
+    paper    share of tokens that chose i, of nulls their mean: they need no balance among themselves  k
+    share    the same as a share of all pairs (the release's experiment with LoRA experts)             1
+    plain    share of tokens that chose i, nulls like all others (the release's Mixtral, in effect)    k
+
     With late_after the loss is trained as weighted_load_balancing_loss, its coefficient included.
 
     Capacities count as for token choice, nulls taking their share of a balanced load.
@@ -77,13 +87,13 @@ class Router(ExpertRouter):
         dispatch = by_token(index, weights, valid, c.experts, zero_weights=nulls, **bounds)
         load = claims(index, wanted, self.choices).sum(0)
         losses = self._balance(jax.nn.softmax(logits, axis=-1), load, context.present)
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
+        losses["router_z_loss"] = z_loss(logits, context.present)
         return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
 
     def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> dict[str, Summed]:
-        n, o, form = self.config.experts, self.options, Product(self.choices)
-        if o.null_experts:
+        n, o = self.config.experts, self.options
+        form = Product(self.choices / self.k if o.balance == "share" else float(self.choices))
+        if o.null_experts and o.balance != "plain":
             load = jnp.concatenate([load[:n], jnp.broadcast_to(load[n:].mean(), o.null_experts)])
         sums = choice_sums(probabilities, load, present)
         losses = {"load_balancing_loss": Summed(sums, form)}
