@@ -4,8 +4,9 @@ A parameter's metadata says what it is; nobody guesses from names:
 
 axes   logical name of every dimension (adaptive/parallel/rules.py). Leading "uses" tells a recursion's passes apart,
        "layers" the layers that a scan runs over
-role   matrix, kernel (of a convolution of each channel alone), scale (of a norm), gated_scale (of Mamba-2's norm), bias
-       or vector (one number per head or channel, stacked or not): what weight decay and the optimizer ask
+role   matrix, kernel (of a convolution of each channel alone), scale (of a norm, or a temperature), gated_scale (of
+       Mamba-2's norm), bias or vector (one number per head or channel, stacked or not): what weight decay and the
+       optimizer ask
 group  main, or auxiliary: trained by losses of its own
 rate   multiple of the learning rate
 """

@@ -4,12 +4,13 @@ form        formula                                                   balanced
 switch      E sum_e P_e n_e / (T k)          Switch, Megatron, MegaBlocks     1
 hf          E sum_e P_e n_e / T              over the tokens of all layers    k
 maxtext     switch times k, per sequence, mean over the batch                k
-flaxformer  E sum_e P_e n_e / T                                              k
+flaxformer  E sum_e P_e n_e / T per group, mean over the groups              k
 gshard      E sum_e P_e n1_e / T, n1 counts first choices alone              1
 sequence    per sequence, P of scores normalised over experts (DeepSeek)     1
 
 P_e is the mean over tokens of the softmax over all experts (sequence: of the normalised sigmoid where that scores), T
-the tokens. Tokens that are not present count nowhere, nor do sequences without any.
+the tokens. Flaxformer's groups are sequences; over a whole batch as one group its form is that of hf. Tokens that are
+not present count nowhere, nor do sequences without any.
 """
 
 from typing import Literal
@@ -42,7 +43,7 @@ def balancing_loss(
     where = jnp.ones(probabilities.shape[:2], jnp.float32) if present is None else present.astype(jnp.float32)
     p = (probabilities * where[..., None]).sum(1)  # [batch, choices]
     tokens = where.sum(1)
-    if form in ("maxtext", "sequence"):
+    if form in ("maxtext", "flaxformer", "sequence"):
         each = jax.vmap(Product(scale))({"weight": p, "claims": n, "tokens": tokens})
         return averaged(each, tokens > 0)
     return Summed({"weight": p.sum(0), "claims": n.sum(0), "tokens": tokens.sum()}, Product(scale))

@@ -1,8 +1,9 @@
 """Who is dropped when an expert is full (token choice).
 
 weight    each expert keeps its largest weights (Megatron's "probs")
-position  each expert keeps its first tokens, whatever choice they were (Megatron's "position", as named)
-token     pairs in the order (token 0, choice 0), (0, 1), (1, 0), ... (MaxText): the same tokens as "position"
+position  each expert keeps its first tokens, whatever choice they were (Megatron's "position", as named); over a whole
+          batch tokens are numbered position by position, as Megatron does: the first of all sequences come first
+token     pairs in the order (token 0, choice 0), (0, 1), (1, 0), ... (MaxText); over a batch sequence by sequence
 choice    all first choices along the sequence, then all second ones (GShard, Flaxformer)
 batch     as choice, tokens sorted by their best score, descending (V-MoE's batch-prioritised routing)
 

@@ -47,8 +47,12 @@ class Dispatch:
 
     def combine_matrix(self) -> jax.Array:
         """f32[batch * seq, experts + zero_experts]: the weight of every expert in every token's output."""
-        dense = self._dense(jnp.where(self.valid, self.weights, 0.0))
-        return jnp.concatenate([dense, self.zero_weights], axis=-1).reshape(self.batch * self.seq, -1)
+        dense = jnp.concatenate([self.expert_weights(), self.zero_weights], axis=-1)
+        return dense.reshape(self.batch * self.seq, -1)
+
+    def expert_weights(self) -> jax.Array:
+        """f32[batch, seq, experts], the shape of `mask`: what each expert's output is multiplied by."""
+        return self._dense(jnp.where(self.valid, self.weights, 0.0))
 
     def load(self) -> jax.Array:
         """f32[experts]: tokens that each expert computes."""

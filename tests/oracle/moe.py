@@ -78,7 +78,7 @@ def token_choice(
     """The k best experts of every token.
 
     `weights`: "sum" divides by the sum of the selected, "none" leaves them, "logits" selects by logits and takes the
-    softmax over the selected logits.
+    softmax over the selected logits, "logits, undivided" what the softmax over all logits gives the selected.
     """
     pairs: Pairs = []
     for b in range(logits.shape[0]):
@@ -89,7 +89,8 @@ def token_choice(
                 continue
             row = logits[b, s]
             gate = np.asarray(row) if weights == "logits" else softmax(row) if score == "softmax" else sigmoid(row)
-            choice = gate if bias is None else gate + np.asarray(bias, np.float64)
+            choice = np.asarray(row) if weights == "logits, undivided" else gate
+            choice = choice if bias is None else choice + np.asarray(bias, np.float64)
             if groups > 1:
                 choice = limit_groups(choice, groups, kept, group_score)
             chosen = ranked(list(choice), k)
@@ -123,7 +124,8 @@ def drop(
 ) -> Pairs:
     """The pairs that fit. `capacity` maps the real tokens of a group to rows of an expert; weights stay as they are.
 
-    `policy`: token (token-major), choice (choice-major), bpr, weight, position. `per`: sequence or batch.
+    `policy`: token (token-major), choice (choice-major), bpr, weight, position (token-major, the tokens of a batch in
+    Megatron's layout [seq, batch]). `per`: sequence or batch.
     `top1` [batch, seq]: the best score of a token before any renormalisation, for bpr.
     """
     places = [(b, s) for b in range(len(pairs)) for s in range(len(pairs[0]))]
@@ -131,6 +133,8 @@ def drop(
     kept: set[tuple[int, int, int]] = set()
     for group in groups:
         real = [(b, s) for b, s in group if pairs[b][s]]
+        if policy == "position":
+            real.sort(key=lambda place: (place[1], place[0]))
         room = capacity(len(real))
         claims = [(order, b, s, j) for order, (b, s) in enumerate(real) for j in range(len(pairs[b][s]))]
         if policy in ("token", "position"):
@@ -231,6 +235,16 @@ def hf_loss(layers: list[tuple[Array, Pairs]], present: Array | None = None) -> 
         p_layer, n_layer, count = _means(logits, pairs, real_tokens(logits, present))
         p, n, tokens = p + p_layer * count, n + n_layer, tokens + count
     return len(n) * sum(p[e] / tokens * n[e] / tokens for e in range(len(n)))
+
+
+def flaxformer_loss(logits: Array, pairs: Pairs, present: Array | None = None, group: str = "sequence") -> float:
+    """experts^2 times the mean over groups and experts of (share of tokens that chose it) (mean probability)."""
+    values = []
+    for places in groups_of(*logits.shape[:2], group):
+        real = [q for q in real_tokens(logits, present) if q in places]
+        p, n, tokens = _means(logits, pairs, real)
+        values.append([p[e] * n[e] / tokens for e in range(len(n))])
+    return float(len(values[0]) ** 2 * np.mean(values))
 
 
 def maxtext_loss(logits: Array, pairs: Pairs, present: Array | None = None) -> float:

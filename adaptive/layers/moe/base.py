@@ -1,6 +1,6 @@
 """What every expert router is and returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +20,19 @@ from adaptive.routing.types import Aux, AuxLosses, Summed, Told
 MOST_COUNTED = 16  # experts per token are counted up to here; the last bin holds all above
 
 
+class Noise(NamedTuple):
+    """What training draws, given in place of the draws of a key; None: drawn.
+
+    input   f32[batch, seq, width]    factors U(1 - jitter, 1 + jitter) of what the router reads
+    logits  f32[batch, seq, choices]  N(0, 1) of token choice's `noise`; Gumbel of `acm`, and of `versatile` per loop
+    choice  i32[batch, seq]           the random choice of `duo_llm`
+    """
+
+    input: jax.Array | None = None
+    logits: jax.Array | None = None
+    choice: jax.Array | None = None
+
+
 class Context(NamedTuple):
     """What a routed layer may know besides its input.
 
@@ -28,6 +41,7 @@ class Context(NamedTuple):
     selection  "topk" as in training; "threshold" token by token, blind to the future, as in generation
     training   whether noise and warm-ups apply
     key        PRNG key of this layer's noise; None: none is drawn
+    noise      draws in place of those of the key; read, as the key is, in training alone
     segments   i32[batch, seq]  documents, 0 is padding; None: one document per row
     limit      i32[batch]  average experts per token of each sequence, for expert choice; None: as the settings say
     """
@@ -39,16 +53,25 @@ class Context(NamedTuple):
     key: jax.Array | None = None
     segments: jax.Array | None = None
     limit: jax.Array | None = None
+    noise: Noise = Noise()
+
+    def drawn(self, given: jax.Array | None, draw: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
+        """The noise: what was given, else what `draw` makes of the key; None outside training and without either."""
+        if not self.training:
+            return None
+        if given is not None:
+            return jnp.asarray(given)
+        return None if self.key is None else draw(self.key)
 
 
 class Routing(NamedTuple):
     """One layer's decision.
 
     dispatch  who computes what
-    losses    before coefficients
+    losses    before coefficients; all that the router has, those of coefficient 0 among them
     stats     sums over tokens that add up over micro-batches and steps; see `statistics`
     parts     what `joint_losses` makes of all layers together
-    logits    f32[batch, seq, choices]
+    logits    f32[batch, seq, choices], before any noise
     """
 
     dispatch: Dispatch
@@ -69,12 +92,12 @@ class RoutedLayer(FeedForwardModule):
     site: Site
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
-        """x [batch, seq, width] -> (its update of the same shape, the router's decision)."""
+        """x [batch, seq, width] -> (its update of the same shape, the router's whole decision)."""
         raise NotImplementedError
 
     def __call__(self, x: jax.Array, context: Context | None = None) -> tuple[jax.Array, AuxLosses, Dispatch]:
         """x [batch, seq, width] -> (y of the same shape, auxiliary losses, who computed what)."""
-        y, routing = self.routed(jnp.asarray(x), context or Context())
+        y, routing = self.routed(x, context or Context())
         coefficients = self.coefficients()
         losses = routing.losses | self.joint_losses(jax.tree.map(lambda a: a[None], routing.parts))
         aux = AuxLosses({name: Aux(loss, coefficients[name]) for name, loss in losses.items()})
@@ -91,8 +114,13 @@ class RoutedLayer(FeedForwardModule):
             limit=call.experts_per_token,
         )
         y, routing = self.routed(x, context)
-        told = Told(routing.losses, routing.stats, routing.parts, {"experts": routing.dispatch.per_token()})
-        return y, told, routing.logits
+        losses, experts = self._trained(routing.losses), routing.dispatch.per_token()
+        return y, Told(losses, routing.stats, routing.parts, {"experts": experts}), routing.logits
+
+    def _trained(self, losses: dict[str, Summed]) -> dict[str, Summed]:
+        """Those that a model trains, and what an adaptive coefficient is of: no others are computed there."""
+        coefficients = self.coefficients()
+        return {name: loss for name, loss in losses.items() if coefficients[name] or f"weighted_{name}" in losses}
 
     @classmethod
     def shape_of(cls, arrays: Mapping[str, jax.Array]) -> tuple[int, dict[str, Any]]:

@@ -13,15 +13,40 @@ from adaptive.routing.capacity import keep_within
 
 def jittered(x: jax.Array, jitter: float, context: Context) -> jax.Array:
     """x times uniform noise in training."""
-    if not jitter or not context.training or context.key is None:
+    if not jitter:
         return x
-    return x * jax.random.uniform(context.key, x.shape, x.dtype, 1 - jitter, 1 + jitter)
+    draw = lambda key: jax.random.uniform(key, x.shape, x.dtype, 1 - jitter, 1 + jitter)  # noqa: E731
+    factors = context.drawn(context.noise.input, draw)
+    return x if factors is None else x * jnp.asarray(factors, x.dtype)
 
 
 def present_pairs(index: jax.Array, present: jax.Array | None) -> jax.Array:
     """bool, the shape of index [batch, seq, k]: pairs of tokens that exist."""
     everyone = jnp.ones(index.shape, bool)
     return everyone if present is None else everyone & present[..., None]
+
+
+def keeping(
+    o: Limited,
+    index: jax.Array,
+    weights: jax.Array,
+    pairs: jax.Array,
+    room: jax.Array | int,
+    choices: int,
+    best: jax.Array | None = None,
+) -> jax.Array:
+    """bool[batch, seq, k]: which of `pairs` find a slot where each of the choices has `room` in every group.
+
+    index i32, weights f32, pairs bool, all [batch, seq, k]; best f32[batch, seq], as `keep_within` has it. A group is a
+    sequence or the batch; room is i32[groups] or one for all.
+    """
+    whole = o.capacity_group == "batch"
+    turned = whole and o.drop == "position"  # tokens are numbered position by position
+    group = lambda a: grouped(a.swapaxes(0, 1) if turned else a, whole)  # noqa: E731
+    best = None if best is None else group(best)
+    kept = keep_within(group(index), group(weights), group(pairs), room, choices, o.drop, best)
+    batch, seq, k = pairs.shape
+    return kept.reshape(seq, batch, k).swapaxes(0, 1) if turned else kept.reshape(batch, seq, k)
 
 
 def grouped(a: jax.Array, whole: bool) -> jax.Array:
@@ -51,11 +76,8 @@ def limited(
     most = room = o.slots(config, batch * seq if whole else seq)
     if context.present is not None:
         room = o.slots(config, grouped(context.present, whole).sum(-1, dtype=jnp.int32))
-    index, weights, pairs = (grouped(a, whole) for a in (index, weights, wanted))
-    kept = keep_within(
-        index, weights, pairs, room, config.experts, o.drop, None if best is None else grouped(best, whole)
-    )
-    return kept.reshape(wanted.shape), {"most_per_batch" if whole else "most_per_sequence": most}
+    kept = keeping(o, index, weights, wanted, room, config.experts, best)
+    return kept, {"most_per_batch" if whole else "most_per_sequence": most}
 
 
 def check_shared(config: MoESettings, at: str) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.layers.moe.base import Context
 from adaptive.layers.site import Site, normal_param
 
 
@@ -18,14 +19,16 @@ class LinearGate(nnx.Module):
         return jnp.matmul(x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST)
 
 
-def straight_through(logits: jax.Array, temperature: jax.Array | float, key: jax.Array | None) -> jax.Array:
+def straight_through(logits: jax.Array, temperature: jax.Array | float, context: Context) -> jax.Array:
     """A one-hot sample of softmax(logits) with the gradient of softmax((logits + Gumbel noise) / temperature).
 
-    logits f32[..., choices] -> f32 of the same shape, exactly one-hot (Jang et al. 2017; Maddison et al. 2017). Without
-    a key there is no noise: the largest logit.
+    logits f32[..., choices] -> f32 of the same shape, exactly one-hot (Jang et al. 2017; Maddison et al. 2017). Where
+    the context gives no noise, the largest logit.
     """
-    if key is not None:
-        logits = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+    draw = lambda key: jax.random.gumbel(key, logits.shape, logits.dtype)  # noqa: E731
+    noise = context.drawn(context.noise.logits, draw)
+    if noise is not None:
+        logits = logits + noise
     soft = jax.nn.softmax(logits / temperature, axis=-1)
     hard = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
     return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))

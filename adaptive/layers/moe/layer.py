@@ -53,7 +53,7 @@ class MoE(RoutedLayer):
         return width, {"experts": experts, "expert_size": hidden, "shared_size": shared, "gated": gated}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
-        """The layer's output and its router's whole decision."""
+        x = jnp.asarray(x)
         routing = self.router(x, context)
         y, lost = computed(self.experts, x * self.router.input_scale, routing.dispatch, self.router.execution(context))
         routing.stats["lost"] = lost
@@ -106,7 +106,8 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
     weights   path in the layer -> array: "router.weight" f32[width, choices], "experts.up" and, unless gated=False,
               "experts.gate" f32[experts, width, hidden], "experts.down" f32[experts, hidden, width]; "shared.gate",
               "shared.up", "shared.down"; a router's further parameters and buffers by their names in its file, and so
-              all of a router that is a `Layer`. Buffers may be left out and start as in a fresh model
+              all of a router that is a `Layer`. Buffers may be left out and start as in a fresh model, and so may
+              biases (zeros), gains (ones) and temperatures
     settings  those of the layer (`MoESettings`) and of its router, whose own may also be given as a dict, `options`
 
     Raises RecipeError for names that are unknown or missing and shapes that do not fit.
@@ -137,14 +138,15 @@ def _settings(kind: type[RouterSettings], given: dict[str, Any]) -> MoESettings:
 
 
 def _filled(config: MoESettings, width: int, arrays: dict[str, jax.Array]) -> RoutedLayer:
-    """A layer that holds these arrays, by path, and fresh buffers where they hold none."""
+    """A layer that holds these arrays, by path, and where they hold none fresh buffers and what starts alike in every
+    model."""
     build = lambda: routed_layer(config, Site(width), jax.random.key(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(build))
     fresh = None
     flat = dict(nnx.to_flat_state(state))
     paths = {".".join(map(str, path)): path for path in flat}
     unknown = sorted(set(arrays) - set(paths))
-    missing = sorted(name for name, path in paths.items() if name not in arrays and isinstance(flat[path], nnx.Param))
+    missing = sorted(name for name, path in paths.items() if name not in arrays and _drawn(flat[path]))
     if unknown or missing:
         raise RecipeError(
             f"a layer of router {config.router.kind()} has {', '.join(sorted(paths))}"
@@ -160,3 +162,8 @@ def _filled(config: MoESettings, width: int, arrays: dict[str, jax.Array]) -> Ro
         else:
             flat[path] = flat[path].replace(arrays[name])
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+
+
+def _drawn(value: nnx.Variable) -> bool:
+    """Whether a fresh one is random, so that explicit weights have to say it."""
+    return isinstance(value, nnx.Param) and value.get_metadata()["role"] not in ("bias", "scale")

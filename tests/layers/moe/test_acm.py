@@ -136,7 +136,7 @@ def test_losses_follow_their_formulas():
     want = reference_losses(w, x, counts[None], 1.5 / N)
     _, aux, _ = acm(w, experts_per_token=1.5)(x)
     assert {name: a.coefficient for name, a in aux.items()} == {
-        "budget_loss": 0.1, "usage_entropy_loss": 0.05, "diversity_loss": 0.05
+        "budget_loss": 0.1, "usage_entropy_loss": 0.05, "diversity_loss": 0.05, "router_z_loss": 0.0,
     }  # fmt: skip
     for name, value in want.items():
         assert abs(value) > 1e-3

@@ -141,8 +141,9 @@ def test_capacities_differ_by_kind_and_hold_in_training_alone(of, group):
     chosen = best(logits, 2)
     tokens = (24 if group == "sequence" else 48) * (2 if of == "pair" else 1)
     room = math.ceil(0.8 * 0.5 * tokens / (0.5 * N + 4)), math.ceil(0.8 * tokens / (0.5 * N + 4))
-    claimed = chosen if group == "sequence" else chosen.reshape(1, -1, ALL)
-    place = np.cumsum(claimed, 1).reshape(chosen.shape)
+    place = np.cumsum(chosen, 1)
+    if group == "batch":  # tokens are numbered position by position
+        place = np.cumsum(chosen.swapaxes(0, 1).reshape(-1, ALL), 0).reshape(24, -1, ALL).swapaxes(0, 1)
     kept = chosen & (place <= np.where(np.arange(ALL) < N, *room))
     _, routing = run(layer, x, training=True)
     np.testing.assert_array_equal(routing.dispatch.mask(), kept[..., :N])

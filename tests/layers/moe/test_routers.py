@@ -16,8 +16,8 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call
 from adaptive.layers.feed_forwards import experts
-from adaptive.layers.moe import routers
-from adaptive.layers.moe.base import Context
+from adaptive.layers.moe import layer_from_weights, routers
+from adaptive.layers.moe.base import Context, Noise
 from adaptive.layers.moe.settings import MoESettings, RouterSettings
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
@@ -132,6 +132,30 @@ def test_statistics_are_sums_over_tokens(name, x):
     assert whole["experts_per_token"].sum() == 2 * SEQ
 
 
+UNREAD = [
+    ("token_choice", {}, {"capacity_group", "drop", "capacity_rule", "least_slots", "bias_rate"}),
+    ("token_choice", {"balance": "flaxformer"}, {"drop", "capacity_rule"}),
+    ("expert_choice", {}, {"chunk", "slack", "predictor_coefficient"}),
+    ("expert_choice", {"group": "chunk", "decode": "refuse"}, {"slack", "predictor_coefficient", "momentum"}),
+    ("adamoe", {}, {"late_coefficient"}),
+    ("moe_pp", {"mixtral_gating": True}, {"capacity_of", "input_scale"}),
+    ("longcat", {"zero_experts": 0}, {"proportional", "true_experts"}),
+    ("dynamoe", {"threshold": "token"}, {"momentum"}),
+    ("blockffn", {"adapt": False}, {"hold_steps", "window"}),
+    ("remoe", {}, {"norm_eps"}),
+    ("duo_llm", {"phase": "random"}, {"tau", "random_steps"}),
+    ("duo_llm", {}, {"untrained"}),
+]
+
+
+@pytest.mark.parametrize(("name", "router", "unread"), UNREAD)
+def test_settings_that_mean_nothing_are_named(name, router, unread):
+    settings = RouterSettings.member(name)(**router)
+    named = set(settings.unread())
+    assert unread <= named <= {field.name for field in dataclasses.fields(settings)}
+    assert not named & set(router)
+
+
 VARIANTS = [
     *((name, {}, {}) for name in RouterSettings.kinds()),
     ("token_choice", {"score": "cosine", "cosine_size": 5}, {"shared_size": 7}),
@@ -152,7 +176,8 @@ def test_parameters_are_counted_without_a_layer(name, router, shape):
 
 @every_router
 def test_a_value_that_is_told_is_one_of_the_layers(name, x):
-    """What a block calls is the layer with everything it may know, and its losses are those of a call of its own."""
+    """What a block calls is the layer with everything it may know, and its losses are those of a call of its own; but
+    for those of coefficient 0, which a model does not compute. What a call tells of tokens has one shape for all."""
     moe = layer(settings_of(name))
     segments = jnp.where(jnp.arange(SEQ) < 20, 1, 0) + jnp.zeros((2, 1), jnp.int32)
     where, call = Where.whole((2, SEQ), segments=segments), Call(training=True, key=jax.random.key(3))
@@ -164,12 +189,20 @@ def test_a_value_that_is_told_is_one_of_the_layers(name, x):
         own = nnx.merge(graphdef, state)
         update, told, logits = own.apply(x, where, call)
         routed, aux, dispatch = own(x, context)
-        return (update, told.per_token["experts"], own.losses([told])), (routed, dispatch.per_token(), aux), logits
+        arrays = dispatch.mask(), dispatch.expert_weights(), dispatch.combine_matrix()
+        ours = routed, dispatch.per_token(), aux
+        return (update, told.per_token["experts"], own.losses([told])), ours, logits, arrays
 
-    told, ours, logits = both(state, x)
+    told, ours, logits, (mask, weights, combine) = both(state, x)
+    assert mask.shape == weights.shape == (2, SEQ, moe.settings.experts)
+    assert combine.shape == (2 * SEQ, moe.choices)
+    np.testing.assert_array_equal(combine.reshape(2, SEQ, -1)[..., : weights.shape[-1]], weights)
+    assert not np.asarray(weights)[~np.asarray(mask)].any()
     for a, b in zip(told[:2], ours[:2], strict=True):
         np.testing.assert_array_equal(a, b)
-    assert {n: c for n, (_, c) in told[2].items()} == {n: a.coefficient for n, a in ours[2].items()}
+    assert set(ours[2]) >= set(told[2])
+    assert all(ours[2][n].coefficient == c for n, (_, c) in told[2].items())
+    assert not any(ours[2][n].coefficient for n in set(ours[2]) - set(told[2]))
     for n, (loss, _) in told[2].items():
         np.testing.assert_allclose(loss.value, ours[2][n].value, rtol=1e-6)
     assert logits.shape == (2, SEQ, moe.choices)
@@ -204,5 +237,85 @@ def test_every_array_says_what_it_is(name, router, shape):
         assert said["axes"][:2] == ("uses", "layers"), path
         assert len(said["axes"]) == len(leaf.shape), path
         if isinstance(leaf, nnx.Param):
-            vector = leaf.shape[2:] == () or path[-1] in ("gain", "bias", "base") or path[-2:] == ("norm", "weight")
+            named = path[-1] in ("gain", "bias", "base", "constant") or path[-2:] == ("norm", "weight")
+            vector = leaf.shape[2:] == () or named
             assert (said["role"] != "matrix") == vector, path
+
+
+UNTRAINED = {  # losses that a call reads whatever their coefficients, at 0
+    "token_choice": (
+        {"balance_coefficient": 0.0, "noise": 1.0},
+        {"load_balancing_loss", "router_z_loss", "importance_loss"},
+    ),
+    "expert_choice": ({}, {"router_z_loss", "popularity_loss"}),
+    "longcat": ({"balance_coefficient": 0.0}, {"load_balancing_loss", "router_z_loss"}),
+    "versatile": ({"balance_coefficient": 0.0}, {"load_balancing_loss", "router_z_loss"}),
+    "acm": ({"budget_coefficient": 0.0}, {"budget_loss", "router_z_loss"}),
+}
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_losses_of_coefficient_0_can_be_read_and_are_in_no_model(name, x):
+    router, names = UNTRAINED[name]
+    moe = layer(settings_of(name, router))
+    losses = jax.eval_shape(lambda x: moe(x)[1], x)
+    assert {n for n, aux in losses.items() if not aux.coefficient} >= names
+    told = jax.eval_shape(lambda x: moe.apply(x, Where.whole((2, SEQ)), Call())[1], x)
+    assert not names & set(told.losses)
+
+
+def drawing(name: str):
+    """(settings of the router, Noise that its key draws) of each router that draws in training."""
+    key = jax.random.key(7)
+    uniform, gumbel = (lambda s: jax.random.uniform(key, (2, SEQ, WIDTH), jnp.float32, 1 - s, 1 + s)), jax.random.gumbel
+    normal = lambda choices: jax.random.normal(jax.random.fold_in(key, 1), (2, SEQ, choices))  # noqa: E731
+    return {
+        "token_choice": ({"noise": 8.0, "jitter": 0.5}, Noise(input=uniform(0.5), logits=normal(8))),
+        "expert_choice": ({"jitter": 0.5}, Noise(input=uniform(0.5))),
+        "acm": ({}, Noise(logits=gumbel(key, (2, SEQ, 9)))),
+        "versatile": ({}, Noise(logits=gumbel(key, (2, SEQ, 4)))),
+        "duo_llm": ({"phase": "random"}, Noise(choice=jax.random.randint(key, (2, SEQ), 0, 2))),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["token_choice", "expert_choice", "acm", "versatile", "duo_llm"])
+def test_noise_can_be_given(name, x):
+    """What the key would draw, given in its place, is the same; nothing is read outside training."""
+    router, noise = drawing(name)
+    graphdef, state = nnx.split(layer(settings_of(name, router)))
+
+    @jax.jit
+    def each(state, x, noise):
+        own, key = nnx.merge(graphdef, state), jax.random.key(7)
+        contexts = Context(training=True, key=key), Context(training=True, noise=noise), Context(training=True)
+        return [own(x, context)[0] for context in contexts]
+
+    drawn, given, none = each(state, x, noise)
+    np.testing.assert_allclose(given, drawn, atol=1e-6)
+    assert np.abs(given - none).max() > 1e-3
+    assert Context(noise=noise, key=jax.random.key(7)).drawn(noise.logits, jax.random.key_data) is None
+
+
+STARTS = [
+    ("blockffn", {}, {"router.gain": 1.0}),
+    ("remoe", {"normalise": True}, {"router.gain": 1.0}),
+    ("token_choice", {"score": "cosine", "cosine_size": 5}, {"router.temperature": np.log(1 / 0.07)}),
+    ("acm", {}, {"router.bias": 0.0, "router.base": 0.0, "router.hidden.0.bias": 0.0, "router.hidden.1.bias": 0.0}),
+    ("versatile", {}, {"norm.weight": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "router", "starts"), STARTS)
+def test_parameters_with_a_natural_start_may_be_left_out(name, router, starts):
+    settings = settings_of(name, router)
+    shapes = nnx.to_flat_state(nnx.eval_shape(lambda: nnx.state(layer(settings), nnx.Param)))
+    weights = {".".join(map(str, path)): np.ones(leaf.shape, np.float32) for path, leaf in shapes}
+    given = {name: value for name, value in weights.items() if name not in starts}
+    own = {f.name: getattr(settings.router, f.name) for f in dataclasses.fields(settings.router)}
+    built = layer_from_weights(name, given, options=own, expert_size=SIZE, gated=settings.gated)
+    state = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(built, nnx.Param))}
+    assert set(state) == set(weights)
+    for path, value in starts.items():
+        np.testing.assert_allclose(state[path][...], np.full(weights[path].shape, value), rtol=1e-6)
+    with pytest.raises(RecipeError, match=r"router\.weight"):
+        layer_from_weights(name, {n: v for n, v in given.items() if n != "router.weight"}, options=own)

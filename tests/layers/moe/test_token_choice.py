@@ -70,6 +70,10 @@ SCORES = {
         {"normalise": False, "groups": 4, "kept_groups": 2, "group_score": "max", "route_scale": 16.0},
         {"weights": "none", "groups": 4, "kept": 2, "group_score": "max", "scale": 16.0},
     ),
+    "ec-dlm loss-free": (
+        {"score": "logits", "normalise": False, "bias": True},
+        {"weights": "logits, undivided", "bias": BIAS},
+    ),
     "logits in groups": (
         {"score": "logits", "groups": 2, "kept_groups": 1},
         {"weights": "logits", "groups": 2, "kept": 1},
@@ -211,7 +215,7 @@ def expected_loss(form, pairs, present, score="softmax"):
     return {
         "switch": lambda: oracle.switch_loss(LOGITS, pairs, K, present),
         "hf": lambda: oracle.hf_loss([(LOGITS, pairs)], present),
-        "flaxformer": lambda: oracle.hf_loss([(LOGITS, pairs)], present),
+        "flaxformer": lambda: oracle.flaxformer_loss(LOGITS, pairs, present),
         "maxtext": lambda: oracle.maxtext_loss(LOGITS, pairs, present),
         "gshard": lambda: oracle.gshard_loss(LOGITS, pairs, present),
         "sequence": lambda: oracle.sequence_loss(LOGITS, pairs, K, present, score),
@@ -233,6 +237,18 @@ def test_balancing_losses(form, score):
         np.testing.assert_allclose(aux["router_z_loss"].value, oracle.z_loss(LOGITS, present), rtol=1e-5)
     assert aux["load_balancing_loss"].coefficient == 0.01
     assert aux["router_z_loss"].coefficient == 0.5
+
+
+def test_flaxformers_groups_are_those_of_the_capacity():
+    """Two sequences of different topics: their mean is not the loss of both as one group."""
+    x = X + np.array([1.0, -1.0])[:, None, None]
+    logits = oracle.linear_logits(x, WEIGHTS["router.weight"])
+    pairs = oracle.token_choice(logits, K)
+    expected = {group: oracle.flaxformer_loss(logits, pairs, None, group) for group in ("sequence", "batch")}
+    assert abs(expected["sequence"] - expected["batch"]) > 0.03
+    for group, value in expected.items():
+        losses = decide(layer_of({"balance": "flaxformer"}, capacity_group=group), x).losses
+        np.testing.assert_allclose(losses["load_balancing_loss"].value, value, rtol=1e-5)
 
 
 def test_hugging_face_concatenates_layers():
@@ -426,6 +442,7 @@ def test_one_expert_renormalised_teaches_the_router_nothing():
     assert router_gradients(mute, X).max() < 1e-6
     assert "normalise=false" in mute.no_gradient()
     assert "normalise=false" in layer_of({"score": "logits"}, experts_per_token=1).no_gradient()
+    assert not layer_of({"score": "logits", "normalise": False}, experts_per_token=1).no_gradient()
     heard = layer_of({"normalise": False}, experts_per_token=1)
     assert router_gradients(heard, X).min() > 1e-6
     assert not heard.no_gradient()

@@ -108,7 +108,7 @@ class Router(ExpertRouter):
         o, n = self.options, self.config.experts
         logits = self.logits(x)
         allowed = jnp.where(jnp.arange(n + 1) < o.least, -1e9, logits)
-        count = straight_through(allowed, o.tau, context.key if context.training else None)
+        count = straight_through(allowed, o.tau, context)
         present = where_present(context.present, x.shape[:2])[..., None]
         count = jnp.where(present, count, 0.0)
         weights = jnp.where(present, 1 - jnp.cumsum(count, axis=-1)[..., :n], 0.0)  # learner i: whether k > i
@@ -123,8 +123,7 @@ class Router(ExpertRouter):
         stats |= {"dropped": jnp.zeros((), jnp.float32), "learners": stop(learners).sum()}
         tokens = present.sum((1, 2)).astype(jnp.float32)
         losses = {"usage_entropy_loss": _usage_entropy_loss(count.sum(1), tokens)}
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
+        losses["router_z_loss"] = z_loss(logits, context.present)
         parts = {"compute": (count @ jnp.arange(n + 1, dtype=jnp.float32)).sum(-1) / n, "tokens": tokens}
         return Routing(dispatch, losses, stats, parts, logits)
 

@@ -63,6 +63,12 @@ class Settings(RouterSettings):
     def zeros(self) -> int:
         return int(self.skip)
 
+    def unread(self) -> dict[str, str]:
+        if self.phase == "router":
+            return {"untrained": "phase=router"}
+        names = ("random_steps", "budget_coefficient", "tau", "tau_decay", "tau_last")
+        return dict.fromkeys(names, "phase=random has no router yet")
+
     def coefficients(self) -> dict[str, float]:
         return {"budget_loss": self.budget_coefficient}
 
@@ -126,6 +132,7 @@ class Layer(RoutedLayer):
         return width, own | {"experts": 2, "expert_size": hidden, "gated": "big.gate" in arrays}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
+        x = jnp.asarray(x)
         logits = self.router(x)
         present = where_present(context.present, x.shape[:2])
         choice = self._choice(logits, context)
@@ -180,8 +187,9 @@ class Layer(RoutedLayer):
         if self.forced is not None:
             return jnp.broadcast_to(self.forced[...], logits.shape[:2])
         if o.phase == "random":
-            if context.training and context.key is not None:
-                return self._drawn(logits, context.key)
+            drawn = self._drawn(logits, context)
+            if drawn is not None:
+                return drawn
             return jnp.full(logits.shape[:2], BIG if o.untrained == "big" else SMALL, jnp.int32)
         if context.selection == "threshold":
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -190,13 +198,15 @@ class Layer(RoutedLayer):
     def _mixture(self, logits: jax.Array, context: Context) -> jax.Array:
         """Weights f32[batch, seq, choices] of the choices in training."""
         share = jax.nn.softmax(logits / self.tau[...], axis=-1)
-        if not (self.options.random_steps and context.training and context.key is not None):
+        choice = self._drawn(logits, context) if self.options.random_steps else None
+        if choice is None:
             return share
-        drawn = jax.nn.one_hot(self._drawn(logits, context.key), self.choices, dtype=jnp.float32)
+        drawn = jax.nn.one_hot(choice, self.choices, dtype=jnp.float32)
         return jnp.where(self.steps[...] < self.options.random_steps, drawn, share)
 
-    def _drawn(self, logits: jax.Array, key: jax.Array) -> jax.Array:
-        return jax.random.randint(key, logits.shape[:2], 0, self.choices, jnp.int32)
+    def _drawn(self, logits: jax.Array, context: Context) -> jax.Array | None:
+        draw = lambda key: jax.random.randint(key, logits.shape[:2], 0, self.choices, jnp.int32)  # noqa: E731
+        return context.drawn(context.noise.choice, draw)
 
     def most_big(self, tokens: int) -> int:
         """The most of `tokens` tokens of one sequence that big computes, where each takes one choice."""

@@ -41,6 +41,9 @@ class Settings(Balanced):
                 f"stay within 1 and {at}.experts={config.experts}, and least not exceed most"
             )
 
+    def unread(self) -> dict[str, str]:
+        return {"momentum": "threshold=token keeps no running threshold"} if self.threshold == "token" else {}
+
     def of_logits(self, config: MoESettings) -> float:
         """The quantile of the logits that is the threshold."""
         return 1 - self.experts_per_token / config.experts if self.quantile is None else self.quantile
@@ -98,7 +101,7 @@ class Router(ExpertRouter):
         self.updates = site.buffer(jnp.zeros(())) if running else None
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
-        c, o = self.config, self.options
+        c = self.config
         logits = self.logits(x)
         index = top_choices(logits, c.experts)
         ranked = jax.lax.stop_gradient(jnp.take_along_axis(logits, index, axis=-1))
@@ -107,9 +110,10 @@ class Router(ExpertRouter):
         dispatch, load, stats = by_rank(
             c, logits, index, wanted, self.limit[...], max(self.limits), context, claims_all=False
         )
-        losses = {"load_balancing_loss": share_loss(jax.nn.softmax(logits, axis=-1), load, context.present)}
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
+        losses = {
+            "load_balancing_loss": share_loss(jax.nn.softmax(logits, axis=-1), load, context.present),
+            "router_z_loss": z_loss(logits, context.present),
+        }
         if measured is not None:
             found = jnp.isfinite(measured)  # not where no token is present
             stats["quantile"] = jnp.where(found, measured, 0.0)

@@ -88,6 +88,18 @@ class Settings(Scored):
         own = {"popularity_loss": self.load_coefficient, "predictor_loss": self.predictor_coefficient}
         return super().coefficients() | own
 
+    def unread(self) -> dict[str, str]:
+        found = {}
+        if self.group != "chunk":
+            found["chunk"] = f"group={self.group}"
+        if self.select != "threshold":
+            found["slack"] = f"select={self.select} never takes more than its capacity"
+        if self.decode != "predictor":
+            found["predictor_coefficient"] = f"decode={self.decode} has no predictor"
+        if self.decode != "threshold" and self.select != "threshold":
+            found["momentum"] = f"select={self.select} and decode={self.decode} read no threshold"
+        return found
+
     def takes(self, config: MoESettings, tokens: Any, k: float | None = None) -> Any:
         """Tokens that an expert takes from a group of `tokens`, an int or i32[...] of them, for `k` experts per token;
         None: as many as the settings say."""
@@ -164,7 +176,6 @@ class Router(ExpertRouter):
         ranked = jax.lax.stop_gradient(probabilities if o.score == "softmax" else logits)
         if context.present is not None:
             ranked = jnp.where(context.present[..., None], ranked, -jnp.inf)
-        losses: dict[str, Summed] = {}
         least = self.threshold[...]
         refused = None  # pairs that were wanted and found no room
         bounds: dict[str, int] | None = {}
@@ -184,11 +195,11 @@ class Router(ExpertRouter):
             dispatch = by_expert(index, take(weights, index), valid, x.shape[1])
         else:
             dispatch = by_mask(mask, weights, **bounds)
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
-        if o.load_coefficient:
-            pairs = c.experts * o.experts_per_token
-            losses["popularity_loss"] = _popularity(logits, mask, context.present, o.group == "batch", pairs)
+        pairs = c.experts * o.experts_per_token
+        losses: dict[str, Summed] = {
+            "router_z_loss": z_loss(logits, context.present),
+            "popularity_loss": _popularity(logits, mask, context.present, o.group == "batch", pairs),
+        }
         if self.predictor is not None and context.selection == "topk":
             bce = optax.sigmoid_binary_cross_entropy(self._predicted(x), mask.astype(jnp.float32)).mean(-1)
             losses["predictor_loss"] = averaged(bce, context.present)

@@ -43,6 +43,13 @@ class Settings(Limited):
     def zeros(self) -> int:
         return self.zero_experts
 
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if not self.zero_experts:
+            gains = ("true_experts", "proportional", "integral", "derivative")
+            found |= dict.fromkeys(gains, "zero_experts=0 leaves nothing to control")
+        return found
+
     def target(self, config: MoESettings) -> float:
         """Mean of true experts per token that the controller holds."""
         return self.true_experts or self.experts_per_token * config.experts / config.choices
@@ -85,11 +92,10 @@ class Router(ExpertRouter):
         identity = zero_weights(index, weights, wanted, c.experts, o.zero_experts)
         dispatch = by_token(index, weights, valid, c.experts, zero_weights=identity, **bounds)
         load = claims(index, wanted, self.choices).sum(0)
-        losses = {}
-        if o.balance_coefficient:
-            losses["load_balancing_loss"] = true_balance(p, load, c.experts, context.present)
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
+        losses = {
+            "load_balancing_loss": true_balance(p, load, c.experts, context.present),
+            "router_z_loss": z_loss(logits, context.present),
+        }
         return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
 
     def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array | None:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.choosing import grouped, present_pairs
+from adaptive.layers.moe.choosing import keeping, present_pairs
 from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Role, Site, normal_param
 from adaptive.routing.balance import claims
-from adaptive.routing.capacity import keep_within, slots
+from adaptive.routing.capacity import slots
 from adaptive.routing.dispatch import by_token
 from adaptive.routing.losses import Product
 from adaptive.routing.masked import choice_sums, softmax_over, zero_weights
@@ -41,6 +41,14 @@ class Settings(Limited):
 
     def zeros(self) -> int:
         return self.constant + self.copy + self.zero
+
+    def unread(self) -> dict[str, str]:
+        found = super().unread()
+        if not self.capacity_factor:
+            found["capacity_of"] = "capacity_factor=0 drops nothing"
+        if self.mixtral_gating:
+            found["input_scale"] = "mixtral_gating=true scales no input"
+        return found
 
     def true_share(self, config: MoESettings) -> float:
         """A true expert's share of a balanced load."""
@@ -117,8 +125,7 @@ class Router(ExpertRouter):
         dispatch = by_token(index, weights, kept & (index < c.experts), c.experts, zero_weights=zero, **bounds)
         load = claims(index, wanted, self.choices).sum(0)
         losses = {"load_balancing_loss": self._balance(jax.nn.softmax(scores, axis=-1), load, context.present)}
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
+        losses["router_z_loss"] = z_loss(logits, context.present)
         stats = statistics(dispatch, logits, load, context.present)
         stats["zero_dropped"] = (wanted & ~kept & (index >= c.experts)).sum().astype(jnp.float32)
         return Routing(dispatch, losses, stats, {}, logits)
@@ -161,11 +168,7 @@ class Router(ExpertRouter):
         tokens, share = batch * seq if whole else seq, o.true_share(c)
         each = k if o.capacity_of == "pair" else 1
         true = index < c.experts
-
-        def within(pairs: jax.Array, room: int) -> jax.Array:
-            of_index, of_weights, of_pairs = (grouped(a, whole) for a in (index, weights, pairs))
-            return keep_within(of_index, of_weights, of_pairs, room, self.choices, o.drop).reshape(wanted.shape)
-
+        within = lambda pairs, room: keeping(o, index, weights, pairs, room, self.choices)  # noqa: E731
         room = slots(tokens, each, 1, o.capacity_factor * share)
         zero_room = slots(tokens, each, 1, o.capacity_factor * share / o.tau)
         kept = within(wanted & true, room) | within(wanted & ~true, zero_room)

@@ -25,6 +25,9 @@ class Settings(Bounded):
     normalise: bool = False  # weights are RMS-normalised over experts, with a gain
     norm_eps: float = ranged(1e-5, above=0)
 
+    def unread(self) -> dict[str, str]:
+        return {} if self.normalise else {"norm_eps": "normalise=false"}
+
     def against_starving(self, at: str) -> str:
         return f"lower {at}.router.l1_coefficient or {at}.router.rise"
 

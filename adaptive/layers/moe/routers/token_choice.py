@@ -26,10 +26,11 @@ from adaptive.settings import ranged
 @dataclasses.dataclass(frozen=True)
 class Settings(Limited):
     """Mixtral, Qwen3-MoE: the defaults. OLMoE, Switch: normalise=false. Megatron: score=logits. DeepSeek-V3:
-    score=sigmoid, bias=true, groups=8, kept_groups=4, route_scale=2.5."""
+    score=sigmoid, bias=true, groups=8, kept_groups=4, route_scale=2.5. EC-DLM's loss-free token choice: score=logits,
+    normalise=false, bias=true."""
 
-    score: Literal["softmax", "logits", "sigmoid", "cosine"] = "softmax"  # logits: softmax over the k that were chosen
-    normalise: bool = True  # divide the k weights by their sum
+    score: Literal["softmax", "logits", "sigmoid", "cosine"] = "softmax"  # logits: chosen by them, weights a softmax
+    normalise: bool = True  # divide the k weights by their sum; of logits that is the softmax over the k
     route_scale: float = 1.0  # multiplies the weights
     balance: Form = "switch"
     bias: bool = False  # loss-free balancing: a bias on the choice alone, moved after every step
@@ -75,6 +76,8 @@ class Settings(Limited):
 
     def unread(self) -> dict[str, str]:
         found = super().unread()
+        if self.balance == "flaxformer" and self.balance_coefficient:  # over groups
+            found.pop("capacity_group", None)
         if not self.capacity_factor:
             found |= dict.fromkeys(("capacity_rule", "least_slots"), "capacity_factor=0 drops nothing")
         if not self.bias:
@@ -113,10 +116,11 @@ class Router(ExpertRouter):
     projection   f32[width, cosine_size], temperature f32[]: of the cosine gate alone (Tutel)
     bias         f32[experts], a buffer of loss-free balancing (arXiv 2408.15664)
 
-    Weights are read from the scores without the bias. With capacity_factor above 0 each expert has slots for as many
-    of the real tokens of a sequence or of the batch as `capacity_rule` says, and pairs beyond are dropped by the rule
-    `drop`; "threshold" selection (generation) drops none, because who else is in the sequence must not matter. Losses
-    and the bias count pairs before dropping. importance_loss is that of importance and load.
+    Weights are read from the scores without the bias: with score=logits they are the softmax over the k chosen logits,
+    or, with normalise=false, what the softmax over all gives those k. With capacity_factor above 0 each expert has
+    slots for as many of the real tokens of a sequence or of the batch as `capacity_rule` says, and pairs beyond are
+    dropped by the rule `drop`; "threshold" selection (generation) drops none, because who else is in the sequence must
+    not matter. Losses and the bias count pairs before dropping. importance_loss is that of importance and load.
     """
 
     def __init__(self, config: MoESettings, site: Site, key: jax.Array):
@@ -130,7 +134,7 @@ class Router(ExpertRouter):
         shape = (site.width, o.cosine_size)
         self.projection = normal_param(projection, shape, (None, None), site.std, site.stack) if cosine else None
         temperature = jnp.full(site.stack, math.log(1 / 0.07))
-        self.temperature = param(temperature, (), stack=site.stack, role="vector") if cosine else None
+        self.temperature = param(temperature, (), stack=site.stack, role="scale") if cosine else None
         self.bias = site.buffer(jnp.zeros(config.experts)) if o.bias else None
         self.multiplier = 1.0
         if o.scale_to_shared:
@@ -156,11 +160,11 @@ class Router(ExpertRouter):
         if self.bias is not None:
             choice = choice + self.bias[...]
         index = top_choices(limited_to_groups(choice, o.groups, o.kept_groups, o.group_score), k)
-        weights = jnp.take_along_axis(logits if o.score == "logits" else scores, index, axis=-1)
-        if o.score == "logits":
-            weights = jax.nn.softmax(weights, axis=-1)
-        elif o.normalise:
-            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        if o.score == "logits" and o.normalise:
+            weights = jax.nn.softmax(jnp.take_along_axis(logits, index, axis=-1), axis=-1)
+        else:
+            weights = jnp.take_along_axis(scores, index, axis=-1)
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20) if o.normalise else weights
         weights = weights * (o.route_scale * self.multiplier)
         wanted = present_pairs(index, context.present)
         best = jnp.take_along_axis(scores, index, axis=-1).max(-1)
@@ -170,19 +174,20 @@ class Router(ExpertRouter):
         own = o.score == "sigmoid" and o.balance == "sequence"  # DeepSeek-V3
         normalised = scores / (scores.sum(-1, keepdims=True) + 1e-20) if own else softmax
         losses, parts = balance(c, normalised, index, wanted, context)
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(clean, context.present)
-        if o.importance_coefficient:
+        losses["router_z_loss"] = z_loss(clean, context.present)
+        if o.noise and c.experts > 1:
             p = jax.nn.softmax(clean, axis=-1)
             values = clean if o.load_of == "logits" else p
             losses["importance_loss"] = importance_and_load(p, logits, values, k, o.noise, context.present)
         return Routing(dispatch, losses, statistics(dispatch, clean, load.sum(0), context.present), parts, clean)
 
     def _noise(self, logits: jax.Array, context: Context) -> jax.Array | float:
-        if not self.options.noise or not context.training or context.key is None:
+        if not self.options.noise:
             return 0.0
-        key = jax.random.fold_in(context.key, 1)  # the key itself is the jitter's
-        return self.options.noise / self.config.experts * jax.random.normal(key, logits.shape, logits.dtype)
+        # The key itself is the jitter's.
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, 1), logits.shape, logits.dtype)  # noqa: E731
+        noise = context.drawn(context.noise.logits, draw)
+        return 0.0 if noise is None else self.options.noise / self.config.experts * noise
 
     def joint_losses(self, parts: dict[str, jax.Array]) -> dict[str, Summed]:
         if self.options.balance != "hf":
@@ -196,13 +201,13 @@ class Router(ExpertRouter):
 
     def no_gradient(self) -> str:
         o: Settings = self.options
-        if self.config.experts == 1 and o.score in ("softmax", "cosine"):
+        if self.config.experts == 1 and o.score != "sigmoid":
             return "the softmax over experts=1 is always 1 and the router learns nothing"
-        if self.k > 1 or not (o.normalise or o.score == "logits"):
+        if self.k > 1 or not o.normalise:
             return ""
         return (
             "with router.experts_per_token=1 a normalised weight is always 1 and the router learns nothing: set "
-            "router.score=softmax and router.normalise=false"
+            "router.normalise=false"
         )
 
     def update(self, stats: dict[str, jax.Array]) -> None:
@@ -234,6 +239,6 @@ def balance(
     if o.balance == "hf":  # Hugging Face reports it whether or not it is trained
         sums = choice_sums(probabilities, claims(index, wanted, config.experts).sum(0), context.present)
         return {}, {f"hf_{name}": total for name, total in sums.items()}
-    if not o.balance_coefficient:
-        return {}, {}
-    return {"load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, o.balance)}, {}
+    whole = o.balance == "flaxformer" and o.capacity_group == "batch"  # its mean over one group, the form of "hf"
+    form: Form = "hf" if whole else o.balance
+    return {"load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, form)}, {}

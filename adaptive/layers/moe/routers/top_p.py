@@ -67,9 +67,8 @@ class Router(ExpertRouter):
         losses = {
             "load_balancing_loss": share_loss(p, load, context.present),
             "router_entropy_loss": averaged(entropy, context.present),
+            "router_z_loss": z_loss(logits, context.present),
         }
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
         return Routing(dispatch, losses, stats, {}, logits)
 
     def no_gradient(self) -> str:

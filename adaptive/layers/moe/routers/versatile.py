@@ -107,10 +107,9 @@ class Layer(RoutedLayer):
         return width, {"experts": experts, "expert_size": hidden // experts, "hidden": hidden, "loops": loops}
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
-        c, o = self.settings, self.options
+        c, o, x = self.settings, self.options, jnp.asarray(x)
         present = where_present(context.present, x.shape[:2])
-        key = context.key if context.training else None
-        taken = straight_through(self.loops(x), self.tau[...], key)  # [batch, seq, loops]
+        taken = straight_through(self.loops(x), self.tau[...], context)  # [batch, seq, loops]
         mean_loops = (taken * jnp.arange(1, o.loops + 1, dtype=jnp.int32)).sum(-1)
         width_share = (o.loops - mean_loops) / o.loops
 
@@ -131,12 +130,11 @@ class Layer(RoutedLayer):
         load = claims(index, wanted, c.experts)
         stats = statistics(dispatch, logits, load.sum(0), context.present)
         stats |= {"lost": lost, "loops": jnp.where(present[..., None], jax.lax.stop_gradient(taken), 0.0).sum((0, 1))}
-        losses = {}
-        if o.balance_coefficient:
-            probabilities = jax.nn.softmax(logits, axis=-1)
-            losses["load_balancing_loss"] = balancing_loss(probabilities, index, wanted, context.present, "switch")
-        if o.z_coefficient:
-            losses["router_z_loss"] = z_loss(logits, context.present)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        losses = {
+            "load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, "switch"),
+            "router_z_loss": z_loss(logits, context.present),
+        }
         return y.astype(x.dtype), Routing(dispatch, losses, stats, {}, logits)
 
     def update(self, stats: dict[str, jax.Array]) -> None:
