@@ -57,6 +57,7 @@ Each chunking stage S, from 0, which sees the bytes, inwards has means over the 
 import contextlib
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,11 +70,29 @@ from adaptive.training.parts import PartSums
 
 
 class Measured(NamedTuple):
-    """What a step measured, as numpy, and when it was first seen to be done."""
+    """What a step measured, as numpy, and when it was done."""
 
     step: int
     metrics: Any
     at: float
+
+
+class _Completion:
+    """When arrays are there: noted by a thread, as the loop may look at them much later."""
+
+    def __init__(self, arrays: Any, clock: Callable[[], float]):
+        self._arrays, self._clock, self._at = arrays, clock, 0.0
+        self._thread = threading.Thread(target=self._wait, name="completion", daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        with contextlib.suppress(Exception):  # raised again where the arrays are read
+            jax.block_until_ready(self._arrays)
+        self._at = self._clock()
+
+    def at(self) -> float:
+        self._thread.join()
+        return self._at
 
 
 class OneStepLate:
@@ -85,26 +104,23 @@ class OneStepLate:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._held: tuple[int, Any, float | None] | None = None
+        self._held: tuple[int, Any, _Completion] | None = None
 
     def swap(self, step: int, metrics: Any) -> Measured | None:
         """What the step of the previous call measured, None at first; holds these instead."""
-        leaves = jax.tree.leaves(metrics)
-        for leaf in leaves:
+        for leaf in jax.tree.leaves(metrics):
             leaf.copy_to_host_async()
-        due = self.flush()
-        # Where a call returns no sooner than its results (often so on CPUs), the step is done already.
-        self._held = step, metrics, self._clock() if all(leaf.is_ready() for leaf in leaves) else None
-        return due
+        before, self._held = self._held, (step, metrics, _Completion(metrics, self._clock))
+        return _measured(before)
 
     def flush(self) -> Measured | None:
         """The same of what is still held, if anything; waits for it."""
-        if self._held is None:
-            return None
-        step, metrics, at = self._held
-        self._held = None
-        fetched = jax.device_get(metrics)
-        return Measured(step, fetched, self._clock() if at is None else at)
+        before, self._held = self._held, None
+        return _measured(before)
+
+
+def _measured(held: tuple[int, Any, _Completion] | None) -> Measured | None:
+    return None if held is None else Measured(held[0], jax.device_get(held[1]), held[2].at())
 
 
 @dataclasses.dataclass(frozen=True)
