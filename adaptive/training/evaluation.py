@@ -13,6 +13,7 @@ from adaptive.training.metrics import chunk_sizes
 from adaptive.training.parts import PartSums
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
+from adaptive.training.report.kinds import classes_of
 from adaptive.training.report.schema import TokenRecord
 
 Row = dict[str, Any]
@@ -32,6 +33,8 @@ class Evaluator:
         wanted = [mode for mode in recipe.eval.selection if mode in program.selections]
         modes = wanted if len(program.selections) > 1 else ("topk",)
         counts = data.tokenizer.byte_counts()
+        shown = program.facts.depth != "none" or bool(program.facts.chunking)
+        self._classes = classes_of(data.tokenizer) if shown else None
         self.selection = modes[0]  # how the passage and the counted routing are selected
         self._steps = {mode: program.eval_step(counts, mode) for mode in modes}  # type: ignore[arg-type]
 
@@ -45,7 +48,7 @@ class Evaluator:
             runs.append((self.selection, "eval/ema/", state._replace(params=state.ema)))
         for mode, prefix, evaluated in runs:
             step = self._steps[mode]
-            counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops)
+            counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops, classes=self._classes)
             nll = tokens = text = 0.0
             weights: list[int] = []
             scalars: list[dict[str, float]] = []
@@ -54,7 +57,9 @@ class Evaluator:
                 out = jax.device_get(step(evaluated, batch, number))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
                 present = _everywhere(batch.segment_ids) > 0
-                counter.add(out.depth, out.scores, present, [stage.mask for stage in out.stages])
+                boundaries = [stage.mask for stage in out.stages]
+                ids = _everywhere(batch.tokens)
+                counter.add(out.depth, out.scores, present, boundaries, ids, out.token_nll)
                 weights.append(int(present.sum()))
                 scalars.append(out.scalars)
                 parts.add(out.told)

@@ -71,6 +71,7 @@ class Loop:
         self.alarms = alarms(self.facts)
         self.late, self.bad_in_row = OneStepLate(), 0
         self.tracker: Tracker = Several()
+        self.worried: set[str] = set()  # what the last evaluation warned of: it is said once while it lasts
         self.told_saved = -1  # step of the newest checkpoint that dashboards know
         self.first_row = True  # the first step of a run is logged, so that there is something to see at once
         self.failure: OSError | None = None  # why nothing more can be written into the folder; known to process 0 alone
@@ -326,8 +327,10 @@ class Loop:
         row = {**self.meter.position(step), **columns}
         if recorded:
             self.record(row)
-        for warning in health_warnings(row, self.facts.recursion, step / self.recipe.train.steps):
-            self.say(f"warning: {warning}")
+        health = health_warnings(row, self.facts.recursion, step / self.recipe.train.steps)
+        for name in health.keys() - self.worried:
+            self.say(f"warning: {health[name]}")
+        self.worried = set(health)
         self.counter = counter
         if self.primary:
             self.keep(counter.record(step, self.evaluator.selection, self.passage))

@@ -120,7 +120,7 @@ def evaluation_line(row: Mapping[str, Any], total: int) -> str:
     if row.get("eval/routing/bytes_per_chunk") is not None:
         parts.append(f"{row['eval/routing/bytes_per_chunk']:.2f} bytes/chunk")
     if row.get("eval/routing/accuracy") is not None:
-        parts.append(f"routing accuracy {percent(row['eval/routing/accuracy'])}")
+        parts.append(f"sampling accuracy {percent(row['eval/routing/accuracy'])}")
     return "  ".join(parts)
 
 

@@ -22,6 +22,7 @@ from adaptive.training.log import MetricsLog
 from adaptive.training.metrics import Meter, StepCost
 from adaptive.training.parts import PartSums
 from adaptive.training.report.collect import RoutingCounter, passage_tokens, plan_costs
+from adaptive.training.report.kinds import classes_of
 from adaptive.training.report.schema import PlanRecord, SampleRecord, TokenRecord, save_record
 
 SHAPE = {"width": 128, "hidden": 352, "heads": 4, "head_dim": 32}
@@ -178,9 +179,11 @@ def evaluated_experts(rng: np.random.Generator, routed: Sequence[Experts], token
 
 def write_routing(workdir: Path, recipe: Recipe, step: int, rng: np.random.Generator) -> None:
     facts, seq = recipe.model.facts(), recipe.data.seq_len
-    counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops)
+    counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops, classes=classes_of(Bytes()))
     depth, scores = routed(rng, 32, seq, recipe.model)
-    counter.add(depth, scores, np.ones_like(depth, bool))
+    text = np.frombuffer((TEXT * (32 * seq // len(TEXT) + 1)).encode(), np.uint8)[: depth.size].reshape(depth.shape)
+    nll = rng.exponential(0.5 * depth)
+    counter.add(depth, scores, np.ones_like(depth, bool), tokens=text.astype(np.int32), nll=nll)
     shallow = facts.recursions if facts.depth == "none" else 1
     ids = Bytes().encode("Tea ✓ ")
     ends = passage_tokens(Bytes(), [*ids, Bytes.eos_id], [shallow] * (len(ids) + 1), [None, *[1.0] * len(ids)])

@@ -43,4 +43,4 @@ def test_a_model_has_one_alarm_for_each_kind_of_experts_and_one_for_its_chunks()
 def test_health_warnings(row, progress, expected):
     found = health_warnings(row, "model.body.inner", progress)
     assert len(found) == bool(expected)
-    assert expected in "".join(found)
+    assert expected in "".join(found.values())

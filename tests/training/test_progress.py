@@ -51,7 +51,7 @@ def test_plain_lines_when_not_a_terminal():
     assert lines[0] == "step 10/100  loss 3.000  4.330 bits/byte  12.3k tok/s  0:45 left"
     assert lines[1].startswith("step 30/100") and lines[1].endswith("0:35 left")
     assert lines[2] == (
-        "step 20/100  held-out  loss 1.5000  2.1640 bits/byte  (threshold 2.2000)  routing accuracy 98.5%"
+        "step 20/100  held-out  loss 1.5000  2.1640 bits/byte  (threshold 2.2000)  sampling accuracy 98.5%"
     )
     assert lines[3:] == ["saved"]
 

@@ -90,7 +90,14 @@ def test_the_page_is_whole_small_and_needs_nothing_from_outside(runs, kind):
 
 def test_a_routed_run_shows_its_routing(runs):
     page = report(runs["mor"])
-    for title in ("Selection accuracy", "Dead positions", "Recursion 3", "Depth of tokens", "Which tokens went deep"):
+    for title in (
+        "Sampling accuracy",
+        "Depth by what it is",
+        "Dead positions",
+        "Recursion 3",
+        "Depth of tokens",
+        "Which tokens went deep",
+    ):
         assert title in page.titles
     assert len(re.findall(r'<span class="t[ "]', page.text)) == len(load_record(RoutingRecord, runs["mor"]).passage)
     assert "There is &lt;no&gt; light" in page.text, "text of the model is text, never markup"

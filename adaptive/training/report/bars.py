@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from adaptive.training.report.numbers import compact
-from adaptive.training.report.svg import element, figure, label, legend, picture, rule, ticks
+from adaptive.training.report.svg import at_widths, element, figure, label, legend, picture, rule, ticks
 
 WIDTH = 360
 _MOST_BARS = 40  # of a histogram
-_WIDE, _TALL, _ROW = 560, 240, 62  # of bar charts: as line charts, rows at most so high
+_WIDE, _TALL, _ROW, _LEAST_ROW = 560, 240, 62, 24  # of bar charts: as line charts, rows of these heights
 
 
 def mirrored_histogram(
@@ -51,15 +51,20 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str]], note: str = ""
     """Horizontal bars, each (label, size, text at its end); "" without bars."""
     if not bars:
         return ""
-    left, right, row = 84, 84, min(_ROW, _TALL // len(bars))
+    row = min(_ROW, max(_LEAST_ROW, _TALL // len(bars)))
+    left, right = (max(84, 7 * max(map(len, texts)) + 14) for texts in list(zip(*bars, strict=True))[::2])
     largest = max(size for _, size, _ in bars) or 1.0
-    out = []
-    for i, (name, size, text) in enumerate(bars):
-        middle, length = (i + 0.5) * row, size / largest * (_WIDE - left - right)
-        out.append(label(name, left - 12, middle, "name", "end", middle=True))
-        out.append(_bar(left, middle - 0.32 * row, max(1.0, length), 0.64 * row, 1, f"{name}: {text}"))
-        out.append(label(text, left + length + 10, middle, "name", middle=True))
-    return figure(title, picture(title, "".join(out), _WIDE, row * len(bars) + 8), note=note)
+
+    def draw(width: int) -> str:
+        out = []
+        for i, (name, size, text) in enumerate(bars):
+            middle, length = (i + 0.5) * row, size / largest * (width - left - right)
+            out.append(label(name, left - 12, middle, "name", "end", middle=True))
+            out.append(_bar(left, middle - 0.32 * row, max(1.0, length), 0.64 * row, 1, f"{name}: {text}"))
+            out.append(label(text, left + length + 10, middle, "name", middle=True))
+        return picture(title, "".join(out), width, row * len(bars) + 8)
+
+    return figure(title, at_widths(draw, _WIDE), note=note)
 
 
 def histogram(title: str, counts: Sequence[int], *, x: str, colour: int = 1, note: str = "") -> str:
@@ -74,29 +79,34 @@ def histogram(title: str, counts: Sequence[int], *, x: str, colour: int = 1, not
     last = max(i for i, n in enumerate(counts) if n) + 1
     group = -(-last // _MOST_BARS)
     grouped = [sum(counts[i : i + group]) / total for i in range(0, last, group)]
+    names = [_span(i * group + 1, min(last, (i + 1) * group), len(counts)) for i in range(len(grouped))]
     left, right, top, bottom = 46, 12, 12, 36
-    bar, scale = (_WIDE - left - right) / len(grouped), (_TALL - top - bottom) / max(grouped)
-    floor, out = _TALL - bottom, []
-    for value in ticks(0.0, max(grouped), 4):
-        at = floor - value * scale
-        out += [
-            rule("grid", left, _WIDE - right, at, at),
-            label(f"{value:.0%}", left - 6, at, "tick", "end", middle=True),
-        ]
-    for i, share in enumerate(grouped):
-        first, final = i * group + 1, min(last, (i + 1) * group)
-        name = f"{first}" if first == final else f"{first} to {final}"
-        name = f"{first} or more" if final == len(counts) else name
-        if share:
-            size = max(0.7, share * scale)
-            tip = f"{name} {x}: {share:.1%}"
-            out.append(_bar(left + i * bar + 0.08 * bar, floor - size, 0.84 * bar, size, colour, tip))
-    out.append(rule("axis", left, _WIDE - right, floor, floor))
-    every = max(1, round(len(grouped) / 12))
-    for i in range(every - 1 if every > 1 else 0, len(grouped), every):
-        out.append(label(str(i * group + 1), left + (i + 0.5) * bar, floor + 17, "tick", "middle"))
-    out.append(label(x, _WIDE - right, floor + 33, "label", "end"))
-    return figure(title, picture(title, "".join(out), _WIDE, _TALL), note=note)
+    floor, scale = _TALL - bottom, (_TALL - top - bottom) / max(grouped)
+
+    def draw(width: int) -> str:
+        bar, out = (width - left - right) / len(grouped), []
+        for value in ticks(0.0, max(grouped), 4):
+            at = floor - value * scale
+            out.append(rule("grid", left, width - right, at, at))
+            out.append(label(f"{value:.0%}", left - 6, at, "tick", "end", middle=True))
+        for i, share in enumerate(grouped):
+            if share:
+                size, tip = max(0.7, share * scale), f"{names[i]} {x}: {share:.1%}"
+                out.append(_bar(left + i * bar + 0.08 * bar, floor - size, 0.84 * bar, size, colour, tip))
+        out.append(rule("axis", left, width - right, floor, floor))
+        every = max(1, round(len(grouped) * 45 / width))
+        for i in range(every - 1 if every > 1 else 0, len(grouped), every):
+            out.append(label(str(i * group + 1), left + (i + 0.5) * bar, floor + 17, "tick", "middle"))
+        out.append(label(x, width - right, floor + 33, "label", "end"))
+        return picture(title, "".join(out), width, _TALL)
+
+    return figure(title, at_widths(draw, _WIDE), note=note)
+
+
+def _span(first: int, final: int, most: int) -> str:
+    if final == most:
+        return f"{first} or more"
+    return f"{first}" if first == final else f"{first} to {final}"
 
 
 def _bar(x: float, y: float, width: float, height: float, colour: int, tip: str) -> str:

@@ -6,7 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 from adaptive.training.report.numbers import compact
 from adaptive.training.report.svg import (
+    NARROW,
     Format,
+    at_widths,
     decimals_for,
     element,
     figure,
@@ -17,10 +19,12 @@ from adaptive.training.report.svg import (
     rule,
     short,
     ticks,
+    with_data,
 )
 
 COLOURS = 6
-_SIZES = {"half": (560, 270), "full": (1140, 340)}
+_WIDTHS = {"half": 560, "full": 1140}
+_HEIGHTS = {560: 270, 1140: 340, NARROW: 230}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 30, 36
 _MOST_POINTS = 300  # per series: more cannot be told apart at this width
 _LAYERS = {"faint": 0, "dashed": 1, "line": 2, "dots": 3}  # later ones are drawn over earlier ones
@@ -65,23 +69,22 @@ def line_chart(
     shown = [s for s in shown if len(s.points) >= (1 if s.style == "dots" else 2)]
     if not shown:
         return ""
-    frame = _Frame(
+    told = [s for s in shown if s.style != "faint"]
+    ends = (
         _limits([p[0] for s in shown for p in s.points], (None if log else 0.0, None), pad=0.0),
         _limits([p[1] for s in shown for p in s.points], y_range, pad=0.0 if log else 0.05),
-        log,
-        *_SIZES[size],
     )
-    body = [_axes(frame, x, y, x_unit, decimals_for(frame.y_ticks, percent))]
-    body += [_drawn(s, frame) for s in sorted(shown, key=lambda s: _LAYERS[s.style])]
-    body.append(rule("cross", 0, 0, _TOP, frame.bottom))
-    told = [s for s in shown if s.style != "faint"]
-    return figure(
-        title,
-        picture(title, "".join(body), frame.width, frame.height),
-        legend=legend([(s.name, f"k{s.colour} {s.style}") for s in told]),
-        data={"x": x, "series": [_hover(s, frame, x_unit, percent) for s in told]},
-        note=note,
-    )
+
+    def draw(width: int) -> str:
+        frame = _Frame(*ends, log, width, _HEIGHTS[width])
+        body = [_axes(frame, x, y, x_unit, decimals_for(frame.y_ticks, percent))]
+        body += [_drawn(s, frame) for s in sorted(shown, key=lambda s: _LAYERS[s.style])]
+        body.append(rule("cross", 0, 0, _TOP, frame.bottom))
+        hover = {"x": x, "series": [_hover(s, frame, x_unit, percent) for s in told]}
+        return with_data(picture(title, "".join(body), width, frame.height), hover)
+
+    keys = legend([(s.name, f"k{s.colour} {s.style}") for s in told])
+    return figure(title, at_widths(draw, _WIDTHS[size]), legend=keys, note=note)
 
 
 class _Frame:

@@ -6,7 +6,7 @@ from typing import Any
 
 from adaptive.training.report.bars import histogram
 from adaptive.training.report.charts import COLOURS, Point, Series, line_chart
-from adaptive.training.report.layout import grid, section, smooth
+from adaptive.training.report.layout import grid, section, smooth, table
 from adaptive.training.report.numbers import percent
 from adaptive.training.report.passage import chunk_sizes, chunks_html
 from adaptive.training.report.runs import Run
@@ -29,6 +29,7 @@ def chunks(run: Run) -> str:
         "Where chunks begin",
         _passage(run, len(stages)),
         grid(*(_histogram(record, run) for record in held_out), *_curves(run, stages)),
+        _words(held_out),
         lead=when + _lead(run, len(stages)),
     )
 
@@ -111,6 +112,17 @@ def _histogram(record: ChunkRecord, run: Run) -> str:
     note = f"mean {record.mean:.2f} bytes{pulled}; nine in ten have at most {tenth}"
     title = f"Lengths of held-out chunks, stage {record.stage}"
     return histogram(title, record.lengths, x="bytes", colour=1 + record.stage % COLOURS, note=note)
+
+
+def _words(records: Sequence[ChunkRecord]) -> str:
+    """How well chunks agree with words."""
+    known = [record for record in records if record.words is not None]
+    if not known:
+        return ""
+    head = ("stage", "words that begin a chunk", "chunks that begin at a word", "at a word by chance")
+    rows = [(f"stage {r.stage}", percent(r.words), percent(r.at_words), percent(r.chance)) for r in known]
+    lead = "A chunk begins at a word where it begins at its first letter or at what stands before that."
+    return element("h3", "Chunks and words") + element("p", lead, kind="lead") + table([head, *rows], kind="compare")
 
 
 def _curves(run: Run, stages: Sequence[int]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a run knows, put into the records that a report reads. Numpy alone, on the host."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from adaptive.account import account, dense_equivalent, layer_counts, paper_flops_per_token, recursion_capacities
 from adaptive.data.tokenizers import Tokenizer
+from adaptive.training.report.kinds import KindCounter, begins_word
 from adaptive.training.report.schema import (
     END_MARK,
     MOST_BYTES,
@@ -59,9 +61,10 @@ class RoutingCounter:
     router      kind of the depth strategy; "none" where every position takes the same path
     recursions  passes through the shared block at most
     stops       whether a pass's scores are for stopping there, not for taking it
+    classes     i8[vocab] of tokens (`kinds.classes_of`); None: kinds are not told apart
     """
 
-    def __init__(self, router: str, recursions: int, *, stops: bool = False):
+    def __init__(self, router: str, recursions: int, *, stops: bool = False, classes: np.ndarray | None = None):
         self._router, self._n, self._stops = router, recursions, stops
         self._scored = False
         self._histograms = np.zeros((recursions, 2, SCORE_BINS), np.int64)
@@ -70,6 +73,8 @@ class RoutingCounter:
         self._depths = np.zeros(recursions + 1, np.int64)
         self._rows = 0
         self._chunks = ChunkCounter()
+        self._classes = classes
+        self._kinds = None if classes is None or router == "none" else KindCounter(classes)
         self._reached: np.ndarray | float = 0.0
         self._present: np.ndarray | float = 0.0
 
@@ -79,6 +84,8 @@ class RoutingCounter:
         scores: Sequence[np.ndarray],
         present: np.ndarray,
         boundaries: Sequence[np.ndarray] = (),
+        tokens: np.ndarray | None = None,
+        nll: np.ndarray | None = None,
     ) -> None:
         """One batch.
 
@@ -86,9 +93,15 @@ class RoutingCounter:
         scores   f32[batch, seq] per recursion (Trace.scores); empty where no router ranks or stops positions
         present  bool[batch, seq]  positions that hold a token
         boundaries  bool[batch, seq] per chunking stage: where chunks begin
+        tokens, nll  i32, f32[batch, seq]  ids, and nats of the token that follows each: kinds are told apart by them
         """
         depth, present = np.asarray(depth), np.asarray(present, bool)
-        self._chunks.add(boundaries, present)
+        words = None
+        if tokens is not None and self._classes is not None:
+            words = begins_word(self._classes[tokens])
+            if self._kinds is not None and nll is not None:
+                self._kinds.add(tokens, depth, np.asarray(nll), present)
+        self._chunks.add(boundaries, present, words)
         self._depths += np.bincount(depth[present], minlength=self._n + 1)[: self._n + 1]
         self._rows += depth.shape[0]
         # Who can reach the last recursion: with chunks inside, positions that begin one.
@@ -137,6 +150,7 @@ class RoutingCounter:
             dead_token_ratio=dead,
             dead_token_ratio_by_chance=chance,
             chunks=self._chunks.records(),
+            kinds=self._kinds.records() if self._kinds is not None else (),
             passage=tuple(passage),
             sample=sample,
         )
@@ -163,17 +177,20 @@ class RoutingCounter:
 
 
 class ChunkCounter:
-    """Lengths of chunks over held-out batches."""
+    """Lengths of chunks over held-out batches, and how many begin where words do."""
 
     def __init__(self) -> None:
         self._lengths: dict[int, np.ndarray] = {}
         self._sums: dict[int, np.ndarray] = {}  # of each stage: bytes, chunks
+        self._words: dict[int, np.ndarray] = {}  # words, those with a chunk, chunks, those at words, positions, places
 
-    def add(self, boundaries: Sequence[np.ndarray], present: np.ndarray) -> None:
-        """One batch: bool[batch, seq] per stage and of what exists. A row's last chunk may be cut off by the row's end
-        and is left out."""
+    def add(self, boundaries: Sequence[np.ndarray], present: np.ndarray, words: np.ndarray | None = None) -> None:
+        """One batch: bool[batch, seq] per stage, of what exists, and of where words begin if that is known. A row's
+        last chunk may be cut off by the row's end and is left out."""
         for stage, begins in enumerate(boundaries):
             begins = np.asarray(begins, bool) & present
+            if words is not None:
+                self._words[stage] = self._words.get(stage, 0) + _at_words(begins, present, words & present)
             row, at = np.nonzero(begins)
             whole = row[1:] == row[:-1]
             lengths = (at[1:] - at[:-1])[whole]
@@ -182,10 +199,29 @@ class ChunkCounter:
             self._sums[stage] = self._sums.get(stage, 0) + np.array([lengths.sum(), lengths.size])
 
     def records(self) -> tuple[ChunkRecord, ...]:
-        return tuple(
-            ChunkRecord(stage, tuple(counts.tolist()), float(self._sums[stage][0] / max(1, self._sums[stage][1])))
-            for stage, counts in sorted(self._lengths.items())
+        return tuple(self._record(stage, counts) for stage, counts in sorted(self._lengths.items()))
+
+    def _record(self, stage: int, counts: np.ndarray) -> ChunkRecord:
+        total, chunks = self._sums[stage]
+        record = ChunkRecord(stage, tuple(counts.tolist()), float(total / max(1, chunks)))
+        if not self._words.get(stage, np.zeros(6))[[0, 2]].all():
+            return record
+        words, with_chunk, begun, at_words, positions, places = map(float, self._words[stage])
+        return dataclasses.replace(
+            record, words=with_chunk / words, at_words=at_words / begun, chance=places / positions
         )
+
+
+def _at_words(begins: np.ndarray, present: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Numbers of words, of those with a chunk, of chunks, of those at words, of positions and of places of words: a
+    word's first letter and what stands before it."""
+    before = np.zeros_like(words)
+    before[:, :-1] = words[:, 1:]
+    chunk_before = np.zeros_like(begins)
+    chunk_before[:, 1:] = begins[:, :-1]
+    places = words | before
+    shares = (words, words & (begins | chunk_before), begins, begins & places, present, places & present)
+    return np.array([share.sum() for share in shares])
 
 
 def passage_tokens(

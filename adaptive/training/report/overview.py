@@ -1,7 +1,7 @@
 """Headline numbers, learning curves and the recipe of a run, as HTML; "" where there is nothing to show."""
 
 import html
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from adaptive.runs.origin import starts
 from adaptive.training.report.charts import Series, line_chart
@@ -60,32 +60,83 @@ def _tile(name: str, value: str, detail: str) -> str:
     return element("div", "".join(element(tag, html.escape(text), kind=kind) for tag, text, kind in parts), kind="tile")
 
 
+class _Axis(NamedTuple):
+    """What curves are drawn over: a column of the rows, and how its values are written."""
+
+    name: str  # in the page's style sheet
+    column: str
+    title: str
+    scale: float = 1.0
+
+
 def learning(run: Run) -> str:
-    bits = [*_trained(run, "bits_per_byte", "tokens"), *_held_out(run, "bits_per_byte", "tokens")]
-    loss_tokens = [*_trained(run, "ce", "tokens"), *_held_out(run, "loss", "tokens")]
-    loss_flops = [*_trained(run, "ce", "flops"), *_held_out(run, "loss", "flops")]
-    rate = [Series("learning rate", run.points("learning_rate", "tokens"), 3)]
-    norm = [
-        Series("each row", run.points("grad_norm", "tokens"), 4, "faint"),
-        Series("gradient norm", smooth(run.points("grad_norm", "tokens")), 4),
-    ]
-    compute: dict[str, Any] = {"x": "training compute", "x_unit": "FLOP"}
+    axes = [_Axis("tokens", "tokens", "tokens"), _Axis("steps", "step", "steps"), _Axis("time", "seconds", *_time(run))]
+    charts = [(axis, _learned(run, axis)) for axis in axes]
+    if not charts[0][1]:
+        return ""
+    button = lambda by: element("button", by, data_by=by, aria_pressed=str(by == "tokens").lower(), type="button")  # noqa: E731
+    toggle = element("span", "".join(button(axis.name) for axis, _ in charts), kind="toggle")
+    shown = "".join(element("div", drawn, kind=f"x-{axis.name}") for axis, drawn in charts)
     return section(
         "Learning",
-        line_chart("Bits per byte", bits, x="tokens", y="bits per byte of text", size="full"),
-        grid(
-            line_chart("Loss over tokens", loss_tokens, x="tokens", y="nats per token"),
-            line_chart("Loss over compute (log)", loss_flops, **compute, y="nats per token", log=True),
-            line_chart("Gradient norm", norm, x="tokens", y="before clipping", y_range=(0, None)),
-            line_chart("Learning rate", rate, x="tokens", y="per step", y_range=(0, None)),
-        ),
+        element("div", "over" + toggle, kind="controls by-tokens"),
+        element("div", shown, kind="axes by-tokens"),
+        grid(_over_compute(run, "full"), columns="one") if _gap(run, axes[0]) else "",
         lead="Cross entropy on training text (thin line: each logged row) and on held-out text.",
     )
 
 
-def _trained(run: Run, name: str, x: str) -> list[Series]:
-    points = run.points(name, x)
-    return [Series("each row", points, 1, "faint"), Series("training", smooth(points), 1)]
+def _over_compute(run: Run, size: Literal["half", "full"]) -> str:
+    flops = _curves(run, "ce", "loss", "flops")
+    x: dict[str, Any] = {"x": "training compute", "x_unit": "FLOP"}
+    return line_chart("Loss over compute (log)", flops, **x, y="nats per token", log=True, size=size)
+
+
+def _learned(run: Run, axis: _Axis) -> str:
+    """The curves of learning over one axis."""
+
+    def over(series: list[Series]) -> list[Series]:
+        return [s._replace(points=[(at * axis.scale, value) for at, value in s.points]) for s in series]
+
+    points = run.points("grad_norm", axis.column)
+    norm = [Series("each row", points, 4, "faint"), Series("gradient norm", smooth(points), 4)]
+    rate = [Series("learning rate", run.points("learning_rate", axis.column), 3)]
+    bits, loss = _curves(run, "bits_per_byte", "bits_per_byte", axis.column), _curves(run, "ce", "loss", axis.column)
+    x: dict[str, Any] = {"x": axis.title}
+    return line_chart("Bits per byte", over(bits), **x, y="bits per byte of text", size="full") + grid(
+        line_chart("Loss", over(loss), **x, y="nats per token"),
+        _gap(run, axis) or _over_compute(run, "half"),
+        line_chart("Gradient norm", over(norm), **x, y="before clipping", y_range=(0, None)),
+        line_chart("Learning rate", over(rate), **x, y="per step", y_range=(0, None)),
+    )
+
+
+def _time(run: Run) -> tuple[str, float]:
+    """(title, hours, minutes or seconds per second) for the run's length."""
+    longest = run.seconds or 0.0
+    return next(
+        (f"wall time ({name})", 1 / unit)
+        for name, unit in (("hours", 3600), ("minutes", 60), ("seconds", 1))
+        if longest >= 2 * unit or unit == 1
+    )
+
+
+def _gap(run: Run, axis: _Axis) -> str:
+    """What deciding from the past alone costs."""
+    names = (axis.column, "eval/threshold/loss", "eval/loss")
+    known = ([row[name] for name in names] for row in run.evaluations if all(row.get(n) is not None for n in names))
+    gap = [(at * axis.scale, causal - own) for at, causal, own in known]
+    how = "as it generates" if stages_of(run) else "with causal routing"
+    return line_chart(
+        "What causal decisions cost", [Series("gap", gap, 3, "dots")], x=axis.title, y="nats per token",
+        note=f"held-out loss {how} minus that as trained",
+    )  # fmt: skip
+
+
+def _curves(run: Run, trained: str, held_out: str, x: str) -> list[Series]:
+    points = run.points(trained, x)
+    training = [Series("each row", points, 1, "faint"), Series("training", smooth(points), 1)]
+    return [*training, *_held_out(run, held_out, x)]
 
 
 def _held_out(run: Run, measure: str, x: str) -> list[Series]:

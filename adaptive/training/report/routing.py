@@ -53,7 +53,7 @@ def deep_tokens(run: Run) -> str:
         text = passage_html(record.passage, deepest, max(high, 1e-6))
         parts.append(_passage_controls(routed, deepest, bool(losses), high))
         parts.append(element("div", text, kind=f"passage by-{'depth' if routed else 'loss'}"))
-    parts.append(grid(_depths(run), _by_position(run)))
+    parts.append(grid(_depths(run), _by_position(run), *_by_kind(run)))
     if record.sample:
         prompt = element("b", html.escape(record.sample.prompt))
         heading = element("h3", "The model goes on writing") if shown else ""
@@ -76,6 +76,18 @@ def _depths(run: Run) -> str:
     bars = [(name(d), n / total, percent(n / total)) for d, n in enumerate(counts) if d or n]
     mean = sum(d * n for d, n in enumerate(counts)) / total
     return bar_chart("Depth of tokens", bars, note=f"{mean:.2f} passes on average, over all held-out text")
+
+
+def _by_kind(run: Run) -> list[str]:
+    """Mean depth of each kind of token, a chart for each way to divide them."""
+    kinds = run.routing.kinds if run.plan.recursions > 1 or run.routing.recursions else ()
+    total = sum(kind.tokens for kind in kinds if kind.by == kinds[0].by) if kinds else 0
+    charts = []
+    for by in dict.fromkeys(kind.by for kind in kinds):
+        own = [kind for kind in kinds if kind.by == by]
+        bars = [(f"{kind.name}", kind.depth, f"{kind.depth:.2f} ({percent(kind.tokens / total)})") for kind in own]
+        charts.append(bar_chart(f"Depth by {by}", bars, note="mean passes (share of held-out tokens)"))
+    return charts
 
 
 def _routing_curves(run: Run) -> list[str]:
@@ -107,7 +119,7 @@ def _routing_curves(run: Run) -> list[str]:
     ]
     return [
         line_chart(
-            "Selection accuracy", accuracy, x="tokens", y="share of candidates", y_range=(None, 1.0), percent=True,
+            "Sampling accuracy", accuracy, x="tokens", y="share of candidates", y_range=(None, 1.0), percent=True,
             note="where the causal decision agrees with top-k; good above 99%",
         ),
         line_chart("Share of tokens per depth", shares, x="tokens", y="share", y_range=(0, None), percent=True),

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,13 +106,15 @@ class Run:
     def warnings(self) -> list[str]:
         progress = self.step / self.plan.steps if self.plan.steps else 1.0
         skipped = sum(row.get("skipped") or 0 for row in self.training)
-        newest = [{**self.last, "skipped": skipped}, self.last_evaluation]
+        newest = {**self.last_evaluation, **self.last, "skipped": skipped}
         heard = alarms(self.facts) if self.facts else []
         for row in sorted((*self.training, *self.evaluations), key=lambda row: row["step"]):
             for alarm in heard:
                 alarm(row)
         recursion = self.facts.recursion if self.facts else "model.body"
-        found = [text for row in newest for text in health_warnings(row, recursion, progress)]
+        health = health_warnings(newest, recursion, progress)
+        before = [(row["step"], health_warnings(row, recursion)) for row in self.evaluations]
+        found = [f"{text}{_since(name, before)}" for name, text in health.items()]
         return list(dict.fromkeys(found + [text for alarm in heard for text in alarm.standing()]))
 
     def settings(self) -> list[tuple[str, str]]:
@@ -126,6 +129,13 @@ class Run:
             return difference(load(self.recipe.name), self.recipe)
         except RecipeError:
             return []
+
+
+def _since(name: str, before: Sequence[tuple[int, Mapping[str, str]]]) -> str:
+    """Since which of the evaluations without a break there was reason for the warning of this name; "" where the newest
+    alone has it."""
+    since = [step for step, _ in itertools.takewhile(lambda one: name in one[1], reversed(before))]
+    return f" (so since step {since[-1]:,})" if len(since) > 1 else ""
 
 
 def load_run(workdir: str | Path) -> Run:

@@ -116,13 +116,29 @@ class TokenRecord:
 class ChunkRecord:
     """Chunks of one stage on held-out text.
 
-    lengths  how many have 1, 2, 3, ... bytes; the last number is of those with so many or more
-    mean     bytes per chunk, all chunks counted in full
+    lengths   how many have 1, 2, 3, ... bytes; the last number is of those with so many or more
+    mean      bytes per chunk, all chunks counted in full
+    words     share of words at whose first letter, or the blank before it, a chunk begins; None: not known
+    at_words  share of chunks that begin at such a place
+    chance    share of all positions that are such a place
     """
 
     stage: int
     lengths: tuple[int, ...] = ()
     mean: float = 0.0
+    words: float | None = None
+    at_words: float | None = None
+    chance: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class KindRecord:
+    """Held-out tokens of one kind: `by` names the division, `name` the kind, depth is their mean number of passes."""
+
+    by: str
+    name: str
+    tokens: int
+    depth: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +159,7 @@ class RoutingRecord:
     dead_token_ratio      share of positions that reached the last recursion in none of them
     dead_token_ratio_by_chance  what that share would be if every position were as likely as any other
     chunks                of each chunking stage
+    kinds                 of tokens, how deep they went; () without a router
     """
 
     step: int = 0
@@ -156,6 +173,7 @@ class RoutingRecord:
     dead_token_ratio: float | None = None
     dead_token_ratio_by_chance: float | None = None
     chunks: tuple[ChunkRecord, ...] = ()
+    kinds: tuple[KindRecord, ...] = ()
     passage: tuple[TokenRecord, ...] = ()
     sample: SampleRecord | None = None
     version: int = FORMAT_VERSION
@@ -190,6 +208,7 @@ _NESTED: dict[tuple[type, str], type] = {
     (PlanRecord, "account"): AccountLine,
     (RoutingRecord, "recursions"): RecursionRecord,
     (RoutingRecord, "chunks"): ChunkRecord,
+    (RoutingRecord, "kinds"): KindRecord,
     (RoutingRecord, "passage"): TokenRecord,
     (RoutingRecord, "sample"): SampleRecord,
 }

@@ -17,7 +17,7 @@ function nearest(points, x) {
 }
 
 for (const data of document.querySelectorAll(".chart script")) {
-  const svg = data.parentElement.querySelector("svg");
+  const svg = data.previousElementSibling;
   const cross = svg.querySelector(".cross");
   const chart = JSON.parse(data.textContent);
   svg.addEventListener("pointermove", (event) => {
@@ -58,7 +58,7 @@ for (const button of document.querySelectorAll(".toggle button")) {
   button.addEventListener("click", () => {
     const controls = button.closest(".controls");
     for (const part of [controls, controls.nextElementSibling]) {
-      part.classList.remove("by-chunk", "by-depth", "by-loss");
+      part.classList.remove(...[...part.classList].filter((name) => name.startsWith("by-")));
       part.classList.add(`by-${button.dataset.by}`);
     }
     for (const other of controls.querySelectorAll("button")) other.setAttribute("aria-pressed", other === button);

@@ -11,6 +11,7 @@ from typing import Any
 from adaptive.training.report.numbers import compact
 
 Format = Callable[[float], str]
+NARROW = 360  # pixels that a picture for a small screen is drawn for
 
 
 def element(tag: str, content: str = "", /, **attributes: Any) -> str:
@@ -40,15 +41,22 @@ def picture(title: str, body: str, width: int, height: int) -> str:
     return element("svg", body, viewBox=f"0 0 {width} {height}", role="img", aria_label=title)
 
 
-def figure(title: str, svg: str, *, legend: str = "", data: Any = None, note: str = "") -> str:
-    """A captioned picture. `data` is handed to the page's script as JSON."""
+def at_widths(draw: Callable[[int], str], width: int) -> str:
+    """What `draw` draws for a page, so wide, and again for a small screen; the style sheet shows one of them."""
+    return element("div", draw(width), kind="wide") + element("div", draw(NARROW), kind="narrow")
+
+
+def with_data(svg: str, data: Any) -> str:
+    """A picture followed by what the page's script is told of it, as JSON."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    return svg + element("script", text, type="application/json")
+
+
+def figure(title: str, pictures: str, *, legend: str = "", note: str = "") -> str:
+    """Pictures with a caption."""
     caption = element("figcaption", element("b", html.escape(title)) + legend)
     below = element("p", html.escape(note), kind="note") if note else ""
-    script = ""
-    if data is not None:
-        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-        script = element("script", text, type="application/json")
-    return element("figure", caption + below + svg + script, kind="chart")
+    return element("figure", caption + below + pictures, kind="chart")
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
