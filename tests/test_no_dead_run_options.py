@@ -53,6 +53,7 @@ NEEDS = {
     "data.text_key": ["data.source=files", "data.paths=FOLDER/documents.jsonl"],
     "data.bos": WORDS,
     "data.eos": WORDS,
+    "data.prompt_key": ["data.source=files", "data.paths=FOLDER/documents.jsonl"],
     "data.token_dtype": ["data.source=tokens", "data.paths=FOLDER/tokens.bin"],
     "data.boundaries": ["data.tokenizer=hnet-bytes"],
     "mesh.expert_parallel.strategy": ["mesh.expert=4"],
@@ -75,7 +76,8 @@ NEEDS = {
 # Other values, where they are not simply the next.
 OTHERS = {
     "data.source": "synthetic", "data.paths": "python", "data.weights": "0.9,0.1", "data.tokenizer": "hnet-bytes",
-    "data.bos": "<s>", "data.eos": "<eos>", "data.text_key": "title", "data.cache_dir": "FOLDER/other",
+    "data.bos": "<s>", "data.eos": "<eos>", "data.text_key": "title", "data.prompt_key": "title",
+    "data.cache_dir": "FOLDER/other",
     "optimizer": "muon", "optimizer.beta1": "0.8",
     "optimizer.beta2": "0.9", "optimizer.momentum": "0.9",
     "schedule.decay_fraction": "0.5", "schedule.floor": "0.5", "mesh.data": "4", "mesh.fsdp": "2", "mesh.expert": "2",

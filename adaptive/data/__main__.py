@@ -72,7 +72,8 @@ def _prepare(options: argparse.Namespace) -> None:
     out = local_path(options.out, "--out")
     corpora = _corpora(options)
     _print_files(corpora)
-    prepare([file for found in corpora for file in found.files], tokenizer, out, text_key=options.text_key)
+    files = [file for found in corpora for file in found.files]
+    prepare(files, tokenizer, out, text_key=options.text_key, prompt_key=options.prompt_key)
     _print_store(open_store(out, tokenizer), tokenizer, options.tokens)
     ends = [f"data.{name}={value}" for name, value in (("bos", options.bos), ("eos", options.eos)) if value]
     settings = [
@@ -168,6 +169,7 @@ def _prepare_options(options: command.Options) -> None:
     _tokenizer_options(options)
     options.add_argument("--tokenizer", required=True, help=_TOKENIZERS)
     options.add_argument("--out", required=True, help="a new folder")
+    options.add_argument("--prompt_key", default="", help="field of jsonl rows whose text comes before, not predicted")
     options.set_defaults(tokens=20)
 
 

@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     targets      i32[batch, seq]   the token after each input
     positions    i32[batch, seq]   counted from the start of the document, or of the row where that cut the document
     segment_ids  i32[batch, seq]   which document of the row, from 1; 0 is padding
-    mask         f32[batch, seq]   1 where the target counts: not padding and of the document of its input
+    mask         f32[batch, seq]   1 where the target counts: no padding, of its input's document and of no prompt
     boundaries   bool[batch, seq]  where chunks begin, as a splitter decides (data.boundaries); None: undecided
     """
 

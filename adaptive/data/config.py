@@ -33,6 +33,7 @@ class DataConfig:
     # Token after each document, where generation ends. "": as the tokenizer's files say, or the best-known name it has.
     eos: str = since("", before="")
     text_key: str = "text"  # field of jsonl and parquet rows
+    prompt_key: str = since("", before="")  # field of jsonl rows whose text comes before and is not predicted; "": none
     token_dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of headerless .bin files
     seq_len: int = ranged(256, least=2)
     shuffle: bool = True
@@ -75,6 +76,8 @@ class DataConfig:
         at, found = f"data.source={self.source}", {}
         if self.source not in ("files", "huggingface"):
             found["text_key"] = f"{at} has no fields of text"
+        if self.source != "files":
+            found["prompt_key"] = f"{at} has no rows with prompts"
         if self.source != "tokens":
             found["token_dtype"] = f"{at} reads no files of tokens"
         if self.source in ("huggingface", "synthetic", "own"):

@@ -4,8 +4,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+
+class Prompted(NamedTuple):
+    """A text with one before it that is read and not predicted."""
+
+    prompt: str
+    text: str
+
+
 # A document is text, or the ids of its tokens (i32[tokens], without an end-of-text token).
-Document = str | np.ndarray
+Document = str | np.ndarray | Prompted
 
 
 class Textless(NamedTuple):

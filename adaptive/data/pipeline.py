@@ -256,7 +256,10 @@ def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Sourc
     else:
         found = source_files(config.source, path, config.cache_dir)
         files_about = printable(found.about())
-        store = cached_store(found.files, tokenizer, text_key=config.text_key, cache=config.cache_dir)
+        prompt_key = config.prompt_key if config.source == "files" else ""
+        store = cached_store(
+            found.files, tokenizer, text_key=config.text_key, prompt_key=prompt_key, cache=config.cache_dir
+        )
     train, held_out = (Split(store, which, config.validation_every) for which in ("train", "validation"))
     windows = functools.partial(
         Windows, seq_len=config.seq_len, cross_document=config.cross_document, filler=tokenizer.eos_id
@@ -289,7 +292,8 @@ def _contents(store: TokenStore, text_key: str) -> str:
     left_out = [f"{store.empty:,} empty"] if store.empty else []
     left_out += [f"{store.keyless:,} without '{printable(text_key)}'"] if store.keyless else []
     without = f" ({', '.join(left_out)} left out)" if left_out else ""
-    return f"{len(store.documents) - 1:,} documents{without}, {size}{len(store):,} tokens"
+    prompts = "" if store.prompts is None else f" ({int(store.prompts.sum()):,} of prompts, which are not predicted)"
+    return f"{len(store.documents) - 1:,} documents{without}, {size}{len(store):,} tokens{prompts}"
 
 
 def _synthetic_source(config: DataConfig, name: str, vocab_size: int) -> Source:

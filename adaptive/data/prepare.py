@@ -19,33 +19,37 @@ def prepare(
     directory: Path,
     *,
     text_key: str = "text",
+    prompt_key: str = "",
 ) -> None:
     """Tokenises the documents of `files` into a new token store. Raises DataError if `directory` is not empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise DataError(f"{directory} exists and is not empty; choose a new folder, or remove it first")
-    _write(files, tokenizer, directory, text_key)
+    _write(files, tokenizer, directory, text_key, prompt_key)
 
 
-def cached_store(files: list[Path], tokenizer: Tokenizer, *, text_key: str = "text", cache: str = "") -> TokenStore:
+def cached_store(
+    files: list[Path], tokenizer: Tokenizer, *, text_key: str = "text", prompt_key: str = "", cache: str = ""
+) -> TokenStore:
     """The store of `files` in the cache folder, written if it is not there.
 
     Its name is a hash of the files (path, size, times of change), the tokenizer with the tokens that begin and end its
     documents, the options, and how this version reads files, so that a change of any of them never meets an old store.
     """
-    key = digest([FORMAT, _READING, [file_identity(file) for file in files], tokenizer.fingerprint, text_key])
+    options = [text_key, prompt_key] if prompt_key else [text_key]
+    key = digest([FORMAT, _READING, [file_identity(file) for file in files], tokenizer.fingerprint, *options])
     directory = cache_dir(cache) / "tokens" / f"{files[0].stem}-{key[:16]}"
     if not (directory / "index.json").exists():
-        _write(files, tokenizer, directory, text_key)
+        _write(files, tokenizer, directory, text_key, prompt_key)
     return open_store(directory, tokenizer)
 
 
-def _write(files: list[Path], tokenizer: Tokenizer, directory: Path, text_key: str) -> None:
+def _write(files: list[Path], tokenizer: Tokenizer, directory: Path, text_key: str, prompt_key: str) -> None:
     write_store(
         directory,
-        read_records(files, text_key),
+        read_records(files, text_key, prompt_key),
         tokenizer,
         sources=[file_identity(file) for file in files],
-        options={"text_key": text_key},
+        options={"text_key": text_key} | ({"prompt_key": prompt_key} if prompt_key else {}),
     )
 
 

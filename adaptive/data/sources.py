@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive.data import compressed
-from adaptive.data.documents import Document, Textless
+from adaptive.data.documents import Document, Prompted, Textless
 from adaptive.data.find import PARQUET, ROWS, SUFFIXES, find, is_of
 from adaptive.data.parquet import read_parquet
 from adaptive.errors import DataError
@@ -25,21 +25,24 @@ def read_documents(files: Iterable[Path], text_key: str = "text") -> Iterator[Do
     return (record for record in read_records(files, text_key) if not isinstance(record, Textless))
 
 
-def read_records(files: Iterable[Path], text_key: str = "text") -> Iterator[Document | Textless]:
+def read_records(files: Iterable[Path], text_key: str = "text", prompt_key: str = "") -> Iterator[Document | Textless]:
     """The records of `files`, in order: documents, and those that are none.
 
     Text files close a document with a line `<|endoftext|>`; without one the file is one document. JSON lines and
     parquet hold one document a row in `text_key`; a parquet column of integer lists is taken as tokens. In every format
     a record whose text is null, empty or not there is no document, and neither is a file that holds nothing.
+    With a `prompt_key` each row of JSON has the text before that of `text_key` there, and its documents are `Prompted`.
     Raises DataError naming the file and the line or byte for what cannot be read.
     """
     for file in files:
+        if prompt_key and not is_of(file, ROWS):
+            raise DataError(f"{file}: data.prompt_key={prompt_key} needs rows of JSON, as in a .jsonl")
         if file.stat().st_size == 0:
             records: Iterator[Document | Textless] = iter(())
         elif is_of(file, PARQUET):
             records = read_parquet(file, text_key)
         elif is_of(file, ROWS):
-            records = _json(file, text_key)
+            records = _json(file, text_key, prompt_key)
         else:
             records = _text(file)
         for record in itertools.chain([next(records, Textless())], records):
@@ -83,7 +86,7 @@ def _join(lines: list[bytes], file: Path, start: int, closed: bool) -> str:
 # JSON
 
 
-def _json(file: Path, key: str) -> Iterator[str | Textless]:
+def _json(file: Path, key: str, prompt_key: str) -> Iterator[Document | Textless]:
     """Rows of JSON lines; a .json may also be one array of rows, or one row over several lines."""
     number, undecided = 0, is_of(file, (".json",))
     try:
@@ -92,10 +95,10 @@ def _json(file: Path, key: str) -> Iterator[str | Textless]:
                 if not line.strip():
                     continue
                 if undecided and not _is_object(line):
-                    yield from _whole(b"\n" * (number - 1) + line + stream.read(), key, str(file))
+                    yield from _whole(b"\n" * (number - 1) + line + stream.read(), key, prompt_key, str(file))
                     return
                 undecided = False
-                yield _row(_parsed(line, f"{file}:{number}"), key, f"{file}:{number}")
+                yield _row(_parsed(line, f"{file}:{number}"), key, prompt_key, f"{file}:{number}")
     except compressed.errors() as error:
         raise DataError(f"{file} is damaged or cut short after line {number}: {error}") from None
 
@@ -107,11 +110,11 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _whole(raw: bytes, key: str, where: str) -> Iterator[str | Textless]:
+def _whole(raw: bytes, key: str, prompt_key: str, where: str) -> Iterator[Document | Textless]:
     content = _parsed(raw, where)
     rows = content if isinstance(content, list) else [content]
     for number, row in enumerate(rows, 1):
-        yield _row(row, key, f"{where}, record {number}")
+        yield _row(row, key, prompt_key, f"{where}, record {number}")
 
 
 def _parsed(content: bytes, where: str) -> Any:
@@ -128,7 +131,7 @@ def _parsed(content: bytes, where: str) -> Any:
         raise DataError(f"{where}: malformed JSON: a whole number of too many digits") from None
 
 
-def _row(row: Any, key: str, where: str) -> str | Textless:
+def _row(row: Any, key: str, prompt_key: str, where: str) -> Document | Textless:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with the key '{key}', found {type(row).__name__}")
     if key not in row:
@@ -140,4 +143,9 @@ def _row(row: Any, key: str, where: str) -> str | Textless:
             f"{where}: '{key}' is {type(row[key]).__name__}, expected text (the keys are {', '.join(row)}; "
             "data.text_key names the one with the text)"
         )
-    return row[key]
+    if not prompt_key or not row[key]:
+        return row[key]
+    if not isinstance(prompt := row.get(prompt_key), str):
+        found = type(prompt).__name__ if prompt_key in row else "nothing"
+        raise DataError(f"{where}: '{prompt_key}' is {found}, expected the text of a prompt (data.prompt_key)")
+    return Prompted(prompt, row[key])

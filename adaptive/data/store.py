@@ -2,6 +2,7 @@
 
     DIR/tokens-00000.bin ...  little-endian uint8, uint16 or uint32
     DIR/docs-00000.npy ...    i64[documents + 1], where each document of the shard begins
+    DIR/prompts-00000.npy ... i64[documents], tokens at its beginning that are a prompt; where any has one
     DIR/index.json            format, dtype, tokenizer, sizes and sha256 of the shards, sources and options
 
 A store is written in a folder under a temporary name, synced and renamed, so a folder of that name is complete.
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 import adaptive
-from adaptive.data.documents import Document, Textless
+from adaptive.data.documents import Document, Prompted, Textless
 from adaptive.data.files import beside, explained, sync, temporary_pattern
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
@@ -45,7 +46,8 @@ class TokenStore:
     shards       one array of unsigned integers each, usually mapped from a file
     documents    i64[documents + 1]: document d is tokens documents[d] to documents[d + 1], its end token included
     max_id       largest id in the store
-    fingerprint  sha256 (hex) of the tokens and the document bounds
+    fingerprint  sha256 (hex) of the tokens, the document bounds and the prompts
+    prompts      i64[documents]: tokens at the beginning of each that are read and not predicted; None: no such
     text_bytes   UTF-8 bytes of all documents, where that is known
     empty        records of its files whose text was null or empty, and files without content
     keyless      records that lacked the key of the text
@@ -59,6 +61,7 @@ class TokenStore:
     text_bytes: int | None = None
     empty: int = 0
     keyless: int = 0
+    prompts: np.ndarray | None = None
 
     @functools.cached_property
     def _bounds(self) -> np.ndarray:
@@ -75,6 +78,14 @@ class TokenStore:
         ]
         return np.concatenate(parts).astype(np.int32)
 
+    def predicted(self, start: int, stop: int) -> np.ndarray:
+        """bool[stop - start]: whether each of these tokens belongs to no prompt."""
+        position = np.arange(start, stop)
+        if self.prompts is None:
+            return np.ones(len(position), bool)
+        document = np.searchsorted(self.documents, position, side="right") - 1
+        return position - self.documents[document] >= self.prompts[document]
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest little-endian unsigned type that holds every id."""
@@ -82,10 +93,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class _Encoded(NamedTuple):
-    """A document's tokens i32[n] with those that begin and end it, and the bytes of its text in UTF-8."""
+    """A document's tokens i32[n] with those that begin and end it, the bytes of its text in UTF-8, and how many of the
+    tokens are a prompt."""
 
     tokens: np.ndarray
     text_bytes: int
+    prompt: int = 0
 
 
 def write_store(
@@ -175,7 +188,24 @@ def _opened(directory: Path, index: dict, tokenizer: Tokenizer) -> TokenStore:
         text_bytes=sum(entry["bytes"] for entry in index["shards"]),
         empty=sum(entry.get("empty", 0) for entry in index["shards"]),
         keyless=sum(entry.get("keyless", 0) for entry in index["shards"]),
+        prompts=_open_prompts(directory, index["shards"]),
     )
+
+
+def _open_prompts(directory: Path, shards: list[dict]) -> np.ndarray | None:
+    if not any(entry.get("prompts") for entry in shards):
+        return None
+    each = []
+    for i, entry in enumerate(shards):
+        path = directory / f"prompts-{i:05d}.npy"
+        try:
+            lengths = np.load(path) if entry.get("prompts") else np.zeros(entry["documents"], np.int64)
+        except Exception as error:  # of a damaged header also what reading Python raises
+            raise DataError(f"{path} cannot be read ({error}): prepare the store again") from None
+        if lengths.shape != (entry["documents"],):
+            raise DataError(f"{path} is of other documents than its index: prepare the store again")
+        each.append(lengths)
+    return np.concatenate(each)
 
 
 def _described(tokenizer: Tokenizer) -> dict:
@@ -255,10 +285,21 @@ def _encoded(records: Iterable[Document | Textless], tokenizer: Tokenizer) -> It
         if not isinstance(record, str) or characters >= _GROUP_CHARACTERS:
             yield from _encoded_group(group, tokenizer)
             group, characters = [], 0
-        if not isinstance(record, str):
+        if isinstance(record, Prompted):
+            yield _prompted(record, tokenizer)
+        elif not isinstance(record, str):
             ids = _checked(record, tokenizer)
             yield _Encoded(ids, tokenizer.text_size(ids))
     yield from _encoded_group(group, tokenizer)
+
+
+def _prompted(record: Prompted, tokenizer: Tokenizer) -> _Encoded:
+    """Prompt and text are encoded apart, as the model will get the prompt when it generates."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = np.concatenate([np.array(begin, np.int32), tokenizer.encode(record.prompt)])
+    ids = np.concatenate([prompt, tokenizer.encode(record.text), np.array([tokenizer.eos_id], np.int32)])
+    text = record.prompt + record.text
+    return _Encoded(ids.astype(np.int32), len(text.encode("utf-8", errors="replace")), len(prompt))
 
 
 def _encoded_group(texts: list[str], tokenizer: Tokenizer) -> Iterator[_Encoded]:
@@ -286,6 +327,7 @@ def _write_shards(
     while record is not None:
         path = folder / f"tokens-{number:05d}.bin"
         bounds, text_bytes, max_id, content = [0], 0, 0, hashlib.sha256()
+        prompts: list[int] = []
         empty, keyless = 0, 0
         keys: tuple[str, ...] = ()
         with path.open("wb") as file:
@@ -295,6 +337,7 @@ def _write_shards(
                     file.write(raw)
                     content.update(raw)
                     bounds.append(bounds[-1] + len(record.tokens))
+                    prompts.append(record.prompt)
                     text_bytes += record.text_bytes
                     max_id = max(max_id, int(record.tokens.max()))
                 elif record.keys is None:
@@ -308,6 +351,10 @@ def _write_shards(
         total += bounds[-1]
         np.save(folder / f"docs-{number:05d}.npy", np.array(bounds, np.int64))
         content.update(np.array(bounds, "<i8").tobytes())
+        if any(prompts):
+            np.save(folder / f"prompts-{number:05d}.npy", np.array(prompts, np.int64))
+            content.update(np.array(prompts, "<i8").tobytes())
+            sync(folder / f"prompts-{number:05d}.npy")
         sync(path)
         sync(folder / f"docs-{number:05d}.npy")
         yield {
@@ -319,6 +366,7 @@ def _write_shards(
             "empty": empty,
             "keyless": keyless,
             "keys": keys,  # of the first record that lacks the one asked for
+            **({"prompts": sum(prompts)} if any(prompts) else {}),
         }
         number += 1
 

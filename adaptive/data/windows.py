@@ -4,6 +4,7 @@ stream    the documents of one split, end to end
 window w  tokens [w S, w S + S + 1) of the stream: S inputs and, one further, S targets
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -42,14 +43,20 @@ class Split:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """i32[stop - start] tokens of the stream."""
+        return np.concatenate([self.store.read(*part) for part in self._stored(start, stop)])
+
+    def predicted(self, start: int, stop: int) -> np.ndarray:
+        """bool[stop - start]: whether each of these tokens belongs to no prompt."""
+        return np.concatenate([self.store.predicted(*part) for part in self._stored(start, stop)])
+
+    def _stored(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Where in the store these tokens are."""
         first, last = np.searchsorted(self._logical, [start, stop - 1], side="right") - 1
-        parts = []
         for run in range(first, last + 1):
             begin = max(start, self._logical[run])
             end = stop if run == last else self._logical[run + 1]
             shift = self._physical[run] - self._logical[run]
-            parts.append(self.store.read(begin + shift, end + shift))
-        return np.concatenate(parts)
+            yield int(begin + shift), int(end + shift)
 
 
 class Windows:
@@ -85,7 +92,12 @@ class Windows:
         else:
             first = np.searchsorted(bounds, start, side="right")
             opening = np.concatenate([[start], bounds[first : np.searchsorted(bounds, stop, side="left")]])
-        return make_row(tokens, opening - start, self._seq_len, self._filler)
+        row = make_row(tokens, opening - start, self._seq_len, self._filler)
+        if self._split.store.prompts is None:
+            return row
+        mask = row.mask.copy()
+        mask[: stop - start - 1] *= self._split.predicted(start + 1, stop)
+        return row._replace(mask=mask)
 
 
 def _cut_tail(bounds: np.ndarray, cut: int, tail: bool) -> tuple[np.ndarray, np.ndarray]:
