@@ -90,6 +90,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     from adaptive.training import plan as plans
     from adaptive.training.program import Program, Steps, data_shard
     from adaptive.training.stopping import StopRequest
+    from adaptive.training.waiting import waiting
     from adaptive.training.watchdog import COMPILE_S, Watchdog
 
     primary = jax.process_index() == 0
@@ -99,27 +100,26 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         mesh = make_mesh(recipe.mesh)
         program = Program(recipe, mesh)
         show_data_progress(say)
-        data = open_data(recipe, data_shard(mesh), arguments)
+        data = open_data(recipe, data_shard(mesh), arguments, say if workdir is None else None)
         # Claimed only now, so that a run that cannot work leaves no folder behind.
         opened = RunFolder.open(workdir, recipe, primary=primary, say=say) if workdir else None
         folder = at_exit.enter_context(opened) if opened else None
         if folder and primary:
             record_start(folder.path)
-        plan = plans.make_plan(program, data.tokenizer.token_byte_lengths(), data.validation_passage(4096))
-        for line in [
-            f"recipe    {recipe.name}",
-            *plans.plan_lines(plan, program),
-            *map("data      {}".format, data.describe()),
-        ]:
+        text = (data.tokenizer.token_byte_lengths(), data.validation_passage(4096)) if data else None
+        plan = plans.make_plan(program, text)
+        about = map("data      {}".format, data.describe()) if data else []
+        for line in [f"recipe    {recipe.name}", *plans.plan_lines(plan, program), *about]:
             say(line)
 
         watchdog, stop = Watchdog(), at_exit.enter_context(StopRequest(say))
         say(f"compiling the train step ({compilations})")
-        with watchdog.limit("compiling", COMPILE_S), stop.at_once(folder.close if folder else lambda: None):
+        shown = waiting("compiling", say) if primary else contextlib.nullcontext()
+        with watchdog.limit("compiling", COMPILE_S), stop.at_once(folder.close if folder else lambda: None), shown:
             steps = Steps(program)
         cluster.meet("the train step is compiled")
         plan = plans.with_compiled(plan, steps.first)
-        say(f"compiled  in {steps.first.seconds:.1f} s")
+        say(f"compiled  in {steps.first.seconds:.1f} s{', from the cache' if steps.first.kept else ''}")
         say(plans.memory_line(plan.memory))
         if folder is None:
             say("dry run: stopping before the first step")
@@ -153,8 +153,11 @@ def new_workdir(name: str) -> Iterator[Path]:
             workdir.rmdir()
 
 
-def open_data(recipe: Recipe, shard: tuple[int, int], arguments: Sequence[str]) -> Any:
-    """The recipe's data; where the hub is out of reach, a UserError with commands that do without."""
+def open_data(
+    recipe: Recipe, shard: tuple[int, int], arguments: Sequence[str], say: Callable[[str], None] | None
+) -> Any:
+    """The recipe's data; where the hub is out of reach, a UserError with commands that do without, or None where it can
+    be done without, which is told with `say`."""
     from adaptive.data import pipeline
     from adaptive.data.huggingface import HubError
 
@@ -162,6 +165,9 @@ def open_data(recipe: Recipe, shard: tuple[int, int], arguments: Sequence[str]) 
     try:
         return pipeline.open_data(recipe.data, batch_size=size, vocab_size=vocab, shard=shard)
     except HubError as error:
+        if say is not None:
+            say(f"data      not looked at: {error}")
+            return None
         raise UserError(f"{error}\n{elsewhere(recipe, arguments)}") from None
 
 

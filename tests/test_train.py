@@ -69,13 +69,15 @@ def test_without_the_hub_the_same_recipe_on_other_data_is_offered(train, monkeyp
     assert "python -m adaptive.train" in output and "data=embedded" in output and "data.paths=" in output
 
 
-def test_inspection_runs_nothing(train, tmp_path):
+def test_inspection_runs_nothing(train, tmp_path, monkeypatch):
     code, output = train("--list_recipes")
     assert code == 0 and "mor_360m" in output and "vanilla_tiny" in output
     code, output = train("--recipe", "mor_tiny", "--print_recipe", "train.steps=7")
     assert code == 0 and "train" in output and "7" in output
-    code, output = train("--recipe", "mor_tiny", "--dry_run", *SMALL)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a plan needs no data
+    code, output = train("--recipe", "mor_tiny", "--dry_run", "data=fineweb_edu_bytes", *SMALL)
     assert code == 0 and "dry run" in output and "memory" in output and "kernels" in output
+    assert "data      not looked at: " in output
     assert not list(tmp_path.iterdir())
 
 

@@ -36,6 +36,23 @@ def keep_compilations() -> str:
     return f"kept in {folder}"
 
 
+class CacheHits:
+    """Counts the programs that this process reads from the compilation cache; `with` it, until its end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> "CacheHits":
+        jax.monitoring.register_event_listener(self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_listener(self._hear)
+
+    def _hear(self, event: str, **_: object) -> None:
+        self.count += event == "/jax/compilation_cache/cache_hits"
+
+
 def _share_compilations() -> None:
     """Makes what process 0 compiled the compilation of all: they run one program, and process 0 alone writes the cache.
 

@@ -19,19 +19,19 @@ from adaptive.training.report.collect import plan_costs
 from adaptive.training.report.schema import PlanRecord
 
 
-def make_plan(program: Program, byte_lengths: np.ndarray, sample: np.ndarray) -> PlanRecord:
+def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = None) -> PlanRecord:
     """The plan of a run before anything is compiled.
 
-    byte_lengths  i32[vocab] bytes of text per token; sample: token ids of real text, for the mean
+    text  for the bytes per token: i32[vocab] bytes of each, and token ids of real text; None: not known
     """
     recipe, device = program.recipe, jax.devices()[0]
     peak = peak_of(device.device_kind, str(program.dtype)).flops
-    text = byte_lengths[sample]
+    sizes = text[0][text[1]] if text else np.zeros(0)
     versions = dict(part.rsplit(" ", 1) for part in doctor.check_versions().splitlines()[0].split(", "))
     return PlanRecord(
         name=recipe.name,
         steps=recipe.train.steps,
-        bytes_per_token=float(text.mean()) if text.size else 0.0,
+        bytes_per_token=float(sizes.mean()) if sizes.size else 0.0,
         device_kind=device.device_kind,
         devices=program.mesh.size,
         processes=jax.process_count(),

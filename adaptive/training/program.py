@@ -26,7 +26,7 @@ from adaptive.parallel.mesh import batch_sharding, divisors
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.recipe import Recipe
 from adaptive.routing.types import AuxLosses, Output
-from adaptive.runs.platform import compute_dtype
+from adaptive.runs.platform import CacheHits, compute_dtype
 from adaptive.runs.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
 
@@ -83,10 +83,11 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled train step and what is known of it."""
+    """A compiled train step and what is known of it. kept: whether it came from the compilation cache."""
 
     call: Any
     seconds: float
+    kept: bool = False
 
     def memory(self) -> dict[str, int]:
         """Bytes per device by kind; empty where the backend does not tell."""
@@ -204,12 +205,12 @@ class Program:
             segmented=self._segmented,
         )
         begin = time.perf_counter()
-        with self.placed():
+        with self.placed(), CacheHits() as hits:
             # Every process reads all metrics, so none may be left split over the devices.
             everywhere = NamedSharding(self.mesh, P())
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
             call = jitted.lower(self.abstract_state(), self.abstract_batch()).compile()
-        return Compiled(call, time.perf_counter() - begin)
+        return Compiled(call, time.perf_counter() - begin, hits.count > 0)
 
     def eval_step(
         self, byte_counts: ByteCounts, selection: Literal["topk", "threshold"]

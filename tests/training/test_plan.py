@@ -23,7 +23,7 @@ def lines_of(model, *overrides, **changes) -> list[str]:
     seq_len = [] if any(one.startswith("data.seq_len") for one in overrides) else ["data.seq_len=64"]
     recipe = dataclasses.replace(Recipe(name="made", model=model).with_(*seq_len, *overrides), **changes)
     program = Program(recipe, make_mesh(recipe.mesh))
-    return plan_lines(make_plan(program, np.ones(model.vocab_size, int), np.arange(8)), program)
+    return plan_lines(make_plan(program, (np.ones(model.vocab_size, int), np.arange(8))), program)
 
 
 def beginning(lines: list[str], word: str) -> list[str]:
