@@ -205,11 +205,13 @@ class Program:
             segmented=self._segmented,
         )
         begin = time.perf_counter()
-        with self.placed(), CacheHits() as hits:
+        with self.placed():
             # Every process reads all metrics, so none may be left split over the devices.
             everywhere = NamedSharding(self.mesh, P())
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
-            call = jitted.lower(self.abstract_state(), self.abstract_batch()).compile()
+            lowered = jitted.lower(self.abstract_state(), self.abstract_batch())
+            with CacheHits() as hits:
+                call = lowered.compile()
         return Compiled(call, time.perf_counter() - begin, hits.count > 0)
 
     def eval_step(
