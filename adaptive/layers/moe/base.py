@@ -71,7 +71,7 @@ class Routing(NamedTuple):
     losses    before coefficients; all that the router has, those of coefficient 0 among them
     stats     sums over tokens that add up over micro-batches and steps; see `statistics`
     parts     what `joint_losses` makes of all layers together
-    logits    f32[batch, seq, choices], before any noise
+    logits    f32[batch, seq, choices], without N(0, 1) and Gumbel noise
     """
 
     dispatch: Dispatch

@@ -142,7 +142,6 @@ def _filled(config: MoESettings, width: int, arrays: dict[str, jax.Array]) -> Ro
     model."""
     build = lambda: routed_layer(config, Site(width), jax.random.key(0))  # noqa: E731
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    fresh = None
     flat = dict(nnx.to_flat_state(state))
     paths = {".".join(map(str, path)): path for path in flat}
     unknown = sorted(set(arrays) - set(paths))
@@ -153,14 +152,16 @@ def _filled(config: MoESettings, width: int, arrays: dict[str, jax.Array]) -> Ro
             + (f"; unknown: {', '.join(unknown)}" if unknown else "")
             + (f"; missing: {', '.join(missing)}" if missing else "")
         )
-    for name, path in paths.items():
-        if name not in arrays:
-            fresh = fresh or dict(nnx.to_flat_state(nnx.state(build())))
-            flat[path] = fresh[path]
-        elif arrays[name].shape != flat[path].shape:
-            raise RecipeError(f"{name} has shape {list(arrays[name].shape)}, expected {list(flat[path].shape)}")
-        else:
-            flat[path] = flat[path].replace(arrays[name])
+    for name, value in arrays.items():
+        if value.shape != flat[paths[name]].shape:
+            raise RecipeError(f"{name} has shape {list(value.shape)}, expected {list(flat[paths[name]].shape)}")
+    absent = [path for name, path in paths.items() if name not in arrays]
+    # Compiled, so that nothing else of a fresh layer is made.
+    fresh = jax.jit(lambda: [dict(nnx.to_flat_state(nnx.state(build())))[path][...] for path in absent])
+    values = dict(zip(absent, fresh() if absent else [], strict=True)) | {
+        paths[n]: value for n, value in arrays.items()
+    }
+    flat = {path: leaf.replace(values[path]) for path, leaf in flat.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
 
 
