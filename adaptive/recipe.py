@@ -379,7 +379,7 @@ def _head(path: str) -> str:
 def _split(override: str) -> tuple[str, str]:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise RecipeError(f"'{override}' is no override; write name=value, as in train.steps=100")
+        raise RecipeError(f"'{override}' is not a setting; write name=value, as in train.steps=100")
     return name.strip(), text
 
 

@@ -16,6 +16,9 @@ if __name__ == "__main__":
 import contextlib
 import logging
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,4 +196,8 @@ def show_data_progress(say: Callable[[str], None]) -> None:
 
 
 def print_now(text: str) -> None:
+    """A line; on a terminal it is broken between words, indented as what follows the first word of such lines is."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
     print(text, flush=True)

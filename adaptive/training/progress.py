@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: its rows as lines, and on a terminal a live line below them."""
 
 import sys
 import threading
@@ -17,14 +17,14 @@ _BAR = 24  # cells
 class Progress:
     """Shows how far a run is. Use as a context manager, or call `close`.
 
-    On a terminal one line at the bottom is redrawn and what is said scrolls above it; elsewhere (a file, a pipe,
-    TERM=dumb) rows are printed as plain lines. NO_COLOR is respected.
+    Rows are printed as lines. On a terminal they are cut to its width and scroll above one line that is redrawn; a file,
+    a pipe and TERM=dumb have none. NO_COLOR is respected.
 
     total_steps   of the whole run
     start_step    where this attempt began
     stream        where to; None: standard output
     enabled       False on processes other than 0, which say nothing
-    plain_every   without a terminal, print one in so many training rows (evaluations are always printed)
+    plain_every   print one in so many training rows (evaluations are always printed)
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class Progress:
         self._row, self._activity = row, ""
         if "seconds" in row:
             self._first = self._first or (row["step"], row["seconds"])
-        if self._live is None and self._rows % self._every == 0:
-            self.say(plain_line(row, self._total, self.seconds_left()))
+        if self._rows % self._every == 0:
+            room = self._console.width - 1 if self._live is not None else None
+            self.say(plain_line(row, self._total, self.seconds_left(), room))
         self._rows += 1
 
     def seconds_left(self) -> float | None:
@@ -100,10 +101,18 @@ class Progress:
         return left * self._row["step_ms"] / 1e3 if self._row.get("step_ms") else None
 
 
-def plain_line(row: Mapping[str, Any], total: int, seconds_left: float | None) -> str:
-    """A training row as one line."""
+def plain_line(row: Mapping[str, Any], total: int, seconds_left: float | None, room: int | None = None) -> str:
+    """A training row as one line, of at most `room` cells where that is not None: measures leave from the end."""
+    counter = f"step {row['step']}/{total}"
     left = [] if seconds_left is None else [f"{clock(seconds_left)} left"]
-    return "  ".join([f"step {row['step']}/{total}", *_measures(row), *left])
+    return "  ".join([counter, *_that_fit(list(_measures(row)), [counter, *left], room, "  "), *left])
+
+
+def _that_fit(measures: list[str], others: list[str], room: int | None, between: str) -> list[str]:
+    """The first of the measures: as many as have room beside the others."""
+    while room is not None and measures and len(between.join([*others, *measures])) > room:
+        measures = measures[:-1]
+    return measures
 
 
 def evaluation_line(row: Mapping[str, Any], total: int) -> str:
@@ -161,11 +170,9 @@ class _Line:
         counter = f"step {p._step}/{p._total}"
         activity = [p._activity] if p._activity else []
         left = [] if p.seconds_left() is None else [f"{clock(p.seconds_left())} left"]
-        measures = list(_measures(p._row))
         room = options.max_width - 1
-        while len(_joined(counter, *activity, *measures, *left)) > room and measures:
-            measures.pop()
-        text = _joined(counter, *activity, *measures, *left)
+        measures = _that_fit(list(_measures(p._row)), [counter, *activity, *left], room, " · ")
+        text = " · ".join([counter, *activity, *measures, *left])
         line = Text(no_wrap=True, overflow="ellipsis")
         if len(text) + _BAR + 1 <= room:
             full = round(_BAR * p._step / max(1, p._total))
@@ -174,7 +181,3 @@ class _Line:
         for part in (*activity, *measures, *left):
             line.append(" · ", "bright_black").append(part, "yellow" if part in activity else "")
         yield line
-
-
-def _joined(*parts: str) -> str:
-    return " · ".join(parts)

@@ -88,6 +88,7 @@ def test_one_live_line_on_a_terminal_above_which_log_lines_scroll():
         progress.row(EVALUATION)
     text = plain(stream.getvalue())
     assert "a checkpoint was saved\n" in text and "held-out" in text
+    assert "step 10/100  loss 3.000  4.330 bits/byte  12.3k tok/s  MFU 41%  0:45 left\n" in text
     assert "step 10/100 · loss 3.000 · 4.330 bits/byte · 12.3k tok/s · MFU 41% · 0:45 left" in text
     assert "━" in text
 
@@ -101,6 +102,7 @@ def test_the_live_line_fits_a_narrow_terminal(monkeypatch):
     shown = re.split(r"[\r\n]+", plain(stream.getvalue()))
     assert max(map(len, shown)) <= 44
     assert any(line.startswith("step 10/100 · loss 3.000 · 0:45 left") for line in shown)
+    assert "step 10/100  loss 3.000  0:45 left" in shown  # scrolled
 
 
 def test_no_color_is_respected(monkeypatch):
