@@ -150,6 +150,8 @@ def test_each_sequence_by_its_own_number():
     for group in ("batch", "position"):
         with pytest.raises(RecipeError, match=f"router.group={group} .* set group=sequence"):
             decide(layer_of({"group": group}), limit=jnp.array([1, 1]))
+    with pytest.raises(RecipeError, match="set select=top"):
+        decide(layer_of({"select": "threshold"}), limit=jnp.array([1, 1]))
 
 
 def model_of(k: float, model=shapes.plain, **options):

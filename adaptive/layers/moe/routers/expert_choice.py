@@ -182,7 +182,7 @@ class Router(ExpertRouter):
         if context.selection == "threshold":
             mask = self._alone(x, ranked)
         elif o.select == "threshold":
-            mask, bounds, least, refused = self._first_above(ranked)
+            mask, bounds, least, refused = self._first_above(ranked, context)
         elif o.group in ("batch", "position"):
             mask, bounds, least = self._across(ranked, context)
         else:
@@ -286,9 +286,16 @@ class Router(ExpertRouter):
         least = _mean_of_finite(jnp.where(valid, best, jnp.inf).min(-1))
         return mask, {"most_per_batch": capacity * (seq if position else 1)}, least
 
-    def _first_above(self, ranked: jax.Array) -> tuple[jax.Array, dict[str, int], jax.Array, jax.Array]:
+    def _first_above(
+        self, ranked: jax.Array, context: Context
+    ) -> tuple[jax.Array, dict[str, int], jax.Array, jax.Array]:
         """The first tokens of each sequence above the running threshold; the least score that top-k would have taken;
         the tokens above the threshold that come too late."""
+        if context.limit is not None:
+            raise RecipeError(
+                "router.select=threshold takes what is above a threshold, whatever a sequence's number of experts per "
+                "token: set select=top"
+            )
         # The room is that of the padded length: a real length would tell a token how many follow.
         seq = ranked.shape[1]
         capacity = self.capacity(seq)
