@@ -231,6 +231,16 @@ def rooms_of(root: Path) -> list[Path]:
     ]
 
 
+def test_messages_that_are_explained_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| (?:[a-z0-9% ]+ )?`([^`]+)`", page, re.MULTILINE)
+    source = "".join(path.read_text() for path in (ROOT / "adaptive").rglob("*.py"))
+    assert len(quoted) > 6
+    for text in quoted:
+        for part in re.split(r"\bN\b|\.\.\.", text):
+            assert part.strip() in source, text
+
+
 # Programs
 
 

@@ -174,8 +174,8 @@ def account(
 
 
 def dense_equivalent(model: Settings, seq_len: int) -> Account:
-    """The account were every position a chunk and every token to take every recursion; keys, values and routers as
-    configured."""
+    """The account as it would be if every position were a chunk and every token took every recursion; keys, values and
+    routers as configured."""
     passes = (seq_len,) * model.body.passes
     stages = len(model.body.stages()) - 1
     return account(model, seq_len, (seq_len,) * stages, passes) if stages else account(model, seq_len, passes)
