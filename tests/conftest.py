@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 # Most programs of tests run once: not optimised, they take a quarter of the time. Flags change the machine code alone.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+# In one piece, because they are small.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if importlib.metadata.version("jax").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later versions have them alone
 os.environ["JAX_PLATFORMS"] = "cpu"
