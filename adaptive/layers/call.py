@@ -28,7 +28,8 @@ class Call:
     sees      "past", or "all": whether attention is causal
     limited   whether the capacities of training hold
     training  whether noise and warm-ups apply
-    counts    whether attention counts the queries and keys that it reads; in training it does not
+    counts    whether parts tell what they did for each position, and attention the queries and keys that it reads; in
+              training they do not
     keep      whether parts return the state after the pass even where they were given none
     writes    whether positions enter the state that they read; False: they read it as it is
     step      i32[] training step, while a warm-up lasts; None: none does

@@ -68,6 +68,16 @@ class Dispatch:
         add = lambda i, v: jnp.zeros(self.seq, jnp.int32).at[i.reshape(-1)].add(v.reshape(-1))  # noqa: E731
         return jax.vmap(add)(self.index, self.valid.astype(jnp.int32))
 
+    def strongest(self) -> jax.Array:
+        """i32[batch, seq]: the expert with the largest weight among those that compute each token; -1 without any."""
+        index, valid, weights = self.index, self.valid, self.weights
+        if self.by == "expert":
+            valid, weights = self.mask(), self.expert_weights()
+            index = jnp.broadcast_to(jnp.arange(self.experts, dtype=jnp.int32), valid.shape)
+        at = jnp.where(valid, weights, -jnp.inf).argmax(-1)[..., None]
+        found = jnp.take_along_axis(index, at, -1)[..., 0]
+        return jnp.where(valid.any(-1), found, -1).astype(jnp.int32)
+
     def capacity(self, batch: int) -> int:
         """The most tokens that one expert can have in `batch` of the sequences."""
         return min(batch * self.most_per_sequence, self.most_per_batch)

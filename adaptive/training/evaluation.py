@@ -33,7 +33,7 @@ class Evaluator:
         wanted = [mode for mode in recipe.eval.selection if mode in program.selections]
         modes = wanted if len(program.selections) > 1 else ("topk",)
         counts = data.tokenizer.byte_counts()
-        shown = program.facts.depth != "none" or bool(program.facts.chunking)
+        shown = program.facts.depth != "none" or bool(program.facts.chunking or program.facts.experts)
         self._classes = classes_of(data.tokenizer) if shown else None
         self.selection = modes[0]  # how the passage and the counted routing are selected
         self._steps = {mode: program.eval_step(counts, mode) for mode in modes}  # type: ignore[arg-type]
@@ -48,7 +48,9 @@ class Evaluator:
             runs.append((self.selection, "eval/ema/", state._replace(params=state.ema)))
         for mode, prefix, evaluated in runs:
             step = self._steps[mode]
-            counter = RoutingCounter(facts.depth, facts.recursions, stops=facts.stops, classes=self._classes)
+            counter = RoutingCounter(
+                facts.depth, facts.recursions, stops=facts.stops, classes=self._classes, experts=facts.experts
+            )
             nll = tokens = text = 0.0
             weights: list[int] = []
             scalars: list[dict[str, float]] = []
@@ -59,7 +61,7 @@ class Evaluator:
                 present = _everywhere(batch.segment_ids) > 0
                 boundaries = [stage.mask for stage in out.stages]
                 ids = _everywhere(batch.tokens)
-                counter.add(out.depth, out.scores, present, boundaries, ids, out.token_nll)
+                counter.add(out.depth, out.scores, present, boundaries, ids, out.token_nll, out.experts)
                 weights.append(int(present.sum()))
                 scalars.append(out.scalars)
                 parts.add(out.told)

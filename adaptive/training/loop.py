@@ -34,7 +34,7 @@ from adaptive.training.program import Program, Steps, profiled
 from adaptive.training.progress import Progress
 from adaptive.training.report.page import write_report
 from adaptive.training.report.passage import print_chunks, print_passage
-from adaptive.training.report.schema import PlanRecord, SampleRecord, save_record
+from adaptive.training.report.schema import PlanRecord, RoutingRecord, SampleRecord, save_record
 from adaptive.training.stopping import PREEMPTED, StopRequest
 from adaptive.training.tracking import About, Several, Tracker, start_tracking
 from adaptive.training.watchdog import COMPILE_S, Watchdog
@@ -333,10 +333,14 @@ class Loop:
         self.worried = set(health)
         self.counter = counter
         if self.primary:
-            self.keep(counter.record(step, self.evaluator.selection, self.passage))
+            self.keep(self.routing_record(step))
             for title, show in self.passages():
                 show(text := io.StringIO())
                 self.tracker.text(title, step, text.getvalue())
+
+    def routing_record(self, step: int, sample: SampleRecord | None = None) -> RoutingRecord:
+        text = lambda token: self.data.tokenizer.token_bytes(token).decode(errors="replace")  # noqa: E731
+        return self.counter.record(step, self.evaluator.selection, self.passage, sample, text)
 
     def passages(self) -> Iterator[tuple[str, Callable[[TextIO], None]]]:
         """Ways to show the held-out text: a title, and what prints it."""
@@ -352,7 +356,7 @@ class Loop:
         continuation = self.sample(state)
         if not self.primary:
             return
-        self.keep(self.counter.record(step, self.evaluator.selection, self.passage, continuation))
+        self.keep(self.routing_record(step, continuation))
         try:
             report = write_report(self.folder.path)
             self.folder.note(finished=step)

@@ -17,8 +17,8 @@ _BAR = 24  # cells
 class Progress:
     """Shows how far a run is. Use as a context manager, or call `close`.
 
-    Rows are printed as lines. On a terminal they are cut to its width and scroll above one line that is redrawn; a file,
-    a pipe and TERM=dumb have none. NO_COLOR is respected.
+    Rows are printed as lines. On a terminal they are cut to its width and scroll above one line that is redrawn; files,
+    pipes and TERM=dumb have none. NO_COLOR is respected.
 
     total_steps   of the whole run
     start_step    where this attempt began

@@ -13,7 +13,7 @@ from adaptive.data.tokenizers import ByteCounts
 from adaptive.objectives import Inputs, Objective, next_token
 from adaptive.parallel.rules import batch_shards, constrain, constrain_state
 from adaptive.routing.stages import StageView, at_bytes
-from adaptive.routing.types import AuxLosses, Output
+from adaptive.routing.types import AuxLosses, Output, Told
 from adaptive.runs.state import TrainState
 from adaptive.training.config import AuxiliaryOver
 
@@ -164,7 +164,8 @@ class Evaluation(NamedTuple):
 
     nll f32[], tokens f32[], bytes f32[]; token_nll f32[batch, seq]; depth i32[batch, seq]; scores per recursion
     f32[batch, seq]; scalars means over the batch; told the sums of the model's parts (`told_metrics`); stages where
-    chunks of an H-Net begin
+    chunks of an H-Net begin; experts by part, i16[calls, batch, seq]: the strongest of each token, -1 without any, of
+    parts that see all tokens
     """
 
     nll: jax.Array
@@ -176,6 +177,7 @@ class Evaluation(NamedTuple):
     scalars: Metrics
     told: Metrics
     stages: tuple[StageView, ...]
+    experts: dict[str, jax.Array]
 
 
 def make_eval_step(
@@ -213,6 +215,7 @@ def make_eval_step(
             _routing(out),
             told_metrics({path: told.stats for path, told in trace.told.items() if told.stats}),
             at_bytes(trace.stages, batch.tokens.shape),
+            _strongest(trace.told, batch.tokens.shape),
         )
 
     return eval_step
@@ -239,6 +242,11 @@ def told_metrics(parts: dict[str, Metrics]) -> Metrics:
         lead = min(value.ndim for value in stats.values())
         out |= {f"told/{path}:{name}": value.reshape(-1, *value.shape[lead:]) for name, value in stats.items()}
     return out
+
+
+def _strongest(told: dict[str, Told], shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    found = {path: one.per_token["strongest"] for path, one in told.items() if "strongest" in one.per_token}
+    return {path: a.reshape(-1, *shape).astype(jnp.int16) for path, a in found.items() if a.shape[-2:] == shape}
 
 
 def _routing(out: Output) -> Metrics:

@@ -25,7 +25,7 @@ def step(state, rows: Batch, number: int) -> Evaluation:
     tokens = float(rows.mask.sum())
     scalars = {"routing/mean_depth": np.float32(number + 1)}
     depth = np.ones((ROWS, SEQ), np.int32)
-    return Evaluation(state.params * tokens, tokens, 2 * tokens, np.zeros((ROWS, SEQ)), depth, (), scalars, {}, ())
+    return Evaluation(state.params * tokens, tokens, 2 * tokens, np.zeros((ROWS, SEQ)), depth, (), scalars, {}, (), {})
 
 
 def evaluated(monkeypatch, **state):

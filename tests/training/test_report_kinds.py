@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from adaptive.data.tokenizers import Bytes
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import token_choice
+from adaptive.models.facts import Experts
 from adaptive.training.alarms import health_warnings
 from adaptive.training.report.collect import ChunkCounter, RoutingCounter
 from adaptive.training.report.kinds import CLASSES, begins_word, classes_of
@@ -90,3 +93,25 @@ def test_a_warning_comes_once_and_tells_since_when(tmp_path):
     assert line.startswith("sampling accuracy 70.0% in training, 80.0% on held-out text (good: above 99%)")
     assert line.endswith("(so since step 15)")
     assert list(health_warnings(rows[0], "model.body")) == ["sampling accuracy"] and not health_warnings(rows[1], "m")
+
+
+def test_what_experts_take_equals_a_direct_count():
+    """Of two calls of a part, counted in two batches; parts that the model's facts do not know are left out."""
+    routed = experts.Settings(token_choice.Settings(), experts=3, expert_size=8)
+    facts = [Experts("stack/blocks/0/feed_forward", "", routed, (0, 2))]
+    rng, classes = np.random.default_rng(1), classes_of(Bytes())
+    tokens = rng.choice(ids_of(TEXT)[0], (4, 30)).astype(np.int32)
+    strongest = rng.integers(-1, 3, (2, 4, 30)).astype(np.int16)
+    strongest[1] = np.where(tokens == ord("1"), 2, strongest[1])
+    present = rng.random((4, 30)) < 0.9
+    counter = RoutingCounter("none", 1, classes=classes, experts=facts)
+    for rows in (slice(0, 3), slice(3, 4)):
+        told = {facts[0].path: strongest[:, rows], "elsewhere": strongest[:, rows]}
+        counter.add(np.ones((4, 30), int)[rows], [], present[rows], tokens=tokens[rows], strongest=told)
+    found = counter.record(1, "topk", text=chr).experts
+    assert [(one.layer, one.expert) for one in found] == [(layer, e) for layer in (0, 2) for e in range(3)]
+    for one in found:
+        own = present & (strongest[0 if one.layer == 0 else 1] == one.expert)
+        want = np.bincount(classes[tokens[own]], minlength=len(CLASSES))
+        assert one.counts == tuple(want.tolist())
+    assert found[5].top[0] == "1"

@@ -114,8 +114,11 @@ class RoutedLayer(FeedForwardModule):
             limit=call.experts_per_token,
         )
         y, routing = self.routed(x, context)
-        losses, experts = self._trained(routing.losses), routing.dispatch.per_token()
-        return y, Told(losses, routing.stats, routing.parts, {"experts": experts}), routing.logits
+        losses, made = self._trained(routing.losses), routing.dispatch
+        per_token = {"experts": made.per_token()}
+        if call.counts and not call.training:
+            per_token["strongest"] = made.strongest()
+        return y, Told(losses, routing.stats, routing.parts, per_token), routing.logits
 
     def _trained(self, losses: dict[str, Summed]) -> dict[str, Summed]:
         """Those that a model trains, and what an adaptive coefficient is of: no others are computed there."""

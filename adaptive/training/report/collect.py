@@ -1,7 +1,7 @@
 """What a run knows, put into the records that a report reads. Numpy alone, on the host."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from adaptive.training.report.schema import (
     SampleRecord,
     TokenRecord,
 )
+from adaptive.training.report.takes import TakenCounter
 
 
 def plan_costs(
@@ -62,9 +63,18 @@ class RoutingCounter:
     recursions  passes through the shared block at most
     stops       whether a pass's scores are for stopping there, not for taking it
     classes     i8[vocab] of tokens (`kinds.classes_of`); None: kinds are not told apart
+    experts     those of the model's facts
     """
 
-    def __init__(self, router: str, recursions: int, *, stops: bool = False, classes: np.ndarray | None = None):
+    def __init__(
+        self,
+        router: str,
+        recursions: int,
+        *,
+        stops: bool = False,
+        classes: np.ndarray | None = None,
+        experts: Sequence[Any] = (),
+    ):
         self._router, self._n, self._stops = router, recursions, stops
         self._scored = False
         self._histograms = np.zeros((recursions, 2, SCORE_BINS), np.int64)
@@ -75,6 +85,7 @@ class RoutingCounter:
         self._chunks = ChunkCounter()
         self._classes = classes
         self._kinds = None if classes is None or router == "none" else KindCounter(classes)
+        self._taken = None if classes is None or not experts else TakenCounter(classes, experts)
         self._reached: np.ndarray | float = 0.0
         self._present: np.ndarray | float = 0.0
 
@@ -86,6 +97,7 @@ class RoutingCounter:
         boundaries: Sequence[np.ndarray] = (),
         tokens: np.ndarray | None = None,
         nll: np.ndarray | None = None,
+        strongest: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """One batch.
 
@@ -94,6 +106,7 @@ class RoutingCounter:
         present  bool[batch, seq]  positions that hold a token
         boundaries  bool[batch, seq] per chunking stage: where chunks begin
         tokens, nll  i32, f32[batch, seq]  ids, and nats of the token that follows each: kinds are told apart by them
+        strongest    i16[calls, batch, seq] by part: the strongest expert of each token
         """
         depth, present = np.asarray(depth), np.asarray(present, bool)
         words = None
@@ -101,6 +114,8 @@ class RoutingCounter:
             words = begins_word(self._classes[tokens])
             if self._kinds is not None and nll is not None:
                 self._kinds.add(tokens, depth, np.asarray(nll), present)
+            if self._taken is not None:
+                self._taken.add(strongest or {}, tokens, present)
         self._chunks.add(boundaries, present, words)
         self._depths += np.bincount(depth[present], minlength=self._n + 1)[: self._n + 1]
         self._rows += depth.shape[0]
@@ -134,8 +149,9 @@ class RoutingCounter:
         selection: str,
         passage: Sequence[TokenRecord] = (),
         sample: SampleRecord | None = None,
+        text: Callable[[int], str] = str,
     ) -> RoutingRecord:
-        """All that was counted."""
+        """All that was counted; text: how a token is shown."""
         routed = self._router != "none" and self._rows > 0
         dead, chance = self._dead() if self._scored else (None, None)
         return RoutingRecord(
@@ -151,6 +167,7 @@ class RoutingCounter:
             dead_token_ratio_by_chance=chance,
             chunks=self._chunks.records(),
             kinds=self._kinds.records() if self._kinds is not None else (),
+            experts=self._taken.records(text) if self._taken is not None else (),
             passage=tuple(passage),
             sample=sample,
         )

@@ -1,15 +1,18 @@
 """Which experts did the work, as HTML; "" where nothing was routed to experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adaptive.printable import printable
 from adaptive.training.experts import BY_LAYER, PREFIX, layers_of
 from adaptive.training.report.bars import bar_chart
 from adaptive.training.report.charts import Point, Series, line_chart
 from adaptive.training.report.heat import heat_map
+from adaptive.training.report.kinds import CLASSES
 from adaptive.training.report.layout import grid, section, smooth, table
 from adaptive.training.report.numbers import percent
 from adaptive.training.report.runs import Run
+from adaptive.training.report.schema import ExpertRecord
 from adaptive.training.report.svg import element
 
 _HELD_OUT = {"eval/": "held-out", "eval/threshold/": "held-out, causal"}
@@ -39,11 +42,51 @@ def experts(run: Run) -> str:
         "Which experts did the work",
         grid(*maps, columns="one"),
         grid(_imbalance(run), _failures(run), _per_token(run), _histogram(newest), _certainty(run), _router_z(run)),
+        *_taken(run),
         element("details", element("summary", f"Layer by layer at step {newest['step']:,}") + _layers(run, newest)),
         lead="Load: the pairs of a token and an expert that the router wants, before any is dropped. 1 is the fair "
         "share, the same for all experts of a layer; an expert far below it hardly learns, one far above it is what "
         "the others wait for.",
     )
+
+
+def _taken(run: Run) -> list[str]:
+    """What experts of the first, a middle and the last layer took of the held-out text, and the tokens of all."""
+    layers: dict[tuple[str, int], list[ExpertRecord]] = {}
+    for record in run.routing.experts:
+        layers.setdefault((record.part, record.layer), []).append(record)
+    if not layers:
+        return []
+    keys = list(layers)
+    shown = dict.fromkeys((keys[0], keys[len(keys) // 2], keys[-1]))
+    several = len({part for part, _ in keys}) > 1
+    name = lambda key: f"layer {key[1]}" + (f" of {key[0]}" if several else "")  # noqa: E731
+    note = "share of a kind's tokens over the expert's share of all; counted where it is a token's strongest expert"
+    maps = [heat_map(f"What experts of {name(key)} take", _lift(layers[key]), note) for key in shown]
+    lines = [("layer", "expert", "share of tokens", "tokens that it has more often than others do")]
+    for key, records in layers.items():
+        total = max(1, sum(sum(record.counts) for record in records))
+        for record in records:
+            top = "  ".join(_visible(text) for text in record.top)
+            lines.append((name(key), str(record.expert), percent(sum(record.counts) / total), top or "—"))
+    details = element("summary", "The tokens of every expert") + table(lines, kind="compare")
+    return [element("h3", "What experts take"), grid(*maps, columns="one"), element("details", details)]
+
+
+def _lift(records: Sequence[ExpertRecord]) -> list[tuple[str, list[float] | None]]:
+    """Of every kind of token that there is, over the experts: P(expert | kind) / P(expert)."""
+    total = sum(sum(record.counts) for record in records)
+    rows: list[tuple[str, list[float] | None]] = []
+    for i, kind in enumerate(CLASSES):
+        of_kind = sum(record.counts[i] for record in records)
+        if of_kind:
+            share = [sum(record.counts) / total for record in records]
+            rows.append((kind, [r.counts[i] / of_kind / s if s else 0.0 for r, s in zip(records, share, strict=True)]))
+    return rows
+
+
+def _visible(text: str) -> str:
+    return printable(text).replace("\n", "\u21b5").replace(" ", "\u2423") or "\u220e"
 
 
 def layer_names(run: Run, row: Mapping[str, Any], place: str = "") -> list[str]:

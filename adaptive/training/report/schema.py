@@ -142,6 +142,22 @@ class KindRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertRecord:
+    """What one expert took of held-out text: tokens whose strongest expert it is.
+
+    part    path of its routed feed-forward; layer: the layer's number in the body it is in
+    counts  tokens of each class (`kinds.CLASSES`)
+    top     texts of the tokens that it has more often than the others do; () where they were not counted
+    """
+
+    part: str
+    layer: int
+    expert: int
+    counts: tuple[int, ...] = ()
+    top: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleRecord:
     prompt: str
     text: str  # the continuation alone
@@ -160,6 +176,7 @@ class RoutingRecord:
     dead_token_ratio_by_chance  what that share would be if every position were as likely as any other
     chunks                of each chunking stage
     kinds                 of tokens, how deep they went; () without a router
+    experts               what each took; () without experts that see all tokens
     """
 
     step: int = 0
@@ -174,6 +191,7 @@ class RoutingRecord:
     dead_token_ratio_by_chance: float | None = None
     chunks: tuple[ChunkRecord, ...] = ()
     kinds: tuple[KindRecord, ...] = ()
+    experts: tuple[ExpertRecord, ...] = ()
     passage: tuple[TokenRecord, ...] = ()
     sample: SampleRecord | None = None
     version: int = FORMAT_VERSION
@@ -209,6 +227,7 @@ _NESTED: dict[tuple[type, str], type] = {
     (RoutingRecord, "recursions"): RecursionRecord,
     (RoutingRecord, "chunks"): ChunkRecord,
     (RoutingRecord, "kinds"): KindRecord,
+    (RoutingRecord, "experts"): ExpertRecord,
     (RoutingRecord, "passage"): TokenRecord,
     (RoutingRecord, "sample"): SampleRecord,
 }

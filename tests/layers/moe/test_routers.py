@@ -189,15 +189,20 @@ def test_a_value_that_is_told_is_one_of_the_layers(name, x):
         own = nnx.merge(graphdef, state)
         update, told, logits = own.apply(x, where, call)
         routed, aux, dispatch = own(x, context)
-        arrays = dispatch.mask(), dispatch.expert_weights(), dispatch.combine_matrix()
+        arrays = dispatch.mask(), dispatch.expert_weights(), dispatch.combine_matrix(), dispatch.strongest()
         ours = routed, dispatch.per_token(), aux
         return (update, told.per_token["experts"], own.losses([told])), ours, logits, arrays
 
-    told, ours, logits, (mask, weights, combine) = both(state, x)
+    told, ours, logits, (mask, weights, combine, strongest) = both(state, x)
     assert mask.shape == weights.shape == (2, SEQ, moe.settings.experts)
     assert combine.shape == (2 * SEQ, moe.choices)
     np.testing.assert_array_equal(combine.reshape(2, SEQ, -1)[..., : weights.shape[-1]], weights)
     assert not np.asarray(weights)[~np.asarray(mask)].any()
+    want = np.where(mask, weights, -np.inf)
+    there = np.asarray(mask).any(-1)
+    assert (np.asarray(strongest)[~there] == -1).all()
+    best = np.take_along_axis(want, np.maximum(strongest, 0)[..., None], -1)[..., 0]
+    np.testing.assert_array_equal(best[there], want.max(-1)[there])
     for a, b in zip(told[:2], ours[:2], strict=True):
         np.testing.assert_array_equal(a, b)
     assert set(ours[2]) >= set(told[2])
