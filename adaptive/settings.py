@@ -151,6 +151,19 @@ def nodes(node: Any, at: str) -> Iterable[tuple[str, Any]]:
             yield from nodes(value, f"{at}.{field.name}")
 
 
+def without_effect(node: Any) -> dict[str, str]:
+    """Fields of the dataclass instance `node` that have another value than their default and mean nothing beside the
+    others, and why: what its method `unread` says, where it has one."""
+    why = node.unread() if hasattr(node, "unread") else {}
+    return {name: reason for name, reason in why.items() if is_given(node, name)}
+
+
+def is_given(node: Any, name: str) -> bool:
+    """Whether the field of a dataclass instance has another value than its default."""
+    field = next(f for f in dataclasses.fields(node) if f.name == name)
+    return bool(getattr(node, name) != field.default)
+
+
 def with_leaf(node: Any, path: str, value: Any) -> Any:
     """A copy of the dataclass instance `node` with the leaf at dotted `path` replaced."""
     head, _, rest = path.partition(".")
@@ -349,6 +362,12 @@ def parse(kind: Any, text: str, *, where: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise wrong
     return value
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, ascending; for a message that lists what would fit."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -397,6 +397,8 @@ def test_describe_a_recipe_that_has_no_file():
         (["data.weights=1,2"], ["2 numbers for 1 data.paths"]),
         (["data.weights=0"], ["above 0"]),
         (["train.loss_chunk=100"], ["does not divide data.seq_len=256", "128"]),
+        (["train.loss_chunk=1000", "data.seq_len=2147483647"], ["nearest that does: 1;"]),
+        (["train.loss_chunk=1000", "data.seq_len=2147483648"], ["data.seq_len=2147483648: must be at least 2 and"]),
         (["eval.selection=top"], ["topk, threshold"]),
         (["eval.selection="], ["topk, threshold"]),
         (["data.validation_every=1"], ["data.validation_every=1", "at least 2"]),

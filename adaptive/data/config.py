@@ -35,7 +35,7 @@ class DataConfig:
     text_key: str = "text"  # field of jsonl and parquet rows
     prompt_key: str = since("", before="")  # field of jsonl rows whose text comes before and is not predicted; "": none
     token_dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of headerless .bin files
-    seq_len: int = ranged(256, least=2)
+    seq_len: int = ranged(256, least=2, most=2**31 - 1)
     shuffle: bool = True
     shuffle_seed: int = ranged(0, least=0)
     cross_document: bool = False  # True: attend and predict across document boundaries (as the MoR release trains)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.parallel.rules import batch_shards, constrain
+from adaptive.settings import divisors
 
 LOGITS_BUDGET = 2**24  # logits that exist at once, per batch shard, unless a recipe says otherwise
 
@@ -13,7 +14,7 @@ LOGITS_BUDGET = 2**24  # logits that exist at once, per batch shard, unless a re
 def chunk_length(seq: int, rows: int, vocab: int) -> int:
     """The longest divisor of `seq` for which rows * length * vocab logits stay within the budget (at least 1)."""
     fits = max(1, LOGITS_BUDGET // max(1, rows * vocab))
-    return max(n for n in range(1, seq + 1) if seq % n == 0 and (n <= fits or n == 1))
+    return max(n for n in divisors(seq) if n <= fits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

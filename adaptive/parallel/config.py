@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from adaptive.errors import RecipeError
-from adaptive.settings import ranged
+from adaptive.settings import divisors, ranged
 
 Strategy = Literal["expert", "gather", "data", "tensor"]
 
@@ -44,14 +44,14 @@ class ExpertParallel:
                 raise RecipeError(f"mesh.expert={devices}: the model has no experts to split; it must be 1")
             return
         if experts % devices and self.strategy != "tensor":
-            fits = [d for d in range(1, experts + 1) if experts % d == 0]
+            fits = divisors(experts)
             raise RecipeError(
                 f"mesh.expert={devices} does not divide the {experts} experts; it can be one of "
                 f"{', '.join(map(str, fits))}, or {name}.strategy=tensor splits each expert's hidden units instead"
             )
         travels = self.strategy in ("auto", "expert")
         if devices % self.nodes:
-            fits = [d for d in range(1, devices + 1) if devices % d == 0]
+            fits = divisors(devices)
             raise RecipeError(
                 f"{name}.nodes={self.nodes} does not divide mesh.expert={devices}; it can be one of "
                 f"{', '.join(map(str, fits))}"
@@ -90,10 +90,10 @@ class MeshConfig:
     tensor  heads, feed-forward and vocabulary are split
     """
 
-    data: int = ranged(-1, least=-1)
-    fsdp: int = ranged(1, least=1)
-    expert: int = ranged(1, least=1)
-    tensor: int = ranged(1, least=1)
+    data: int = ranged(-1, least=-1, most=2**31 - 1)
+    fsdp: int = ranged(1, least=1, most=2**31 - 1)
+    expert: int = ranged(1, least=1, most=2**31 - 1)
+    tensor: int = ranged(1, least=1, most=2**31 - 1)
     expert_parallel: ExpertParallel = ExpertParallel()
 
     def validate(self, layers: Iterable[tuple[int, bool | None]]) -> None:

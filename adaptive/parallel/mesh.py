@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from adaptive.errors import MeshError
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.rules import AxisRules
+from adaptive.settings import divisors
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -41,11 +42,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if free:
         sizes[free[0]] = n // fixed
     return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in AXES]), AXES)
-
-
-def divisors(n: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
 
 
 def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from adaptive.errors import RecipeError
-from adaptive.settings import ranged, show, since
+from adaptive.settings import divisors, ranged, show, since
 
 SELECTIONS = ("topk", "threshold")
 AuxiliaryOver = Literal["batch", "micro_batch"]
@@ -15,7 +15,7 @@ class TrainConfig:
     """How long, on how much, and how a step is computed."""
 
     steps: int = ranged(100, least=1, most=2**31 - 1)
-    batch_size: int = ranged(8, least=1)  # sequences per optimizer step, over all devices
+    batch_size: int = ranged(8, least=1, most=2**31 - 1)  # sequences per optimizer step, over all devices
     device_batch_size: int = ranged(0, least=0)  # most sequences a device computes at once; 0: no accumulation
     # Over what auxiliary losses are formed, where a device computes its rows in several micro-batches. A balancing loss
     # is a product of means, so "batch" goes over all micro-batches forward once more, to know the means of the others;
@@ -39,8 +39,7 @@ class TrainConfig:
     def validate(self, seq_len: int) -> None:
         """Raises RecipeError for settings that do not fit rows of this length."""
         if self.loss_chunk and seq_len % self.loss_chunk:
-            divisors = [d for d in range(1, seq_len + 1) if seq_len % d == 0]
-            near = min(divisors, key=lambda d: abs(d - self.loss_chunk))
+            near = min(divisors(seq_len), key=lambda d: abs(d - self.loss_chunk))
             raise RecipeError(
                 f"train.loss_chunk={self.loss_chunk} does not divide data.seq_len={seq_len}; nearest that does: "
                 f"{near}; 0 chooses one"

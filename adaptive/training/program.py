@@ -22,12 +22,13 @@ from adaptive.optim.build import make_optimizer
 from adaptive.optim.named import chosen
 from adaptive.parallel.cluster import meet
 from adaptive.parallel.expert_cost import ExpertLoad, settle
-from adaptive.parallel.mesh import batch_sharding, divisors
+from adaptive.parallel.mesh import batch_sharding
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.recipe import Recipe
 from adaptive.routing.types import AuxLosses, Output
 from adaptive.runs.platform import CacheHits, compute_dtype
 from adaptive.runs.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
+from adaptive.settings import divisors
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
 
 

@@ -16,23 +16,16 @@ def lines_of(program: Program) -> list[str]:
     """One line for every setting with another value than its default that the run does not read."""
     found: dict[str, str] = {}
     for at, node in settings.nodes(program.recipe, ""):
-        why = node.unread() if hasattr(node, "unread") else {}
-        found |= {f"{at}.{name}".strip("."): reason for name, reason in why.items() if _given(node, name)}
+        found |= {f"{at}.{name}".strip("."): reason for name, reason in settings.without_effect(node).items()}
     for path, reason in _of_run(program):
         group, _, name = path.rpartition(".")
         node = program.recipe
         for part in group.split("."):
             node = getattr(node, part)
-        if _given(node, name):
+        if settings.is_given(node, name):
             found[path] = reason
     values = settings.leaf_values(program.recipe)
     return [f"{path}={show(values[path])} has no effect: {reason}" for path, reason in found.items()]
-
-
-def _given(node: object, name: str) -> bool:
-    """Whether the field has another value than its default."""
-    field = next(f for f in dataclasses.fields(node) if f.name == name)  # type: ignore[arg-type]
-    return getattr(node, name) != field.default
 
 
 def _of_run(program: Program) -> Iterator[tuple[str, str]]:

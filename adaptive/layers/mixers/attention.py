@@ -18,7 +18,7 @@ from adaptive.layers.site import Role, Site, normal_param, param
 from adaptive.layers.where import Where
 from adaptive.routing.chunks import numbered
 from adaptive.routing.rows import set_rows, take_rows
-from adaptive.settings import ranged
+from adaptive.settings import divisors, ranged
 from kernels_pallas.attention import attention
 
 
@@ -51,7 +51,7 @@ class Settings(Mixer):
 
     def check(self, width: int, at: str) -> None:
         if self.heads % self.groups:
-            fits = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
+            fits = ", ".join(map(str, divisors(self.heads)))
             raise RecipeError(
                 f"{at}.heads={self.heads} is not a multiple of {at}.kv_heads={self.groups}; kv_heads can be {fits}"
             )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from adaptive.layers.moe.experts import Experts
 from adaptive.layers.moe.settings import MoESettings, RouterSettings
 from adaptive.layers.site import Site
 from adaptive.routing.types import Summed
-from adaptive.settings import check_ranges, hints, parse, show
+from adaptive.settings import check_ranges, hints, parse, show, without_effect
 
 # What asks for nothing of a router that does not have the setting.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -110,7 +111,8 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
               biases (zeros), gains (ones) and temperatures
     settings  those of the layer (`MoESettings`) and of its router, whose own may also be given as a dict, `options`
 
-    Raises RecipeError for names that are unknown or missing and shapes that do not fit.
+    Raises RecipeError for names that are unknown or missing and shapes that do not fit. Settings of the router that
+    mean nothing beside the others are named by one UserWarning.
     """
     kind = RouterSettings.member(router, where="router")
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
@@ -119,6 +121,9 @@ def layer_from_weights(router: str, weights: Mapping[str, Any], **settings: Any)
     config = _settings(kind, given)
     check_ranges(config, "settings.")
     config.check(width, "settings")
+    own = config.router
+    if idle := [f"{name}={show(getattr(own, name))} has no effect: {why}" for name, why in without_effect(own).items()]:
+        warnings.warn(f"router {router}: {'; '.join(idle)}", stacklevel=2)
     return _filled(config, width, arrays)
 
 

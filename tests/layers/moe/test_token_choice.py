@@ -1,5 +1,7 @@
 """Token choice against loops over tokens: selections, outputs, losses, drops, gradients, and what it refuses."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -482,6 +484,18 @@ def test_permuting_tokens_permutes_outputs_and_batch_mates_do_not_matter():
 def test_bad_settings_say_what_would_be_right(options, settings, says):
     with pytest.raises(RecipeError, match=says):
         layer_of(options, **settings)
+
+
+def test_settings_without_effect_are_named_once():
+    with pytest.warns(UserWarning, match="token_choice: drop=position has no effect: capacity_factor=0") as told:
+        layer_of({"bias_rate": 0.1, "group_score": "max"}, drop="position")
+    assert len(told) == 1
+    said = str(told[0].message)
+    assert "bias_rate=0.1 has no effect: bias=false" in said and "group_score=max has no effect: all groups" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer_of({"bias": True, "bias_rate": 0.1, "score": "sigmoid"}, drop="position", capacity_factor=1.0)
+        layer_of(drop="weight")  # what it does anyway
 
 
 def test_explicit_weights_must_fit():
