@@ -1,6 +1,7 @@
 """The command as a user meets it: released weights in, a run that other commands take, and the weights out again."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -70,6 +71,18 @@ def test_in_trained_further_and_out(convert, tmp_path, capfd):
     after = nnx.merge(trained.graphdef, load(find("run")).state)
     np.testing.assert_allclose(after.embedding[...], tensors["embeddings.weight"], atol=1e-6)
     assert read_rows("run")[0]["step"] == 1
+
+
+def test_numbers_that_are_not_finite_are_not_written(convert, tmp_path, monkeypatch):
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: config_from_official(CONFIG).build(jax.random.key(0))))
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), state)
+    state["embedding"][...][0, :2] = np.nan
+    monkeypatch.setattr("adaptive.runs.load.find", lambda workdir: workdir)
+    monkeypatch.setattr("adaptive.runs.load.load", lambda found: SimpleNamespace(graphdef=graphdef, state=state))
+    code, said = convert(*OUT)
+    assert code == 2
+    assert "2 of the 4,096 numbers in embeddings.weight are not finite in float32" in said, said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,10 @@ def from_official(kind: str, tensors: Mapping[str, Any], config: Mapping[str, An
 
 
 def to_official(kind: str, model: nnx.Module) -> dict[str, jax.Array]:
-    """The tensors f32 of `model` under the official names, each distinct one once: `from_official` read backwards."""
+    """The tensors f32 of `model` under the official names, each distinct one once: `from_official` read backwards.
+
+    Raises CheckpointError for a model that no official configuration describes, and for numbers that are not finite.
+    """
     return _kind(kind).write(model)
 
 

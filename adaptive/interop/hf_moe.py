@@ -76,7 +76,7 @@ def to_official(kind: Kind, model: nnx.Module) -> dict[str, jax.Array]:
     model = language_model_of(kind, model)
     if why := _foreign(kind, model.settings):
         raise CheckpointError(f"official {kind}: a model of this kind {why}, this one differs")
-    return taken_apart(model, official_layout(kind, model.settings))
+    return taken_apart(kind, model, official_layout(kind, model.settings))
 
 
 def official_layout(kind: Kind, settings: language_model.Settings) -> Layout:

@@ -75,7 +75,7 @@ def to_official(model: nnx.Module) -> dict[str, jax.Array]:
     model = language_model_of(KIND, model)
     if why := _foreign(model.settings):
         raise CheckpointError(f"official {KIND}: a released model {why}, this one differs")
-    return taken_apart(model, official_layout(model.settings))
+    return taken_apart(KIND, model, official_layout(model.settings))
 
 
 def official_layout(settings: language_model.Settings) -> Layout:

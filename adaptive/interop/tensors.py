@@ -84,8 +84,11 @@ def language_model_of(kind: str, model: nnx.Module) -> LanguageModel:
     return model
 
 
-def taken_apart(model: LanguageModel, layout: Layout) -> dict[str, jax.Array]:
-    """The parameters of `model` as tensors f32 under their official names, each distinct one once."""
+def taken_apart(kind: str, model: LanguageModel, layout: Layout) -> dict[str, jax.Array]:
+    """The parameters of `model` as tensors f32 under their official names, each distinct one once.
+
+    Raises CheckpointError for numbers that are not finite: nobody could read them again.
+    """
     found: dict[str, list[tuple[int, jax.Array]]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         parts = layout[path]
@@ -95,7 +98,9 @@ def taken_apart(model: LanguageModel, layout: Layout) -> dict[str, jax.Array]:
         for piece, part in zip(pieces, parts, strict=True):
             found.setdefault(part.name, []).append((part.rows[0] if part.rows else 0, piece))
     in_order = {name: [rows for _, rows in sorted(pieces, key=lambda p: p[0])] for name, pieces in found.items()}
-    return {name: rows[0] if len(rows) == 1 else jnp.concatenate(rows) for name, rows in in_order.items()}
+    tensors = {name: rows[0] if len(rows) == 1 else jnp.concatenate(rows) for name, rows in in_order.items()}
+    _check_finite(kind, tensors)
+    return tensors
 
 
 def checked(
