@@ -26,6 +26,7 @@ import numpy as np
 
 from adaptive.errors import ClusterError
 from adaptive.parallel import rollcall
+from adaptive.parallel.backend import find_devices
 from adaptive.parallel.lifeline import Lifeline
 
 PREEMPTED = 75  # the exit code of a run that was asked to stop, and saved: every process ends with it
@@ -181,7 +182,8 @@ def join(
     say       prints one line; default: print
 
     Raises ClusterError if the description is incomplete, the coordinator's name leads to this machine alone while the
-    job has several, its port is taken, or a process is missing when the time is up (it names which).
+    job has several, its port is taken, or a process is missing when the time is up (it names which); UserError
+    if there is no such platform as JAX_PLATFORMS names.
     """
     say = say or (lambda line: print(line, flush=True))
     job = describe(env)
@@ -210,6 +212,7 @@ def join(
     with _countdown(deadline, say):
         jax.distributed.initialize(**arguments, initialization_timeout=max(1, int(deadline - time.monotonic())))
     _exit_at_once_on_errors()
+    find_devices()
     job = dataclasses.replace(job, processes=jax.process_count(), index=jax.process_index())
     devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
     say(f"job: joined as process {job.index} of {job.processes}, {devices}")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.caches import cache_folder, can_be_written
-from adaptive.errors import UserError
+from adaptive.parallel.backend import find_devices
 from adaptive.paths import is_address
 from adaptive.recipe import Recipe
 
@@ -85,17 +85,7 @@ def start_backend() -> None:
     if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         print("JAX_ENABLE_X64 is switched off: numbers have 32 bits here, or less", file=sys.stderr)
         jax.config.update("jax_enable_x64", False)
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # an assertion where JAX_PLATFORMS=cuda and there is no GPU
-        named = os.environ.get("JAX_PLATFORMS")
-        why = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].removeprefix("Unable to initialize ")
-        why = why.rstrip(".") or "there is no such device"
-        if named:
-            raise UserError(
-                f"JAX_PLATFORMS={named} does not work here: {why}. Unset it to take what there is, or set it to cpu"
-            ) from None
-        raise UserError(f"jax cannot use the devices here: {why}. To keep to the CPU: JAX_PLATFORMS=cpu") from None
+    find_devices()
 
 
 def compute_dtype(recipe: Recipe) -> jnp.dtype:

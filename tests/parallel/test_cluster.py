@@ -1,12 +1,14 @@
 """Who is in the job: what each environment says, what is refused, and who is missed at the roll call."""
 
 import socket
+import sys
 import threading
 import time
 
+import jax
 import pytest
 
-from adaptive.errors import ClusterError
+from adaptive.errors import ClusterError, UserError
 from adaptive.parallel import rollcall
 from adaptive.parallel.cluster import describe, join
 
@@ -95,6 +97,19 @@ def test_loopback_with_several_hosts_is_refused(host):
     env = EXPLICIT | {"ADAPTIVE_COORDINATOR": f"{host}:1234", "ADAPTIVE_HOSTS": "2"}
     with pytest.raises(ClusterError, match="other machines cannot reach"):
         join(limit_s=1, env=env)
+
+
+def test_a_platform_that_is_not_there_is_told_in_a_line(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': no libtpu\nmore")
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # joining replaces it
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **about: None)
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=tpu does not work here: backend 'tpu': no libtpu\. Unset it"):
+        join(limit_s=1, env={"ADAPTIVE_CLUSTER": "tpu"}, say=lambda line: None)
 
 
 def free_port() -> int:
