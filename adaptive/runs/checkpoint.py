@@ -400,7 +400,7 @@ def _check_version(about: Mapping[str, Any], where: Path) -> None:
 
 def _check_whole(about: Mapping[str, Any], step: int) -> None:
     """Raises ValueError where what stands beside the arrays is not as it was saved, or not under its own step."""
-    if "checksum" in about and about["checksum"] != checksum(about):  # the first versions wrote none
+    if about.get("checksum") != checksum(about):
         raise ValueError("what is said beside its arrays (position in the data, step, recipe) was changed")
     if about["step"] != step:
         raise ValueError(f"it is the checkpoint of step {about['step']}, not of {step} as its folder is called")

@@ -237,6 +237,16 @@ def test_what_stands_beside_the_arrays_is_believed_only_as_it_was_saved(tmp_path
         read_part(tmp_path, 2, {"params": small().params})
 
 
+def test_a_checkpoint_without_its_checksum_was_changed(tmp_path):
+    save_all(tmp_path, 1)
+    path = tmp_path / "1" / "about" / "metadata"
+    about = json.loads(path.read_text())
+    del about["checksum"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="was changed"):
+        read_part(tmp_path, 1, {"params": small().params})
+
+
 def test_a_checkpoint_is_of_the_step_that_its_folder_says(tmp_path):
     save_all(tmp_path, 1, 2)
     (tmp_path / "2").rename(tmp_path / "9")
