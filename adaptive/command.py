@@ -132,6 +132,9 @@ class Options(argparse.ArgumentParser):
         Raises UserError for an option that does not exist, with the nearest, or cannot have its value, and for a
         setting that is none.
         """
+        for word in arguments:
+            if word.endswith("=--") and (name := word.removesuffix("=--")) in self._option_string_actions:
+                raise UserError(f"{name}: '--' cannot be its value (--help shows all options)")  # argparse drops it
         found, rest = self.parse_known_intermixed_args(arguments)
         for word in rest:
             near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)

@@ -42,6 +42,14 @@ def test_an_error_of_the_user_is_a_line_and_a_code(capsys, raised, code, said):
     assert capsys.readouterr().err == said
 
 
+def test_bytes_that_are_no_text_can_be_told(capsys):
+    def run(arguments):
+        raise UserError("no file a\udcff")
+
+    assert command.exit_code(run, []) == 2
+    assert capsys.readouterr().err == "error: no file a\N{REPLACEMENT CHARACTER}\n"
+
+
 def test_a_broken_invariant_keeps_its_traceback():
     def run(arguments):
         raise AssertionError(arguments)
@@ -70,6 +78,7 @@ def test_settings_stand_anywhere_among_the_options(options):
         (["--share", "nan"], "--share: 'nan' is not a number (--help shows all options)"),
         (["--share", "inf"], "--share: 'inf' is not a number (--help shows all options)"),
         (["--workdir", "-x"], "argument; one that begins with - is written --workdir=VALUE (--help shows all options)"),
+        (["--workdir=--"], "--workdir: '--' cannot be its value (--help shows all options)"),
         (["steps"], "'steps' is neither an option (--steps) nor a setting (name=value)"),
     ],
 )
@@ -164,6 +173,7 @@ RELEASED = {"--tensors": "t", "--config": "c", "--workdir": "w"}
     ("name", "arguments"),
     [
         ("train", ["--recipe", "mor_tiny", "--workdir", AT]),
+        ("train", ["--recipe", "mor_tiny", "--init_from", AT]),
         ("train", ["--recipe", f"{AT}.json"]),
         ("train", ["--recipe", f"{AT}.py"]),
         ("bench", ["train", "--recipe", f"{AT}.json"]),

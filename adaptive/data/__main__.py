@@ -82,7 +82,7 @@ def _prepare(options: argparse.Namespace) -> None:
         f"data.tokenizer={options.tokenizer}",
         *ends,
     ]
-    print(f"train on it with: {shlex.join(settings)}")
+    print(printable(f"train on it with: {shlex.join(settings)}"))
 
 
 def _train_bpe(options: argparse.Namespace) -> None:
@@ -94,7 +94,7 @@ def _train_bpe(options: argparse.Namespace) -> None:
     content = train_bpe(documents, options.vocab_size)
     with explained(f"writing {options.out}", "Choose another --out."):
         write_atomically(out, content.encode())
-    print(f"{options.out}: {options.vocab_size} tokens; use it with data.tokenizer={options.out}")
+    print(printable(f"{options.out}: {options.vocab_size} tokens; use it with data.tokenizer={options.out}"))
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from adaptive.errors import CheckpointError, RecipeError
 from adaptive.optim.named import chosen, matches
+from adaptive.paths import local_path
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import read_part
 from adaptive.runs.config import InitConfig
@@ -24,12 +25,12 @@ def settings_of(text: str, workdir: Path | None) -> list[str]:
     """RUN or RUN@STEP as settings of `init`. Without a step it is that of the run's newest checkpoint, or the one that
     the run in `workdir`, begun from there earlier, took.
 
-    Raises CheckpointError where there is no such run or checkpoint.
+    Raises CheckpointError where there is no such run or checkpoint, UserError for what is no path.
     """
     name, step = text, None
     if found := re.fullmatch(r"(.+)@(\d{1,18})", text):
         name, step = found[1], int(found[2])
-    run = Path(name).expanduser().absolute()
+    run = local_path(name, "--init_from").absolute()
     before = _begun(workdir, str(run))
     if before is None or step not in (None, before.step):
         step = find(run, step).step

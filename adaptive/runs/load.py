@@ -8,6 +8,7 @@ from flax import nnx
 
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.errors import CheckpointError
+from adaptive.paths import local_path
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import read_part, steps_in
 from adaptive.runs.folder import RunFolder
@@ -38,9 +39,10 @@ class Found(NamedTuple):
 def find(workdir: str | Path, step: int | None = None) -> Found:
     """The run in the folder and its newest checkpoint, or that of `step`; nothing of the model is read.
 
-    Raises CheckpointError where there is no run or no such checkpoint, RecipeError for a recipe that cannot be read.
+    Raises CheckpointError where there is no run or no such checkpoint, RecipeError for a recipe that cannot be read,
+    UserError for what is no path.
     """
-    folder = RunFolder(Path(workdir).expanduser())
+    folder = RunFolder(local_path(str(workdir), "--workdir"))
     if not folder.path.is_dir():
         raise CheckpointError(f"--workdir {folder.path}: there is no such folder; give that of a run")
     try:
