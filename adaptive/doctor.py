@@ -47,7 +47,7 @@ OPTIONAL = {
     "safetensors": ("hf", "*.safetensors files"),
     "datasets": ("hf", "data sets of the Hugging Face hub"),
     "wandb": ("wandb", "Weights & Biases"),
-    "tensorboardX": ("tensorboard", "TensorBoard files"),
+    "tensorboardx": ("tensorboard", "TensorBoard files"),
     "regex": ("words", "chunks of an H-Net that are words"),
     "jax-cuda13-plugin": ("gpu", "NVIDIA GPUs, driver 580 or newer"),
     "jax-cuda12-plugin": ("cuda12", "NVIDIA GPUs, driver 525 or newer"),

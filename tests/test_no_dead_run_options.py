@@ -239,7 +239,7 @@ def evaluating(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         recipe=recipe, facts=recipe.model.facts(), mesh=make_mesh(recipe.mesh, jax.devices()),
         selections=("topk", "threshold"), eval_step=lambda lengths, mode: asked.append(mode),
     )  # fmt: skip
-    tokenizer = types.SimpleNamespace(byte_counts=lambda: None)
+    tokenizer = types.SimpleNamespace(byte_counts=lambda: None, vocab_size=0)
     Evaluator(program, types.SimpleNamespace(tokenizer=tokenizer, validation=lambda n: asked.append(n) or []))(
         types.SimpleNamespace(ema=())
     )

@@ -25,6 +25,7 @@ class Lifeline:
         self._peers: dict[int, socket.socket] = {}
         self._server: socket.socket | None = None
         self._ended = False
+        self._gone = ""  # who was lost, for those who connect later
         self.told = threading.Event()  # set when `lost` was called
 
     @classmethod
@@ -76,6 +77,9 @@ class Lifeline:
             return
         with self._lock:
             self._peers[int(index)] = peer
+            gone = self._gone
+        if gone:
+            _send(peer, gone)
         if next(lines, "") != _GOODBYE:
             self._tell(f"process {index} on {host}", int(index))
 
@@ -88,7 +92,7 @@ class Lifeline:
         with self._lock:
             if self._ended:
                 return
-            self._ended = True
+            self._ended, self._gone = True, who
             peers = [peer for other, peer in self._peers.items() if other != index]
         for peer in peers:
             _send(peer, who)

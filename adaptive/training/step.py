@@ -82,30 +82,40 @@ def make_train_step(
 
         first = sums_of if auxiliary_over == "batch" else None
         grads, loss, aux, scalars, sums = _accumulated(grads_of, first, batch, keys)
-        loss = loss + aux.total()
-        scalars = scalars | aux.scalars()
-        grads = _moving(grads, frozen)
+        loss, grads = loss + aux.total(), _moving(grads, frozen)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, _moving(updates, frozen))
         buffers = nnx.merge(graphdef, state.params, state.buffers).next_buffers(sums)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
-        bad = 1 - good.astype(jnp.int32)
-        after = TrainState(
-            step=state.step + 1,
-            skipped=state.skipped + bad,
-            params=keep(params, state.params),
-            buffers=keep(buffers, state.buffers),
-            opt=keep(opt, state.opt),
-            key=state.key,
-            ema=keep(_averaged(state, params, ema), state.ema),
-        )
+        after = _after(state, tx, grads, buffers, good, frozen, ema)
         told = told_metrics({path: stats for path, stats in sums.items() if path != "depth"})
-        metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count, "skipped": bad, **scalars, **told}
-        return after, metrics
+        head = {"loss": loss, "grad_norm": norm, "target_tokens": count, "skipped": after.skipped - state.skipped}
+        return after, {**head, **scalars, **aux.scalars(), **told}
 
     return train_step
+
+
+def _after(
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    grads: Any,
+    buffers: Any,
+    good: jax.Array,
+    frozen: Any,
+    ema: float,
+) -> TrainState:
+    """The state after a step; but for its counters as it was where the step is not `good`."""
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, _moving(updates, frozen))
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
+    return TrainState(
+        step=state.step + 1,
+        skipped=state.skipped + 1 - good.astype(jnp.int32),
+        params=keep(params, state.params),
+        buffers=keep(buffers, state.buffers),
+        opt=keep(opt, state.opt),
+        key=state.key,
+        ema=keep(_averaged(state, params, ema), state.ema),
+    )
 
 
 def _accumulated(

@@ -36,6 +36,15 @@ def test_one_that_is_lost_is_named_to_all_others():
     assert not heard[1].who and lines[0].told.is_set()
 
 
+def test_one_that_comes_later_is_told_as_well():
+    heard = [Heard() for _ in range(3)]
+    first, port = Lifeline.listen(heard[0], 3)
+    broken(Lifeline.connect(heard[1], "127.0.0.1", port, 1))
+    assert first.told.wait(30)
+    Lifeline.connect(heard[2], "127.0.0.1", port, 2)
+    assert heard[2].event.wait(30) and heard[2].who[0].startswith("process 1 on ")
+
+
 def test_process_0_is_missed_by_all():
     heard, lines = job()
     for _ in range(2000):

@@ -13,10 +13,7 @@ def parts(run: Run) -> str:
     told = _columns(run, PREFIX)
     names = dict.fromkeys(_divided(column)[1] for column in told)
     charts = [_chart(run, name, [column for column in told if _divided(column)[1] == name]) for name in names]
-    if any(charts):
-        shown = grid(_keys(run, "half"), *charts)
-    else:
-        shown = grid(_keys(run, "full"), columns="one")
+    shown = grid(_keys(run, "half"), *charts) if any(charts) else grid(_keys(run, "full"), columns="one")
     return section("What the parts tell", shown, _newest(run, told))
 
 
