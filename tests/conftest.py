@@ -29,6 +29,15 @@ os.environ.setdefault("NPROC", "32")
 # Tracing makes many objects that live: Python's default of a collection per 700 of them costs a tenth of the time.
 gc.set_threshold(100_000, 20, 50)
 
+LONG = tuple(
+    f"tests/{name}.py::"
+    for name in (
+        "test_every_recipe", "training/test_resume", "parallel/test_hnet_sharding", "parallel/test_sharding",
+        "models/test_properties", "interop/test_official_mor", "test_no_dead_options", "models/test_hnet",
+        "interop/test_official_hnet", "models/test_recursion", "models/test_hnet_composition", "test_scripts",
+        "runs/test_checkpoint_processes",
+    )
+)  # fmt: skip
 COMPILED = "/jax/core/compile/backend_compile_duration"  # heard for each program, also where the cache on disk holds it
 MOST_MAPPINGS = 20_000  # Linux allows a process 65,530; a compiled program takes about a dozen while it lives
 MAPPINGS = Path("/proc/self/maps")
@@ -68,10 +77,9 @@ BEFORE = pytest.StashKey[int]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With --dist loadgroup, tests of a file that compiles share one process, and with it their programs."""
-    for item in items:
-        if item.get_closest_marker("compiles"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+    """The longest files first: with --dist loadfile, a file's tests share one process and its programs, and a long one
+    that begins last would keep a single process busy."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.hookimpl(tryfirst=True)
