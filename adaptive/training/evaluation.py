@@ -1,5 +1,6 @@
 """Held-out loss under every way of selecting, and what routing did."""
 
+import functools
 import math
 from typing import Any
 
@@ -33,10 +34,15 @@ class Evaluator:
         wanted = [mode for mode in recipe.eval.selection if mode in program.selections]
         modes = wanted if len(program.selections) > 1 else ("topk",)
         counts = data.tokenizer.byte_counts()
-        shown = program.facts.depth != "none" or bool(program.facts.chunking or program.facts.experts)
-        self._classes = classes_of(data.tokenizer) if shown else None
         self.selection = modes[0]  # how the passage and the counted routing are selected
         self._steps = {mode: program.eval_step(counts, mode) for mode in modes}  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def _classes(self) -> np.ndarray | None:
+        """Of every token, where kinds are told apart. It takes a while, so not before the first evaluation."""
+        facts = self._facts
+        shown = facts.depth != "none" or bool(facts.chunking or facts.experts)
+        return classes_of(self._data.tokenizer) if shown else None
 
     def __call__(self, state: TrainState) -> tuple[Row, RoutingCounter]:
         """(columns "eval/..." of a metrics row, what routing did under the first way of selecting)."""

@@ -31,25 +31,11 @@ class TakenCounter:
             if (one := self._parts.get(path)) is None:
                 continue
             experts = one.settings.experts
-            self._count(self._by_class, path, chosen, self._classes[tokens], present, experts, len(CLASSES))
+            by_class = _counts(chosen, self._classes[tokens], present, experts, len(CLASSES))
+            self._by_class[path] = self._by_class.get(path, 0) + by_class
             if len(chosen) * experts * len(self._classes) <= _MOST_COUNTS:
-                self._count(self._by_token, path, chosen, tokens, present, experts, len(self._classes))
-
-    def _count(
-        self,
-        sums: dict[str, np.ndarray],
-        path: str,
-        chosen: np.ndarray,
-        group: np.ndarray,
-        present: np.ndarray,
-        experts: int,
-        groups: int,
-    ) -> None:
-        counts = np.zeros((len(chosen), experts, groups))
-        for call, own in enumerate(chosen):
-            here = present & (own >= 0)
-            np.add.at(counts[call], (own[here], group[here]), 1)
-        sums[path] = sums.get(path, 0) + counts
+                by_token = _counts(chosen, tokens, present, experts, len(self._classes))
+                self._by_token[path] = self._by_token.get(path, 0) + by_token
 
     def records(self, text: Callable[[int], str]) -> tuple[ExpertRecord, ...]:
         """Of every expert of every layer that took tokens; text: how a token is shown."""
@@ -64,6 +50,15 @@ class TakenCounter:
                     top = () if by_token is None else tuple(map(text, _typical(by_token[call], expert)))
                     found.append(ExpertRecord(path, layer, expert, tuple(counts), top))
         return tuple(found)
+
+
+def _counts(chosen: np.ndarray, group: np.ndarray, present: np.ndarray, experts: int, groups: int) -> np.ndarray:
+    """f64[calls, experts, groups]: tokens [batch, seq] of each group whose strongest expert is each."""
+    counts = np.zeros((len(chosen), experts, groups))
+    for call, own in enumerate(chosen):
+        here = present & (own >= 0)
+        np.add.at(counts[call], (own[here], group[here]), 1)
+    return counts
 
 
 def _typical(counts: np.ndarray, expert: int) -> list[int]:
