@@ -28,8 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from adaptive import command
-from adaptive.command import number
+from adaptive.benchmarks import options
 from kernels_pallas.ema import ema, forms, linear, reference
 
 CASES = tuple(
@@ -114,12 +113,10 @@ def add_rows(table: Table, shape: tuple[int, int, int], costs: dict[str, tuple[f
 
 def main(arguments: Sequence[str]) -> int:
     """Measures and prints a table."""
-    options = command.Options("bench ema", __doc__ or "")
-    repeats = "how often each way is measured (default 50)"
-    options.add_argument("--repeats", type=number(int, least=1), default=50, help=repeats)
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
-    given = options.read(arguments)
-    dtype = jnp.dtype(given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    made = options.options("ema", __doc__ or "", 50)
+    options.add_dtype(made)
+    given = made.read(arguments)
+    dtype = options.dtype_of(given)
     console = Console()
     heading = f"moving average of {dtype}; times over those of ema"
     table = Table("batch x n x width", "way", "forward", "with backward", title=heading)

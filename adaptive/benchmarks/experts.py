@@ -14,8 +14,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from adaptive import command
-from adaptive.command import number
+from adaptive.benchmarks import options
 from adaptive.layers.feed_forwards import experts as expert_layer
 from adaptive.layers.feed_forwards.dense import Dense
 from adaptive.layers.moe.routers import expert_choice, token_choice
@@ -88,10 +87,8 @@ def measured(found: list[Case], repeats: int) -> list[Case]:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the table."""
-    options = command.Options("bench experts", __doc__ or "")
-    repeats = "rounds, of which the least time counts (default 7)"
-    options.add_argument("--repeats", type=number(int, least=1), default=7, help=repeats)
-    repeats = options.read(arguments).repeats
+    made = options.options("experts", __doc__ or "", 7, "rounds, of which the least time counts")
+    repeats = made.read(arguments).repeats
     device = jax.devices()[0]
     table = Table(title=f"experts of {HIDDEN} hidden units, {PER_TOKEN} of E per token, {SEQUENCES * SEQ} tokens of "
                   f"width {WIDTH}, {jax.device_count()} x {device.device_kind}, forward and backward")  # fmt: skip

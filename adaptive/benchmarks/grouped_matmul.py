@@ -16,8 +16,7 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from adaptive import command
-from adaptive.command import number
+from adaptive.benchmarks import options
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 
 ROWS, WIDTH = 4096, 512  # 2,048 tokens with two experts each
@@ -175,12 +174,10 @@ def add_rows(table: Table, case: Case, costs: dict[str, Cost]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Measures and prints one table for the matmul and one for the feed-forward."""
-    options = command.Options("bench grouped_matmul", __doc__ or "")
-    repeats = "how often each way is measured (default 10)"
-    options.add_argument("--repeats", type=number(int, least=1), default=10, help=repeats)
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
-    given = options.read(arguments)
-    dtype = jnp.dtype(given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    made = options.options("grouped_matmul", __doc__ or "", 10)
+    options.add_dtype(made)
+    given = made.read(arguments)
+    dtype = options.dtype_of(given)
     console = Console()
     for title, cases, costs in (("matmul", MATMULS, matmul_costs), ("feed-forward", SWIGLUS, swiglu_costs)):
         heading = f"{title} of {ROWS} rows of width {WIDTH} in {dtype}; times over the dense one"

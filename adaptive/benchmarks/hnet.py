@@ -39,9 +39,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from adaptive import command
-from adaptive.benchmarks import train_step
-from adaptive.command import number
+from adaptive.benchmarks import options, train_step
 from adaptive.layers.chunkers import none, words
 from adaptive.models import language_model
 from adaptive.models.bodies import Body, hnet
@@ -148,11 +146,9 @@ def show_decoding(name: str, found: Sequence[Decoding]) -> Table:
 
 def main(arguments: Sequence[str]) -> int:
     """Measures and prints a table of training and one of decoding for each recipe."""
-    options = command.Options("bench hnet", __doc__ or "")
-    repeats = "how often each is measured (default 7)"
-    options.add_argument("--repeats", type=number(int, least=1), default=7, help=repeats)
-    options.add_argument("--only", choices=["training", "decoding"], help="one part alone")
-    given = options.read(arguments)
+    made = options.options("hnet", __doc__ or "", 7, "how often each is measured")
+    made.add_argument("--only", choices=["training", "decoding"], help="one part alone")
+    given = made.read(arguments)
     console = Console(width=130)
     devices = jax.devices()[:1]
     for name in RECIPES:

@@ -26,8 +26,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from adaptive import command
-from adaptive.command import number
+from adaptive.benchmarks import options
 from kernels_pallas.ssd import chunked, reference, ssd
 from kernels_pallas.ssd.blocks import runs_of
 
@@ -111,12 +110,10 @@ def add_rows(table: Table, case: str, costs: dict[str, Cost]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Measures and prints a table."""
-    options = command.Options("bench ssd", __doc__ or "")
-    repeats = "how often each way is measured (default 10)"
-    options.add_argument("--repeats", type=number(int, least=1), default=10, help=repeats)
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
-    given = options.read(arguments)
-    dtype = jnp.dtype(given.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    made = options.options("ssd", __doc__ or "", 10)
+    options.add_dtype(made)
+    given = made.read(arguments)
+    dtype = options.dtype_of(given)
     console = Console()
     title = f"state space recurrence in {dtype}, heads of {DIM}, states of {STATE}; times over those of ssd"
     table = Table("batch x positions x heads", "way", "forward", "with backward", "MiB of temporaries", title=title)
