@@ -1,14 +1,31 @@
-"""Attention over selected positions."""
+"""Attention over selected positions, whose scores are never in memory all at once.
+
+`reference` is the specification. On TPUs `splash`, on NVIDIA GPUs `cudnn` or `gpu`, elsewhere `blocked`; `Seen` is what
+all of them are told. Short rows, and a few queries of generation, are computed by the reference.
+"""
+
+import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention.reference import attention as reference_attention
+from kernels_pallas.attention import blocked, cudnn, gpu, reference, splash
+from kernels_pallas.attention.seen import Seen
+from kernels_pallas.choice import Target, active_target, by_platform
+
+SHORT = 256  # queries times keys that are written as they are where there is no kernel: the square of this
+FEW = 16  # queries for which nothing but reading the keys costs time
 
 
 def runs_on(platform: str) -> str:
     """What computes it on a platform ("cpu", "gpu", "tpu"), and why."""
-    return "reference in XLA, which has all of queries times keys in memory: there is no kernel yet"
+    few = f"; up to {FEW} queries at once: reference in XLA"
+    if platform == "tpu":
+        return f"Pallas for TPUs (splash attention), which skips tiles that no query sees{few}"
+    if platform == "gpu":
+        return f"cuDNN where it takes the pattern, else Pallas through Triton{few}"
+    return f"blocks of {blocked.BLOCK} in XLA: Pallas kernels are for TPUs and GPUs; rows up to {SHORT}: reference"
 
 
 def attention(
@@ -16,41 +33,143 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    q_index: jax.Array | None,
-    k_index: jax.Array | None,
+    q_index: jax.Array | None = None,
+    k_index: jax.Array | None = None,
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
     k_valid: jax.Array | None = None,
     window: int = 0,
+    sinks: int = 0,
     causal: bool = True,
+    soft_cap: float = 0.0,
 ) -> jax.Array:
     """Attention in which a query sees the valid keys of its segment, those at its own or an earlier index if `causal`.
 
     q                       [batch, queries, heads, head_dim]
     k, v                    [batch, keys, kv_heads, head_dim]
-    q_index, k_index        i32[batch, queries], i32[batch, keys]: positions in the row; both None when queries and keys
-                            are the same ascending set of positions (a plain triangle)
-    q_segments, k_segments  i32[batch, ...]: documents; None: one document per row
+    q_index, k_index        i32[batch, queries], i32[batch, keys]: positions in the row, ascending along it. Without
+                            k_index key j stands at index j; without either, query j too
+    q_segments, k_segments  i32[batch, ...], at least 0: documents; None: one document per row
     k_valid                 bool[batch, keys]: keys that exist; None: all
     window                  how many indices a query sees, its own the last of them; 0: all (Mistral 7B, section 2). Of
                             attention that is not causal, as many on either side
-    returns                 [batch, queries, heads, head_dim]
+    sinks                   the first indices of the row, which a window leaves visible (StreamingLLM, section 3.2)
+    soft_cap                scores are soft_cap * tanh(scores / soft_cap) (Gemma 2, section 2); 0: as they are
+    returns                 [batch, queries, heads, head_dim] in q's dtype; the softmax is float32
+
+    Of a query that sees nothing the result is finite and means nothing. Gradients reach q, k and v. On several TPUs or
+    GPUs it must be called inside `jax.shard_map`, as every kernel. Raises ValueError for what does not fit.
     """
-    if q_index is None or k_index is None:
-        mask = jnp.ones((1, q.shape[1], k.shape[1]), bool)
-        if causal:
-            mask = jnp.tril(mask)
-        if window:
-            mask = jnp.triu(mask, 1 - window)
-            mask = mask if causal else jnp.tril(mask, window - 1)
-    else:
-        ahead = k_index[:, None, :] - q_index[:, :, None]
-        mask = ahead <= 0 if causal else jnp.ones(ahead.shape, bool)
-        if window:
-            mask = mask & (ahead > -window)
-            mask = mask if causal else mask & (ahead < window)
-    if q_segments is not None and k_segments is not None:
-        mask = mask & (q_segments[:, :, None] == k_segments[:, None, :])
-    if k_valid is not None:
-        mask = mask & k_valid[:, None, :]
-    return reference_attention(q, k, v, mask)
+    _check(q, k, v, q_index, k_index, q_segments, k_segments, k_valid, window, sinks, soft_cap)
+    plain = q_index is None and q_segments is None and k_valid is None and not (sinks and window) and not soft_cap
+    seen = _seen(q, k, q_index, k_index, q_segments, k_segments, k_valid, window, sinks, causal)
+    platform, wanted = active_target() or Target("", "auto")
+    kernels = platform in ("gpu", "tpu") and wanted == "auto"
+    short = q.shape[1] * k.shape[1] <= SHORT**2 and not kernels
+    if short or q.shape[1] <= FEW or wanted == "reference":
+        return reference.attention(q, k, v, seen.mask(k.shape[1]), soft_cap)
+    if platform == "gpu" and plain and cudnn.takes(q, k, v):
+        return cudnn.attention(q, k, v, window=window, causal=causal)
+    return _attention(soft_cap, q, k, v, seen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
+    return _forward(soft_cap, q, k, v, seen)[0]
+
+
+def _forward(soft_cap, q, k, v, seen):
+    tpu, cuda, default = (functools.partial(form.forward, soft_cap=soft_cap) for form in _forms(q, k))
+    out, lse = by_platform(q, k, v, seen, tpu=tpu, cuda=cuda, default=default)
+    return out, (q, k, v, seen, out, lse)
+
+
+def _backward(soft_cap, kept, d_out):
+    tpu, cuda, default = (functools.partial(form.backward, soft_cap=soft_cap) for form in _forms(*kept[:2]))
+    return *by_platform(*kept, d_out, tpu=tpu, cuda=cuda, default=default), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _forms(q: jax.Array, k: jax.Array) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """What computes it on TPUs, on NVIDIA GPUs and elsewhere."""
+    kernels = jnp.promote_types(q.dtype, jnp.float32) == jnp.float32
+    tpu = splash if kernels and splash.takes(k.shape[1]) else blocked
+    return tpu, gpu if kernels else blocked, blocked
+
+
+def _seen(
+    q: jax.Array,
+    k: jax.Array,
+    q_index: jax.Array | None,
+    k_index: jax.Array | None,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+    k_valid: jax.Array | None,
+    window: int,
+    sinks: int,
+    causal: bool,
+) -> Seen:
+    """The interval of key slots that each query sees, and tags for documents and keys that exist."""
+    keys = k.shape[1]
+    index = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if q_index is None else q_index
+    up = None if k_index is None else jax.lax.cummax(k_index, axis=1)
+
+    def before(index: jax.Array) -> jax.Array:
+        """How many keys stand before the index."""
+        if up is None:
+            return jnp.clip(index, 0, keys)
+        index = jnp.broadcast_to(index, (up.shape[0], index.shape[1]))
+        return jax.vmap(jnp.searchsorted)(up, index).astype(jnp.int32)
+
+    everything = jnp.full_like(index, keys)
+    reach = before(index + window) if window else everything
+    end = before(index + 1) if causal else reach
+    seen = Seen(before(index - window + 1) if window else jnp.zeros_like(index), end)
+    if window and sinks:
+        seen = seen._replace(sinks=jnp.minimum(before(jnp.full_like(index, sinks)), end))
+    if q_segments is None and k_valid is None:
+        return seen
+    q_tags = jnp.zeros(q.shape[:2], jnp.int32) if q_segments is None else q_segments
+    k_tags = jnp.zeros(k.shape[:2], jnp.int32) if k_segments is None else k_segments
+    return seen._replace(q_tags=q_tags, k_tags=k_tags if k_valid is None else jnp.where(k_valid, k_tags, -1))
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_index: jax.Array | None,
+    k_index: jax.Array | None,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+    k_valid: jax.Array | None,
+    window: int,
+    sinks: int,
+    soft_cap: float,
+) -> None:
+    if q.ndim != 4 or not q.size:
+        raise ValueError(f"q is {q.shape}: must be [batch, queries, heads, head_dim], none of them 0")
+    batch, queries, heads, head_dim = q.shape
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != head_dim or not k.size or heads % k.shape[2]:
+        raise ValueError(
+            f"k is {k.shape}: must be [{batch}, keys, kv_heads, {head_dim}], kv_heads a divisor of {heads}"
+        )
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v is {v.shape}: must be {(*k.shape[:3], 'head_dim')}, as k is {k.shape}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: must be of one floating type")
+    of = {"q": (batch, queries), "k": (batch, k.shape[1])}
+    given = {"q_index": q_index, "k_index": k_index, "q_segments": q_segments, "k_segments": k_segments}
+    for name, value in {**given, "k_valid": k_valid}.items():
+        shape, kind = of[name[0]], jnp.bool_ if name == "k_valid" else jnp.integer
+        if value is not None and (value.shape not in (shape, (1, shape[1])) or not jnp.issubdtype(value.dtype, kind)):
+            raise ValueError(f"{name} is {value.dtype}{list(value.shape)}: must be {kind.__name__} {list(shape)}")
+    if q_index is None and (k_index is not None or queries != k.shape[1]):
+        raise ValueError(f"q_index is None: with k_index, or {queries} queries and {k.shape[1]} keys, it must be given")
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("q_segments and k_segments: both must be given, or neither")
+    for name, number in (("window", window), ("sinks", sinks), ("soft_cap", soft_cap)):
+        if number < 0:
+            raise ValueError(f"{name} is {number}: must be at least 0")

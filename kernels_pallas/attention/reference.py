@@ -8,12 +8,13 @@ import jax.numpy as jnp
 MASKED = -1e30  # finite, so that a query with no visible key gets a harmless average instead of NaN
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float = 0.0) -> jax.Array:
     """softmax(q k^T / sqrt(head_dim), where mask) v with grouped queries.
 
     q     [batch, queries, heads, head_dim]
     k, v  [batch, keys, kv_heads, head_dim]; query head h reads key head h // (heads / kv_heads)
     mask  bool[batch or 1, queries, keys]: which keys each query sees
+    soft_cap  scores are soft_cap * tanh(scores / soft_cap); 0: as they are
     returns [batch, queries, heads, head_dim] in q's dtype; the softmax is float32
     """
     b, n_q, heads, head_dim = q.shape
@@ -25,6 +26,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     q = q.reshape(b, kv_heads, group * n_q, head_dim)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     out = jnp.einsum("bhqk,bhkd->bhqd", masked_softmax(scores, mask, v.dtype), v)
     return out.reshape(b, kv_heads, group, n_q, head_dim).transpose(0, 3, 1, 2, 4).reshape(b, n_q, heads, head_dim)
 

@@ -16,6 +16,7 @@ from adaptive.layers.norm import RMSNorm
 from adaptive.layers.rope import rotate
 from adaptive.layers.site import Role, Site, normal_param, param
 from adaptive.layers.where import Where
+from adaptive.parallel.shard import sharded
 from adaptive.routing.chunks import numbered
 from adaptive.routing.rows import set_rows, take_rows
 from adaptive.settings import divisors, ranged
@@ -144,25 +145,17 @@ class Attention(MixerModule):
             keys = own if state is None else written(state, own, where)
         else:
             keys = state
-        k_index: jax.Array | None = keys.index
+        k_index: jax.Array | None = None  # what a state holds stands in its slots
         if state is not None:
             k_valid: jax.Array | None = keys.index >= 0
         else:
             k_valid = where.exists
-            if not s.window:  # order alone tells what is earlier, but not how much earlier
-                q_index = k_index = None
-        out = attention(
-            q,
-            keys.k,
-            keys.v,
-            q_index=q_index,
-            k_index=k_index,
-            q_segments=where.segments,
-            k_segments=keys.segments,
-            k_valid=k_valid,
-            window=s.window,
-            causal=call.sees == "past",
-        )
+            if s.window:
+                k_index = keys.index
+            else:  # order alone tells what is earlier, but not how much earlier
+                q_index = None
+        given = q_index, k_index, where.segments, keys.segments, k_valid
+        out = _attention(q, keys.k, keys.v, *given, window=s.window, causal=call.sees == "past")
         o = use(self.o, x.dtype)
         out = out.reshape(*out.shape[:2], -1) @ o.reshape(-1, o.shape[-1])
         if self.o_bias is not None:
@@ -189,6 +182,42 @@ class Attention(MixerModule):
             whole = norm.weight.shape[-1] != out.shape[-1]
             out = norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape) if whole else norm(out)
         return jnp.clip(out, -clip, clip) if clip else out
+
+
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None, window: int, causal: bool
+) -> jax.Array:
+    """`kernels_pallas.attention`, each device computing its own heads of its own rows.
+
+    given  indices, segments and validity in the operation's order, of all heads
+    """
+    split = ("batch", "seq", "heads")
+
+    def local(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_index: jax.Array | None,
+        k_index: jax.Array | None,
+        q_segments: jax.Array | None,
+        k_segments: jax.Array | None,
+        k_valid: jax.Array | None,
+    ) -> jax.Array:
+        return attention(
+            q,
+            k,
+            v,
+            q_index=q_index,
+            k_index=k_index,
+            q_segments=q_segments,
+            k_segments=k_segments,
+            k_valid=k_valid,
+            window=window,
+            causal=causal,
+        )
+
+    names = [split, split, split, *(None if value is None else ("batch",) for value in given)]
+    return sharded(local, names, split)(q, k, v, *given)
 
 
 def written(state: KeyValues, own: KeyValues, where: Where) -> KeyValues:

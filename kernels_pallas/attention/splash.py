@@ -1,0 +1,188 @@
+"""Attention on TPUs by the kernel that comes with JAX (`jax.experimental.pallas.ops.tpu.splash_attention`).
+
+Its mask is a function of one number of the query and the key's slot. That number may be computed while the program
+runs, as may the table of tiles to visit, so an interval of slots packed into it serves every pattern of `Seen`. All
+that is taken from the library's private side is in this file.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+from kernels_pallas.attention.seen import Seen
+
+LANES = 128
+BLOCK = 512  # queries and keys of a tile where rows have as many
+MOST_KEYS = 2**15  # an interval of slots takes 32 bits with its sign
+FUSED = 4  # blocks of keys up to which the backward pass keeps a gradient of the queries for each and adds them up
+MASKED = splash.DEFAULT_MASK_VALUE
+
+
+def takes(keys: int) -> bool:
+    """Whether the kernel can address as many keys."""
+    return keys < MOST_KEYS
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, *, soft_cap: float = 0.0, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """As `blocked.forward`; a query that sees nothing gets the mean of some values, and a sum of about exp(-1e38)."""
+    results = [_forward(q, k, v, part, soft_cap, interpret) for part in _parts(seen)]
+    if len(results) == 1:
+        return results[0]
+    (near, near_lse), (sunk, sunk_lse) = results
+    lse = jnp.logaddexp(near_lse, sunk_lse)
+    share = [jnp.exp(part - lse).swapaxes(1, 2)[..., None] for part in (near_lse, sunk_lse)]
+    return (near * share[0] + sunk * share[1]).astype(q.dtype), lse
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: Seen,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    *,
+    soft_cap: float = 0.0,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `blocked.backward`."""
+    parts = [_backward(q, k, v, part, out, lse, d_out, soft_cap, interpret) for part in _parts(seen)]
+    return parts[0] if len(parts) == 1 else tuple(a + b for a, b in zip(*parts, strict=True))
+
+
+def _parts(seen: Seen) -> list[Seen]:
+    """The intervals that make up what is seen: with sinks two, which share no key."""
+    if seen.sinks is None:
+        return [seen]
+    sinks = jnp.minimum(seen.sinks, seen.end)
+    near = seen._replace(first=jnp.maximum(seen.first, sinks), sinks=None)
+    return [near, near._replace(first=jnp.zeros_like(sinks), end=sinks)]
+
+
+def _forward(q, k, v, seen, soft_cap, interpret):
+    size_q, size_k, q_, k_, v_, seen = _prepared(q, k, v, seen)
+
+    def row(q, k, v, numbers, tags):
+        info = _tables(seen, size_q, size_k, k.shape[1], numbers)
+        return splash._splash_attention_forward(
+            info,
+            q,
+            k,
+            v,
+            tags,
+            None,
+            mask_value=MASKED,
+            is_mqa=False,
+            block_sizes=_sizes(size_q, size_k, k.shape[1]),
+            residual_checkpoint_name=None,
+            save_residuals=True,
+            mask_function=_within,
+            attn_logits_soft_cap=soft_cap or None,
+            interpret=interpret,
+        )
+
+    out, (lse,) = _over_rows(row, seen, q_, k_, v_)
+    return out.swapaxes(1, 2)[:, : q.shape[1], :, : v.shape[-1]], lse[..., : q.shape[1]]
+
+
+def _backward(q, k, v, seen, out, lse, d_out, soft_cap, interpret):
+    size_q, size_k, q_, k_, v_, seen = _prepared(q, k, v, seen)
+    out, d_out = (_heads_first(x, size_q) for x in (out, d_out))
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q_.shape[2] - lse.shape[2])))
+    sizes = _sizes(size_q, size_k, k_.shape[2])
+
+    def row(q, k, v, out, lse, d_out, numbers, tags):
+        info = _tables(seen, size_q, size_k, k.shape[1], numbers)
+        turned = _tables(seen, size_q, size_k, k.shape[1], numbers, by_key=True)
+        kept = (q, k, v, tags, None, out, lse, None if sizes.use_fused_bwd_kernel else info, turned)
+        pulled = splash._splash_attention_bwd(
+            False, MASKED, False, sizes, None, _within, soft_cap or None, interpret, kept, d_out
+        )
+        return pulled[3:6]
+
+    d_q, d_k, d_v = _over_rows(row, seen, q_, k_, v_, out, lse, d_out)
+    scale = q.shape[-1] ** -0.5
+    d_q, d_k, d_v = (d.swapaxes(1, 2) for d in (d_q, d_k, d_v))
+    d_q = (d_q[:, : q.shape[1], :, : q.shape[-1]] * scale).astype(q.dtype)
+    return d_q, d_k[:, : k.shape[1], :, : k.shape[-1]], d_v[:, : v.shape[1], :, : v.shape[-1]]
+
+
+def _over_rows(row: Callable[..., Any], seen: Seen, *arrays: jax.Array) -> Any:
+    """`row` of every row of the batch. Tables of tiles may not differ between rows: `Seen.tiles` is of all together."""
+    numbers = seen.first << 16 | seen.end
+    shared = numbers.shape[0] == 1
+    tags = None if seen.q_tags is None or seen.k_tags is None else splash.SegmentIds(seen.q_tags, seen.k_tags)
+    axes = (*(0,) * len(arrays), None if shared else 0, None if tags is None else 0)
+    return jax.vmap(row, in_axes=axes)(*arrays, numbers[0] if shared else numbers, tags)
+
+
+def _prepared(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen
+) -> tuple[int, int, jax.Array, jax.Array, jax.Array, Seen]:
+    """(queries of a tile, keys of a tile, q scaled, k, v, seen) with heads first, in whole tiles."""
+    size_q, size_k = (BLOCK if n >= BLOCK else -(-n // LANES) * LANES for n in (q.shape[1], k.shape[1]))
+    scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    pad_q, pad_k = -q.shape[1] % size_q, -k.shape[1] % size_k
+
+    def padded(x: jax.Array | None, by: int, filler: int) -> jax.Array | None:
+        return None if x is None else jnp.pad(x, ((0, 0), (0, by)), constant_values=filler)
+
+    seen = Seen(
+        padded(seen.first, pad_q, 0),  # type: ignore[arg-type]
+        padded(seen.end, pad_q, 0),  # type: ignore[arg-type]
+        q_tags=padded(seen.q_tags, pad_q, 0),
+        k_tags=padded(seen.k_tags, pad_k, -1),
+    )
+    return size_q, size_k, _heads_first(scaled, size_q), _heads_first(k, size_k), _heads_first(v, size_k), seen
+
+
+def _heads_first(x: jax.Array, size: int) -> jax.Array:
+    """[batch, n, heads, d] -> [batch, heads, n, d] with n a multiple of `size`."""
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % size), (0, 0)))
+
+
+def _tables(seen: Seen, size_q: int, size_k: int, keys: int, numbers: jax.Array, by_key: bool = False) -> MaskInfo:
+    """Tiles to visit, for a walk along keys or, `by_key`, along queries; a tile that is passed over fetches the next.
+
+    Every block of queries visits a tile, so that its sums are not empty.
+    """
+    tiles = seen.tiles(keys, size_q, size_k)
+    tiles = tiles | ((jnp.arange(tiles.shape[1]) == 0) & ~tiles.any(1, keepdims=True))
+    axis = 0 if by_key else 1
+    places = lax.broadcasted_iota(jnp.int32, tiles.shape, axis)
+    last = jnp.where(tiles, places, 0).max(axis, keepdims=True)
+    following = lax.cummin(jnp.where(tiles, places, last), axis, reverse=True)
+    return MaskInfo(
+        data_next=following[None],
+        mask_next=None,
+        block_mask=tiles[None].astype(jnp.int32),
+        partial_mask_blocks=None,
+        q_sequence=numbers,  # type: ignore[arg-type]  # said to be numpy's
+    )
+
+
+def _within(number: jax.Array, slot: jax.Array) -> jax.Array:
+    return (number >> 16 <= slot) & (slot < number & 0xFFFF)
+
+
+@functools.cache
+def _sizes(size_q: int, size_k: int, keys: int) -> splash.BlockSizes:
+    fused = keys // size_k <= FUSED
+    return splash.BlockSizes(
+        block_q=size_q,
+        block_kv=size_k,
+        block_q_dkv=size_q,
+        block_kv_dkv=size_k,
+        block_q_dq=None if fused else size_q,
+        block_kv_dq=None if fused else size_k,
+        use_fused_bwd_kernel=fused,
+    )

@@ -1,0 +1,48 @@
+"""Which form of an operation a program gets: decided by the machine that it is made for."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+from jax import lax
+
+Kernels = Literal["auto", "reference"]
+
+
+class Target(NamedTuple):
+    """The machine that programs are made for.
+
+    platform  "cpu", "gpu" or "tpu"
+    kernels   "reference": XLA's forms everywhere, no kernel
+    """
+
+    platform: str
+    kernels: Kernels = "auto"
+
+
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def target(platform: str, kernels: Kernels = "auto") -> Iterator[None]:
+    """Within it only the forms for `platform` are traced; outside, all are and the compiler's target chooses."""
+    token = _target.set(Target(platform, kernels))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def active_target() -> Target | None:
+    return _target.get()
+
+
+def by_platform(*args: Any, tpu: Callable[..., Any], cuda: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """`lax.platform_dependent`, or the one form that the active target needs."""
+    current = _target.get()
+    if current is None:
+        return lax.platform_dependent(*args, tpu=tpu, cuda=cuda, default=default)
+    if current.kernels == "reference":
+        return default(*args)
+    return {"tpu": tpu, "gpu": cuda}.get(current.platform, default)(*args)
