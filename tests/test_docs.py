@@ -6,29 +6,20 @@ import functools
 import importlib.util
 import inspect
 import re
-import shlex
 import typing
 from pathlib import Path
 
 import pytest
+from documents import PAGES, ROOT, abstract, blocks, commands, module_and_arguments
 
-from adaptive import __main__, recipe, settings, train
+from adaptive import recipe, settings, train
 from adaptive.data.config import DATA_PRESETS, DataConfig
 from adaptive.errors import RecipeError
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FILES = {".py", ".jsonl", ".json", ".txt", ".md", ".html"}
-COMMAND = r"scripts/train|python -m adaptive|^adaptive [a-z]"
 NEEDS = "# needs "  # how a block begins that needs files, a network or a trained run
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language; "": of none."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [text for own, text in fenced if own == language]
 
 
 # Settings
@@ -134,37 +125,6 @@ def test_tables_list_what_exists(page):
 
 
 # Commands
-
-
-def commands(page: Path) -> list[list[str]]:
-    """Commands of this package that a page shows, in words, those of a block with the variables that it sets."""
-    found = []
-    for block in blocks(page, ""):
-        for name, value in re.findall(r"^([A-Z]+)=(\S+)$", block, re.MULTILINE):
-            block = block.replace(f"${name}", value)
-        lines = block.replace("\\\n", " ").splitlines()
-        found += [shlex.split(line, comments=True) for line in lines if re.search(COMMAND, line)]
-    found += [
-        shlex.split(line)
-        for line in re.findall(r"`((?:\./scripts/train|python -m adaptive|adaptive [a-z])[^`\n]*)`", page.read_text())
-    ]
-    return found
-
-
-def module_and_arguments(words: list[str]) -> tuple[str, list[str]]:
-    if "-m" in words:
-        at = words.index("-m")
-        return words[at + 1], words[at + 2 :]
-    if words[0] == "adaptive":
-        assert words[1] in __main__.COMMANDS, words
-        return f"adaptive.{words[1]}", words[2:]
-    at = next(i for i, word in enumerate(words) if word.endswith("scripts/train"))
-    return "adaptive.train", words[at + 1 :]
-
-
-def abstract(word: str) -> bool:
-    """Whether a word stands for another: NAME, ..."""
-    return word == "..." or (word.isupper() and word.isalpha())
 
 
 @pages

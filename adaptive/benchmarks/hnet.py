@@ -60,7 +60,7 @@ def training_pair(name: str) -> tuple[Recipe, Recipe]:
     )  # fmt: skip
     body = unchunked(chunked.model.body)
     return chunked, dataclasses.replace(
-        chunked, model=dataclasses.replace(chunked.model, body=body), name=f"{name}, not chunked"
+        chunked, model=dataclasses.replace(chunked.model, body=body), name=f"{name}-not-chunked"
     )
 
 
