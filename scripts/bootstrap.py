@@ -2,7 +2,8 @@
 
     python scripts/bootstrap.py run|test
 
-`run` installs requirements/{cpu,gpu,cuda12,tpu}.txt, whichever fits the machine; `test` installs requirements/dev.txt.
+`run` installs requirements/{cpu,gpu,cuda12,tpu}.txt, whichever fits the machine; `test` installs requirements/dev.txt
+and, on Linux, the compilers for TPUs and NVIDIA GPUs in a folder apart, where only tests that compile for them look.
 A file in the environment records what was installed, so that the next start only compares a hash. It is written last:
 an interrupted installation leaves none, and the next start makes the environment anew. Standard library only: nothing
 else is installed yet when this runs.
@@ -25,6 +26,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 MADE_HERE = VENV / "made-by-adaptive"  # an environment without it is the user's own, and is left alone
 INSTALLED = VENV / "installed"  # lines "LOCK DIGEST"
+COMPILERS = VENV / "compilers"  # not on the path: jax would look for the machines that they are for
+COMPILER_PACKAGES = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-plugin", "jax-cuda13-pjrt")}
 
 PLATFORMS = ("cpu", "gpu", "cuda12", "tpu")
 OLDEST_DRIVER = {"gpu": 580, "cuda12": 525}  # of NVIDIA, for CUDA 13 and 12
@@ -93,7 +96,11 @@ def nvidia_driver() -> str | None:
 
 def digest(lock: str, version: str) -> str:
     """Changes with the pins, the package's own metadata, Python's version and the place of the repository."""
-    files = [ROOT / "requirements" / f"{lock}.txt", *sorted([*ROOT.glob("pyproject.toml"), *ROOT.glob("setup.py")])]
+    locks = [lock, *(COMPILER_PACKAGES if lock == "dev" else ())]
+    files = [
+        *(ROOT / "requirements" / f"{name}.txt" for name in locks),
+        *sorted([*ROOT.glob("pyproject.toml"), *ROOT.glob("setup.py")]),
+    ]
     parts = [file.read_bytes() for file in files]
     packages = sorted({path.parent.name for path in ROOT.glob("*/*.py")})  # an editable install lists them by name
     parts += [version.encode(), os.fsencode(ROOT), " ".join(packages).encode()]
@@ -189,6 +196,20 @@ def make_venv() -> None:
     venv.create(VENV, with_pip=True, symlinks=True)
 
 
+def install_compilers() -> None:
+    """What compiles for TPUs and NVIDIA GPUs without one, of the versions in the lists; a machine may do without."""
+    pins = [
+        line.strip()
+        for lock, packages in COMPILER_PACKAGES.items()
+        for line in (ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8").splitlines()
+        if line.startswith(tuple(f"{package}==" for package in packages))
+    ]
+    try:
+        run_pip("--no-deps", "--upgrade", "--target", str(COMPILERS), *pins)
+    except SetupError:
+        say("Tests that compile for TPUs and NVIDIA GPUs will be skipped: their compilers could not be installed.")
+
+
 def install(lock: str) -> None:
     begin = time.monotonic()
     keep = up_to_date()
@@ -200,6 +221,8 @@ def install(lock: str) -> None:
         make_venv()
     run_pip("-r", str(ROOT / "requirements" / f"{lock}.txt"))
     run_pip("--no-deps", "-e", str(ROOT))
+    if lock == "dev" and sys.platform.startswith("linux"):
+        install_compilers()
     keep[lock] = digest(lock, venv_version())
     unfinished = INSTALLED.with_suffix(".new")
     unfinished.write_text("".join(f"{name} {value}\n" for name, value in keep.items()), encoding="utf-8")

@@ -106,7 +106,7 @@ def backward(
             return d_q + _dot("bhqk,bhkd->bhqd", d_scores, keys[j], wide), d_k, d_v
 
         d_q, *carry = lax.fori_loop(0, count, body, (jnp.zeros(rows.q.shape, wide), *carry))
-        return tuple(carry), (d_q * scale).astype(q.dtype)
+        return (carry[0], carry[1]), (d_q * scale).astype(q.dtype)
 
     zeros = jnp.zeros(keys.shape, wide), jnp.zeros(values.shape, wide)
     visits = _visits(seen, k.shape[1], size_q, size_k)
