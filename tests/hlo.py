@@ -16,6 +16,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _COLLECTIVE = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
 )
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
@@ -62,6 +64,23 @@ def matmul_flops(text: str) -> int:
 def collectives(text: str) -> dict[str, int]:
     """How many collectives of each kind `compiled.as_text()` holds; one in a loop counts once."""
     return dict(sorted(collections.Counter(_COLLECTIVE.findall(text)).items()))
+
+
+def moved(text: str) -> dict[str, int]:
+    """Bytes of the results of the collectives of `compiled.as_text()` on each device, by "kind dtype"; one in a loop
+    counts once. Compilers for TPUs write some reduce-scatters as an all-reduce in a computation that is called after
+    it: their bytes are those before the share is taken."""
+    found: collections.Counter[str] = collections.Counter()
+    inside = ""
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            inside = start[1]
+        elif kind := _COLLECTIVE.search(line):
+            scattered = kind[1] == "all-reduce" and inside.startswith("all-reduce-scatter")
+            for dtype, shape in _ARRAY.findall(line[: kind.start()]):
+                size = math.prod(_numbers(shape)) * BYTES[dtype]
+                found[f"{'reduce-scatter' if scattered else kind[1]} {dtype}"] += size
+    return dict(sorted(found.items()))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

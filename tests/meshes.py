@@ -55,9 +55,15 @@ def collectives(model: Settings, mesh: tuple[int, int, int, int]) -> dict[str, i
     return hlo.collectives(compiled_step(model, GRADIENT, mesh, ROWS, SEQ).compiled.as_text())
 
 
-def assert_recorded(name: str, found: dict[str, int]) -> None:
-    """The same collectives as recorded; records them if ADAPTIVE_RECORD is set. Other jax versions compile other
-    programs."""
+def assert_recorded(name: str, model: Settings, mesh: tuple[int, int, int, int]) -> None:
+    """The compiled step has the same collectives as recorded, and they move as many bytes; records them if
+    ADAPTIVE_RECORD is set. Other jax versions compile other programs."""
+    text = compiled_step(model, GRADIENT, mesh, ROWS, SEQ).compiled.as_text()
+    sizes = hlo.moved(text)
+    found = {
+        kind: {"number": number, "bytes": sum(size for key, size in sizes.items() if key.split()[0] == kind)}
+        for kind, number in hlo.collectives(text).items()
+    }
     version = ".".join(jax.__version__.split(".")[:2])
     recorded = json.loads(COLLECTIVES.read_text())
     if os.environ.get("ADAPTIVE_RECORD"):

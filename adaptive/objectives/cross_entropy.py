@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.parallel.rules import batch_shards, constrain
+from adaptive.parallel.shard import sum_of_parts
 from adaptive.settings import divisors
 
 LOGITS_BUDGET = 2**24  # logits that exist at once, per batch shard, unless a recipe says otherwise
@@ -32,6 +33,7 @@ def cross_entropy_sum(
     The gradient is computed with the loss, chunk by chunk, so logits are neither kept nor computed twice: three matmuls
     of batch * seq * width * vocab in all. Only the sum is differentiable.
     """
+    weight = constrain(weight, "vocab", None)
     nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight)[0], _chunks(hidden, targets, chunk=chunk))
     nll = _join(nll)
     return (nll * mask).sum(), nll
@@ -50,6 +52,7 @@ def _forward(hidden, weight, targets, mask, chunk):
     """Loss and gradients together. Each batch shard sums its own share of the weight's gradient over the chunks, so
     that the sum over devices happens once, after the loop."""
     shards, width = batch_shards(), hidden.shape[-1]
+    weight = constrain(weight, "vocab", None)
 
     def body(d_weight, args):
         h, t, m = args
@@ -65,7 +68,7 @@ def _forward(hidden, weight, targets, mask, chunk):
     zero = constrain(jnp.zeros((shards, *weight.shape), jnp.float32), "batch", "vocab", None)
     d_weight, (nll, d_hidden) = jax.lax.scan(body, zero, _chunks(hidden, targets, mask, chunk=chunk))
     nll = _join(nll)
-    return ((nll * mask).sum(), nll), (_join(d_hidden), d_weight.sum(0).astype(weight.dtype))
+    return ((nll * mask).sum(), nll), (_join(d_hidden), sum_of_parts(d_weight, weight.dtype))
 
 
 def _backward(chunk, residuals, cotangents):

@@ -120,7 +120,20 @@ def gathered(value: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.D
     axes  logical names of the parameter's dimensions; leading ones that a scan has consumed are ignored.
     """
     names = axes[len(axes) - value.ndim :]
-    return constrain(value.astype(dtype), *(None if n == "width" else n for n in names))
+    small = narrowed(value, dtype) if "width" in names else value.astype(dtype)
+    return constrain(small, *(None if n == "width" else n for n in names))
+
+
+def narrowed(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A parameter with an axis "width", as it is stored, in the dtype in which it is to be gathered.
+
+    Left to itself XLA casts behind the gather, which then moves float32 (seen for TPUs and GPUs, of parameters that a
+    backward pass gathers again).
+    """
+    small, current = value.astype(dtype), _placement.get()
+    if small.dtype == value.dtype or current is None or split(current.mesh, current.rules.width) == 1:
+        return small
+    return jax.lax.optimization_barrier(small)
 
 
 def constrain_state(state: Any) -> Any:

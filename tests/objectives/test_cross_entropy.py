@@ -1,12 +1,17 @@
 """Cross entropy in chunks against optax on whole logits."""
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
 from adaptive.objectives.cross_entropy import LOGITS_BUDGET, chunk_length, cross_entropy_sum
+from adaptive.parallel.config import MeshConfig
+from adaptive.parallel.mesh import make_mesh
+from adaptive.parallel.rules import AxisRules, placement
 
 pytestmark = pytest.mark.compiles
 
@@ -61,3 +66,32 @@ def test_chunks_divide_the_sequence_and_fit_the_budget():
     length = chunk_length(2048, 16, 49152)
     assert 2048 % length == 0 and 16 * 49152 * length <= LOGITS_BUDGET < 16 * 49152 * 2 * length
     assert chunk_length(7, 1000, 10**6) == 1
+
+
+@pytest.mark.parametrize("vocab", [24, 20])  # of each device 6 or 5 rows, which deal out over two devices or do not
+def test_a_split_vocabulary_moves_numbers_of_positions_and_no_logits(vocab):
+    keys = jax.random.split(jax.random.key(1), 4)
+    hidden, weight = jax.random.normal(keys[0], (4, 12, 8)), jax.random.normal(keys[1], (vocab, 8))
+    targets = jax.random.randint(keys[2], (4, 12), 0, vocab)
+    mask = jax.random.bernoulli(keys[3], 0.7, (4, 12)).astype(jnp.float32)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    axes = (("batch", "seq", None), ("vocab", "width"), ("batch", "seq"), ("batch", "seq"))
+    places = [NamedSharding(mesh, AxisRules().spec(*names)) for names in axes]
+    arrays = jax.device_put((hidden, weight, targets, mask), tuple(places))
+
+    def loss(hidden, weight, targets, mask):
+        return jax.value_and_grad(lambda h, w: cross_entropy_sum(h, w, targets, mask, 4)[0], (0, 1))(hidden, weight)
+
+    with placement(mesh, AxisRules()):
+        compiled = jax.jit(loss, out_shardings=(None, tuple(places[:2]))).lower(*arrays).compile()
+    want, want_grads = loss(hidden, weight, targets, mask)
+    total, grads = compiled(*arrays)
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    for got, grad in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, grad, atol=1e-5)
+    text = compiled.as_text()
+    table, positions = vocab // 4 * 8 * 4, 2 * 4 * 4  # bytes of a device's rows, and of a number for each position
+    moved = hlo.moved(text)
+    assert moved["all-gather f32"] == table and hlo.collectives(text)["reduce-scatter"] == 1
+    # In each chunk largest logits, sums and labels' logits, and the gradient of what is read; at the end the loss.
+    assert moved["all-reduce f32"] == 3 * positions + 8 * positions + 4

@@ -96,8 +96,8 @@ def test_parameters_and_moments_are_born_split():
 
 @pytest.mark.parametrize("name", ["vanilla", "recursive", "mor"])
 def test_number_of_collectives(name):
-    """By kind, on data=2 fsdp=2 tensor=2."""
-    assert_recorded(name, collectives(MODELS[name], MIXED))
+    """By kind, and the bytes that they move, on data=2 fsdp=2 tensor=2."""
+    assert_recorded(name, MODELS[name], MIXED)
 
 
 @pytest.mark.parametrize("name", ["mor", "mor_token", "mor_mamba", "moe", "moe_token", "mor_moe"])
