@@ -17,11 +17,13 @@ class TokenTexts(NamedTuple):
     inside    within a text
     opening   at its beginning, where a decoder may drop a blank
     by_bytes  whether a text is the bytes of its tokens, one after the other, wherever they stand
+    closing   bytes that the last token of a text has and its text has not: a blank behind each word, but the last
     """
 
     inside: dict[int, bytes]
     opening: dict[int, bytes]
     by_bytes: bool
+    closing: int = 0
 
 
 def token_texts(files: TokenizerFiles, hidden: Iterable[int]) -> TokenTexts:
@@ -62,6 +64,9 @@ def _asked(files: TokenizerFiles, pieces: dict[int, str]) -> TokenTexts:
     # Best one that adds nothing of its own to its text.
     anchor = min(usable, key=lambda token: len(pairs[token]) != 2 * len(alone[token]))
     head, tail = alone[anchor], pairs[anchor][len(alone[anchor]) :]
+    behind = "BPEDecoder" in files.decoders  # marks ends of words, where blanks are
+    if behind:
+        head, tail = pairs[anchor][: -len(alone[anchor])], alone[anchor]
     inside, opening = (
         decoded(*([anchor, token, anchor] for token in asked)),
         decoded(*([token, anchor] for token in asked)),
@@ -71,6 +76,7 @@ def _asked(files: TokenizerFiles, pieces: dict[int, str]) -> TokenTexts:
         {token: _cut(text, "", tail, alone[token]) for token, text in zip(asked, opening, strict=True)}
         | {token: byte if alone[token] else b"" for token, byte in single.items()},
         by_bytes=False,
+        closing=int(behind),
     )
 
 

@@ -28,7 +28,8 @@ BUILT_IN = ("bytes", "hnet-bytes", "bpe-4096")
 class ByteCounts(NamedTuple):
     """UTF-8 bytes of text that tokens stand for: the denominator of bits per byte. Arrays of numpy or of jax.
 
-    inside   i32[vocab]   of a token within a text; 0 for markers
+    inside   i32[vocab]   of a token within a text; 0 for markers, below that for one that ends a text and takes a blank
+                          back
     opening  i32[vocab]   of a token that opens one, which may lose the blank that a convention puts before every text;
                           None where that changes nothing
     borders  bool[vocab]  tokens that a text begins after; None where `opening` is
@@ -53,6 +54,7 @@ class Tokenizer(abc.ABC):
     bos_id       int | None  put before each document and each prompt, where the convention has one
     eos_id       int         put after each document
     fingerprint  str         sha256 (hex) of what defines the ids of a document; a token store remembers it
+    closing      int         blanks that the last token of a text has and its text has not
     """
 
     name: str
@@ -60,6 +62,7 @@ class Tokenizer(abc.ABC):
     bos_id: int | None = None
     eos_id: int
     fingerprint: str
+    closing: int = 0
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -120,7 +123,9 @@ class Tokenizer(abc.ABC):
         """UTF-8 bytes of the text of one document, `ids` i32[tokens]."""
         counts = self.byte_counts()
         shown = ids[counts.inside[ids] > 0]
-        return int(counts.of(shown, np.append(self.eos_id, shown)[:-1]).sum())
+        size = int(counts.of(shown, np.append(self.eos_id, shown)[:-1]).sum())
+        more = shown.size and self.token_bytes(int(shown[-1])).endswith(b" ")
+        return size - self.closing * bool(more)
 
     def _delimit(self, ids: np.ndarray) -> np.ndarray:
         begin = [] if self.bos_id is None else [self.bos_id]
@@ -133,13 +138,17 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._opening = True
+        self._opening, self._held = True, b""  # a blank that stays only where the text goes on
 
     def push(self, token: int) -> str:
         """What can be shown now that `token` has arrived."""
         tokenizer, token = self._tokenizer, int(token)
-        content = tokenizer.opening_bytes(token) if self._opening else tokenizer.token_bytes(token)
-        self._opening = token in tokenizer.borders or (self._opening and tokenizer.is_special(token))
+        content = self._held + (tokenizer.opening_bytes(token) if self._opening else tokenizer.token_bytes(token))
+        ends = token in tokenizer.borders
+        self._opening = ends or (self._opening and tokenizer.is_special(token))
+        self._held = content[-tokenizer.closing :] if tokenizer.closing and content.endswith(b" ") else b""
+        content = content[: len(content) - len(self._held)]
+        self._held = b"" if ends else self._held
         return self._decoder.decode(content)
 
     def finish(self) -> str:
@@ -223,6 +232,10 @@ class JsonTokenizer(Tokenizer):
         with explained(f"{self.name} cannot make text of its tokens"):
             return "".join(self._files.library.decode(text, skip_special_tokens=False) for text in texts)
 
+    @property
+    def closing(self) -> int:  # type: ignore[override]
+        return self._texts.closing
+
     @functools.cached_property
     def _texts(self) -> TokenTexts:
         return token_texts(self._files, hidden=self._files.special.union(self.borders))
@@ -233,7 +246,8 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def _byte_counts(self) -> ByteCounts:
-        inside, opening = self._byte_lengths, _lengths(self._texts.opening, self.vocab_size)
+        inside, opening = self._byte_lengths.copy(), _lengths(self._texts.opening, self.vocab_size)
+        inside[self.eos_id] -= self.closing
         if np.array_equal(inside, opening):
             return ByteCounts(inside)
         return ByteCounts(inside, opening, np.isin(np.arange(self.vocab_size), self.borders))

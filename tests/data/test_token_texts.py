@@ -105,6 +105,20 @@ def wordpiece():
     return made
 
 
+def suffixed():
+    """As GPT-1 and CLIP: a mark at the end of each word, for a blank that the last word has not."""
+    letters = LETTERS.lower()
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "he", "lo</w>", "the</w>"]
+    merges = [("h", "e"), ("l", "o</w>"), ("t", "he</w>"), ("h", "e</w>")]
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary([*pieces, "he</w>"]), merges=merges, unk_token="<unk>", end_of_word_suffix="</w>")
+    )
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.BPEDecoder(suffix="</w>")
+    return made
+
+
 def words():
     """Without a decoder: the library puts a blank between all tokens."""
     made = tokenizers.Tokenizer(models.WordLevel(vocabulary(["Hello", "World", "a", "the", "."]), unk_token="<unk>"))
@@ -125,6 +139,7 @@ MADE = {
     "never": lambda: metaspace("never"),
     "unigram": unigram,
     "wordpiece": wordpiece,
+    "suffixed": suffixed,
     "words": words,
     "unstripped": unstripped,
 }
@@ -194,6 +209,16 @@ def test_rows_count_the_bytes_of_their_text(tmp_path, crossing):
     row = next(data.validation())
     traced = jax.eval_shape(lambda counts, *of: counts.of(*of), counts, row.targets, row.tokens)  # as on a device
     assert (traced.shape, traced.dtype) == (row.targets.shape, row.targets.dtype)
+
+
+def test_rows_count_a_suffix_of_words_as_the_blank_that_it_is(tmp_path):
+    made = suffixed()
+    made.add_special_tokens(MARKERS)
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    counts, texts = ours.byte_counts(), ["hello there", "he", "", "a b"]
+    ids = [ours.eos_id, *(token for document in ours.encode_documents(texts) for token in document)]
+    assert counts.of(ids[1:], ids[:-1]).sum() == len("".join(texts))
 
 
 def test_any_ids(pair):
