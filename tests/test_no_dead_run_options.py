@@ -39,6 +39,7 @@ from adaptive.training.evaluation import Evaluator
 from adaptive.training.loop import Loop
 from adaptive.training.report.schema import PlanRecord
 from adaptive.training.step import make_train_step
+from kernels_pallas.choice import active_target
 
 pytestmark = pytest.mark.compiles
 
@@ -83,10 +84,10 @@ OTHERS = {
     "schedule.decay_fraction": "0.5", "schedule.floor": "0.5", "mesh.data": "4", "mesh.fsdp": "2", "mesh.expert": "2",
     "mesh.tensor": "2", "mesh.expert_parallel.strategy": "gather", "mesh.expert_parallel.exchange": "hierarchical",
     "mesh.expert_parallel.nodes": "4", "mesh.expert_parallel.buffer_factor": "1.5", "train.compute_dtype": "bfloat16",
-    "train.remat": "layer", "train.loss_chunk": "8", "train.device_batch_size": "1", "train.batch_size": "16",
+    "train.remat": "layer", "train.kernels": "reference",
+    "train.loss_chunk": "8", "train.device_batch_size": "1", "train.batch_size": "16",
     "train.max_bad_steps": "3", "eval.selection": "threshold", "log.profile_steps": "3", "train.frozen": "embedding",
-    "train.ema": "0.9",
-    "init.fresh": "head",
+    "train.ema": "0.9", "init.fresh": "head",
 }  # fmt: skip
 
 
@@ -142,6 +143,12 @@ def step(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     with program.placed():
         shown = text(jax.make_jaxpr(made[0])(program.abstract_state(), program.abstract_batch()))
     return shown, program.fresh_state()
+
+
+def forms(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """Which forms of operations the model's code gets."""
+    with programs.Program(recipe, make_mesh(recipe.mesh, jax.devices())).placed():
+        return active_target()
 
 
 def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
@@ -263,7 +270,7 @@ LOOKS: dict[str, tuple[Callable[..., Any], ...]] = {
     "optimizer": (updates,),
     "schedule": (updates,),
     "mesh": (step,),
-    "train": (updates, running, step),
+    "train": (updates, running, forms, step),
     "eval": (running, evaluating),
     "checkpoint": (running, kept),
     "init": (beginning,),

@@ -5,6 +5,7 @@ from typing import Literal
 
 from adaptive.errors import RecipeError
 from adaptive.settings import divisors, ranged, show, since
+from kernels_pallas.choice import Kernels
 
 SELECTIONS = ("topk", "threshold")
 AuxiliaryOver = Literal["batch", "micro_batch"]
@@ -29,6 +30,8 @@ class TrainConfig:
     seed: int = ranged(0, least=0, most=2**32 - 1)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     remat: Literal["none", "layer", "dots"] = "none"  # recompute in the backward pass: nothing, layers, all but matmuls
+    # Operations have kernels where the machine has some; "reference": none, XLA computes all, to compare with.
+    kernels: Kernels = since("auto", before="auto")
     loss_chunk: int = ranged(
         0, least=0
     )  # positions whose logits exist at once, per sequence; 0: chosen from the vocabulary

@@ -17,6 +17,7 @@ from adaptive.training.metrics import StepCost
 from adaptive.training.program import Compiled, Program
 from adaptive.training.report.collect import plan_costs
 from adaptive.training.report.schema import PlanRecord
+from kernels_pallas.choice import Kernels
 
 
 def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = None) -> PlanRecord:
@@ -38,14 +39,16 @@ def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = Non
         mesh=dict(program.mesh.shape),
         compute_dtype=str(program.dtype),
         peak_flops_per_s=None if peak is None else peak * program.mesh.size,
-        kernels={operation: runs_on(operation, device.platform) for operation in program.facts.kernels},
+        kernels={name: runs_on(name, device.platform, recipe.train.kernels) for name in program.facts.kernels},
         versions=versions,
         **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, recipe.train.remat),
     )
 
 
-def runs_on(operation: str, platform: str) -> str:
+def runs_on(operation: str, platform: str, kernels: Kernels = "auto") -> str:
     """What computes an operation on a platform, and why: its own package says."""
+    if kernels == "reference":
+        return "XLA alone: train.kernels=reference"
     room = "adaptive" if operation == "routing" else "kernels_pallas"
     return importlib.import_module(f"{room}.{operation}").runs_on(platform)
 

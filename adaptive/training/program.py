@@ -147,7 +147,7 @@ class Program:
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """Where the model's code is to be traced."""
-        return placement(self.mesh, self.rules, self.experts)
+        return placement(self.mesh, self.rules, self.experts, self.recipe.train.kernels)
 
     def fresh_state(self) -> TrainState:
         key = jax.random.key(self.recipe.train.seed)

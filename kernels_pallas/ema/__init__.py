@@ -8,8 +8,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from kernels_pallas.choice import by_platform
 from kernels_pallas.ema import gpu, linear, loop, tpu
 from kernels_pallas.grouped_matmul.varying import alike
 
@@ -44,7 +44,7 @@ def ema(z: jax.Array, p: jax.Array, *, starts: jax.Array | None = None, initial:
 
 @jax.custom_vjp
 def _ema(z: jax.Array, p: jax.Array, starts: jax.Array, initial: jax.Array) -> jax.Array:
-    return lax.platform_dependent(
+    return by_platform(
         z,
         p,
         starts,
@@ -61,7 +61,7 @@ def _ema_forward(z, p, starts, initial):
 
 
 def _ema_backward(kept, d_out):
-    d_z, d_p, d_initial = lax.platform_dependent(
+    d_z, d_p, d_initial = by_platform(
         *kept,
         d_out,
         tpu=functools.partial(linear.backward, tpu.recurrence),
