@@ -24,7 +24,8 @@ from rich.console import Console
 from adaptive import command
 from adaptive.benchmarks import train_step
 from adaptive.command import number
-from adaptive.recipe import load
+from adaptive.errors import RecipeError
+from adaptive.recipe import Recipe, load
 from adaptive.runs.platform import start_backend
 
 OPERATIONS = ("ema", "experts", "grouped_matmul", "hnet", "ssd")  # modules of adaptive/benchmarks
@@ -41,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     console = Console(stderr=options.json)
     names = [options.recipe, *([options.against] if options.against else [])]
-    recipes = [load(name).with_(*options.settings) for name in names]
+    recipes = [settings_of(name, options.settings, others=len(names) > 1) for name in names]
     with console.status("") as status:
         measured = train_step.measure(
             recipes,
@@ -57,11 +58,24 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def settings_of(name: str, settings: Sequence[str], *, others: bool) -> Recipe:
+    """A recipe with settings that are given to others as well. Raises RecipeError where it cannot have one, with the
+    way out."""
+    recipe = load(name)
+    try:
+        return recipe.with_(*settings)
+    except RecipeError as error:
+        if not others:
+            raise
+        why = "settings are given to both recipes; one that only one of them has belongs into a recipe file of its own"
+        raise RecipeError(f"{name}: {error}\n{why}") from None
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = command.Options("bench", __doc__ or "")
     options.add_argument("what", choices=["train", *OPERATIONS], help="train: one training step")
     options.add_argument("--recipe", required=True, help="name, or path of a .py or .json file")
-    options.add_argument("--against", help="a second recipe, run in turns with the first")
+    options.add_argument("--against", help="a second recipe, with the same settings, in turns with the first")
     options.add_argument(
         "--repeats", type=number(int, least=1), default=10, help="how often each is measured (default 10)"
     )

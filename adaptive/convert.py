@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive import command, doctor
+from adaptive import command, versions
 from adaptive.errors import CheckpointError, RecipeError, UserError
 from adaptive.paths import local_path
 from adaptive.recipe import Recipe, name_from
@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     if missing := [f"--{name}" for name in needed if not getattr(given, name)]:
         raise UserError(f"{', '.join(missing)} is missing (--help shows all options)")
     paths = {name: local_path(getattr(given, name), f"--{name}") for name in needed[1:]}
-    print(doctor.check_versions())
+    print(versions.check_versions())
     start_backend()
     if given.export:
         export(given.kind, paths["workdir"], paths["export"])

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive import command, doctor
+from adaptive import command, versions
 from adaptive.errors import UserError
 from adaptive.parallel import cluster
 from adaptive.paths import local_path
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     from adaptive.runs.platform import start_backend
 
     recipe.validate()
-    print(doctor.check_versions())
+    print(versions.check_versions())
     cluster.make_room_for_emulated_devices()
     cluster.join()
     start_backend()

@@ -136,6 +136,9 @@ def test_account_of_measured_depths():
         at_depths(model, S, (0.5, 0.1, 0.1))
     with pytest.raises(RecipeError, match="expected 3"):
         at_depths(model, S, (0.5, 0.5))
+    returning = recursive(4, 4, ends=0, shared="none", depth="mixture_of_depths")
+    with pytest.raises(RecipeError, match="do not tell which passes they took"):
+        at_depths(returning, S, (0, 0.5, 0.5, 0))
     with pytest.raises(RecipeError, match="2 token counts for 3 recursions"):
         account(model, S, (24, 12))
 

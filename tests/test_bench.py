@@ -100,6 +100,8 @@ def test_a_run_prints_a_table_and_one_line_of_json(monkeypatch, capsys):
     (["--recipe", "mor_bunch"], "mor_bench"),
     (["--against", "nothing"], "there is no recipe"),
     (["model.sizee=3"], "does not exist"),
+    (["--against", "vanilla_bench", "model.body.recursions=2"], "vanilla_bench: "),
+    (["--against", "vanilla_bench", "model.body.recursions=2"], "settings are given to both recipes"),
     (["model.body.core.blocks.0.mixer.kv_heads=3"], "is not a multiple of"),
     (["train.batch_size=7"], "does not divide over 8"),
     (["--repeats", "0"], "--repeats: 0: must be at least 1"),

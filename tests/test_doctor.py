@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaptive import doctor
+from adaptive import versions as used
 from adaptive.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def versions(monkeypatch):
     """The versions that the check sees; all good to begin with."""
-    found = {wanted.package: wanted.low for wanted in doctor.TESTED} | {"jaxlib": "0.10.2"}
-    monkeypatch.setattr(doctor, "installed", lambda package: found.get(package, ""))
+    found = {wanted.package: wanted.low for wanted in used.TESTED} | {"jaxlib": "0.10.2"}
+    monkeypatch.setattr(used, "installed", lambda package: found.get(package, ""))
     return found
 
 
 def test_good_versions_are_listed_in_one_line(versions):
-    assert doctor.check_versions().count("\n") == 0
-    assert "jax 0.10.2" in doctor.check_versions()
+    assert used.check_versions().count("\n") == 0
+    assert "jax 0.10.2" in used.check_versions()
 
 
 @pytest.mark.parametrize(
@@ -39,24 +40,24 @@ def test_good_versions_are_listed_in_one_line(versions):
 def test_versions_that_cannot_work_are_refused_with_the_command_that_mends_them(versions, package, version, says):
     versions[package] = version
     with pytest.raises(UserError, match=says) as caught:
-        doctor.check_versions()
+        used.check_versions()
     assert "pip install -r requirements/" in str(caught.value)
 
 
 def test_a_newer_version_is_a_warning(versions):
     versions["optax"] = "0.3.1"
-    assert "warning: optax is 0.3.1" in doctor.check_versions()
+    assert "warning: optax is 0.3.1" in used.check_versions()
 
 
 def test_versions_compare_by_number():
-    assert doctor.order("0.9.12") < doctor.order("0.10.2rc1") < doctor.order("0.10.10")
+    assert used.order("0.9.12") < used.order("0.10.2rc1") < used.order("0.10.10")
 
 
 def test_the_ranges_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for wanted in doctor.TESTED:
+    for wanted in used.TESTED:
         assert f"{wanted.package}>={wanted.low},<{wanted.below}" in project["dependencies"]
-    assert project["requires-python"] == f">={doctor.PYTHON.low}"
+    assert project["requires-python"] == f">={used.PYTHON.low}"
     assert {extra for extra, _ in doctor.OPTIONAL.values()} <= set(project["optional-dependencies"])
 
 

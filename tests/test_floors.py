@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from adaptive import __main__
+
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"kernels_pallas"},
@@ -49,6 +51,13 @@ def test_rooms_import_from_the_floors_below():
         for target in targets
         if FLOOR.get(room(module), 99) < FLOOR.get(room(target), -1) and not target.endswith(plain)
     ]
+    assert not up
+
+
+def test_rooms_import_no_command():
+    commands = {f"adaptive.{name}" for name in __main__.COMMANDS} - {"adaptive.data", "adaptive.launch"}
+    up = [f"{module} -> {target}" for module, targets in imports().items() if room(module) in FLOOR
+          for target in targets & commands]  # fmt: skip
     assert not up
 
 

@@ -185,9 +185,15 @@ def at_depths(model: Settings, seq_len: int, shares: Sequence[float]) -> Account
     """The account were `shares[i]` of all tokens to take i + 1 recursions: what adaptive depth cost in fact. The tokens
     of a model inside an H-Net are its innermost chunks.
 
-    Raises RecipeError unless there is one share per recursion and they sum to 1.
+    Raises RecipeError unless there is one share per recursion and they sum to 1, and where a token may take a pass
+    after one that it did not take, so that its depth does not say which it took.
     """
     passes = model.body.passes
+    counts = model.body.pass_counts(seq_len)
+    if any(later > earlier for earlier, later in itertools.pairwise(counts)):
+        raise RecipeError(
+            "depths of tokens do not tell which passes they took: later ones compute more than earlier ones"
+        )
     if len(shares) != passes or abs(sum(shares) - 1) > 1e-3:
         raise RecipeError(f"depth shares {', '.join(f'{s:g}' for s in shares)}: expected {passes} that sum to 1")
     chunks = model.body.chunk_counts(seq_len)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adaptive import doctor
+from adaptive import versions
 from adaptive.optim.schedule import make_schedule, phases
 from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe
@@ -28,7 +28,6 @@ def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = Non
     recipe, device = program.recipe, jax.devices()[0]
     peak = peak_of(device.device_kind, str(program.dtype)).flops
     sizes = text[0][text[1]] if text else np.zeros(0)
-    versions = dict(part.rsplit(" ", 1) for part in doctor.check_versions().splitlines()[0].split(", "))
     return PlanRecord(
         name=recipe.name,
         steps=recipe.train.steps,
@@ -40,7 +39,7 @@ def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = Non
         compute_dtype=str(program.dtype),
         peak_flops_per_s=None if peak is None else peak * program.mesh.size,
         kernels={name: runs_on(name, device.platform, recipe.train.kernels) for name in program.facts.kernels},
-        versions=versions,
+        versions=versions.in_use(),
         **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, recipe.train.remat),
     )
 

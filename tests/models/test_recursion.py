@@ -194,6 +194,15 @@ def test_a_call_says_how_many_passes_there_are(tokens):
         shapes.recursive(depth=everyone.Settings(loop=True), keys_values="shared")
 
 
+def test_passes_beyond_those_with_parameters_of_their_own_are_refused(tokens):
+    """In a traced number, which no error can follow, nothing of the output passes for a result."""
+    graphdef, state = split_model(shapes.recursive(3, 3, ends=0, shared="none"))
+    run = jax.jit(lambda n: nnx.merge(graphdef, state)(tokens, passes=n).logits)
+    assert np.isfinite(run(jnp.asarray(3))).all() and np.isnan(run(jnp.asarray(4))).all()
+    with pytest.raises(RecipeError, match=r"passes=4: there are 3 with parameters of their own \(shared=none\)"):
+        nnx.merge(graphdef, state)(tokens, passes=4)
+
+
 @pytest.mark.parametrize("ends", [0, 1])
 @pytest.mark.parametrize("depth", ["all", "expert_choice", "token_choice", "mixture_of_depths"])
 def test_a_float32_stream_stays_so_between_passes(depth, ends, tokens):

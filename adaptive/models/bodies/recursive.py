@@ -204,8 +204,8 @@ class Recursive(BodyModule):
         before: dict[str, Any] = {} if state is None else state
         after: dict[str, Any] = {}
         told: Tales = {}
-        if call.passes is not None and (reason := s.refuse_passes()):
-            raise RecipeError(reason)
+        if call.passes is not None:
+            x = self._allowed(x, call.passes)
         previous, first = call.previous, 0
         if self.prelude is not None:
             x, after["prelude"], own, previous = self.prelude(x, where, call, before.get("prelude"))
@@ -231,6 +231,23 @@ class Recursive(BodyModule):
         keep = call.keep or state is not None
         x = self.norm(x).astype(self.making.dtype)
         return Through(x, after if keep else None, aux, trace._replace(told=told))
+
+    def _allowed(self, x: jax.Array, passes: jax.Array) -> jax.Array:
+        """The stream, where the network has so many passes. Raises RecipeError where it has not; NaN where the number
+        is traced and above that of passes with parameters of their own."""
+        s = self.settings
+        if reason := s.refuse_passes():
+            raise RecipeError(reason)
+        if s.shared == "all":
+            return x
+        if isinstance(passes, jax.core.Tracer):
+            return jnp.where(passes > s.recursions, jnp.nan, x)
+        if passes > s.recursions:
+            raise RecipeError(
+                f"passes={passes}: there are {s.recursions} with parameters of their own (shared={s.shared}); more "
+                "need shared=all"
+            )
+        return x
 
     def empty(self, rows: int, slots: int) -> State:
         s = self.settings
