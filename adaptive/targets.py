@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from adaptive.errors import UserError
@@ -49,6 +52,24 @@ TARGETS = {
     "v7x": Target(_LIBTPU, {8: "tpu7x:2x2x1"}, 94.75 * 2**30, 3.7e12),
     "h200": Target(("jax_plugins.xla_cuda13", "jax-cuda13-plugin"), {4: "1x1x4", 8: "1x1x8"}, 141e9, 4.8e12),
 }
+
+# Where scripts/bootstrap.py puts the compilers: not on the path, where jax would look for the machines they are for.
+COMPILERS = Path(sys.prefix) / "compilers"
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that compiles for targets: it finds the compilers and takes this machine for no
+    more than a CPU."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
+    env["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(COMPILERS)])
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):
+        env.pop(name, None)
+    return env
+
+
+def can_compile(name: str) -> bool:
+    """Whether a process with `environment()` could compile for a target."""
+    return installed(name) or (COMPILERS / TARGETS[name].package[0].replace(".", "/")).exists()
 
 
 def devices(name: str, count: int) -> list[Any]:

@@ -7,13 +7,11 @@ argument. The compilers are those of `.venv/compilers` (scripts/bootstrap.py) or
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from adaptive import targets
 
-COMPILERS = Path(sys.prefix) / "compilers"
 PACKAGES = ("v5e", "h200")  # what every run compiles for; the others are slow, and single kernels behave alike on them
 if os.environ.get("ADAPTIVE_AOT") == "all":
     PACKAGES = tuple(targets.TARGETS)
@@ -27,12 +25,9 @@ def devices(target: str) -> list:
 
 def run(script: str, target: str) -> str:
     """What the script prints for the target. Skips the test where the target's compiler is not installed."""
-    if not targets.installed(target) and not COMPILERS.is_dir():
+    if not targets.can_compile(target):
         pytest.skip(f"compiling for {target} needs {targets.TARGETS[target].package[1]}, which is not installed")
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
-    env["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(COMPILERS)])
-    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):
-        env.pop(name, None)
-    done = subprocess.run([sys.executable, script, target], env=env, capture_output=True, text=True, timeout=600)
+    command, env = [sys.executable, script, target], targets.environment()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

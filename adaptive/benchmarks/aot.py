@@ -1,0 +1,278 @@
+"""Compiles the whole train step of a recipe for accelerators that are not here:
+
+    adaptive bench aot --recipe NAME [--recipe NAME ...] --target v5e|v5p|v6e|v7x|h200 [setting=value ...]
+
+What the compiler tells is proven: that it compiles, the memory of each device, collectives, kernels, the largest
+temporaries. The utilisation is estimated (`adaptive.benchmarks.estimate`): nothing is run.
+
+Unless settings say otherwise, parameters are split over all devices (mesh.fsdp), layers compute in bfloat16, and every
+device has the rows that the recipe gives one (train.device_batch_size, else train.batch_size).
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from adaptive import command, targets
+from adaptive.benchmarks.estimate import PARTS, RATES, estimate
+from adaptive.command import number
+from adaptive.errors import UserError
+from adaptive.recipe import Recipe, load
+
+GIB = 2**30
+EFFORT = -1.0  # of the compiler: four times faster than its own, memory within 3 %
+ABORTS = ("v7x",)  # whose compiler fails at little effort
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One train step to compile: a recipe as it is compiled, for so many devices of a target."""
+
+    source: str
+    recipe: Recipe
+    settings: tuple[str, ...]
+    target: str
+    devices: int
+
+    @property
+    def kernels(self) -> str:
+        return self.recipe.train.kernels
+
+    @property
+    def rows(self) -> int:
+        """Of a device."""
+        return self.recipe.train.batch_size // self.devices
+
+
+def steps(names: Sequence[str], given: argparse.Namespace) -> Iterator[Step]:
+    """The steps that a command line asks for. Raises UserError for recipes and settings that are invalid."""
+    both = ("auto", "reference") if given.against_reference else (given.kernels,)
+    for name in names:
+        published = load(name)
+        rows = published.train.device_batch_size or published.train.batch_size
+        defaults = (f"mesh.fsdp={given.devices}", f"train.batch_size={rows * given.devices}")
+        for kernels in both:
+            settings = (*defaults, "train.compute_dtype=bfloat16", f"train.kernels={kernels}", *given.settings)
+            recipe = published.with_(*settings)
+            recipe.validate()
+            yield Step(name, recipe, settings, given.target, given.devices)
+
+
+def compiled(step: Step, effort: float) -> dict[str, Any]:
+    """What the compiler tells of a step, beside what it was told. Raises UserError where it cannot be asked."""
+    order = {
+        "recipe": step.source,
+        "settings": step.settings,
+        "target": step.target,
+        "devices": step.devices,
+        "effort": effort,
+    }
+    run = [sys.executable, "-m", "adaptive.benchmarks.aot_program", json.dumps(order)]
+    done = subprocess.run(run, env=targets.environment(), capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise UserError(f"compiling {step.recipe.name} for {step.target} ended with code {done.returncode}: {last}")
+    return record(step, effort, json.loads(done.stdout.splitlines()[-1]))
+
+
+def record(step: Step, effort: float, facts: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a compiled step, as JSON."""
+    guess = estimate(step.recipe, step.target, step.devices)
+    return {
+        "recipe": step.recipe.name,
+        "target": step.target,
+        "devices": step.devices,
+        "kernels": step.kernels,
+        "settings": list(step.settings),
+        "rows": step.rows,
+        "seq_len": step.recipe.data.seq_len,
+        "remat": step.recipe.train.remat,
+        "effort": effort,
+        "versions": versions(),
+        "device_memory": targets.TARGETS[step.target].memory,
+        **facts,
+        "estimated": {**dataclasses.asdict(guess), "step": guess.step},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    found: dict[str, str] = {}
+    for package in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin"):
+        for folder in (sys.path, [str(targets.COMPILERS)]):
+            for one in importlib.metadata.distributions(name=package, path=folder):
+                found.setdefault(package, one.version)
+    return found
+
+
+# Tables
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """A column per compiled step."""
+    out = Table("", *(f"{r['recipe']}, {r['devices']} x {r['target']}, {r['kernels']}" for r in records))
+    for name, cell in ROWS:
+        out.add_row(name, *map(cell, records))
+    return out
+
+
+def _gib(value: float | None) -> str:
+    return "not told" if value is None else f"{value / GIB:.2f}"
+
+
+def fits(r: dict[str, Any]) -> str:
+    """Whether a device holds the step, in words."""
+    room = f"of {r['device_memory'] / GIB:.2f} GiB"
+    return f"fits: {_gib(r['needs'])} {room}" if r["fits"] else f"does not fit: {_gib(r['needs'])} {room}"
+
+
+def _told(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    return lambda r: cell(r) if "temporaries" in r else "-"
+
+
+def _counts(name: str) -> Callable[[dict[str, Any]], str]:
+    def cell(r: dict[str, Any]) -> str:
+        lines = (f"{kind}: {n['runs']:,} ({n['number']} in the text), {n['bytes'] / 2**20:,.0f} MiB"
+                 for kind, n in r[name].items())  # fmt: skip
+        return "\n".join(lines) or "none"
+
+    return cell
+
+
+def _largest(r: dict[str, Any]) -> str:
+    return "\n".join(f"{one['array']}: {one['bytes'] / 2**20:,.0f} MiB, {one['number']}" for one in r["largest"])
+
+
+def _square(r: dict[str, Any]) -> str:
+    return f"{r['square']['array']}: {r['square']['bytes'] / 2**20:,.0f} MiB" if r["square"] else "none"
+
+
+def _estimated(r: dict[str, Any]) -> str:
+    parts = ", ".join(f"{part} {r['estimated'][part] * 1e3:,.0f}" for part in PARTS if r["estimated"][part])
+    return f"{r['estimated']['step'] * 1e3:,.0f} ms\n({parts})"
+
+
+ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("rows x positions of a device", lambda r: f"{r['rows']} x {r['seq_len']:,}"),
+    ("train.remat", lambda r: r["remat"]),
+    ("memory of a device", fits),
+    ("arguments, GiB", _told(lambda r: _gib(r["arguments"]))),
+    ("temporaries, GiB", _told(lambda r: _gib(r["temporaries"]))),
+    ("peak, GiB", _told(lambda r: _gib(r["peak"]))),
+    ("collectives", _told(_counts("collectives"))),
+    ("kernels (custom calls)", _told(_counts("custom_calls"))),
+    ("largest temporaries", _told(_largest)),
+    ("largest positions x positions", _told(_square)),
+    ("compilation, s", _told(lambda r: f"{r['compile_s']:.0f}")),
+    ("estimated step", _estimated),
+    ("estimated MFU", lambda r: f"{r['estimated']['utilisation']:.0%}"),
+)
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """A row per compiled step, kernels beside the reference, for documents."""
+    head = (
+        "recipe", "target", "rows", "remat", "kernels", "arguments", "temporaries", "peak", "fits", "largest temporary",
+        "T x T", "collectives, MiB", "kernel calls", "est. step", "est. MFU",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for r in records:
+        told = "temporaries" in r
+        moved = sum(n["bytes"] for n in r["collectives"].values()) / 2**20 if told else 0
+        calls = sum(n["number"] for n in r["custom_calls"].values()) if told else 0
+        cells = (
+            r["recipe"], f"{r['devices']} x {r['target']}", f"{r['rows']} x {r['seq_len']}", r["remat"], r["kernels"],
+            *((_gib(r[name]) for name in ("arguments", "temporaries", "peak")) if told else "---"),
+            "yes" if r["fits"] else f"**no**, {_gib(r['needs'])}",
+            f"{r['largest'][0]['array']}, {r['largest'][0]['bytes'] / 2**20:,.0f} MiB" if told else "-",
+            (_square(r) if told else "-"), f"{moved:,.0f}" if told else "-", str(calls) if told else "-",
+            f"{r['estimated']['step'] * 1e3:,.0f} ms", f"{r['estimated']['utilisation']:.0%}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# Custom calls that are kernels, of ours or of libraries.
+OURS = (
+    "tpu_custom_call",
+    "__gpu$xla.gpu.triton",
+    "triton_kernel_call",
+    "__cudnn$fmhaSoftmax",
+    "__cudnn$fmhaSoftmaxBackward",
+)
+
+
+# Command
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compiles and prints a table; or prints what was kept of earlier times."""
+    given = parse(arguments)
+    console = Console(stderr=given.json)
+    if given.kept:
+        found = read(given.kept)
+        print("\n".join(map(json.dumps, found)) if given.json else markdown(found))
+        return 0
+    if not targets.can_compile(given.target):
+        package, folder = targets.TARGETS[given.target].package[1], targets.COMPILERS
+        raise UserError(
+            f"compiling for {given.target} needs {package}, of the version that jax names: ./scripts/test installs it, "
+            f"or pip install --no-deps --target {folder} {package}==VERSION"
+        )
+    effort = 0.0 if given.full_effort or given.target in ABORTS else EFFORT
+    found = []
+    with console.status("") as status:
+        for step in list(steps(given.recipe, given)):
+            status.update(f"compiling {step.recipe.name} for {step.devices} x {step.target}, {step.kernels}")
+            found.append(compiled(step, effort))
+            if given.keep:
+                keep(given.keep, found[-1])
+    if given.json:
+        for one in found:
+            print(json.dumps(one))
+    else:
+        console.print(table(found))
+        console.print(f"estimated: {RATES[given.target].source}; nothing was run")
+    return 0
+
+
+def keep(folder: str, one: dict[str, Any]) -> None:
+    """Writes a record as a file of its own."""
+    name = f"{one['target']}-{one['recipe']}-{one['rows']}-{one['remat']}-{one['kernels']}.json"
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: str) -> list[dict[str, Any]]:
+    """The records of a folder, in the order of their names. Raises UserError where there are none."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    if not found:
+        raise UserError(f"--kept: no .json file in {folder}")
+    return found
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    options = command.Options("bench aot", __doc__ or "")
+    options.add_argument("--recipe", action="append", help="name or path, as often as wanted (default mor_360m)")
+    options.add_argument("--target", choices=list(targets.TARGETS), default="v5e", help="kind of device (default v5e)")
+    options.add_argument("--devices", type=number(int, least=1, most=8), default=8, help="how many (default 8)")
+    options.add_argument("--kernels", choices=["auto", "reference"], default="auto", help="reference: none")
+    options.add_argument("--against_reference", action="store_true", help="both, side by side")
+    options.add_argument("--full_effort", action="store_true", help="of the compiler, as in a run; four times slower")
+    options.add_argument("--keep", metavar="FOLDER", help="write a JSON file for each step into it")
+    options.add_argument("--kept", metavar="FOLDER", help="compile nothing; print such files as a Markdown table")
+    options.add_argument("--json", action="store_true", help="print a line of JSON for each step")
+    options.add_settings()
+    given = options.read(arguments)
+    given.recipe = given.recipe or ["mor_360m"]
+    return given

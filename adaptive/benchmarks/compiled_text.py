@@ -1,0 +1,189 @@
+"""What a compiled program holds, read from its text (`compiled.as_text()`): collectives, kernels, arrays in memory.
+
+A computation is weighted by how often it runs: a loop's body by its trip count, where the text tells it, else once.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_CUSTOM = re.compile(r'custom_call_target="([^"]*)"')
+# Custom calls that are kernels: Pallas for TPUs, through Triton and for Hopper, Triton itself, cuDNN's attention.
+_KERNELS = re.compile(r"tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu|triton_kernel_call|__cudnn\$fmha")
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+LANES = 128  # what kernels and TPUs make lengths a multiple of
+# Name the memory that something else made, or none.
+_VIEWS = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant", "iota"}
+_BITS = re.compile(r"\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One of the results of an instruction. fast: lies in the memory of the core, not of the device."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fast: bool = False
+
+    @property
+    def bytes(self) -> int:
+        bits = 8 if self.dtype == "pred" else int((_BITS.search(self.dtype) or ["8"])[0])
+        return math.ceil(math.prod(self.shape) * bits / 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """name and opcode as in the text, its results, the whole line, and the computation that it stands in."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    line: str
+    inside: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """number  of such instructions in the text
+    runs    how often they run in one execution of the program
+    bytes   of their results on a device, over all runs"""
+
+    number: int = 0
+    runs: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.number + other.number, self.runs + other.runs, self.bytes + other.bytes)
+
+
+class Text:
+    """A compiled program's text, taken apart.
+
+    unknown_loops  loops whose trip count the text does not tell; their bodies count once
+    """
+
+    def __init__(self, text: str):
+        self._bodies: dict[str, list[Instruction]] = {}
+        self._entry = inside = ""
+        for line in text.splitlines():
+            if start := _COMPUTATION.match(line):
+                inside = start[2]
+                self._bodies[inside] = []
+                self._entry = inside if start[1] else self._entry
+            elif found := _INSTRUCTION.match(line):
+                made = Instruction(found[1], found[3], tuple(_arrays(found[2])), line, inside)
+                self._bodies[inside].append(made)
+        self.unknown_loops = 0
+        self._runs: dict[str, int] = collections.defaultdict(int)
+        self._in_memory: set[str] = set()
+        self._visit(self._entry, 1, True)
+
+    def collectives(self) -> dict[str, Count]:
+        """By kind. Compilers for TPUs write some reduce-scatters as an all-reduce in a computation that is named after
+        it: their bytes are those before the share is taken."""
+        found: dict[str, Count] = collections.defaultdict(Count)
+        for one in self._all():
+            kind = one.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            results = [array for array in one.results if array.dtype != "u32" or array.shape]
+            if one.opcode.endswith("-start") and len(results) > 1:  # operands come first, then results
+                results = results[len(results) // 2 :]
+            if kind == "all-reduce" and one.inside.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            runs = self._runs[one.inside]
+            found[kind] += Count(1, runs, runs * sum(array.bytes for array in results))
+        return dict(sorted(found.items()))
+
+    def kernels(self) -> dict[str, Count]:
+        """Custom calls of kernels by their target, so that annotations and XLA's own are left out."""
+        found: dict[str, Count] = collections.defaultdict(Count)
+        for one in self._all():
+            target = _CUSTOM.search(one.line)
+            if one.opcode == "custom-call" and target and _KERNELS.match(target[1]):
+                runs = self._runs[one.inside]
+                found[target[1]] += Count(1, runs, runs * sum(array.bytes for array in one.results))
+        return dict(sorted(found.items()))
+
+    def largest(self, count: int) -> list[tuple[Array, int]]:
+        """The largest kinds of arrays that are written to memory, and how many instructions write one."""
+        found = collections.Counter(self.written())
+        return sorted(found.items(), key=lambda item: -item[0].bytes)[:count]
+
+    def written(self) -> Iterator[Array]:
+        """Results that lie in the device's memory: of instructions outside of fusions, which write nothing but their
+        last result."""
+        for name in self._in_memory:
+            for one in self._bodies[name]:
+                if one.opcode not in _VIEWS and not one.opcode.endswith("-done"):
+                    yield from (array for array in one.results if not array.fast)
+
+    def largest_square(self, positions: Iterable[int], widths: Iterable[int]) -> Array | None:
+        """The largest array in memory that holds something for pairs of positions: None if there is none.
+
+        positions  how many positions rows have that are compared with each other. Both of the array's last two
+                   dimensions are a multiple of such a number, or of it made a multiple of 128
+        widths     sizes of parameters' dimensions, which once, twice or three times are no numbers of positions
+        """
+        known = {rounded for n in positions for rounded in (n, -(-n // LANES) * LANES)}
+        no = {times * width for width in widths for times in (1, 2, 3)}
+        of_positions = lambda size: size not in no and any(size % n == 0 for n in known)  # noqa: E731
+        square = [
+            array for array in set(self.written()) if len(array.shape) >= 2 and all(map(of_positions, array.shape[-2:]))
+        ]
+        return max(square, key=lambda array: array.bytes, default=None)
+
+    def _all(self) -> Iterator[Instruction]:
+        for name in self._runs:
+            yield from self._bodies[name]
+
+    def _visit(self, name: str, runs: int, in_memory: bool) -> None:
+        self._runs[name] += runs
+        if in_memory:
+            self._in_memory.add(name)
+        for one in self._bodies.get(name, ()):
+            called = [(how, inner) for how, inner in _CALLED.findall(one.line) if inner in self._bodies]
+            for branches in _BRANCHES.findall(one.line):
+                called += [("branch", inner) for inner in re.findall(r"[\w.\-]+", branches)]
+            trips = self._trips(one, dict(called)) if one.opcode == "while" else 1
+            inner_memory = in_memory and one.opcode in ("while", "conditional", "call")
+            for _, inner in called:
+                self._visit(inner, runs * trips, inner_memory)
+
+    def _trips(self, loop: Instruction, called: dict[str, str]) -> int:
+        if known := _TRIPS.search(loop.line):
+            return int(known[1])
+        bounds = [
+            int(value[1])
+            for one in self._bodies.get(called.get("condition", ""), ())
+            if (value := _CONSTANT.search(one.line))
+        ]
+        if len(bounds) == 1:
+            return bounds[0]
+        self.unknown_loops += 1
+        return 1
+
+
+def _arrays(text: str) -> Iterator[Array]:
+    for dtype, shape, layout in _ARRAY.findall(text):
+        yield Array(dtype, tuple(int(size) for size in shape.split(",") if size), "S(1)" in layout)
