@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adaptive.parallel.config import ExpertParallel
+from kernels_pallas.choice import Kernels, target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +79,20 @@ def active_placement() -> Placement | None:
 
 
 @contextlib.contextmanager
-def placement(mesh: Mesh, rules: AxisRules, experts: ExpertParallel = TOKENS_TRAVEL) -> Iterator[None]:
+def placement(
+    mesh: Mesh, rules: AxisRules, experts: ExpertParallel = TOKENS_TRAVEL, kernels: Kernels = "auto"
+) -> Iterator[None]:
     """Within it, logical names mean axes of `mesh`; outside, annotations are void. Jitted code is traced inside.
 
+    Operations have the forms for the mesh's devices, and with kernels="reference" those of XLA.
     Raises ValueError for a table that places experts otherwise than their strategy needs (`axis_rules` gives one).
     """
     if ("expert" in rules.expert_ff) != (experts.strategy == "tensor"):
         raise ValueError(f"the table splits expert_ff over {rules.expert_ff}, which is not strategy={experts.strategy}")
     token = _placement.set(Placement(mesh, rules, experts))
     try:
-        yield
+        with target(mesh.devices.flat[0].platform, kernels):
+            yield
     finally:
         _placement.reset(token)
 
