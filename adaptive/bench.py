@@ -1,7 +1,7 @@
 """What a training step costs, or one layer or model beside its baseline:
 
     adaptive bench train --recipe NAME [--against NAME] [setting=value ...]
-    adaptive bench ema | experts | grouped_matmul | hnet | ssd
+    adaptive bench block_sparse_attention | ema | experts | grouped_matmul | hnet | ssd
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats.
@@ -28,7 +28,8 @@ from adaptive.errors import RecipeError
 from adaptive.recipe import Recipe, load
 from adaptive.runs.platform import start_backend
 
-OPERATIONS = ("ema", "experts", "grouped_matmul", "hnet", "ssd")  # modules of adaptive/benchmarks
+# Modules of adaptive/benchmarks.
+OPERATIONS = ("aot", "block_sparse_attention", "ema", "experts", "grouped_matmul", "hnet", "kernels", "ssd")
 
 
 def main(arguments: Sequence[str]) -> int:
