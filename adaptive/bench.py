@@ -1,10 +1,13 @@
 """What a training step costs, or one layer or model beside its baseline:
 
     adaptive bench train --recipe NAME [--against NAME] [setting=value ...]
+    adaptive bench aot --recipe NAME --target v5e|v5p|v6e|v7x|h200 [setting=value ...]
+    adaptive bench kernels
     adaptive bench block_sparse_attention | ema | experts | grouped_matmul | hnet | ssd
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
-a plain matmul reaches in the same process, measured between the repeats.
+a plain matmul reaches in the same process, measured between the repeats. `aot` runs nothing: it compiles for machines
+that are not here. `kernels` is one table of all operations.
 """
 
 if __name__ == "__main__":
