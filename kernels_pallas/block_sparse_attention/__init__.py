@@ -19,7 +19,7 @@ from kernels_pallas.grouped_matmul.varying import alike
 
 __all__ = ["BlockTable", "block_sparse_attention", "from_choices", "from_map", "runs_on", "to_map", "transposed"]
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 MOST = 2**18  # scores of a tile: a few such matrices in float32 fit the fast memory of a TPU's core
 
 
@@ -52,7 +52,7 @@ def block_sparse_attention(
     """softmax(q k^T / sqrt(head_dim)) v over the keys of the listed blocks that pass every test below.
 
     q           [batch, queries, heads, head_dim]; query head h reads key head h // (heads / kv_heads)
-    k           [batch, keys, kv_heads, head_dim] in q's dtype: float32, bfloat16 or float16
+    k           [batch, keys, kv_heads, head_dim] in q's dtype: float32 or bfloat16
     v           [batch, keys, kv_heads, value_dim] in q's dtype
     table       i32[batch or 1, kv_heads or heads or 1, query blocks, slots]: the key blocks that each query block
                 visits, ascending, each at most once; heads: a list for each query head, at the price of keys and values
@@ -120,7 +120,7 @@ def _sizes(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[int, int]:
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name} is {x.shape}: must be [batch, positions, heads, head_dim], none of them 0")
         if x.dtype != q.dtype or x.dtype.name not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}, q {q.dtype}: must be the same, one of {', '.join(DTYPES)}")
+            raise ValueError(f"{name} is {x.dtype}, q {q.dtype}: must be the same, {' or '.join(DTYPES)}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3] or q.shape[2] % k.shape[2]:
         need = (
             "[batch, keys, kv_heads, head_dim], kv_heads a divisor of q's heads, and v likewise but for its last axis"

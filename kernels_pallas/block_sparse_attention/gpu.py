@@ -1,8 +1,8 @@
 """Block-sparse attention on NVIDIA GPUs: Pallas kernels on Triton that go through each list up to its count.
 
-A program computes up to 128 rows of a query block, or 64 keys of a key block in the gradients of keys and values;
-larger blocks are several programs with one list. Small query blocks are filled up with the query heads that share a key
-head.
+A program computes up to 128 rows of a query block, or 64 keys of a key block in the gradients of keys and values, fewer
+of wide heads; larger blocks are several programs with one list. Small query blocks are filled up with the query heads
+that share a key head.
 """
 
 import functools
@@ -19,6 +19,7 @@ from kernels_pallas.block_sparse_attention.table import WORD, transposed
 from kernels_pallas.block_sparse_attention.tiles import LEAST, Blocks, Cut, Lists, Rule, bit_of, cost, like
 
 ROWS, KEYS = 128, 64  # of a tile, at most
+WIDTH = 256  # bytes of a head up to which tiles are so large: wider ones leave less shared memory for rows
 SIDE = 16  # of a matrix, at least, for Triton's dot
 
 
@@ -84,7 +85,9 @@ def _in_parts(blocks: Blocks) -> tuple[Blocks, tuple[int, int]]:
     """Blocks whose query and key blocks are cut into parts of a tile's size, as more blocks; tables and bits stay. And
     how many parts they have."""
     rows, keys = blocks.q.shape[4], blocks.k.shape[3]
-    parts = max(1, rows // ROWS), max(1, keys // KEYS)
+    width = max(blocks.q.shape[-1], blocks.v.shape[-1]) * blocks.q.dtype.itemsize
+    smaller = max(1, width // WIDTH)
+    parts = max(1, rows // max(SIDE, ROWS // smaller)), max(1, keys // max(SIDE, KEYS // smaller))
 
     def split(x: jax.Array | None, axis: int, count: int) -> jax.Array | None:
         if x is None or count == 1:

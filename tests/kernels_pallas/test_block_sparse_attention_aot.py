@@ -23,7 +23,7 @@ CASES = {
     "usual": USUAL,
     # Everything that a tile may be asked, and sides that fit none.
     "choices": (2, 1000, 1100, 6, 2, 80, 64, 64, 40, ("bits", "index", "segments", "rule"), "bfloat16"),
-    "float32": (2, 512, 512, 2, 2, 64, 128, 128, 2, (), "float32"),
+    "float32, wide heads, large blocks": (2, 1024, 1024, 2, 2, 256, 512, 512, 2, (), "float32"),
     # A list for each query, whose rows are the heads of a group.
     "by query": (1, 256, 1024, 16, 1, 64, 1, 64, 4, (), "bfloat16"),
     "step": (4, 1, 1024, 4, 2, 64, 1, 128, 4, ("index",), "bfloat16"),
