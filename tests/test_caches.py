@@ -8,6 +8,8 @@ import pytest
 from adaptive.caches import cache_folder
 from adaptive.data.files import cache_dir
 from adaptive.errors import UserError
+from adaptive.interop.files import read_tensors
+from adaptive.training.tracking.weights_and_biases import key_present
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,10 @@ def test_a_user_without_a_home_has_a_temporary_folder(no_home, monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)  # as in a container that runs with a number of its own
     assert cache_folder() == folder
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert not key_present()
+    with pytest.raises(UserError, match="the home folder that ~ stands for is not known"):
+        read_tensors("~/weights.safetensors")
 
 
 def test_a_temporary_folder_that_others_may_change_is_not_used(no_home):

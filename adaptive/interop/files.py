@@ -28,6 +28,7 @@ import numpy as np
 from adaptive.errors import CheckpointError
 from adaptive.interop.dtypes import not_a_weight
 from adaptive.interop.folder import weight_files
+from adaptive.paths import local_path
 
 _STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
@@ -60,9 +61,9 @@ def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, n
 
     What lies under "model" or "state_dict" in a PyTorch file is taken out. Arrays may be views of one another and not
     writeable. Raises CheckpointError for what is missing, damaged, of another format, claims more than it can hold, is
-    of no dtype that numpy has, or holds anything else than a dict of tensors.
+    of no dtype that numpy has, or holds anything else than a dict of tensors, UserError for what is no path.
     """
-    path = Path(path).expanduser()
+    path = local_path(str(path), "tensors")
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(path):
         try:
@@ -77,7 +78,7 @@ def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, n
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
     """Writes `tensors` (name -> array) to one safetensors file. Raises CheckpointError where that cannot be."""
-    path = Path(path).expanduser()
+    path = local_path(str(path), "tensors")
     library = _safetensors()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

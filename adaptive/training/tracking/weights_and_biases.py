@@ -61,9 +61,9 @@ def key_present() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    for path in (Path(c).expanduser() for c in candidates if c):
+    for path in filter(None, candidates):
         try:
-            if netrc.netrc(path).authenticators(host):
+            if netrc.netrc(os.path.expanduser(path)).authenticators(host):  # as it is where there is no home
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
