@@ -61,7 +61,7 @@ class Cost:
     router            what decides: depth (token choice: all of it at the first recursion), experts, where chunks begin;
                       `router_inside` of it inside layers; `router_train`: with its backward pass
     last              of all these what layer-wise recomputation leaves out: matmuls at the end of its units, whose
-                      results no gradient needs, and those outside of any
+                      results no gradient needs, and those outside of any; `experts_last` of it in experts
     """
 
     name: str = ""
@@ -82,6 +82,7 @@ class Cost:
     router_train: float = 0.0
     head: float = 0.0
     last: float = 0.0
+    experts_last: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         """Both, on the same positions; name, tokens and recursion are the first one's."""
@@ -114,13 +115,13 @@ class Cost:
 
     def recomputed(self, remat: str) -> float:
         """FLOPs of the second forward pass: under "layer" all matmuls of the layers but `last`; under "dots" those with
-        a batch axis, in attention, scans and experts, which are not kept."""
+        a batch axis, in attention, scans and experts, which are not kept, but the last of experts."""
         match remat:
             case "layer":
                 inside = self.projections + self.attention + self.state_space + self.feed_forward + self.router_inside
                 return inside - self.last
             case "dots":
-                return self.attention + self.state_space + self.experts
+                return self.attention + self.state_space + self.experts - self.experts_last
         return 0.0
 
     @property

@@ -24,11 +24,24 @@ Done = tuple[jax.Array, jax.Array | None]  # a device's outputs [T, D], and the 
 class FeedForward(Protocol):
     """Local code: each expert on its own rows. Where the hidden units are split over devices it yields a part of a sum.
 
-    Of slots, rows [experts, capacity, D] and group_sizes None; else rows [rows, D] sorted by expert and group_sizes
-    i32[experts], the rows past their sum holding nothing. Returns the shape of rows.
+    Of slots, rows are [experts, capacity, D] and group_sizes None; else rows are [rows, D] sorted by expert and
+    group_sizes i32[experts], those past their sum holding nothing.
     """
 
-    def __call__(self, weights: Weights, rows: jax.Array, group_sizes: jax.Array | None) -> jax.Array: ...
+    def rows(self, weights: Weights, rows: jax.Array, group_sizes: jax.Array | None) -> jax.Array:
+        """The outputs, in the shape of rows."""
+
+    def summed(
+        self,
+        weights: Weights,
+        x: jax.Array,
+        tokens: jax.Array,
+        scale: jax.Array,
+        place: jax.Array | None,
+        group_sizes: jax.Array | None,
+    ) -> jax.Array:
+        """f32[T, D]: for each token of x [T, D] the sum of `scale` times the outputs of its rows, x[tokens]; `place` is
+        that of `pairs.take`."""
 
 
 def run(
@@ -97,13 +110,12 @@ class Task(NamedTuple):
 
 
 def _local_slots(task: Task, slots: Slots) -> jax.Array:
-    out = task.feed_forward(_all_experts(task), take(task.x, slots.tokens, None), None)
-    return combine(out, slots.weights, slots.tokens, None, len(task.x))
+    return task.feed_forward.summed(_all_experts(task), task.x, slots.tokens, slots.weights, None, None)
 
 
 def _local_rows(task: Task, rows: RaggedRows) -> Done:
-    out = task.feed_forward(_all_experts(task), take(task.x, rows.tokens, rows.place), rows.group_sizes)
-    return combine(out, rows.weights, rows.tokens, rows.place, len(task.x)), None
+    where = rows.tokens, rows.weights, rows.place, rows.group_sizes
+    return task.feed_forward.summed(_all_experts(task), task.x, *where), None
 
 
 def _all_experts(task: Task) -> Weights:
@@ -127,7 +139,7 @@ def _sent_slots(task: Task, slots: Slots) -> jax.Array:
         return comm.all_to_all(out.reshape(held, comm.size, each, -1).swapaxes(0, 1))
 
     def compute(rows: jax.Array) -> jax.Array:
-        return task.feed_forward(task.weights, rows.swapaxes(0, 1).reshape(held, comm.size * each, -1), None)
+        return task.feed_forward.rows(task.weights, rows.swapaxes(0, 1).reshape(held, comm.size * each, -1), None)
 
     outs = [out.reshape(len(padded), each, -1) for out in _pipelined(parts, send, compute, give_back)]
     out = jnp.concatenate(outs, axis=1)[:, :capacity]
@@ -194,7 +206,7 @@ class _Trip:
         return ragged_all_to_all(rows, self.there, self.back, self.count, self.room, self.most, self.comm)
 
     def compute(self, task: Task, received: jax.Array) -> jax.Array:
-        out = task.feed_forward(task.weights, permute(received, self.index, self.inverse), self.sizes)
+        out = task.feed_forward.rows(task.weights, permute(received, self.index, self.inverse), self.sizes)
         return permute(out, self.inverse, self.index)
 
     def give_back(self, out: jax.Array) -> jax.Array:
@@ -232,9 +244,7 @@ def _seen_slots(task: Task, slots: Slots) -> jax.Array:
     held = lambda a: _held(task, a).swapaxes(0, 1).reshape(task.held, -1)  # noqa: E731
     tokens = held(comm.gather(slots.tokens[None]) + _first_token(task)[:, None])
     scale = held(comm.gather(slots.weights[None]))
-    seen = comm.gather(task.x)
-    out = task.feed_forward(task.weights, take(seen, tokens, None), None)
-    return _sent_back(task, combine(out, scale, tokens, None, len(seen)))
+    return _sent_back(task, task.feed_forward.summed(task.weights, comm.gather(task.x), tokens, scale, None, None))
 
 
 def _seen_rows(task: Task, rows: RaggedRows) -> Done:
@@ -253,10 +263,9 @@ def _seen_rows(task: Task, rows: RaggedRows) -> Done:
     pick = lambda a: a.reshape(-1).at[index].get(mode="fill", fill_value=0)  # noqa: E731
     tokens = pick(comm.gather(rows.tokens[None]) + _first_token(task))
     scale = pick(comm.gather(rows.weights))
-    seen = comm.gather(task.x)
-    out = task.feed_forward(task.weights, take(seen, tokens, None), come.sum(0, dtype=jnp.int32))
-    lost = _lost(task, (between - sent)[me])
-    return _sent_back(task, combine(out, scale, tokens, None, len(seen))), lost
+    sizes = come.sum(0, dtype=jnp.int32)
+    y = task.feed_forward.summed(task.weights, comm.gather(task.x), tokens, scale, None, sizes)
+    return _sent_back(task, y), _lost(task, (between - sent)[me])
 
 
 def _sent_back(task: Task, y: jax.Array) -> jax.Array:

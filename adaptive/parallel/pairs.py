@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.grouped_matmul.rows import gathered, summed
+
 
 @jax.custom_vjp
 def take(x: jax.Array, tokens: jax.Array, place: jax.Array | None) -> jax.Array:
@@ -14,7 +16,7 @@ def take(x: jax.Array, tokens: jax.Array, place: jax.Array | None) -> jax.Array:
 
     place  i32[T, k], the rows of each token (those that exceed the rows do not exist), where known; tokens is i32[R]
     """
-    return x.at[tokens].get(mode="promise_in_bounds")
+    return gathered(x, tokens)
 
 
 def _take_fwd(x, tokens, place):
@@ -23,7 +25,7 @@ def _take_fwd(x, tokens, place):
 
 def _take_bwd(kept, g):
     tokens, place, count = kept
-    return _sum(g.astype(jnp.float32), tokens, place, count).astype(g.dtype), None, None
+    return summed(g.astype(jnp.float32), tokens, place, count).astype(g.dtype), None, None
 
 
 take.defvjp(_take_fwd, _take_bwd)
@@ -38,25 +40,18 @@ def combine(rows: jax.Array, weights: jax.Array, tokens: jax.Array, place: jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _summed(rows: jax.Array, tokens: jax.Array, place: jax.Array | None, count: int) -> jax.Array:
-    return _sum(rows, tokens, place, count)
+    return summed(rows, tokens, place, count)
 
 
 def _summed_fwd(rows, tokens, place, count):
-    return _sum(rows, tokens, place, count), tokens
+    return summed(rows, tokens, place, count), tokens
 
 
 def _summed_bwd(count, tokens, g):
-    return g.at[tokens].get(mode="promise_in_bounds"), None, None
+    return gathered(g, tokens), None, None
 
 
 _summed.defvjp(_summed_fwd, _summed_bwd)
-
-
-def _sum(rows, tokens, place, count):
-    if place is not None:
-        return rows.at[place].get(mode="fill", fill_value=0).sum(1)
-    flat = rows.reshape(-1, rows.shape[-1])
-    return jnp.zeros((count, flat.shape[-1]), flat.dtype).at[tokens.reshape(-1)].add(flat, mode="promise_in_bounds")
 
 
 @jax.custom_vjp

@@ -13,9 +13,8 @@ from jax import lax
 
 from kernels_pallas.grouped_matmul.varying import like
 
-# Rows of a block. A group takes as many of the largest as it fills, then of the next; the smallest may stay partly
-# empty. Few sizes keep compilation short, a small last one keeps waste low; see adaptive/benchmarks/grouped_matmul.py.
-BLOCKS = (256, 64, 32)
+MOST = 256  # rows of a block; those that a group has beyond a multiple of it form one of the least size that holds them
+LEAST = 16
 
 State = TypeVar("State")
 
@@ -42,7 +41,7 @@ def backward(
         def step(block: Block, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             d_rows, d_weights = state
             d = block.of(d_out)
-            return block.put(d_rows, dot(d, matrix, 1, 1)), add(d_weights, group, dot(block.of(rows), d, 0, 0))
+            return block.put(d_rows, dot(d, matrix, 1, 1)), block.add(d_weights, group, dot(block.of(rows), d, 0, 0))
 
         return over_blocks(group, group_sizes, rows.shape[0], step, state)
 
@@ -56,13 +55,9 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def add(total: jax.Array, group: jax.Array, values: jax.Array) -> jax.Array:
-    """`total` [G, ...] with `values` [...] added to one group's, in place within a loop."""
-    return lax.dynamic_update_index_in_dim(total, lax.dynamic_index_in_dim(total, group) + values, group, 0)
-
-
 class Block:
-    """`size` consecutive rows of one group from row `first`; with `end` given, those from `end` on are not of it."""
+    """`size` consecutive rows of one group from row `first`; with `end` given, it is the group's first block, and those
+    from `end` on are not of it."""
 
     def __init__(self, first: jax.Array, size: int, total: int, end: jax.Array | None):
         self.size = size
@@ -84,6 +79,13 @@ class Block:
             values = jnp.where(self.mask, values, lax.dynamic_slice_in_dim(x, self.start, self.size))
         return lax.dynamic_update_slice_in_dim(x, values, self.start, 0)
 
+    def add(self, total: jax.Array, group: jax.Array, values: jax.Array) -> jax.Array:
+        """`total` [G, ...], 0 at first, with `values` [...] added to one group's, in place within a loop. A group's
+        first block reads nothing: most have no other, and gradients are larger than all else."""
+        if self.mask is None:
+            values = values + lax.dynamic_index_in_dim(total, group, keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, values, group, 0)
+
 
 def over_groups(visit: Callable[[jax.Array, State], State], group_sizes: jax.Array, state: State) -> State:
     """`state` after `visit(group, state)` for each group that has rows."""
@@ -97,18 +99,38 @@ def over_blocks(
 ) -> State:
     """`state` after `step(block, state)` for blocks that hold each of the group's rows once; `total`: all rows."""
     end = jnp.cumsum(group_sizes, dtype=jnp.int32)[group]
-    first = end - group_sizes[group]
-    *full, last = [size for size in BLOCKS if size <= total] or [total]
-    for size in full:
+    count = group_sizes[group].astype(jnp.int32)
+    sizes = block_sizes(total, group_sizes.size)
+    whole = (count - 1) // sizes[-1]
+    first, rest = end - count, count - whole * sizes[-1]
+    below = 0
+    for size in sizes:
 
-        def whole(i: jax.Array, state: State, first: jax.Array = first, size: int = size) -> State:
-            return step(Block(first + i * size, size, total, None), state)
+        def once(i: jax.Array, state: State, size: int = size) -> State:
+            # What does not depend on i, XLA would compute before the loop, and so for every size.
+            return step(Block(first + i * size, size, total, first + rest), state)
 
-        count = (end - first) // size
-        state = lax.fori_loop(0, count, whole, state)
-        first = first + count * size
+        fits = (rest > below) & (rest <= size)
+        state = lax.fori_loop(0, fits.astype(jnp.int32), once, state)
+        below = size
 
-    def partial(i: jax.Array, state: State) -> State:
-        return step(Block(first + i * last, last, total, end), state)
+    def full(i: jax.Array, state: State) -> State:
+        return step(Block(first + rest + i * sizes[-1], sizes[-1], total, None), state)
 
-    return lax.fori_loop(0, (end - first + last - 1) // last, partial, state)
+    return lax.fori_loop(0, whole, full, state)
+
+
+def block_sizes(total: int, groups: int) -> list[int]:
+    """Rows of blocks, ascending, for groups that share `total` rows.
+
+    From half of what a group has on average to one and a half times that in steps of a quarter, so that little of a
+    block is empty; beyond, doubling, since each size is compiled by itself. Where groups are larger than a block, their
+    last rows may be any number of it.
+    """
+    most, average = min(MOST, total), max(1, total // groups)
+    step = max(LEAST, -(-min(average, MOST) // 32) * 8)
+    first = 1 if average > MOST // 2 else max(1, average // 2 // step)
+    sizes = list(range(first * step, min(most, 3 * average // 2 + 1), step)) or [min(step, most)]
+    while 2 * sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return sizes if sizes[-1] == most else [*sizes, most]

@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.grouped_matmul.costs import cost
+
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile; DEPTH is what one step of the inner loop sums over, in 2-byte numbers
 PARAMS = plt.CompilerParams(num_warps=8, num_stages=3)
 
@@ -45,6 +47,7 @@ def _multiply(
         out_shape=_shape((total, n), rows),
         grid=(pl.cdiv(n, block_n), tiles[0].size),  # neighbouring programs share their rows
         compiler_params=PARAMS,
+        cost_estimate=cost(rows, weights, jax.ShapeDtypeStruct((total, n), rows.dtype)),
         interpret=interpret,
         name="grouped_matmul_transposed" if transposed else "grouped_matmul",
     )(*tiles, rows, weights)
@@ -84,6 +87,7 @@ def _outer(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group_sizes: j
         out_shape=_shape(weights.shape, weights),
         grid=(pl.cdiv(n, block_n), pl.cdiv(k, block_k), groups),
         compiler_params=PARAMS,
+        cost_estimate=cost(rows, weights, d_out),
         interpret=interpret,
         name="grouped_matmul_outer",
     )(end - group_sizes, end, rows, d_out)

@@ -13,6 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.grouped_matmul.costs import cost
+
+ACROSS = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
 ROWS, SIDE = 256, 512  # of a tile: its rows, and the sides of the tile of a matrix that it adds to
 
 
@@ -26,8 +29,13 @@ def backward(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Cotangents of rows and weights for the cotangent [R, N] of the result."""
-    d_rows = forward(d_out, weights.transpose(0, 2, 1), group_sizes)
-    return d_rows, outer(rows, d_out, weights, group_sizes)
+    return transposed(d_out, weights, group_sizes), outer(rows, d_out, weights, group_sizes)
+
+
+def transposed(d_out: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Each row [N] times the transpose of its group's matrix [K, N], which is read as it lies."""
+    d_rows = lax.ragged_dot_general(d_out, weights, group_sizes, ACROSS, preferred_element_type=d_out.dtype)
+    return _within_groups(d_rows, group_sizes)
 
 
 def _within_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -61,6 +69,7 @@ def outer(
             scratch_shapes=[pltpu.VMEM((block_k, block_n), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost(rows, weights, d_out),
         interpret=interpret,
         name="grouped_matmul_outer",
     )(*visits, rows, d_out)

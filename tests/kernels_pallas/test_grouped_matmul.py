@@ -10,7 +10,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 
-from kernels_pallas.grouped_matmul import gpu, grouped_matmul, grouped_swiglu, reference, swiglu, tpu
+from kernels_pallas.grouped_matmul import (
+    blocks,
+    gpu,
+    grouped_matmul,
+    grouped_swiglu,
+    reference,
+    routed_swiglu,
+    swiglu,
+    tpu,
+)
 
 pytestmark = pytest.mark.compiles
 
@@ -111,6 +120,46 @@ def test_swiglu_by_matmuls_is_the_same_operation():
     assert_close(jax.tree.leaves(got), jax.tree.leaves(swiglu.backward_by_blocks(*args, **options)))
 
 
+SLOTS = [16, 16, 16]
+
+
+@pytest.mark.parametrize("sizes", [None, [33, 0, 400, 1], [3, 0, 14]])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_routed(sizes, dtype):
+    """Gathered, multiplied, weighted and summed in one operation; three rows of every token, and some of none."""
+    rows = 48 if sizes is None else sum(sizes) + 4
+    groups, count = len(sizes or SLOTS), -(-rows // 3)
+    rng = np.random.default_rng(rows)
+    tokens, place = jnp.asarray(rng.permutation(np.arange(rows) // 3), jnp.int32), None
+    if sizes:
+        place = jnp.asarray(np.pad(np.argsort(tokens, kind="stable"), (0, 3 * count - rows), constant_values=rows))
+        place = place.reshape(count, 3)
+    x, scale, gate, up, down, d = draw(
+        (count, 6), (rows,), (groups, 6, 9), (groups, 6, 9), (groups, 9, 6), (count, 6), dtype=dtype, scale=0.5
+    )
+    given = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+    shape = (rows,) if sizes else (groups, -1)
+    arguments = x, scale.astype(jnp.float32).reshape(shape), gate, up, down, d.astype(jnp.float32)
+
+    def routed(x, scale, gate, up, down):
+        return routed_swiglu(x, tokens.reshape(shape), scale, gate, up, down, given, place=place)
+
+    def plain(x, scale, *matrices):
+        out = plain_swiglu(x[tokens], *matrices, given if sizes else jnp.array(SLOTS), "silu")
+        return jnp.zeros(x.shape).at[tokens].add(out * scale.reshape(-1, 1))
+
+    got = pulled(routed, *arguments)
+    assert [a.dtype for a in got] == [jnp.float32, *(a.dtype for a in arguments[:-1])]
+    assert_close(got, pulled(plain, *(a.astype(jnp.float32) for a in arguments)), dtype)
+
+
+def test_swiglu_of_slots():
+    args = draw((3, 16, 6), (3, 6, 9), (3, 6, 9), (3, 9, 6), (3, 16, 6), scale=0.5)
+    flat = lambda rows, *matrices: plain_swiglu(rows.reshape(48, 6), *matrices, jnp.array(SLOTS), "silu")  # noqa: E731
+    want = pulled(lambda *a: flat(*a).reshape(3, 16, 6), *args)
+    assert_close(pulled(lambda *a: grouped_swiglu(*a, None), *args), want)
+
+
 def test_finite_differences():
     rows, up, down = draw((12, 3), (3, 3, 4), (3, 4, 3), scale=0.7)
     sizes = jnp.array([5, 0, 6], jnp.int32)
@@ -138,6 +187,19 @@ def test_what_the_backward_pass_keeps():
     assert sorted(x.shape for x in jax.tree.leaves(pull) if x.ndim == 2) == [(50, 6), (50, 9), (50, 9)]
     _, pull = jax.vjp(lambda *a: grouped_matmul(*a, sizes), rows, up)
     assert [x.shape for x in jax.tree.leaves(pull) if x.ndim == 2] == [(50, 6)]
+
+
+@pytest.mark.parametrize("total, groups", [(4096, 64), (4096, 8), (5, 3), (1, 1), (300, 3), (700, 900)])
+def test_blocks_are_of_few_sizes_and_the_largest_is_whole(total, groups):
+    sizes = blocks.block_sizes(total, groups)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(blocks.MOST, total) and len(sizes) <= 8
+
+
+def test_a_balanced_load_fills_its_blocks():
+    rng = np.random.default_rng(0)
+    rows = rng.multinomial(4096, [1 / 64] * 64)
+    sizes = np.asarray(blocks.block_sizes(4096, 64))
+    assert sizes[np.searchsorted(sizes, rows)].sum() < 1.15 * 4096
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -193,7 +255,7 @@ def test_tpu_by_ragged_dot():
     rows, weights, d = draw((total, 6), (5, 6, 10), (total, 10))
     want, d_rows, _ = pulled(lambda r, w: reference.grouped_matmul(r, w, sizes), rows, weights, d)
     assert_close([tpu.forward(rows, weights, sizes)], [want])
-    assert_close([tpu.forward(d, weights.transpose(0, 2, 1), sizes)], [d_rows])
+    assert_close([tpu.transposed(d, weights, sizes)], [d_rows])
 
 
 SIZES = [[0, 0], [0, 1000], [1, 999], [127, 129], [500, 0], [1000, 0], [128, 1], [0, 1]]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels_pallas.grouped_matmul import grouped_matmul, routed_swiglu
 
 pytestmark = pytest.mark.compiles
 
-ROWS, GROUPS, WIDTH, HIDDEN = 2048, 16, 960, 512
+TOKENS, K, GROUPS, WIDTH, HIDDEN = 8192, 2, 8, 960, 2560  # a mixture of eight experts, on each device
 KERNEL = {"v5e": "tpu_custom_call", "h200": "__gpu$xla.gpu.triton"}
 
 
@@ -29,7 +29,7 @@ def test_compiles_to_its_own_kernels(target):
     # Neither rows nor weights move; the weights' gradients, which all devices add to, are summed over them.
     assert set(facts["swiglu"]["collectives"]) == {"all-reduce"}
     # A dense product over all groups would need all of them times the rows.
-    assert facts["swiglu"]["temporaries"] < GROUPS * ROWS * WIDTH * 2
+    assert facts["swiglu"]["temporaries"] < GROUPS * TOKENS * K * HIDDEN * 2
 
 
 def main(target):
@@ -37,29 +37,33 @@ def main(target):
     split, whole = PartitionSpec("data"), PartitionSpec()
     matrices = [(GROUPS, WIDTH, HIDDEN), (GROUPS, WIDTH, HIDDEN), (GROUPS, HIDDEN, WIDTH)]
     swiglu = jax.shard_map(
-        lambda s, *a: grouped_swiglu(*a, s), mesh=mesh, in_specs=(split, split, whole, whole, whole), out_specs=split
-    )
-    wide = [(4 * ROWS, WIDTH), *matrices]
-    specs = (split, split, split, whole, whole, whole)
-    facts = {"swiglu": compiled(mesh, swiglu, jnp.bfloat16, 4 * GROUPS, wide[0], wide, specs, KERNEL[target])}
+        lambda s, tokens, x, scale, *a: routed_swiglu(x, tokens, scale, *a, s),
+        mesh=mesh, in_specs=(split,) * 4 + (whole,) * 3, out_specs=split,
+    )  # fmt: skip
+    everywhere = lambda s, x, scale, *a: swiglu(s, jnp.tile(jnp.arange(4 * TOKENS) % TOKENS, K), x, scale, *a)  # noqa: E731
+    tokens, pairs = (4 * TOKENS, WIDTH), (4 * TOKENS * K,)
+    specs = (split, split, split, split, whole, whole, whole)
+    out = jax.ShapeDtypeStruct(tokens, jnp.float32)
+    arrays = [jax.ShapeDtypeStruct(tokens, jnp.bfloat16), jax.ShapeDtypeStruct(pairs, jnp.float32)]
+    arrays += [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in matrices]
+    facts = {"swiglu": compiled(mesh, everywhere, 4 * GROUPS, out, arrays, specs, KERNEL[target])}
     single = Mesh(np.array(aot.devices(target))[:1], ("data",))
-    odd = [(1000, 40), (3, 40, 72)]
+    odd = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1000, 72), (1000, 40), (3, 40, 72))]
     matmul = lambda s, *a: grouped_matmul(*a, s)  # noqa: E731
-    facts["matmul"] = compiled(single, matmul, jnp.float32, 3, (1000, 72), odd, (whole,) * 4, KERNEL[target])
+    facts["matmul"] = compiled(single, matmul, 3, odd[0], odd[1:], (whole,) * 4, KERNEL[target])
     print(json.dumps(facts))
 
 
-def compiled(mesh, f, dtype, groups, out, shapes, specs, kernel):
+def compiled(mesh, f, groups, out, arrays, specs, kernel):
     """Facts of the program that computes f(group_sizes, *arrays) and its gradients."""
 
     def program(d, sizes, *arrays):
         y, pull = jax.vjp(lambda *a: f(sizes, *a), *arrays)
         return y, *pull(d)
 
-    kinds = [(out, dtype), ((groups,), jnp.int32), *((shape, dtype) for shape in shapes)]
     structs = [
-        jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
-        for (shape, kind), spec in zip(kinds, specs, strict=True)
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+        for a, spec in zip([out, jax.ShapeDtypeStruct((groups,), jnp.int32), *arrays], specs, strict=True)
     ]
     with jax.set_mesh(mesh):
         program = jax.jit(program).lower(*structs).compile()

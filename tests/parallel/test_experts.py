@@ -14,6 +14,7 @@ from adaptive.errors import MeshError, RecipeError
 from adaptive.parallel.config import ExpertParallel, MeshConfig
 from adaptive.parallel.experts import receive_rows, run
 from adaptive.parallel.mesh import make_mesh
+from adaptive.parallel.pairs import combine, take
 from adaptive.parallel.rules import AxisRules, axis_rules, placement
 from adaptive.routing.dispatch import Dispatch, by_expert, by_token, to_rows, to_slots
 
@@ -23,16 +24,22 @@ BATCH, SEQ, WIDTH, HIDDEN, EXPERTS, K = 8, 4, 8, 16, 8, 2
 AXES = {"up": ("experts", "width", "expert_ff"), "down": ("experts", "expert_ff", "width")}
 
 
-def feed_forward(weights, rows, group_sizes):
-    """Of rows [rows, D], every expert on all of them, masked: a reference."""
-    if group_sizes is None:
-        hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", rows, weights["up"]))
-        return jnp.einsum("ecf,efd->ecd", hidden, weights["down"])
-    ends = jnp.cumsum(group_sizes)
-    number = jnp.arange(len(rows))
-    mine = ((number >= (ends - group_sizes)[:, None]) & (number < ends[:, None])).astype(rows.dtype)
-    hidden = jax.nn.silu(jnp.einsum("rd,edf->erf", rows, weights["up"]))
-    return jnp.einsum("er,erf,efd->rd", mine, hidden, weights["down"])
+class Reference:
+    """Of rows [rows, D], every expert on all of them, masked."""
+
+    def rows(self, weights, rows, group_sizes):
+        if group_sizes is None:
+            hidden = jax.nn.silu(jnp.einsum("ecd,edf->ecf", rows, weights["up"]))
+            return jnp.einsum("ecf,efd->ecd", hidden, weights["down"])
+        ends = jnp.cumsum(group_sizes)
+        number = jnp.arange(len(rows))
+        mine = ((number >= (ends - group_sizes)[:, None]) & (number < ends[:, None])).astype(rows.dtype)
+        hidden = jax.nn.silu(jnp.einsum("rd,edf->erf", rows, weights["up"]))
+        return jnp.einsum("er,erf,efd->rd", mine, hidden, weights["down"])
+
+    def summed(self, weights, x, tokens, scale, place, group_sizes):
+        out = self.rows(weights, take(x, tokens, place), group_sizes)
+        return combine(out, scale, tokens, place, len(x))
 
 
 @functools.cache
@@ -77,7 +84,7 @@ DISPATCHES = {
 
 def loss(x, scale, weights, dispatch, direction, ragged):
     dispatch = dataclasses.replace(dispatch, weights=jnp.where(dispatch.valid, scale, 0.0))
-    y, lost = run(x, dispatch, weights, AXES, to_rows if ragged else to_slots, feed_forward)
+    y, lost = run(x, dispatch, weights, AXES, to_rows if ragged else to_slots, Reference())
     return (y * direction).sum(), (y, lost)
 
 
@@ -207,7 +214,7 @@ def collectives(settings: ExpertParallel, mesh, ragged=False) -> dict[str, int]:
     m, rules = make_mesh(MeshConfig(*mesh)), axis_rules(settings)
     with placement(m, rules, settings):
         put = lambda a, *names: jax.device_put(a, NamedSharding(m, rules.spec(*names)))  # noqa: E731
-        forward = jax.jit(lambda x, d, w: run(x, d, w, AXES, to_rows if ragged else to_slots, feed_forward))
+        forward = jax.jit(lambda x, d, w: run(x, d, w, AXES, to_rows if ragged else to_slots, Reference()))
         whole = {name: tuple(None if n == "width" else n for n in AXES[name]) for name in AXES}
         args = (
             put(x, "batch"), jax.tree.map(lambda a: put(a, "batch"), dispatch),
@@ -277,4 +284,4 @@ def test_a_batch_that_does_not_divide_is_refused():
     dispatch = jax.tree.map(lambda a: a[:6], DISPATCHES["random"]())
     mesh = make_mesh(MeshConfig(1, 1, 4, 1), jax.devices()[:4])
     with placement(mesh, axis_rules(settings), settings), pytest.raises(MeshError, match="multiple of 4"):
-        run(x[:6], dispatch, weights, AXES, to_slots, feed_forward)
+        run(x[:6], dispatch, weights, AXES, to_slots, Reference())

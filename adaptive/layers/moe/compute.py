@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from adaptive.layers.moe.experts import Matrices, Weights, activated, ffn_rows, ffn_slots
+from adaptive.layers.moe.experts import FeedForward, Matrices, Weights, activated
 from adaptive.layers.moe.settings import Execution
 from adaptive.parallel import experts as expert_parallel
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots, to_rows, to_slots
@@ -23,13 +23,8 @@ def computed(experts: Matrices, x: jax.Array, dispatch: Dispatch, execution: Exe
     if execution == "dense":
         return _dense(weights, experts.activation, x, dispatch), jnp.zeros((), jnp.float32)
 
-    def feed_forward(weights, rows, group_sizes):
-        if group_sizes is None:
-            return ffn_slots(weights, rows, experts.activation)
-        return ffn_rows(weights, rows, group_sizes, experts.activation)
-
     arrange = lambda d: _arranged(d, execution)  # noqa: E731
-    return expert_parallel.run(x, dispatch, weights, experts.axes(), arrange, feed_forward)
+    return expert_parallel.run(x, dispatch, weights, experts.axes(), arrange, FeedForward(experts.activation))
 
 
 def _arranged(dispatch: Dispatch, execution: Execution) -> Slots | RaggedRows:

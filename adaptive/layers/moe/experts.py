@@ -1,16 +1,16 @@
 """The experts' matrices, and the ways to compute them."""
 
+import dataclasses
 import functools
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.layers.linear import use
 from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.site import Site, normal_param
-from kernels_pallas.grouped_matmul import grouped_swiglu
+from kernels_pallas.grouped_matmul import grouped_swiglu, routed_swiglu
 from kernels_pallas.grouped_matmul.swiglu import ACTIVATIONS
 
 Weights = dict[str, jax.Array]
@@ -58,16 +58,30 @@ class Experts(nnx.Module):
         return {name: param for name, param in named.items() if param is not None}
 
 
-def ffn_slots(weights: Weights, rows: jax.Array, activation: str) -> jax.Array:
-    """Every expert on its own rows: rows [experts, capacity, width] -> the same shape. Exactly these FLOPs."""
-    hidden = jnp.einsum("ecd,edf->ecf", rows, weights["up"])
-    gate = jnp.einsum("ecd,edf->ecf", rows, weights["gate"]) if "gate" in weights else None
-    return jnp.einsum("ecf,efd->ecd", activated(hidden, gate, activation), weights["down"])
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    """One device's experts, as `adaptive.parallel.experts` asks for them: exactly the FLOPs of the rows. The backward
+    pass keeps rows (x alone where they are gathered here) and what goes into the activation."""
+
+    activation: str
+
+    def rows(self, weights: Weights, rows: jax.Array, group_sizes: jax.Array | None) -> jax.Array:
+        return grouped_swiglu(rows, *_matrices(weights), group_sizes, self.activation)
+
+    def summed(
+        self,
+        weights: Weights,
+        x: jax.Array,
+        tokens: jax.Array,
+        scale: jax.Array,
+        place: jax.Array | None,
+        group_sizes: jax.Array | None,
+    ) -> jax.Array:
+        return routed_swiglu(x, tokens, scale, *_matrices(weights), group_sizes, self.activation, place)
 
 
-def ffn_rows(weights: Weights, rows: jax.Array, group_sizes: jax.Array, activation: str) -> jax.Array:
-    """The same for rows [n, width] sorted by expert, group_sizes i32[experts] -> [n, width]; 0 past their sum."""
-    return grouped_swiglu(rows, weights.get("gate"), weights["up"], weights["down"], group_sizes, activation)
+def _matrices(weights: Weights) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    return weights.get("gate"), weights["up"], weights["down"]
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)

@@ -57,14 +57,16 @@ class MoESettings(FeedForward):
             return Cost()
         router, router_train, experts = self.router.layer_cost(self, tokens, site)
         shared = 6.0 * tokens * site.width * self.shared_size
-        # The gradient of the weights needs what experts give; nothing needs what the shared feed-forward does.
+        # Nothing needs what the shared feed-forward gives, nor what experts do: `routed_swiglu`.
+        down = 0.0 if self.router.weighs_sum else (experts - shared) / self.matrices()
         return Cost(
             feed_forward=experts,
             experts=experts - shared,
             router=router,
             router_inside=router,
             router_train=router_train,
-            last=shared / 3,
+            last=shared / 3 + down,
+            experts_last=down,
         )
 
     def matrices(self) -> int:
@@ -79,6 +81,7 @@ class RouterSettings(Member):
     door: ClassVar[str] = "adaptive.layers.moe.routers"
     even: ClassVar[bool] = True  # whether experts are meant to have equal shares of the tokens
     own_norm: ClassVar[bool] = False  # whether its layer normalises its input itself
+    weighs_sum: ClassVar[bool] = False  # whether its layer weighs the experts' sum, so that a gradient needs that
 
     def check(self, config: MoESettings, at: str) -> None:
         """Raises RecipeError for settings that cannot work, with what would."""

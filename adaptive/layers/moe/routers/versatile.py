@@ -40,6 +40,7 @@ class Settings(Chosen):
     of 5e-5."""
 
     own_norm: ClassVar[bool] = True
+    weighs_sum: ClassVar[bool] = True
 
     hidden: int = ranged(1408, least=1)  # hidden width of the feed-forward, of which expert_size units are a slice
     loops: int = ranged(4, least=1)  # the most times that the feed-forward is applied
