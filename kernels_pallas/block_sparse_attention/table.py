@@ -3,6 +3,16 @@
 A table is an ascending list of key blocks per query block. Whatever decides on the blocks (a window, scores of a
 router, choices per token) ends in a bool map over blocks or tokens, from which `from_map` and `from_choices` make the
 lists. Tables carry no gradient.
+
+What serves which pattern (the tests have each):
+
+    window, sinks, strided, vertical-slash   `from_map` of a map over blocks; the window's edges by `window` and `sinks`
+    bi-level routed                          `from_map` with the scores of regions, those that must be kept the highest
+    a choice of each query (MoBA, NSA)       `from_choices`: unions and bits; where neighbours disagree, query blocks of
+                                             one query and `from_map` of the choices, with the heads of a group as rows
+    clusters of tokens (k-means)             members side by side, heads as rows, their positions as q_index and
+                                             k_index, and each query block visits the blocks of its own cluster
+    a step of generation                     query blocks of one query, with its position as q_index
 """
 
 from typing import NamedTuple

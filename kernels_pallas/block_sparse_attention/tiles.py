@@ -167,8 +167,8 @@ class Cut(NamedTuple):
             self.queries(q, kv_heads),
             self.keys_of(k),
             self.keys_of(v),
-            jnp.clip(lists.table, 0, rule.key_blocks - 1),
-            lists.counts,
+            jnp.clip(lists.table, 0, rule.key_blocks - 1),  # no kernel may read past an end, whatever it is given
+            jnp.clip(lists.counts, 0, lists.table.shape[-1]),
             bits,
             None if q_index is None else self.rows_of(q_index, group),
             keys(lists.k_index if rule.causal or rule.window else None, int(ALL)),

@@ -363,6 +363,25 @@ def test_key_blocks_that_nobody_lists_are_not_read():
     close(got, run(*given, lists, *cotangents))
 
 
+def test_steps_follow_the_lists(monkeypatch):
+    """In XLA too: as many tiles are computed as the longest list of each query block has entries, forth and back."""
+    visited, real = [], blocks._tiles
+
+    def counted(cut, given, row, j):
+        jax.debug.callback(visited.append, j)
+        return real(cut, given, row, j)
+
+    monkeypatch.setattr(blocks, "_tiles", counted)
+    monkeypatch.setattr(blocks, "KEYS", BLOCK)
+    program.cache_clear()
+    lists, _, _ = documents()
+    given, cotangents = inputs()
+    jax.block_until_ready(program("blocks", CAUSAL)(*given, lists, *cotangents))
+    jax.effects_barrier()
+    program.cache_clear()
+    assert len(visited) == 2 * int(lists.counts.max((0, 1)).sum())
+
+
 def test_results_over_disjoint_keys_are_merged_with_their_gradients():
     """What the log-sum-exp and its gradient are for."""
     given, (d_out, _) = inputs()
