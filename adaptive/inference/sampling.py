@@ -14,6 +14,7 @@ from adaptive.errors import DataError
 from adaptive.inference.drawing import Drawing, draw
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
+from kernels_pallas.choice import target
 
 PIECE = 256  # positions of a prompt that are computed at once; shorter ones are padded to a power of two
 SHORTEST = 16
@@ -91,9 +92,9 @@ class Sampler:
         self._options = {"rows": rows} if rows else {}
         self._marker = marker
         self._empty = jax.jit(self._make_cache, static_argnums=(1, 2))
-        self._read = jax.jit(self._read_piece, donate_argnames=("cache",))
+        self._read = jax.jit(_here(self._read_piece), donate_argnames=("cache",))
         self._first = jax.jit(self._first_tokens)
-        self._write = jax.jit(self._write_tokens, static_argnames=("count",), donate_argnames=("cache",))
+        self._write = jax.jit(_here(self._write_tokens), static_argnames=("count",), donate_argnames=("cache",))
 
     def __call__(
         self, prompts: Sequence[np.ndarray], length: int, key: jax.Array, *, at_once: int = 32
@@ -253,6 +254,17 @@ def marker_of(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[], Marker] | No
     from adaptive.data.words import WordMarker
 
     return lambda: WordMarker(tokenizer.token_bytes)
+
+
+def _here(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with operations in the forms for this machine."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **options: Any) -> Any:
+        with target(jax.default_backend()):
+            return fn(*args, **options)
+
+    return call
 
 
 def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
