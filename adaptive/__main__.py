@@ -2,9 +2,12 @@
 
 adaptive COMMAND --help    what a command does, and its options
 adaptive --version
+adaptive --completion bash    a script for the shell, or for zsh: put it where the shell finds completions
 """
 
+import contextlib
 import difflib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -41,11 +44,22 @@ def run(arguments: Sequence[str]) -> int:
     if name == "--version":
         print(f"adaptive {__version__}")
         return 0
+    if name == "--completion":
+        from adaptive.completion import script
+
+        print(script(rest[0] if rest else "", {each: help_of(each) for each in COMMANDS}), end="")
+        return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command '{name}'; {hint} (adaptive --help)")
     return command.imported(module_of(name)).main(rest)
+
+
+def help_of(name: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        run([name, "--help"])
+    return shown.getvalue()
 
 
 def module_of(name: str) -> str:

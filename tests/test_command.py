@@ -1,6 +1,9 @@
 """What every command shares: options, errors, streams, exit codes."""
 
+import contextlib
+import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +199,32 @@ def test_an_address_of_another_place_is_refused_at_once(capsys, monkeypatch, tmp
     error = capsys.readouterr().err
     assert AT in error and "is an address, and only paths on this machine work" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="completes in bash")
+@pytest.mark.parametrize(("typed", "completions"), [
+    (["adaptive", "rep"], ["report"]),
+    (["adaptive", "train", "--pri"], ["--print_recipe"]),
+    (["adaptive", "train", "--recipe", "mod_"], ["mod_tiny"]),
+    (["adaptive", "data", "train"], ["train-bpe"]),
+])  # fmt: skip
+def test_a_shell_completes(tmp_path, typed, completions, shell_script):
+    words = " ".join(typed)
+    program = f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _adaptive; echo ${{COMPREPLY[@]}}"
+    shown = subprocess.run(["bash", "-c", shell_script + program], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == completions
+
+
+@pytest.fixture(scope="module")
+def shell_script():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert __main__.main(["--completion", "bash"]) == 0
+    return out.getvalue()
+
+
+def test_shells_that_are_not_known_are_refused(capsys):
+    assert __main__.main(["--completion", "fish"]) == 2
+    assert "there is one for bash and zsh" in capsys.readouterr().err
 
 
 def test_a_command_that_is_not_there_is_refused(capsys):
