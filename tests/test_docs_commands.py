@@ -20,7 +20,7 @@ from documents import PAGES, blocks, module_and_arguments, ours, shown
 from oracle import hnet as oracle
 
 from adaptive import convert, train
-from adaptive.benchmarks import ema, experts, grouped_matmul, hnet, ssd, train_step
+from adaptive.benchmarks import block_sparse_attention, ema, experts, grouped_matmul, hnet, ssd, train_step
 from adaptive.data.corpus import embedded_file
 from adaptive.interop.files import write_safetensors
 from adaptive.parallel import mesh
@@ -50,6 +50,7 @@ FOR = {
     "runs/one@400": ["runs/one@2"], "4096": ["300"], "160": ["8"],
 }  # fmt: skip
 OF_OPERATIONS = {  # constants of the benchmarks of operations
+    block_sparse_attention: {"LENGTHS": (16,), "DIM": 8, "BLOCK": 16},
     ema: {"CASES": ((1, 16, 8),)},
     experts: {"SEQUENCES": 1, "SEQ": 16, "WIDTH": 8, "HIDDEN": 8, "EXPERTS": (4,)},
     grouped_matmul: {
