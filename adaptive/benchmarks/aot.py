@@ -59,9 +59,15 @@ def steps(names: Sequence[str], given: argparse.Namespace) -> Iterator[Step]:
     for name in names:
         published = load(name)
         rows = published.train.device_batch_size or published.train.batch_size
-        defaults = (f"mesh.fsdp={given.devices}", f"train.batch_size={rows * given.devices}")
+        named = {setting.partition("=")[0] for setting in given.settings}
+        defaults = {
+            "mesh.fsdp": given.devices,
+            "train.batch_size": rows * given.devices,
+            "train.compute_dtype": "bfloat16",
+        }
         for kernels in both:
-            settings = (*defaults, "train.compute_dtype=bfloat16", f"train.kernels={kernels}", *given.settings)
+            made = {**defaults, "train.kernels": kernels}
+            settings = (*(f"{at}={value}" for at, value in made.items() if at not in named), *given.settings)
             recipe = published.with_(*settings)
             recipe.validate()
             yield Step(name, recipe, settings, given.target, given.devices)
@@ -79,6 +85,8 @@ def compiled(step: Step, effort: float) -> dict[str, Any]:
     run = [sys.executable, "-m", "adaptive.benchmarks.aot_program", json.dumps(order)]
     done = subprocess.run(run, env=targets.environment(), capture_output=True, text=True)
     if done.returncode:
+        if done.returncode == UserError.code:
+            raise UserError(done.stderr.strip().splitlines()[-1])
         last = (done.stderr.strip().splitlines() or [""])[-1]
         raise UserError(f"compiling {step.recipe.name} for {step.target} ended with code {done.returncode}: {last}")
     return record(step, effort, json.loads(done.stdout.splitlines()[-1]))

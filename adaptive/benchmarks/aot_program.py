@@ -15,6 +15,7 @@ from flax import nnx
 
 from adaptive import targets
 from adaptive.benchmarks.compiled_text import Text
+from adaptive.errors import UserError
 from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe, load
 from adaptive.training.program import Program
@@ -87,4 +88,8 @@ def main(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    try:
+        main(json.loads(sys.argv[1]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.code)
