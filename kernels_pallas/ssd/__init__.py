@@ -1,31 +1,30 @@
 """State space duality: the selective state space recurrence of Mamba-2, by matmuls within blocks of positions.
 
-`reference` is the specification. On TPUs `tpu`, on NVIDIA GPUs `gpu`, elsewhere `chunked`, which computes the gradients
-everywhere: chosen when a program is lowered for its target.
+`reference` is the specification. On TPUs `tpu`, on NVIDIA GPUs `gpu` where it takes the states, elsewhere `chunked`:
+chosen when a program is lowered for its target. Gradients are computed by the same.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from kernels_pallas.choice import by_platform
 from kernels_pallas.grouped_matmul.varying import alike
 from kernels_pallas.ssd import chunked, gpu, reference, tpu
 from kernels_pallas.ssd.blocks import accumulator, runs_of
 
 BLOCK = 256
-# Positions of a block at most, whatever is asked for: in plain jax.numpy, where its matrices must fit the cache, and in
-# the backward pass of accelerators, where they go through memory.
-PLAIN_BLOCK, ACCELERATOR_BLOCK = 64, 128
+PLAIN_BLOCK = 64  # in plain jax.numpy at most, whatever is asked for: matrices of a block must fit the cache
 
 
 def runs_on(platform: str) -> str:
     """What computes it on a platform ("cpu", "gpu", "tpu"), and why."""
-    own = {"tpu": "Pallas for TPUs", "gpu": "Pallas through Triton"}
-    if platform not in own:
-        return "blocks in XLA: Pallas kernels are for TPUs and NVIDIA GPUs"
-    return f"{own[platform]}, its gradients blocks in XLA"
+    own = {
+        "tpu": "Pallas for TPUs",
+        "gpu": f"Pallas through Triton, states of more than {gpu.LARGEST:,} numbers by blocks in XLA",
+    }
+    return own.get(platform, "blocks in XLA: Pallas kernels are for TPUs and NVIDIA GPUs")
 
 
 def ssd(
@@ -73,7 +72,7 @@ def _ssd(block: int, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     plain = functools.partial(chunked.forward, block=min(block, PLAIN_BLOCK))
     if accumulator(inputs[0]) != jnp.float32:
         return plain(*inputs)
-    return lax.platform_dependent(*inputs, tpu=tpu.forward, cuda=gpu.forward, default=plain)
+    return by_platform(*inputs, tpu=tpu.forward, cuda=gpu.forward if _fit_gpu(inputs) else plain, default=plain)
 
 
 def _ssd_forward(block, *inputs):
@@ -81,10 +80,16 @@ def _ssd_forward(block, *inputs):
 
 
 def _ssd_backward(block, inputs, cotangents):
-    pulled = functools.partial(chunked.backward, block=min(block, ACCELERATOR_BLOCK))
     plain = functools.partial(chunked.backward, block=min(block, PLAIN_BLOCK))
-    *d, d_state = lax.platform_dependent(*inputs, *cotangents, tpu=pulled, cuda=pulled, default=plain)
+    forms = {"tpu": tpu.backward, "cuda": gpu.backward if _fit_gpu(inputs) else plain, "default": plain}
+    if accumulator(inputs[0]) != jnp.float32:
+        forms = dict.fromkeys(forms, plain)
+    *d, d_state = by_platform(*inputs, *cotangents, **forms)
     return *d, None, d_state
+
+
+def _fit_gpu(inputs: tuple[jax.Array, ...]) -> bool:
+    return gpu.takes(*inputs[-1].shape[-2:])
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)

@@ -1,10 +1,16 @@
-"""The state space recurrence on TPUs: one Pallas kernel that keeps the state of a group of heads in fast memory.
+"""The state space recurrence on TPUs: Pallas kernels that keep the states of a sequence's heads in fast memory.
 
-The grid visits the blocks of a sequence in order. Each visit does all four parts of the form by blocks for a few heads,
-which share the product of c and b; neither the states between blocks nor any matrix of a block is written to memory.
+A grid visits the blocks of a sequence in order, or in reverse, and in each block groups of heads, which share b and c.
+No matrix of a block is written to memory. The forward pass writes no states either. The backward pass first computes
+the state before each block again, in x's dtype, then goes through the blocks from the last with the cotangents of the
+states in fast memory. The states are 2 * dim * n / BLOCK bytes per position and head in bfloat16, as many as x with
+dim 64 and n 128: kept from the forward pass they would save a tenth of what the three kernels move, but double what a
+layer keeps of its scan.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +18,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.ssd.blocks import prepared, whole
+from kernels_pallas.ssd.blocks import Inputs, prepared, whole
+from kernels_pallas.ssd.costs import cost
 
 BLOCK, HEADS, LANES = 128, 8, 128  # positions and heads of a visit; the width of a register
-FACTORS = 4
+FAST_BYTES, VISIT_BYTES = 2**24, 12 * 2**20  # of fast memory: what every TPU has, what is kept for all but the states
+Interpret = bool | pltpu.InterpretParams
 
 
 def forward(
@@ -27,79 +35,343 @@ def forward(
     runs: jax.Array,
     state: jax.Array,
     *,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: Interpret = False,
 ) -> tuple[jax.Array, jax.Array]:
     """y and the final state, as `chunked.forward` gives them."""
-    (batch, seq, heads, dim), n = x.shape, b.shape[-1]
-    size = min(BLOCK, seq)
+    size = min(BLOCK, x.shape[1])
     runs = whole(runs, size, "edge")
     inputs = prepared(x, dt, a, b, c, runs, size)
-    blocks = inputs.x.shape[1] // size
-    group = HEADS if heads % HEADS == 0 and HEADS * dim % LANES == 0 else heads
-
-    factors = [factor.reshape(batch, heads, -1) for factor in inputs[3:]]
-    per_head = pl.BlockSpec((None, group, size), lambda i, j, k: (i, j, k))
-    shared = pl.BlockSpec((None, size, n), lambda i, j, k: (i, k, 0))
-    channels = pl.BlockSpec((None, size, group * dim), lambda i, j, k: (i, k, j))
-    carried = pl.BlockSpec((None, group, dim, n), lambda i, j, k: (i, j, 0, 0))
+    visits = _Visits(inputs)
+    shapes = visits.shape(visits.channels, x.dtype), visits.shape(visits.carried, jnp.float32)
+    given = (visits.flat(inputs.x), inputs.b, inputs.c, runs[:, None], *visits.factors(inputs), visits.joined(state))
     y, final = pl.pallas_call(
-        functools.partial(_kernel, dim=dim),
-        out_shape=(_shape((batch, blocks * size, heads * dim), x.dtype, x), _shape(state.shape, jnp.float32, x)),
-        grid=(batch, heads // group, blocks),
+        functools.partial(_forward_kernel, dim=visits.dim),
+        out_shape=shapes,
+        grid=visits.grid,
         in_specs=[
-            channels,
-            shared,
-            shared,
-            pl.BlockSpec((None, 1, size), lambda i, j, k: (i, 0, k)),
-            *[per_head] * FACTORS,
-            carried,
+            visits.of_channels(),
+            *[visits.of_positions()] * 2,
+            visits.of_runs(),
+            *[visits.of_factors()] * 4,
+            visits.of_first(),
         ],
-        out_specs=(channels, carried),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        out_specs=(visits.of_channels(), visits.of_last()),
+        scratch_shapes=[visits.states()],
+        compiler_params=visits.params,
+        cost_estimate=cost(visits.flops(1, 2), visits.exponentials, *given, *shapes),
         interpret=interpret,
         name="ssd",
-    )(
-        inputs.x.reshape(batch, -1, heads * dim),
+    )(*given)
+    return y[:, : x.shape[1]].reshape(x.shape), final.reshape(state.shape)
+
+
+def backward(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    runs: jax.Array,
+    state: jax.Array,
+    d_y: jax.Array,
+    d_final: jax.Array,
+    *,
+    interpret: Interpret = False,
+) -> tuple[jax.Array, ...]:
+    """Cotangents of x, dt, a, b, c and state, as `chunked.backward` gives them."""
+    size = min(BLOCK, x.shape[1])
+    runs = whole(runs, size, "edge")
+    inputs, pull = jax.vjp(lambda x, dt, a, b, c: prepared(x, dt, a, b, c, runs, size), x, dt, a, b, c)
+    visits = _Visits(inputs, reverse=True)
+    before = _states_before(inputs, state, interpret)
+    kinds = [
+        visits.shape(visits.channels, x.dtype),
+        *[visits.shape(inputs.b.shape, jnp.float32)] * 2,
+        *[visits.shape(visits.by_head, jnp.float32)] * 4,
+        visits.shape(visits.carried, jnp.float32),
+    ]
+    given = (
+        visits.flat(inputs.x),
+        visits.flat(whole(d_y, size)),
         inputs.b,
         inputs.c,
         runs[:, None],
-        *factors,
-        state.astype(jnp.float32),
+        *visits.factors(inputs),
+        before,
+        visits.joined(d_final),
     )
-    return y[:, :seq].reshape(x.shape), final
+    d_x, d_b, d_c, *d_factors, d_state = pl.pallas_call(
+        functools.partial(_backward_kernel, dim=visits.dim),
+        out_shape=kinds,
+        grid=visits.grid,
+        in_specs=[
+            *[visits.of_channels()] * 2,
+            *[visits.of_positions()] * 2,
+            visits.of_runs(),
+            *[visits.of_factors()] * 4,
+            visits.of_kept(),
+            visits.of_first(),
+        ],
+        out_specs=[
+            visits.of_channels(),
+            *[visits.of_positions()] * 2,
+            *[visits.of_factors()] * 4,
+            visits.of_last(),
+        ],
+        scratch_shapes=[visits.states()],
+        compiler_params=visits.params,
+        cost_estimate=cost(visits.flops(2, 5), visits.exponentials, *given, *kinds),
+        interpret=interpret,
+        name="ssd_backward",
+    )(*given)
+    cotangents = Inputs(
+        d_x.reshape(inputs.x.shape),
+        d_b.astype(b.dtype),
+        d_c.astype(c.dtype),
+        *(d.reshape(inputs.total.shape) for d in d_factors),
+    )
+    return *pull(cotangents), d_state.reshape(state.shape).astype(state.dtype)
 
 
-def _kernel(
-    x_ref, b_ref, c_ref, runs_ref, total_ref, dt_ref, into_ref, out_of_ref, state_ref, y_ref, final_ref, *, dim
+def _states_before(inputs: Inputs, state: jax.Array, interpret: Interpret) -> jax.Array:
+    """[batch, blocks, heads * dim, n] in x's dtype: the state before each block."""
+    visits = _Visits(inputs)
+    kept = visits.shape((visits.grid[0], visits.grid[1], *visits.carried[1:]), inputs.x.dtype)
+    _, _, into, out_of = visits.factors(inputs)
+    given = visits.flat(inputs.x), inputs.b, into, out_of, visits.joined(state)
+    return pl.pallas_call(
+        functools.partial(_states_kernel, dim=visits.dim),
+        out_shape=kept,
+        grid=visits.grid,
+        in_specs=[visits.of_channels(), visits.of_positions(), *[visits.of_factors()] * 2, visits.of_first()],
+        out_specs=visits.of_kept(),
+        scratch_shapes=[visits.states()],
+        compiler_params=visits.params,
+        cost_estimate=cost(visits.flops(0, 1), 0, *given, kept),
+        interpret=interpret,
+        name="ssd_states",
+    )(*given)
+
+
+class _Visits:
+    """The grid: rows, their blocks in order or in reverse, and in each the groups of heads; and what each visit sees.
+
+    What does not change from one visit to the next is not copied again, so that b and c are read once a block, and a
+    state that is only of the first visits to the groups, or only of the last, once a row.
+    """
+
+    def __init__(self, inputs: Inputs, reverse: bool = False):
+        batch, positions, self.heads, self.dim = inputs.x.shape
+        self.n, self.size, self.reverse, self.like = inputs.b.shape[-1], inputs.total.shape[-1], reverse, inputs.x
+        whole_registers = self.heads % HEADS == 0 and HEADS * self.dim % LANES == 0
+        self.group = HEADS if whole_registers else self.heads
+        self.blocks, self.groups = positions // self.size, self.heads // self.group
+        self.grid = batch, self.blocks, self.groups
+        self.channels = batch, positions, self.heads * self.dim
+        self.by_head = batch, self.heads, positions
+        self.carried = batch, self.heads * self.dim, self.n
+        self.exponentials = batch * self.heads * positions * self.size
+        self.params = pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=max(FAST_BYTES, VISIT_BYTES + 4 * self.heads * self.dim * self.n),
+        )
+
+    def of_channels(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.size, self.group * self.dim), lambda i, k, j: (i, self._at(k), j))
+
+    def of_positions(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.size, self.n), lambda i, k, j: (i, self._at(k), 0))
+
+    def of_runs(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, 1, self.size), lambda i, k, j: (i, 0, self._at(k)))
+
+    def of_factors(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.group, self.size), lambda i, k, j: (i, j, self._at(k)))
+
+    def of_kept(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, self.group * self.dim, self.n), lambda i, k, j: (i, self._at(k), j, 0))
+
+    def of_first(self) -> pl.BlockSpec:
+        last = self.groups - 1
+        return pl.BlockSpec((None, self.group * self.dim, self.n), lambda i, k, j: (i, jnp.where(k == 0, j, last), 0))
+
+    def of_last(self) -> pl.BlockSpec:
+        last = self.blocks - 1
+        return pl.BlockSpec((None, self.group * self.dim, self.n), lambda i, k, j: (i, jnp.where(k == last, j, 0), 0))
+
+    def states(self) -> Any:
+        return pltpu.VMEM((self.groups, self.group * self.dim, self.n), jnp.float32)
+
+    def shape(self, shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(self.like).manual_axis_type)
+
+    def flat(self, x: jax.Array) -> jax.Array:
+        return x.reshape(self.channels)
+
+    def factors(self, inputs: Inputs) -> list[jax.Array]:
+        return [factor.reshape(self.by_head) for factor in inputs[3:]]
+
+    def joined(self, state: jax.Array) -> jax.Array:
+        return state.reshape(self.carried).astype(jnp.float32)
+
+    def flops(self, within: int, through: int) -> int:
+        """Of so many products with matrices of a block and so many with states, for each head."""
+        each = 2 * self.channels[0] * self.channels[1] * self.channels[2]
+        return each * (within * self.size + through * self.n)
+
+    def _at(self, turn: int) -> int:
+        return self.blocks - 1 - turn if self.reverse else turn
+
+
+def _forward_kernel(
+    x_ref,
+    b_ref,
+    c_ref,
+    runs_ref,
+    total_ref,
+    dt_ref,
+    into_ref,
+    out_of_ref,
+    first_ref,
+    y_ref,
+    last_ref,
+    state_ref,
+    *,
+    dim,
 ):
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        final_ref[...] = state_ref[...]
-
-    b, c, size = b_ref[...], c_ref[...], b_ref.shape[0]
+    group = pl.program_id(2)
+    _begin(state_ref, first_ref)
+    x, b, c, size, state = x_ref[...], b_ref[...], c_ref[...], b_ref.shape[0], state_ref[group]
     total, into, dt = total_ref[...], into_ref[...], dt_ref[...]
-    # Columns from rows; the run of a position is a whole number that float32 holds exactly.
-    total_column, into_column, out_of_column = total.T, into.T, out_of_ref[...].T
-    run = jnp.broadcast_to(runs_ref[...].astype(jnp.float32), (8, size))
-    later, earlier = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    sees = (later >= earlier) & (run.T[:, :1] == run[:1])
+    total_column = total.T  # columns from rows
+    earlier, later, same = _pairs(runs_ref, size)
+    sees = (earlier >= later) & same  # positions that read along the first axis, those read along the second
     scores = _dot(c, b, 1, 1)
-
+    y = _lanes(into.T, dim) * _dot(c, state.astype(c.dtype), 1, 1)
     for head in range(total.shape[0]):
         own = slice(head * dim, (head + 1) * dim)
-        x, state = x_ref[:, own], final_ref[head]
         difference = total_column[:, head : head + 1] - total[head : head + 1]
         decay = jnp.exp(jnp.where(sees, difference, -jnp.inf)) * dt[head : head + 1]
-        y = _dot((scores * decay).astype(x.dtype), x, 1, 0)
-        y += into_column[:, head : head + 1] * _dot(c, state.astype(c.dtype), 1, 1)
-        y_ref[:, own] = y.astype(y_ref.dtype)
-        written = (x.astype(jnp.float32) * out_of_column[:, head : head + 1]).astype(x.dtype)
-        final_ref[head] = into[head : head + 1, size - 1 :] * state + _dot(written, b, 0, 0)
+        y_ref[:, own] = (y[:, own] + _dot((scores * decay).astype(x.dtype), x[:, own], 1, 0)).astype(y_ref.dtype)
+    _step(state_ref, _scaled(x, out_of_ref[...], dim), b, into, dim)
+    last_ref[...] = state_ref[group]
 
 
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _states_kernel(x_ref, b_ref, into_ref, out_of_ref, first_ref, kept_ref, state_ref, *, dim):
+    _begin(state_ref, first_ref)
+    kept_ref[...] = state_ref[pl.program_id(2)].astype(kept_ref.dtype)
+    _step(state_ref, _scaled(x_ref[...], out_of_ref[...], dim), b_ref[...], into_ref[...], dim)
 
 
-def _shape(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+def _backward_kernel(
+    x_ref, dy_ref, b_ref, c_ref, runs_ref, total_ref, dt_ref, into_ref, out_of_ref, before_ref, first_ref,
+    dx_ref, db_ref, dc_ref, d_total_ref, d_dt_ref, d_into_ref, d_out_of_ref, last_ref, state_ref, *, dim,
+):  # fmt: skip
+    group = pl.program_id(2)
+    _begin(state_ref, first_ref)
+
+    @pl.when(group == 0)
+    def _():
+        db_ref[...] = jnp.zeros_like(db_ref)
+        dc_ref[...] = jnp.zeros_like(dc_ref)
+
+    x, dy, b, c, before = x_ref[...], dy_ref[...], b_ref[...], c_ref[...], before_ref[...]
+    d_after = state_ref[group]
+    d_after_low = d_after.astype(x.dtype)
+    into, out_of = into_ref[...], out_of_ref[...]
+    # What passes through the state before the block and the one after it, for all heads of the group at once.
+    reads, writes = _scaled(dy, into, dim), _scaled(x, out_of, dim)
+    dc_ref[...] += _dot(reads, before, 1, 0)
+    db_ref[...] += _dot(writes, d_after_low, 1, 0)
+    d_written = _dot(b, d_after_low, 1, 1)
+    d_out_of_ref[...] = _by_head(x * d_written, dim)
+    d_into = _by_head(dy * _dot(c, before, 1, 1), dim)
+    last = lax.broadcasted_iota(jnp.int32, d_into.shape, 1) == d_into.shape[1] - 1
+    d_into_ref[...] = d_into + jnp.where(last, _decayed(d_after, before, dim), 0)
+    _step(state_ref, reads, c, into, dim)
+    last_ref[...] = state_ref[group]
+    d_x = _lanes(out_of.T, dim) * d_written
+    _within(x, dy, b, c, d_x, runs_ref, total_ref, dt_ref, dx_ref, db_ref, dc_ref, d_total_ref, d_dt_ref, dim)
+
+
+def _within(x, dy, b, c, d_x, runs_ref, total_ref, dt_ref, dx_ref, db_ref, dc_ref, d_total_ref, d_dt_ref, dim):
+    """What passes within the block; d_x is what does not. Matrices are [positions written at, positions that read]."""
+    total, dt, size = total_ref[...], dt_ref[...], b.shape[0]
+    total_column, dt_column = total.T, dt.T
+    first, second, same = _pairs(runs_ref, size)
+    sees = (second >= first) & same
+    scores = _dot(b, c, 1, 1)
+    d_scores, d_dt = jnp.zeros_like(scores), []
+    for head in range(total.shape[0]):
+        own, row = slice(head * dim, (head + 1) * dim), slice(head, head + 1)
+        decay = jnp.exp(jnp.where(sees, total[row] - total_column[:, row], -jnp.inf))
+        d_decayed = _dot(x[:, own], dy[:, own], 1, 1) * decay
+        weight = dt_column[:, row]
+        dx_ref[:, own] = (d_x[:, own] + _dot((scores * (decay * weight)).astype(x.dtype), dy[:, own], 1, 0)).astype(
+            dx_ref.dtype
+        )
+        d_scores += d_decayed * weight
+        d_weighted = d_decayed * scores
+        d_dt.append(d_weighted.sum(axis=1, keepdims=True))
+        d_total_ref[row] = (d_weighted * weight).sum(axis=0, keepdims=True)
+    d_dt_ref[...] = jnp.concatenate(d_dt, axis=1).T
+    d_total_ref[...] -= dt * d_dt_ref[...]
+    d_scores = d_scores.astype(b.dtype)
+    db_ref[...] += _dot(d_scores, c, 1, 0)
+    dc_ref[...] += _dot(d_scores, b, 0, 0)
+
+
+def _begin(state_ref, first_ref):
+    turn, group = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(turn == 0)
+    def _():
+        state_ref[group] = first_ref[...]
+
+
+def _step(state_ref, written, b, into, dim):
+    """The state of the group after the block; what is written is [size, group * dim], scaled already."""
+    group, size = pl.program_id(2), into.shape[1]
+    added = _dot(written, b, 0, 0)
+    for head in range(into.shape[0]):
+        own = slice(head * dim, (head + 1) * dim)
+        state_ref[group, own] = into[head : head + 1, size - 1 :] * state_ref[group, own] + added[own]
+
+
+def _pairs(runs_ref, size):
+    """Along the first axis and along the second the positions of a block, and which two are of one run."""
+    # The run of a position is a whole number that float32 holds exactly.
+    run = jnp.broadcast_to(runs_ref[...].astype(jnp.float32), (8, size))
+    first, second = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    return first, second, run.T[:, :1] == run[:1]
+
+
+def _scaled(x, factors, dim):
+    return (x.astype(jnp.float32) * _lanes(factors.T, dim)).astype(x.dtype)
+
+
+def _lanes(columns, dim):
+    """[size, heads] -> [size, heads * dim], each column along the channels of its head."""
+    size, heads = columns.shape
+    spread = [jnp.broadcast_to(columns[:, head : head + 1], (size, dim)) for head in range(heads)]
+    return jnp.concatenate(spread, axis=1)
+
+
+def _by_head(x, dim):
+    """f32[size, heads * dim] -> f32[heads, size]: sums over the channels of each head."""
+    heads = x.shape[1] // dim
+    row, lane = (lax.broadcasted_iota(jnp.int32, (heads, x.shape[1]), axis) for axis in (0, 1))
+    own = ((lane >= row * dim) & (lane < (row + 1) * dim)).astype(jnp.float32)
+    return _dot(own, x, 1, 1, lax.Precision.HIGHEST)
+
+
+def _decayed(d_after, before, dim):
+    """f32[heads, 1]: the cotangent of the decay over the whole block."""
+    rows = (d_after * before).sum(axis=1, keepdims=True)
+    heads = [rows[first : first + dim].sum(axis=0, keepdims=True) for first in range(0, rows.shape[0], dim)]
+    return jnp.concatenate(heads, axis=0)
+
+
+def _dot(a, b, a_axis, b_axis, precision=None):
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

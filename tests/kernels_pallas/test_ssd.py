@@ -18,10 +18,7 @@ pytestmark = pytest.mark.compiles
 
 ssd = jax.jit(package.ssd, static_argnames="block")
 recurrence = jax.jit(reference.ssd)
-KERNELS = {
-    "tpu": jax.jit(functools.partial(tpu.forward, interpret=True)),
-    "gpu": jax.jit(functools.partial(gpu.forward, interpret=True)),
-}
+KERNELS = {"tpu": tpu, "gpu": gpu}
 
 
 def case(batch=2, seq=37, heads=3, dim=4, n=5, dtype=jnp.float32, seed=0, every=9):
@@ -114,7 +111,7 @@ def test_parts_are_the_whole():
     whole = ssd(*inputs, segments=segments, state=state, block=8)
     x, dt, a, b, c = inputs
     outs, first, before = [], 0, None
-    for n in (1, 11, 5, 20):
+    for n in (1, 11, 25):
         part = slice(first, first + n)
         if before is not None:  # a state is of the segment that goes on
             state = jnp.where((segments[:, first] == before)[:, None, None, None], state, 0)
@@ -171,33 +168,84 @@ def test_blocks_are_as_few_and_as_small_as_they_can_be(seq, most, size):
     assert -(-seq // size) == -(-seq // most)
 
 
-SHAPES = {
-    "narrow": {"seq": 37},
-    "one block": {"seq": 24, "heads": 2, "dim": 16, "n": 16},
-    "several, with a part": {"batch": 1, "seq": 300, "heads": 16, "dim": 16, "n": 16, "every": 40},
-    "sides of a tile": {"batch": 1, "seq": 256, "heads": 2, "dim": 64, "n": 128, "every": 100},
-}
+# Two blocks and two groups of heads on a TPU; four blocks on a GPU.
+SHAPES = {"narrow": {"seq": 37}, "several": {"batch": 1, "seq": 200, "heads": 4, "dim": 64, "n": 16, "every": 40}}
+
+
+@pytest.fixture
+def pairs_of_heads(monkeypatch):
+    """Fewer heads in a group than TPUs like: a program is as long as its group."""
+    monkeypatch.setattr(tpu, "HEADS", 2)
+
+
+def kernels_and_recurrence(kernels, shape, dtype=jnp.float32, interpret=True):
+    """(y, final state, cotangents of x, dt, a, b, c and state) by kernels, and by the recurrence in float32.
+
+    Some positions are padding: their dt is 0.
+    """
+    x, dt, a, b, c, state, segments = case(**shape, dtype=dtype)
+    seq = x.shape[1]
+    dt = dt.at[:, seq // 3 : seq // 3 + 5].set(0).at[:, seq - 7 :].set(0)
+    rng = np.random.default_rng(1)
+    d_y, d_final = (jnp.asarray(rng.standard_normal(v.shape), v.dtype) for v in (x, state))
+    inputs = x, dt, a, b, c, state, d_y, d_final
+
+    def own(x, dt, a, b, c, state, d_y, d_final):
+        given = x, dt, a, b, c, runs_of(x, segments), state
+        return *kernels.forward(*given, interpret=interpret), *kernels.backward(
+            *given, d_y, d_final, interpret=interpret
+        )
+
+    def expected(x, dt, a, b, c, state, d_y, d_final):
+        run = lambda x, dt, a, b, c, state: reference.ssd(x, dt, a, b, c, segments=segments, state=state)  # noqa: E731
+        out, pull = jax.vjp(run, x, dt, a, b, c, state)
+        return *out, *pull((d_y, d_final))
+
+    got, want = jax.jit(own)(*inputs), jax.jit(expected)(*(v.astype(jnp.float32) for v in inputs))
+    assert [v.dtype for v in got] == [v.dtype for v in (x, state, x, dt, a, b, c, state)]
+    return got, want
+
+
+@pytest.mark.parametrize(("name", "shape"), [("tpu", "narrow"), ("gpu", "narrow"), ("gpu", "several")])
+def test_kernels_equal_the_recurrence(name, shape):
+    close(*kernels_and_recurrence(KERNELS[name], SHAPES[shape]), 2e-5)
+
+
+@pytest.mark.usefixtures("pairs_of_heads")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_equal_the_recurrence_in_bfloat16(name, monkeypatch):
+    """On GPUs with programs of several chunks, and of several heads."""
+    monkeypatch.setattr(gpu, "PROGRAMS", 8)
+    shape = SHAPES["several"]
+    assert gpu.plan(shape["seq"], 1, shape["heads"]) == gpu.Plan(size=64, kept=2, chunks=1, parts=2)
+    close(*kernels_and_recurrence(KERNELS[name], shape, jnp.bfloat16), 1e-2)
+
+
+@pytest.mark.usefixtures("pairs_of_heads")
+def test_tpu_kernels_equal_the_recurrence_and_read_nothing_before_it_is_there():
+    """In the simulator, where memory that was not written is not a number and reads past an end raise."""
+    shape = {**SHAPES["several"], "batch": 2}
+    close(*kernels_and_recurrence(tpu, shape, interpret=pltpu.InterpretParams()), 2e-5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [*((shape, "float32") for shape in SHAPES), ("several, with a part", "bfloat16")]
+    ("seq", "batch", "heads", "cut"),
+    [
+        (8192, 8, 32, gpu.Plan(64, 2, 64, 1)),
+        (8192, 1, 32, gpu.Plan(64, 2, 8, 8)),
+        (300, 4, 6, gpu.Plan(64, 2, 1, 3)),
+        (24, 1, 1, gpu.Plan(32, 1, 1, 1)),
+        (65, 64, 64, gpu.Plan(64, 2, 1, 1)),
+    ],
 )
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_equal_the_recurrence(name, shape, dtype):
-    dtype = jnp.dtype(dtype)
-    *inputs, state, segments = case(**SHAPES[shape], dtype=dtype)
-    y, final = KERNELS[name](*inputs, runs_of(inputs[0], segments), state)
-    assert (y.dtype, final.dtype) == (dtype, jnp.float32)
-    expected = one_matrix(*inputs, state, segments)
-    close((y, final), expected, 2e-5 if dtype == jnp.float32 else 1e-2)
+def test_gpu_cuts_sequences_where_heads_and_rows_are_few(seq, batch, heads, cut):
+    assert gpu.plan(seq, batch, heads) == cut
+    assert cut.blocks * cut.size >= seq > (cut.blocks - cut.per_part) * cut.size
 
 
-def test_tpu_kernel_reads_nothing_before_it_is_there():
-    """In the simulator, where memory that was not written is not a number and reads past an end raise."""
-    *inputs, state, segments = case(batch=1, seq=200, heads=8, dim=16, n=8)
-    run = jax.jit(functools.partial(tpu.forward, interpret=pltpu.InterpretParams()))
-    got = run(*inputs, runs_of(inputs[0], segments), state)
-    close(got, one_matrix(*inputs, state, segments), 2e-5)
+def test_gpu_takes_states_that_fit_a_processor():
+    assert gpu.takes(64, 128) and gpu.takes(64, 256) and gpu.takes(100, 100)
+    assert not gpu.takes(128, 256) and not gpu.takes(16, 512)
 
 
 def test_within_shard_map():
