@@ -142,6 +142,12 @@ def test_commands_can_be_given(page):
             check_options(name, arguments)
 
 
+@pages
+def test_commands_stand_in_blocks_that_are_executed(page):
+    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    assert not [line for line in lines if re.match(r"(\./scripts/|\.ci/|python -m |pip |adaptive [a-z]+ -)", line)]
+
+
 def check_training(arguments: list[str]) -> None:
     """The options exist, the recipe does, and takes the settings."""
     given = train.options().read([word for word in arguments if word != "..."])
