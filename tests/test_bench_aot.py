@@ -158,9 +158,10 @@ def test_tables_tell_what_fits_and_what_does_not():
     (step,) = aot.steps(["mor_360m"], GIVEN)
     good = aot.record(step, -1.0, FACTS)
     bad = aot.record(step, -1.0, {"fits": False, "needs": 24.34 * 2**30, "says": "RESOURCE_EXHAUSTED"})
-    text = aot.markdown([good, bad])
-    assert "| mor_360m | 8 x v5e | 16 x 2048 |" in text and "**no**, 24.34" in text
-    assert len({line.count("|") for line in text.splitlines()}) == 1
+    memory, content = aot.markdown([bad, good]).split("\n\n")
+    assert "| `mor_360m` | 8 x v5e | layer | auto | 16 x 2,048 |" in memory and "**no**: 24.34" in memory
+    assert "all-gather 64, 1" in content and len(content.splitlines()) == 3  # nothing is known of what does not fit
+    assert all(len({line.count("|") for line in text.splitlines()}) == 1 for text in (memory, content))
     assert aot.fits(good) == "fits: 5.00 of 15.75 GiB" and aot.fits(bad).startswith("does not fit: 24.34")
     assert aot.table([good, bad]).row_count == len(aot.ROWS)
     assert good["estimated"]["step"] > 0 and json.loads(json.dumps(good)) == good
@@ -207,3 +208,8 @@ def test_a_small_step_compiles_for_a_tpu(capsys, tmp_path):
     assert found["custom_calls"]["tpu_custom_call"]["runs"] == 2 * 3  # forward, again, backward of both layers
     assert found["collectives"]["all-gather"]["runs"] > 2 and found["versions"]["libtpu"]
     assert aot.read(str(tmp_path)) == [found]
+
+
+def test_the_documented_table_is_that_of_the_records():
+    documented = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert aot.markdown(aot.read(str(ROOT / "benchmarks" / "aot"))) in documented

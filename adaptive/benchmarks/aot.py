@@ -187,35 +187,48 @@ ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """A row per compiled step, kernels beside the reference, for documents."""
-    head = (
-        "recipe", "target", "rows", "remat", "kernels", "arguments", "temporaries", "peak", "fits", "largest temporary",
-        "T x T", "collectives, MiB", "kernel calls", "est. step", "est. MFU",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for r in records:
-        told = "temporaries" in r
-        moved = sum(n["bytes"] for n in r["collectives"].values()) / 2**20 if told else 0
-        calls = sum(n["number"] for n in r["custom_calls"].values()) if told else 0
-        cells = (
-            r["recipe"], f"{r['devices']} x {r['target']}", f"{r['rows']} x {r['seq_len']}", r["remat"], r["kernels"],
-            *((_gib(r[name]) for name in ("arguments", "temporaries", "peak")) if told else "---"),
-            "yes" if r["fits"] else f"**no**, {_gib(r['needs'])}",
-            f"{r['largest'][0]['array']}, {r['largest'][0]['bytes'] / 2**20:,.0f} MiB" if told else "-",
-            (_square(r) if told else "-"), f"{moved:,.0f}" if told else "-", str(calls) if told else "-",
-            f"{r['estimated']['step'] * 1e3:,.0f} ms", f"{r['estimated']['utilisation']:.0%}",
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Two tables for documents, a row per compiled step: memory and the estimate; what the program holds."""
+    ordered = sorted(records, key=lambda r: (r["target"], r["recipe"], r["remat"] != "none", r["remat"], r["kernels"]))
+    tables = []
+    for columns in (MEMORY, CONTENT):
+        lines = ["| " + " | ".join(name for name, _ in columns) + " |", "| --- " * len(columns) + "|"]
+        shown = [r for r in ordered if columns is MEMORY or "temporaries" in r]
+        tables.append("\n".join([*lines, *("| " + " | ".join(cell(r) for _, cell in columns) + " |" for r in shown)]))
+    return "\n\n".join(tables)
 
 
-# Custom calls that are kernels, of ours or of libraries.
-OURS = (
-    "tpu_custom_call",
-    "__gpu$xla.gpu.triton",
-    "triton_kernel_call",
-    "__cudnn$fmhaSoftmax",
-    "__cudnn$fmhaSoftmaxBackward",
+def _calls(r: dict[str, Any]) -> str:
+    found = r["custom_calls"].values()
+    return f"{sum(n['number'] for n in found)}, run {sum(n['runs'] for n in found):,} times" if found else "none"
+
+
+def _moved(r: dict[str, Any]) -> str:
+    return "; ".join(f"{kind} {n['runs']:,}, {n['bytes'] / 2**20:,.0f}" for kind, n in r["collectives"].items())
+
+
+_NAMED: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("recipe", lambda r: f"`{r['recipe']}`"),
+    ("for", lambda r: f"{r['devices']} x {r['target']}"),
+    ("`train.remat`", lambda r: r["remat"]),
+    ("kernels", lambda r: r["kernels"]),
+)
+MEMORY = (
+    *_NAMED,
+    ("rows of a device", lambda r: f"{r['rows']} x {r['seq_len']:,}"),
+    ("arguments", _told(lambda r: _gib(r["arguments"]))),
+    ("temporaries", _told(lambda r: _gib(r["temporaries"]))),
+    ("peak", _told(lambda r: _gib(r["peak"]))),
+    ("fits", lambda r: "yes" if r["fits"] else f"**no**: {_gib(r['needs'])}"),
+    ("positions x positions", _told(_square)),
+    ("estimated step", lambda r: f"{r['estimated']['step'] * 1e3:,.0f} ms"),
+    ("estimated MFU", lambda r: f"{r['estimated']['utilisation']:.0%}"),
+)
+CONTENT = (
+    *_NAMED,
+    ("kernels: calls", _calls),
+    ("collectives: how often, MiB", _moved),
+    ("largest temporary", lambda r: _largest({"largest": r["largest"][:1]}).rpartition(",")[0]),
+    ("compilation, s", lambda r: f"{r['compile_s']:.0f}"),
 )
 
 
