@@ -1,7 +1,8 @@
 """Attention of a row's newest queries over its cache on TPUs: blocks of the cache pass through fast memory, in order.
 
-A block holds the keys of all heads, because a head alone is no whole tile of the cache. Blocks that a row does not read
-are not fetched: their turn names a block that is there already.
+A block holds the keys of all heads. XLA lays a cache out with channels along the lanes of a tile where they fill them,
+else with slots: both are read as they are, because another layout would be a copy of the whole cache at each step.
+Blocks that a row does not read are not fetched: their turn names one that is there already.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.attention.decode_visits import block_of, by_key_head, by_query, sees, visits
 
 BYTES = 2**20  # of the keys of a block in fast memory, which holds two blocks of keys and two of values
+LANES = 128
 MOST = 512  # keys of a block
 
 
@@ -32,17 +34,22 @@ def decode(
 ) -> jax.Array:
     """As `decode.decode`, with lengths of 0 for rows that take no part. block: keys of a block; 0: by the shapes."""
     (rows, queries, _, dim), (slots, kv_heads) = q.shape, k.shape[1:3]
-    block = min(block or _block(k), slots)
+    across = dim % LANES == 0  # channels along lanes
+    block = min(block or _block(k, across), slots)
     grouped = by_key_head(q, kv_heads)
     count = grouped.shape[2]
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, -count % 8), (0, 0)))
     reads = visits(lengths, queries, window, sinks, block)
     tables = (*reads, _sources(reads.total))
-    cache = pl.BlockSpec((None, block, kv_heads, dim), lambda r, t, *tables: (*fetched(r, t, *tables), 0, 0))
+    if across:
+        cache = pl.BlockSpec((None, block, kv_heads, dim), lambda r, t, *of: (*fetched(r, t, *of), 0, 0))
+    else:
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
+        cache = pl.BlockSpec((None, kv_heads, dim, block), lambda r, t, *of: _spread(fetched(r, t, *of)))
     row = pl.BlockSpec((None, *grouped.shape[1:]), lambda r, t, *_: (r, 0, 0, 0))
     numbers = pltpu.VMEM((*grouped.shape[1:3], 1), jnp.float32)
     out = pl.pallas_call(
-        functools.partial(_kernel, queries=queries, limits=(window, sinks), soft_cap=soft_cap),
+        functools.partial(_kernel, across=across, queries=queries, limits=(window, sinks), soft_cap=soft_cap),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, q.dtype, manual_axis_type=jax.typeof(q).manual_axis_type),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
@@ -71,6 +78,11 @@ def fetched(row, turn, length, leading, first, total, source):
     return of, block_of(visit, leading[of], first[of])
 
 
+def _spread(at):
+    row, block = at
+    return row, 0, 0, block
+
+
 def _sources(total: jax.Array) -> jax.Array:
     """i32[rows]: of a row that reads nothing, the row before it that does, or else the first that does."""
     reads = total > 0
@@ -78,7 +90,9 @@ def _sources(total: jax.Array) -> jax.Array:
     return jnp.where(before < 0, jnp.argmax(reads), before).astype(jnp.int32)
 
 
-def _kernel(length_ref, leading_ref, first_ref, visits_ref, _, q_ref, k_ref, v_ref, out_ref, *scratch, **options):
+def _kernel(
+    length_ref, leading_ref, first_ref, visits_ref, _, q_ref, k_ref, v_ref, out_ref, *scratch, across, **options
+):
     row, turn = pl.program_id(0), pl.program_id(1)
     sums_ref, top_ref, total_ref = scratch
 
@@ -90,11 +104,12 @@ def _kernel(length_ref, leading_ref, first_ref, visits_ref, _, q_ref, k_ref, v_r
 
     @pl.when(turn < visits_ref[row])
     def add():
-        at = block_of(turn, leading_ref[row], first_ref[row]) * k_ref.shape[0]
-        for head in range(k_ref.shape[1]):
+        at = block_of(turn, leading_ref[row], first_ref[row]) * k_ref.shape[0 if across else 2]
+        for head in range(q_ref.shape[0]):
             carry = sums_ref[head], top_ref[head], total_ref[head]
-            args = q_ref[head], k_ref[:, head, :], v_ref[:, head, :], at, length_ref[row]
-            sums_ref[head], top_ref[head], total_ref[head] = _add(*args, *carry, **options)
+            k, v = (ref[:, head, :] if across else ref[head] for ref in (k_ref, v_ref))
+            added = _add(q_ref[head], k, v, at, length_ref[row], *carry, slots=0 if across else 1, **options)
+            sums_ref[head], top_ref[head], total_ref[head] = added
 
     @pl.when(turn == pl.num_programs(1) - 1)
     def write():
@@ -102,26 +117,34 @@ def _kernel(length_ref, leading_ref, first_ref, visits_ref, _, q_ref, k_ref, v_r
         out_ref[...] = (sums_ref[...] / jnp.where(total > 0, total, 1.0)).astype(out_ref.dtype)
 
 
-def _add(q, k, v, at, length, sums, top, total, *, queries, limits, soft_cap):
-    """Sums, largest score and total of the queries [lines, dim] of a head, with a block of keys more."""
-    lines, block = q.shape[0], k.shape[0]
-    slots = at + lax.broadcasted_iota(jnp.int32, (lines, block), 1)
-    ends = length - (queries - 1) + lax.rem(lax.broadcasted_iota(jnp.int32, (lines, block), 0), queries)
-    scores = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * q.shape[1] ** -0.5
+def _add(q, k, v, at, length, sums, top, total, *, slots, queries, limits, soft_cap):
+    """Sums, largest score and total of the queries [lines, dim] of a head, with a block of keys more.
+
+    slots  the axis of k and v, [block, dim] or [dim, block], along which slots stand
+    """
+    shape = q.shape[0], k.shape[slots]
+    slot = at + lax.broadcasted_iota(jnp.int32, shape, 1)
+    ends = length - (queries - 1) + lax.rem(lax.broadcasted_iota(jnp.int32, shape, 0), queries)
+    scores = _dot(q, k, 1 - slots) * q.shape[1] ** -0.5
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(sees(slots, ends, *limits), scores, -jnp.inf)
-    there = at + lax.broadcasted_iota(jnp.int32, v.shape, 0) < length  # what lies behind must not reach the sum
+    scores = jnp.where(sees(slot, ends, *limits), scores, -jnp.inf)
+    there = at + lax.broadcasted_iota(jnp.int32, v.shape, slots) < length  # what lies behind must not reach the sum
     new = jnp.maximum(top, scores.max(axis=1, keepdims=True))
     base = jnp.where(new == -jnp.inf, 0.0, new)
     weights, kept = jnp.exp(scores - base), jnp.exp(top - base)
-    added = jnp.dot(weights.astype(v.dtype), jnp.where(there, v, 0), preferred_element_type=jnp.float32)
+    added = _dot(weights.astype(v.dtype), jnp.where(there, v, 0), slots)
     return sums * kept + added, new, total * kept + weights.sum(axis=1, keepdims=True)
 
 
-def _block(k: jax.Array) -> int:
-    """Keys of a block, a power of two. Fast memory holds heads by 8 numbers of 4 bytes and channels by 128."""
-    size = k.dtype.itemsize
-    heads = pl.cdiv(k.shape[2], 32 // size) * (32 // size)
-    each = heads * pl.cdiv(k.shape[3], 128) * 128 * size
-    return min(MOST, max(16, 2 ** (BYTES // each).bit_length() // 2))
+def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """a's last axis with an axis of b, summed in float32."""
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _block(k: jax.Array, across: bool) -> int:
+    """Keys of a block, a power of two. Fast memory holds 8 by 128 numbers of 4 bytes, or more that are smaller."""
+    size, (heads, dim) = k.dtype.itemsize, k.shape[2:]
+    lines = 32 // size
+    each = pl.cdiv(heads, lines) * lines * dim if across else heads * pl.cdiv(dim, lines) * lines
+    return min(MOST, max(16 if across else LANES, 2 ** (BYTES // (each * size)).bit_length() // 2))

@@ -22,6 +22,7 @@ LENGTHS = np.asarray([0, 1, 60, 75], np.int32)
 CASES = {
     "one query": (1, 15, 5, 64, {}),
     "some queries": (3, 4, 2, 40, {}),
+    "channels along lanes": (1, 4, 2, 128, {"window": 30, "sinks": 2}),
     "window": (2, 4, 4, 16, {"window": 20}),
     "window, sinks, cap": (3, 2, 1, 16, {"window": 17, "sinks": 5, "soft_cap": 2.0}),
 }
@@ -74,8 +75,9 @@ def test_what_a_row_does_not_hold_is_not_read(form):
 
 
 @pytest.mark.compiles
-def test_tpu_kernel_under_the_simulator():
-    q, k, v = draw(1, 4, 2, 16, slots=40, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dim", [16, 128])
+def test_tpu_kernel_under_the_simulator(dim):
+    q, k, v = draw(1, 4, 2, dim, slots=40, dtype=jnp.bfloat16)
     lengths = np.asarray([0, 33, 0, 40], np.int32)
     run = functools.partial(decode_tpu.decode, block=16, window=10, sinks=2, interpret=pltpu.InterpretParams())
     out = jax.jit(run)(q, k, v, lengths)
