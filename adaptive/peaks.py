@@ -1,4 +1,4 @@
-"""Dense matmul peaks of accelerators, by the exact name jax gives the device and by dtype."""
+"""Dense matmul peaks and memory of accelerators, by the exact name jax gives the device."""
 
 from typing import NamedTuple
 
@@ -28,6 +28,30 @@ _BFLOAT16 = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+# `device_kind` -> bytes that programs can have: of TPUs as their compiler says, of GPUs three quarters of the data
+# sheet's, as much as jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_MEMORY = {
+    "TPU v4": 30.5 * 2**30,
+    "TPU v5 lite": 15.75 * 2**30,
+    "TPU v5": 95.74 * 2**30,
+    "TPU v6 lite": 31.25 * 2**30,
+    "TPU7x": 94.75 * 2**30,
+    "NVIDIA A100-SXM4-40GB": 0.75 * 40e9,
+    "NVIDIA A100-SXM4-80GB": 0.75 * 80e9,
+    "NVIDIA A100-PCIE-40GB": 0.75 * 40e9,
+    "NVIDIA A100 80GB PCIe": 0.75 * 80e9,
+    "NVIDIA H100 80GB HBM3": 0.75 * 80e9,
+    "NVIDIA H100 PCIe": 0.75 * 80e9,
+    "NVIDIA H200": 0.75 * 141e9,
+    "NVIDIA B200": 0.75 * 180e9,
+}
+
+
+def memory_of(device_kind: str) -> int | None:
+    """Bytes of one device that programs can have; None where they are not on record (of CPUs they are not)."""
+    found = _MEMORY.get(device_kind)
+    return None if found is None else int(found)
 
 
 def peak_of(device_kind: str, dtype: str) -> Peak:

@@ -21,7 +21,7 @@ from adaptive.models.bodies import recursive as recursive_body
 from adaptive.models.depth import expert_choice, token_choice
 from adaptive.models.language_model import Settings
 from adaptive.objectives.cross_entropy import cross_entropy_sum
-from adaptive.peaks import peak_of
+from adaptive.peaks import memory_of, peak_of
 
 pytestmark = pytest.mark.compiles
 
@@ -338,3 +338,4 @@ def test_peaks_are_known_by_exact_name_and_dtype():
         peak = peak_of(kind, dtype)
         assert peak.flops is None
         assert peak.why
+    assert memory_of("TPU v5 lite") == 15.75 * 2**30 and memory_of("cpu") is None

@@ -129,7 +129,7 @@ def estimate(recipe: Recipe, target: str, devices: int) -> Estimate:
         matmuls=rows * dense / flops,
         attention=rows * attention,
         scan=rows * scan,
-        head=max(3 * rows * head.head / flops, _head_bytes(recipe, rows) / memory),
+        head=max(3 * rows * head.head / flops, _head_bytes(recipe, rows, rates.kind) / memory),
         elementwise=rows * moved / memory,
         routing=rows * routed / (chip.bandwidth * BYTES.routed_share),
         optimizer=BYTES.parameter * parameters(model).total / devices / memory,
@@ -184,9 +184,9 @@ def _width(recipe: Recipe, stage: Cost) -> int:
     return widths[int(number)] if name in ("encoder", "decoder", "chunking") else widths[-1]
 
 
-def _head_bytes(recipe: Recipe, rows: float) -> float:
+def _head_bytes(recipe: Recipe, rows: float, kind: str) -> float:
     """That the loss moves on a device: logits, and the head for every chunk of positions."""
     model, seq = recipe.model, recipe.data.seq_len
-    chunk = recipe.train.loss_chunk or chunk_length(seq, max(1, int(rows)), model.vocab_size)
+    chunk = recipe.train.loss_chunk or chunk_length(seq, max(1, int(rows)), model.vocab_size, kind)
     table = model.vocab_size * model.width
     return BYTES.logit * rows * seq * model.vocab_size + BYTES.head * table * seq / chunk

@@ -16,6 +16,7 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.routers.duo_llm import BIG, SMALL, Forced, Layer
 from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
+from adaptive.parallel.rules import device_kind
 
 
 class Oracle(NamedTuple):
@@ -83,7 +84,7 @@ def search(
             model = nnx.merge(graphdef, jax.tree.map(lambda _: path, forced), state)
             out = model(tokens, positions=positions, segment_ids=segment_ids, logits=False)
             weight = model.head_weight().astype(out.hidden.dtype)
-            chunk = chunk_length(tokens.shape[1], tokens.shape[0], len(weight))
+            chunk = chunk_length(tokens.shape[1], tokens.shape[0], len(weight), device_kind())
             return cross_entropy_sum(out.hidden, weight, targets, jnp.ones(tokens.shape, jnp.float32), chunk)[1]
 
         def better(best: tuple[jax.Array, jax.Array], path: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:

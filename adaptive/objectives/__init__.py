@@ -54,5 +54,5 @@ class Objective(Member):
         raise NotImplementedError
 
     def loss(self, model: Any, out: Output, inputs: Inputs, chunk: int) -> Loss:
-        """The loss of a pass; chunk: positions whose logits exist at once, 0: chosen from the vocabulary."""
+        """The loss of a pass; chunk: positions whose logits exist at once, 0: chosen for vocabulary and device."""
         raise NotImplementedError

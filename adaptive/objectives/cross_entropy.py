@@ -7,15 +7,23 @@ import jax.numpy as jnp
 
 from adaptive.parallel.rules import batch_shards, constrain
 from adaptive.parallel.shard import sum_of_parts
+from adaptive.peaks import memory_of
 from adaptive.settings import divisors
 
-LOGITS_BUDGET = 2**24  # logits that exist at once, per batch shard, unless a recipe says otherwise
 
+def chunk_length(seq: int, rows: int, vocab: int, kind: str) -> int:
+    """Positions of each of `rows` sequences whose logits exist at once on a device of this kind; a divisor of `seq`.
 
-def chunk_length(seq: int, rows: int, vocab: int) -> int:
-    """The longest divisor of `seq` for which rows * length * vocab logits stay within the budget (at least 1)."""
-    fits = max(1, LOGITS_BUDGET // max(1, rows * vocab))
-    return max(n for n in divisors(seq) if n <= fits)
+    Every chunk reads the output matrix twice and its float32 gradient, which it writes again. That hides behind the
+    matmuls from about 700 tokens on (1,600 on TPU v6e), so accelerators take at least 1,024 tokens, and more while
+    their logits stay below 1/64 of the memory and half a GiB. CPUs are fastest with as many logits as their caches
+    hold, and at least 128 tokens (docs/benchmarks.md).
+    """
+    if kind == "cpu":
+        tokens = max(128, 2**21 // vocab)
+    else:
+        tokens = max(1024, min(2**29, (memory_of(kind) or 2**34) // 64) // (4 * vocab))
+    return max(n for n in divisors(seq) if n <= max(1, tokens // max(1, rows)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

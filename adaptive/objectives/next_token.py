@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from adaptive.objectives import Inputs, Loss, Objective
 from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
-from adaptive.parallel.rules import batch_shards, narrowed
+from adaptive.parallel.rules import batch_shards, device_kind, narrowed
 from adaptive.routing.types import Output
 
 
@@ -25,7 +25,7 @@ class Settings(Objective):
     def loss(self, model: Any, out: Output, inputs: Inputs, chunk: int) -> Loss:
         rows, seq = inputs.tokens.shape
         weight = narrowed(model.head_weight(), out.hidden.dtype)
-        chunk = chunk or chunk_length(seq, rows // batch_shards(), weight.shape[0])
+        chunk = chunk or chunk_length(seq, rows // batch_shards(), weight.shape[0], device_kind())
         main, nll = cross_entropy_sum(out.hidden, weight, inputs.targets, inputs.weights, chunk)
         total, apart = main, {}
         for readout in out.readouts:

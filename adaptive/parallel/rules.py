@@ -114,6 +114,12 @@ def batch_shards() -> int:
     return split(current.mesh, current.rules.batch)
 
 
+def device_kind() -> str:
+    """What jax calls the devices that programs are made for: those of the active placement, or of this machine."""
+    current = _placement.get()
+    return (jax.devices()[0] if current is None else current.mesh.devices.flat[0]).device_kind
+
+
 def split(mesh: Mesh, axes: Iterable[str]) -> int:
     """Into how many parts these axes of the mesh split an array's dimension."""
     return math.prod(mesh.shape[axis] for axis in axes)

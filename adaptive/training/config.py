@@ -32,9 +32,8 @@ class TrainConfig:
     remat: Literal["none", "layer", "dots"] = "none"  # recompute in the backward pass: nothing, layers, all but matmuls
     # Operations have kernels where the machine has some; "reference": none, XLA computes all, to compare with.
     kernels: Kernels = since("auto", before="auto")
-    loss_chunk: int = ranged(
-        0, least=0
-    )  # positions whose logits exist at once, per sequence; 0: chosen from the vocabulary
+    # Positions whose logits exist at once, per sequence; 0: chosen from the vocabulary and the device.
+    loss_chunk: int = ranged(0, least=0)
     max_bad_steps: int = ranged(5, least=1)  # consecutive non-finite steps after which the run stops
     # A step that takes longer is reported with every thread's stack, and the run ends.
     step_timeout_s: float = ranged(1800.0, above=0)

@@ -41,7 +41,7 @@ def make_train_step(
     auxiliary_over  over what auxiliary losses are formed, where there are several micro-batches; see TrainConfig
     frozen        tree of bool like the parameters: those that a step leaves as they are; None: none
     ema           decay of the state's running average of the parameters; 0: it has none
-    loss_chunk    positions whose logits exist at once; 0: chosen from the vocabulary
+    loss_chunk    positions whose logits exist at once; 0: chosen from the vocabulary and the device
     warmup        the program for steps within a router's warm-up
     segmented     False: each row is one document, whatever the batch says (attention needs no document mask)
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from adaptive.objectives.cross_entropy import LOGITS_BUDGET, chunk_length, cross_entropy_sum
+from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, placement
@@ -61,11 +61,15 @@ def test_masked_positions_get_no_gradient(example):
     assert np.array_equal(np.any(grad, axis=-1), np.asarray(mask) > 0)
 
 
-def test_chunks_divide_the_sequence_and_fit_the_budget():
-    assert chunk_length(2048, 1, 320) == 2048
-    length = chunk_length(2048, 16, 49152)
-    assert 2048 % length == 0 and 16 * 49152 * length <= LOGITS_BUDGET < 16 * 49152 * 2 * length
-    assert chunk_length(7, 1000, 10**6) == 1
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("cpu", 128), ("TPU v5 lite", 1024), ("TPU v6 lite", 2048), ("NVIDIA H200", 2048), ("an unknown one", 1024)],
+)
+def test_chunks_divide_the_sequence_and_are_as_long_as_the_device_likes(kind, tokens):
+    assert chunk_length(2048, 16, 49152, kind) == tokens // 16
+    assert chunk_length(2048, 1, 320, kind) == 2048
+    assert chunk_length(2048, 4, 10**6, kind) == (32 if kind == "cpu" else 256)
+    assert chunk_length(7, 1000, 10**6, kind) == 1
 
 
 @pytest.mark.parametrize("vocab", [24, 20])  # of each device 6 or 5 rows, which deal out over two devices or do not
