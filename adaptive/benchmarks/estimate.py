@@ -74,7 +74,7 @@ class Bytes(NamedTuple):
 
 
 BYTES = Bytes()
-SCAN_BLOCK = 128  # positions of a block on accelerators
+SCAN_BLOCK = 64  # positions of a block, of a scan in XLA
 COMPUTE = 2  # bytes of a bfloat16
 
 
