@@ -128,6 +128,9 @@ def _accumulated(
     `sums_of` first goes over all of them, forward alone, so that each is given the sums of the others."""
     if len(keys) == 1:
         return grads_of(batch, keys[0], None)
+    # Both are used twice: for shapes and in a loop. Under jit they are traced once; inlined, the program is the same.
+    grads_of = jax.jit(grads_of, inline=True)
+    sums_of = None if sums_of is None else jax.jit(sums_of, inline=True)
     micro = jax.tree.map(lambda a: _micro_batches(a, len(keys)), batch)
     one = jax.tree.map(lambda a: a[0], micro)
     others = None
