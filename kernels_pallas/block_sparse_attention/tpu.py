@@ -20,7 +20,7 @@ from kernels_pallas.block_sparse_attention.table import WORD, transposed
 from kernels_pallas.block_sparse_attention.tiles import LEAST, Blocks, Cut, Lists, Rule, bit_of, cost, like
 
 SCORES = 2**18  # of a tile
-SLOTS = 2**17  # of the lists of one call: with all that belongs to them, below the 1 MiB of scalar memory
+SLOTS = 3 * 2**15  # of the lists of one call: two numbers for each are below the 1 MiB of scalar memory
 SUBLANES = 16  # rows of a register of 2-byte numbers
 VMEM = 2**25  # bytes that a kernel may take
 Interpret = bool | pltpu.InterpretParams

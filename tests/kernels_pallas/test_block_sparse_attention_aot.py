@@ -27,6 +27,8 @@ CASES = {
     # A list for each query, whose rows are the heads of a group.
     "by query": (1, 256, 1024, 16, 1, 64, 1, 64, 4, (), "bfloat16"),
     "step": (4, 1, 1024, 4, 2, 64, 1, 128, 4, ("index",), "bfloat16"),
+    # As many slots as scalar memory holds at once.
+    "full": (1, 2**15, 2**13, 1, 1, 64, 16, 128, 48, (), "bfloat16"),
     # More slots than scalar memory holds at once: a loop over rows and key heads.
     "many": (3, 2048, 2048, 2, 1, 64, 16, 32, 384, (), "bfloat16"),
 }
