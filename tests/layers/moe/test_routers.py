@@ -17,7 +17,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers.call import Call
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe import layer_from_weights, routers
-from adaptive.layers.moe.base import Context, Noise
+from adaptive.layers.moe.base import Context, Noise, RoutedLayer
 from adaptive.layers.moe.settings import MoESettings, RouterSettings
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
@@ -324,3 +324,26 @@ def test_parameters_with_a_natural_start_may_be_left_out(name, router, starts):
         np.testing.assert_allclose(state[path][...], np.full(weights[path].shape, value), rtol=1e-6)
     with pytest.raises(RecipeError, match=r"router\.weight"):
         layer_from_weights(name, {n: v for n, v in given.items() if n != "router.weight"}, options=own)
+
+
+class Heard(Exception):
+    """What a routed layer was told."""
+
+
+class Asked(RoutedLayer):
+    def routed(self, x, context):
+        raise Heard(context)
+
+
+def test_a_router_is_told_all_that_a_pass_is_about():
+    a = {
+        name: np.full((1, 4), i) for i, name in enumerate(("number", "segments", "exists", "previous", "asked", "key"))
+    }
+    where = Where(a["number"], a["number"], a["segments"], a["exists"])
+    call = Call(training=True, key=a["key"], previous=a["previous"], experts_per_token=a["asked"])
+    for rule, selection in (("train", "topk"), ("causal", "threshold")):
+        with pytest.raises(Heard) as heard:
+            Asked().apply(None, where, call.replace(rule=rule))
+        (told,) = heard.value.args
+        assert told.segments is a["segments"] and told.present is a["exists"] and told.previous is a["previous"]
+        assert told.limit is a["asked"] and told.key is a["key"] and told.training and told.selection == selection
