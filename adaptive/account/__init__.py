@@ -10,7 +10,8 @@ gradient, a router without any gradient has its forward alone, and a scan's back
 
 Attention has two costs. "Executed" multiplies all queries by all keys, as the reference implementation runs it.
 "Useful" counts the (query, key) pairs that causality and a window allow, at most about half: what a perfect kernel
-would do, and the numerator of utilisation. Document boundaries inside a row are not deducted.
+would do, and the numerator of utilisation. Kernels and long rows on CPUs are in between: they pass over tiles that no
+query sees, and compute scores again in the backward pass. Document boundaries inside a row are not deducted.
 """
 
 import dataclasses
