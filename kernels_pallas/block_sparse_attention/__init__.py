@@ -76,7 +76,7 @@ def block_sparse_attention(
     Softmax and sums are float32. Gradients are those of q, k and v, also through the log-sum-exp, so that results over
     disjoint keys can be merged; the backward pass keeps the arguments and both results, and no scores. On several TPUs
     or GPUs it must be called inside `jax.shard_map`, as every kernel. A TPU holds the lists of a call in scalar memory:
-    past 98,304 slots each row and key head is a call of its own, and a single head with more of them is computed in XLA.
+    past 98,304 slots each row and key head is a call of its own, and a single head with more is computed in XLA.
 
     Raises ValueError for shapes, dtypes and sizes that do not match. That lists are ascending, without repetition and
     in range is looked at where ADAPTIVE_CHECKS is set.
