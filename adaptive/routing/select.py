@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.routing.types import Selection
+from kernels_pallas.selection import positions, top_mask
 
 MOST_ARGMAXES = 8
 
@@ -25,14 +26,13 @@ def select_top(
     if capacity == scores.shape[-1] and limit is None:
         indices = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), scores.shape)
         return _gated(indices, gates, jnp.isfinite(scores))
-    # A stable sort, and not lax.top_k, which XLA does not partition: it would gather the scores of a sharded batch.
-    order = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
-    negated, where = jax.lax.sort((-jax.lax.stop_gradient(scores), order), num_keys=1, is_stable=True)
-    where, valid = where[..., :capacity], jnp.isfinite(negated[..., :capacity])
+    ranked = jax.lax.stop_gradient(scores)
+    indices = positions(top_mask(ranked, capacity), capacity)
+    taken = jnp.isfinite(ranked)
     if limit is not None:
-        valid = valid & (jnp.arange(capacity) < limit)
-    where, valid = jax.lax.sort((where, valid), num_keys=1)
-    return _gated(where, jnp.take_along_axis(gates, where, axis=-1, mode="promise_in_bounds"), valid)
+        taken = taken & top_mask(ranked, jnp.minimum(limit, capacity))
+    at = lambda values: jnp.take_along_axis(values, indices, axis=-1, mode="promise_in_bounds")  # noqa: E731
+    return _gated(indices, at(gates), at(taken))
 
 
 def select_first(

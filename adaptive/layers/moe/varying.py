@@ -12,6 +12,7 @@ from adaptive.layers.moe.settings import Execution, MoESettings
 from adaptive.routing.balance import claims
 from adaptive.routing.dispatch import Dispatch, by_mask, by_token
 from adaptive.routing.masked import softmax_over
+from kernels_pallas.selection import top_mask
 
 
 class Counted(NamedTuple):
@@ -78,10 +79,7 @@ def within_rows(weights: jax.Array, active: jax.Array, rows: int) -> jax.Array:
     """bool[batch, seq, experts]: the `rows` active pairs of each sequence with the largest weights, ties to the earlier
     token."""
     flat = jnp.where(active, jax.lax.stop_gradient(weights), -jnp.inf).reshape(len(weights), -1)
-    number = jnp.broadcast_to(jnp.arange(flat.shape[1], dtype=jnp.int32), flat.shape)
-    _, place = jax.lax.sort((-flat, number), num_keys=1, is_stable=True)
-    put = lambda place: jnp.zeros(place.shape, bool).at[place[:rows]].set(True, unique_indices=True)  # noqa: E731
-    return jax.vmap(put)(place).reshape(active.shape) & active
+    return top_mask(flat, rows).reshape(active.shape) & active
 
 
 def one_expert(setting: str) -> str:
