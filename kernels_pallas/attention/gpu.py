@@ -106,13 +106,11 @@ def backward(
     """Cotangents of q, k and v for the cotangent `d_out` of the result `out` of `forward`, which also gave `lse`."""
     blocks = blocks or _blocks(q, v)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # the weights of a query that sees nothing become 0
-    d_out = d_out.astype(q.dtype)
+    lse, d_out = lse * LOG2E, d_out.astype(q.dtype)
 
     def inputs(plan: _Plan, by: Callable) -> tuple[Any, ...]:
         rest = ((0, 0), (0, 0), (0, -plan.queries % plan.tile.queries))
-        numbers = jnp.pad(lse, rest, constant_values=jnp.inf), jnp.pad(delta, rest)
-        return *_visits(seen, plan, q.shape[0], by), q, k, v, d_out, *numbers
+        return *_visits(seen, plan, q.shape[0], by), q, k, v, d_out, jnp.pad(lse, rest), jnp.pad(delta, rest)
 
     plan = _plan(q, k, v, blocks.d_q, soft_cap)
     (d_q,) = _call(_d_q_kernel, plan, inputs(plan, by_rows), (q,), matmuls=3, interpret=interpret)

@@ -16,19 +16,26 @@ pytestmark = pytest.mark.compiles
 SMALL = gpu.Blocks(gpu.Tile(32, 16), gpu.Tile(16, 32), gpu.Tile(16, 32))
 
 
-def dense(q, k, v, seen, soft_cap=0.0):
-    """The formula with every score in memory; 0 and -inf of a query that sees nothing."""
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    group = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[-1] ** -0.5
+def formula(q, k, v, d_out, seen, soft_cap=0.0):
+    """Result, logarithm of the sum and gradients in float64, with every score in memory."""
+    q, k, v, d_out = (np.asarray(x.astype(jnp.float32), np.float64).swapaxes(1, 2) for x in (q, k, v, d_out))
+    group, scale = q.shape[1] // k.shape[1], q.shape[3] ** -0.5
+    k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
+    scores, slope = q @ k.mT * scale, 1.0
     if soft_cap:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    mask = seen.mask(k.shape[1])[:, None]
-    some = mask.any(-1, keepdims=True)
-    lse = jax.nn.logsumexp(jnp.where(mask | ~some, scores, -jnp.inf), axis=-1)
-    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - lse[..., None], 0.0)), 0.0)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest"), jnp.where(some[..., 0], lse, -jnp.inf)
+        slope = 1 - np.tanh(scores / soft_cap) ** 2
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    mask = np.asarray(seen.mask(k.shape[2]))[:, None]
+    exponentials = np.where(mask, np.exp(scores), 0)
+    total = exponentials.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total[..., 0])
+    weights = exponentials / np.where(total > 0, total, 1)
+    d_weights = d_out @ v.mT
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * slope * scale
+    shared = lambda x: x.reshape(len(x), -1, group, *x.shape[2:]).sum(2)  # noqa: E731
+    out, d_q, d_k, d_v = weights @ v, d_scores @ k, shared(d_scores.mT @ q), shared(weights.mT @ d_out)
+    return out.swapaxes(1, 2), lse, *(x.swapaxes(1, 2) for x in (d_q, d_k, d_v))
 
 
 def causal(n, window=0, sinks=0):
@@ -51,6 +58,12 @@ def segments(rng, batch, n, q_at=None):
     return Seen(np.zeros_like(at), at + 1, None, np.take_along_axis(tags, at, 1), np.where(exists, tags, -1))
 
 
+def both_ways(n, size):
+    """Of documents of one size, everything."""
+    tags = np.repeat(np.arange(n, dtype=np.int32), size)[None, :n].repeat(2, axis=0)
+    return Seen(np.zeros_like(tags), np.full_like(tags, n), None, tags, tags)
+
+
 def compacted(rng, batch, n, of, window):
     """Queries and keys at the same positions; the window is one of positions."""
     at = positions(rng, batch, n, of)
@@ -69,18 +82,18 @@ def random(rng, batch, n_q, n_k):
 
 RNG = np.random.default_rng(0)
 AT = positions(RNG, 2, 43, 129)
-# Heads, heads of keys, head_dim, queries, keys, what is seen, cap of the scores.
+# Heads, heads of keys, head_dim, queries, keys, what is seen, cap of the scores. "random" has 16 channels of values.
 CASES = {
     "causal, 15 heads over 5": (15, 5, 64, 129, 129, causal(129), 0.0),
     "window": (4, 2, 40, 129, 129, causal(129, 37), 0.0),
     "window and sinks": (2, 2, 32, 129, 129, causal(129, 20, 5), 0.0),
     "one": (3, 1, 64, 1, 1, causal(1), 0.0),
-    "seven": (2, 1, 16, 7, 7, causal(7), 0.0),
     "segments, some keys do not exist": (2, 1, 32, 129, 129, segments(RNG, 2, 129), 0.0),
+    "both ways in documents of 40": (2, 1, 16, 129, 129, both_ways(129, 40), 0.0),
     "compacted": (2, 1, 32, 43, 43, compacted(RNG, 2, 43, 129, 30), 0.0),
     "compacted queries of all keys": (6, 2, 16, 43, 129, Seen(np.zeros_like(AT), AT + 1), 0.0),
     "the same in segments, capped": (2, 2, 40, 43, 129, segments(RNG, 2, 129, AT), 2.0),
-    "random": (2, 1, 32, 50, 75, random(RNG, 2, 50, 75), 0.0),
+    "random": (2, 1, 40, 50, 75, random(RNG, 2, 50, 75), 0.0),
 }
 
 
@@ -92,64 +105,62 @@ def draw(heads, kv_heads, dim, queries, keys, dtype=np.float32, v_dim=None):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def both(q, k, v, d_out, seen, soft_cap, blocks=SMALL):
-    """Result, logarithm of the sum, and gradients: of the kernels, of the formula."""
+def kernels(q, k, v, d_out, seen, soft_cap=0.0, blocks=SMALL):
+    """Result, logarithm of the sum and gradients."""
     options = {"soft_cap": soft_cap, "blocks": blocks, "interpret": True}
 
     @jax.jit
-    def kernels(q, k, v, d_out, seen):
+    def run(q, k, v, d_out, seen):
         out, lse = gpu.forward(q, k, v, seen, **options)
         return out, lse, *gpu.backward(q, k, v, seen, out, lse, d_out, **options)
 
-    @jax.jit
-    def formula(q, k, v, d_out, seen):
-        out, pull, lse = jax.vjp(lambda q, k, v: dense(q, k, v, seen, soft_cap), q, k, v, has_aux=True)
-        return out, lse, *pull(d_out.astype(out.dtype))
+    return [np.asarray(x.astype(jnp.float32)) for x in run(q, k, v, d_out, seen)]
 
-    return kernels(q, k, v, d_out, seen), formula(q, k, v, d_out, seen)
+
+def compare(mine, theirs):
+    for x, y in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-6, rtol=1e-5)
+        assert x.shape == y.shape
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_the_formula(name):
     *shape, seen, soft_cap = CASES[name]
-    for mine, theirs in zip(*both(*draw(*shape), seen, soft_cap), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=3e-6, rtol=1e-5)
-        assert mine.shape == theirs.shape
+    given = *draw(*shape, v_dim=16 if name == "random" else None), seen, soft_cap
+    compare(kernels(*given), formula(*given))
 
 
 def test_a_query_that_sees_nothing_gives_nothing():
-    seen = Seen(np.asarray([[0, 3, 5, 9]], np.int32), np.asarray([[3, 3, 2, 7]], np.int32))
-    q, k, v, d_out = draw(2, 2, 16, 4, 9)
-    (out, lse, d_q, *_), _ = both(q, k, v, d_out, seen, 0.0)
-    assert not np.asarray(out)[:, 1:].any() and not np.asarray(d_q)[:, 1:].any()
-    assert (np.asarray(lse)[..., 1:] == -np.inf).all() and np.isfinite(np.asarray(lse)[..., 0]).all()
+    seen = Seen(np.asarray([[0, 3, 5, 9, 0, 7, 6]], np.int32), np.asarray([[3, 3, 2, 7, 0, 0, 5]], np.int32))
+    given = *draw(2, 2, 16, 7, 7), seen
+    out, lse, d_q, *rest = kernels(*given)
+    compare((out, lse, d_q, *rest), formula(*given))
+    assert not out[:, 1:].any() and not d_q[:, 1:].any()
+    assert (lse[..., 1:] == -np.inf).all() and np.isfinite(lse[..., 0]).all()
 
 
-def test_values_may_have_other_channels_than_keys():
-    for mine, theirs in zip(*both(*draw(2, 1, 40, 50, 75, v_dim=16), CASES["random"][-2], 0.0), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=3e-6, rtol=1e-5)
-        assert mine.shape == theirs.shape
+def test_half_precision_is_near_the_formula():
+    given = *draw(6, 2, 64, 129, 129, jnp.bfloat16), causal(129)
+    for x, y in zip(kernels(*given, blocks=None), formula(*given), strict=True):
+        assert np.abs(x - y).max() < 0.015 * np.abs(y).max()
 
 
-def test_half_precision_is_near_the_formula_in_single():
-    q, k, v, d_out = draw(6, 2, 64, 129, 129, jnp.bfloat16)
-    mine, theirs = both(q, k, v, d_out, causal(129), 0.0, blocks=None)
-    assert [x.dtype for x in mine] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
-    for x, y in zip(mine, theirs, strict=True):
-        error = np.abs(np.asarray(x, np.float32) - np.asarray(y, np.float32)).max()
-        assert error < 0.015 * np.abs(np.asarray(y, np.float32)).max()
+def test_results_have_the_dtypes_of_what_they_belong_to():
+    q, k, v, d_out = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in draw(2, 1, 16, 4, 9))
+    seen = Seen(*[jax.ShapeDtypeStruct((1, 4), jnp.int32)] * 2)
+    out, lse = jax.eval_shape(gpu.forward, q, k, v, seen)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 2, 4), jnp.float32)
+    assert jax.eval_shape(gpu.backward, q, k, v, seen, out, lse, d_out) == (q, k, v)
 
 
 def test_inside_shard_map_each_device_has_its_rows():
     *shape, seen, soft_cap = CASES["segments, some keys do not exist"]
-    q, k, v, _ = draw(*shape)
+    q, k, v, d_out = draw(*shape)
     forward = functools.partial(gpu.forward, soft_cap=soft_cap, blocks=SMALL, interpret=True)
     split = PartitionSpec("data")
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     mapped = jax.shard_map(forward, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    out = jax.jit(mapped)(q, k, v, seen)
-    for mine, theirs in zip(out, dense(q, k, v, seen), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=3e-6, rtol=1e-5)
+    compare(jax.jit(mapped)(q, k, v, seen), formula(q, k, v, d_out, seen)[:2])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][3] > 7])
