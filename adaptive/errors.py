@@ -11,6 +11,10 @@ class RecipeError(UserError):
     """A recipe, an override or a combination of settings is invalid."""
 
 
+class NoRoomError(RecipeError):
+    """A program of a recipe does not fit the memory of a device."""
+
+
 class DataError(UserError):
     """A data source or a tokenizer is missing, malformed, or does not fit the recipe."""
 

@@ -91,7 +91,8 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     from adaptive.runs.origin import record_start
     from adaptive.runs.platform import keep_compilations
     from adaptive.training import plan as plans
-    from adaptive.training.program import Program, Steps, data_shard
+    from adaptive.training.fitting import fitted
+    from adaptive.training.program import Program, data_shard
     from adaptive.training.stopping import StopRequest
     from adaptive.training.waiting import waiting
     from adaptive.training.watchdog import COMPILE_S, Watchdog
@@ -119,10 +120,13 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         say(f"compiling the train step ({compilations})")
         shown = waiting("compiling", say) if primary else contextlib.nullcontext()
         with watchdog.limit("compiling", COMPILE_S), stop.at_once(folder.close if folder else lambda: None), shown:
-            steps = Steps(program)
+            fit = fitted(program)
         cluster.meet("the train step is compiled")
-        plan = plans.with_compiled(plan, steps.first)
+        program, steps = fit.program, fit.steps
+        plan = plans.with_compiled(plan, fit)
         say(f"compiled  in {steps.first.seconds:.1f} s{', from the cache' if steps.first.kept else ''}")
+        if fit.why:
+            say(f"remat     {fit.why}")
         say(plans.memory_line(plan.memory))
         if folder is None:
             say("dry run: stopping before the first step")

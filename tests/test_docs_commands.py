@@ -25,7 +25,7 @@ from adaptive.data.corpus import embedded_file
 from adaptive.interop.files import write_safetensors
 from adaptive.parallel import mesh
 from adaptive.recipe import Recipe, list_recipes, load
-from adaptive.training import program
+from adaptive.training import fitting, program
 from adaptive.training.program import Compiled
 
 pytestmark = pytest.mark.compiles
@@ -114,7 +114,7 @@ def reducing(desk, monkeypatch):
         run = "--workdir" in arguments and not converted
         new = "--dry_run" in arguments or parts(recipe.model) not in known_parts()
         alone = recipe.mesh.data == -1 and recipe.mesh.fsdp == recipe.mesh.tensor == recipe.mesh.expert == 1
-        monkeypatch.setattr(program, "Steps", whole_steps if run or (new and alone) else NotCompiled)
+        monkeypatch.setattr(fitting, "Steps", whole_steps if run or (new and alone) else NotCompiled)
         less = small(recipe, shrink=not converted)
         return whole_train(less, folder if run else None, arguments)
 

@@ -102,7 +102,8 @@ PARTS = ("matmuls", "attention", "scan", "head", "elementwise", "routing", "opti
 def estimate(recipe: Recipe, target: str, devices: int) -> Estimate:
     """Of a recipe's step over so many devices of a target, in bfloat16; train.kernels says whether scores are written
     and scans are XLA's."""
-    model, seq, remat = recipe.model, recipe.data.seq_len, recipe.train.remat
+    model, seq = recipe.model, recipe.data.seq_len
+    remat = "none" if recipe.train.remat == "auto" else recipe.train.remat
     rows = recipe.train.batch_size / devices
     rates, chip = RATES[target], TARGETS[target]
     peak = peak_of(rates.kind, "bfloat16").flops

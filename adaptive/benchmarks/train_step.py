@@ -22,6 +22,7 @@ from adaptive.data.batch import Batch
 from adaptive.parallel.mesh import make_mesh
 from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe
+from adaptive.training.fitting import fitted
 from adaptive.training.program import Program
 
 MATMUL_SIDE = {"cpu": 2048}  # of the square matmul that stands for the machine's peak, by platform
@@ -93,7 +94,8 @@ class TimedStep:
         """Raises UserError for a recipe that is invalid or does not fit the devices."""
         recipe.validate()
         self.recipe = recipe
-        self.program = Program(recipe, make_mesh(recipe.mesh, devices))
+        program = Program(recipe, make_mesh(recipe.mesh, devices))
+        self.program = fitted(program).program if recipe.train.remat == "auto" else program
         self.compiled = self.program.compile_train_step()
         self._state = self.program.fresh_state()
         self._batch = self.program.to_devices(random_batch(recipe))
@@ -142,7 +144,7 @@ def _result(step: TimedStep, times: Sequence[float], matmul: float, devices: Seq
     recipe, spread = step.recipe, Spread.of(times)
     rows, seq = recipe.train.batch_size, recipe.data.seq_len
     cost = account(recipe.model, seq)
-    flops, useful = rows * cost.train_flops(recipe.train.remat), rows * seq * cost.train_flops_per_token
+    flops, useful = rows * cost.train_flops(step.program.remat), rows * seq * cost.train_flops_per_token
     peak = peak_of(devices[0].device_kind, str(step.program.dtype)).flops
     return Result(
         recipe=recipe.name,

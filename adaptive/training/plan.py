@@ -13,8 +13,9 @@ from adaptive.optim.schedule import make_schedule, phases
 from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe
 from adaptive.training import unread
+from adaptive.training.fitting import Fitted
 from adaptive.training.metrics import StepCost
-from adaptive.training.program import Compiled, Program
+from adaptive.training.program import Program
 from adaptive.training.report.collect import plan_costs
 from adaptive.training.report.schema import PlanRecord
 from kernels_pallas.choice import Kernels
@@ -40,7 +41,7 @@ def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = Non
         peak_flops_per_s=None if peak is None else peak * program.mesh.size,
         kernels={name: runs_on(name, device.platform, recipe.train.kernels) for name in program.facts.kernels},
         versions=versions.in_use(),
-        **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, recipe.train.remat),
+        **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, program.remat),
     )
 
 
@@ -52,8 +53,14 @@ def runs_on(operation: str, platform: str, kernels: Kernels = "auto") -> str:
     return importlib.import_module(f"{room}.{operation}").runs_on(platform)
 
 
-def with_compiled(plan: PlanRecord, compiled: Compiled) -> PlanRecord:
-    return dataclasses.replace(plan, compile_seconds=round(compiled.seconds, 2), memory=compiled.memory())
+def with_compiled(plan: PlanRecord, fitted: Fitted) -> PlanRecord:
+    """The plan with what is known of the compiled step, and what was chosen to be recomputed for it to fit."""
+    compiled, program = fitted.steps.first, fitted.program
+    recipe = program.recipe
+    costs = plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, program.remat)
+    return dataclasses.replace(
+        plan, compile_seconds=round(compiled.seconds, 2), memory=compiled.memory(), remat=fitted.why, **costs
+    )
 
 
 def cost_of(plan: PlanRecord) -> StepCost:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from adaptive.data.batch import Batch
 from adaptive.data.tokenizers import ByteCounts
-from adaptive.errors import MeshError, RecipeError
+from adaptive.errors import MeshError, NoRoomError, RecipeError
 from adaptive.optim.build import make_optimizer
 from adaptive.optim.named import chosen
 from adaptive.parallel.cluster import meet
@@ -29,6 +29,7 @@ from adaptive.routing.types import AuxLosses, Output
 from adaptive.runs.platform import CacheHits, compute_dtype
 from adaptive.runs.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
 from adaptive.settings import divisors
+from adaptive.training.config import Remat
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
 
 
@@ -84,11 +85,13 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled train step and what is known of it. kept: whether it came from the compilation cache."""
+    """A compiled train step and what is known of it. kept: whether it came from the compilation cache;
+    platform: that it is for."""
 
     call: Any
     seconds: float
     kept: bool = False
+    platform: str = "cpu"
 
     def memory(self) -> dict[str, int]:
         """Bytes per device by kind; empty where the backend does not tell."""
@@ -102,6 +105,19 @@ class Compiled:
             "code": analysis.generated_code_size_in_bytes,
         }
 
+    def needs(self) -> int:
+        """Bytes of a device that the step takes, state and batch included; 0 where the backend does not tell.
+
+        Temporaries of a GPU are one block. Those of a TPU share places over time, which its peak alone knows.
+        """
+        analysis = self.call.memory_analysis()
+        if analysis is None:
+            return 0
+        if self.platform == "tpu":
+            return analysis.peak_memory_in_bytes
+        results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
+
 
 class Program:
     """A recipe's model and steps on a mesh. Making one creates no array; raises MeshError where shapes do not fit.
@@ -109,14 +125,17 @@ class Program:
     facts                  of the model
     ema                    whether its state has a running average of the parameters
     frozen                 tree of bool like its parameters: which are not trained; None: all are
+    remat                  what the backward pass recomputes
     experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
     experts_described      each kind of routed feed-forward in a few words
     selections             the ways of selecting that the model can evaluate and that differ
     refuse_generation      why the model cannot generate with a cache; empty where it can
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh):
+    def __init__(self, recipe: Recipe, mesh: Mesh, remat: Remat = "none"):
+        """remat: what is recomputed where the recipe leaves it to be chosen (`adaptive.training.fitting`)."""
         self.recipe, self.mesh, self.facts = recipe, mesh, recipe.model.facts()
+        self.remat: Remat = remat if recipe.train.remat == "auto" else recipe.train.remat
         self.shards = split(mesh, AxisRules().batch)
         self.accumulation = accumulation_of(recipe, self.shards)
         self.dtype = compute_dtype(recipe)
@@ -143,7 +162,7 @@ class Program:
     def build(self, key: jax.Array, step: int = -1) -> Any:
         """The model with the settings that hold at a step (-1: at the last)."""
         model = self.recipe.model.at_step(step)
-        return model.build(key, dtype=self.dtype, remat=self.recipe.train.remat)
+        return model.build(key, dtype=self.dtype, remat=self.remat)
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """Where the model's code is to be traced."""
@@ -213,7 +232,7 @@ class Program:
             lowered = jitted.lower(self.abstract_state(), self.abstract_batch())
             with CacheHits() as hits:
                 call = lowered.compile()
-        return Compiled(call, time.perf_counter() - begin, hits.count > 0)
+        return Compiled(call, time.perf_counter() - begin, hits.count > 0, self.mesh.devices.flat[0].platform)
 
     def eval_step(
         self, byte_counts: ByteCounts, selection: Literal["topk", "threshold"]
@@ -263,8 +282,17 @@ class Steps:
         """The program of step `step`, compiled if it is not yet."""
         begin = self._phase(step)
         if begin not in self._compiled:
-            self._compiled[begin] = self._program.compile_train_step(begin)
+            self._compiled[begin] = self._compile(begin)
         return self._compiled[begin]
+
+    def _compile(self, begin: int) -> Compiled:
+        try:
+            return self._program.compile_train_step(begin)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            says = " ".join(str(error).split())[:300]
+            raise NoRoomError(f"the train step does not fit a device: {says}. {advice(self._program)}") from error
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return self.prepare(step).call(state, batch)
@@ -272,6 +300,17 @@ class Steps:
     def _phase(self, step: int) -> int:
         """The step that the phase of step `step` begins with."""
         return max(begin for begin in self._begins if begin <= step)
+
+
+def advice(program: Program) -> str:
+    """What makes a step smaller."""
+    train = program.recipe.train
+    rows = train.batch_size // (program.shards * program.accumulation)
+    fewer = [d for d in divisors(rows) if d < rows]
+    less = [f"train.device_batch_size={fewer[-1]} (a device computes {rows} rows at once)"] if fewer else []
+    if train.remat not in ("auto", "layer"):
+        less.append(f"train.remat=layer or auto (it is {train.remat})")
+    return f"What makes it smaller: {', '.join([*less, 'mesh.fsdp over more devices'])}"
 
 
 def _padded(of_tokens: np.ndarray, vocab: int) -> np.ndarray:

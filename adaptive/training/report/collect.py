@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from adaptive.account import account, dense_equivalent, layer_counts, paper_flops_per_token, recursion_capacities
 from adaptive.data.tokenizers import Tokenizer
+from adaptive.training.config import Remat
 from adaptive.training.report.kinds import KindCounter, begins_word
 from adaptive.training.report.schema import (
     END_MARK,
@@ -23,9 +24,7 @@ from adaptive.training.report.schema import (
 from adaptive.training.report.takes import TakenCounter
 
 
-def plan_costs(
-    model: Any, seq_len: int, batch_size: int, remat: Literal["none", "layer", "dots"] = "none"
-) -> dict[str, Any]:
+def plan_costs(model: Any, seq_len: int, batch_size: int, remat: Remat = "none") -> dict[str, Any]:
     """The fields of a PlanRecord that follow from the model's settings and the batch: its kind, sizes, capacities and
     FLOPs."""
     active, dense, facts = account(model, seq_len), dense_equivalent(model, seq_len), model.facts()

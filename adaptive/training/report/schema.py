@@ -45,6 +45,7 @@ class PlanRecord:
     capacities            tokens per sequence that each recursion computes; () without a router
     peak_flops_per_s      of all devices together; None: not known
     memory                bytes of the compiled step by kind ("arguments", "temporaries", "outputs", "code")
+    remat                 what the backward pass recomputes and why, where that was left to be chosen
     kernels               operation -> implementation and reason
     """
 
@@ -76,6 +77,7 @@ class PlanRecord:
     peak_flops_per_s: float | None = None
     compile_seconds: float | None = None
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    remat: str = ""
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     version: int = FORMAT_VERSION
