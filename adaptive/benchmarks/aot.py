@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,10 @@ from adaptive.benchmarks.estimate import PARTS, RATES, estimate
 from adaptive.command import number
 from adaptive.errors import UserError
 from adaptive.recipe import Recipe, load
+from adaptive.training.program import accumulation_of
 
 GIB = 2**30
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Failure): ")
 EFFORT = -1.0  # of the compiler: four times faster than its own, memory within 3 %
 ABORTS = ("v7x",)  # whose compiler fails at little effort
 
@@ -70,6 +73,7 @@ def steps(names: Sequence[str], given: argparse.Namespace) -> Iterator[Step]:
             settings = (*(f"{at}={value}" for at, value in made.items() if at not in named), *given.settings)
             recipe = published.with_(*settings)
             recipe.validate()
+            accumulation_of(recipe, given.devices // recipe.mesh.tensor)
             yield Step(name, recipe, settings, given.target, given.devices)
 
 
@@ -87,8 +91,11 @@ def compiled(step: Step, effort: float) -> dict[str, Any]:
     if done.returncode:
         if done.returncode == UserError.code:
             raise UserError(done.stderr.strip().splitlines()[-1])
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise UserError(f"compiling {step.recipe.name} for {step.target} ended with code {done.returncode}: {last}")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"]
+        why = next((line for line in reversed(lines) if _RAISED.match(line)), lines[-1])
+        raise UserError(
+            f"compiling {step.recipe.name} for {step.target} ended with code {done.returncode}: {why[:400]}"
+        )
     return record(step, effort, json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -243,6 +250,7 @@ def main(arguments: Sequence[str]) -> int:
         found = read(given.kept)
         print("\n".join(map(json.dumps, found)) if given.json else markdown(found))
         return 0
+    todo = list(steps(given.recipe, given))
     if not targets.can_compile(given.target):
         package, folder = targets.TARGETS[given.target].package[1], targets.COMPILERS
         raise UserError(
@@ -252,7 +260,7 @@ def main(arguments: Sequence[str]) -> int:
     effort = 0.0 if given.full_effort or given.target in ABORTS else EFFORT
     found = []
     with console.status("") as status:
-        for step in list(steps(given.recipe, given)):
+        for step in todo:
             status.update(f"compiling {step.recipe.name} for {step.devices} x {step.target}, {step.kernels}")
             found.append(compiled(step, effort))
             if given.keep:

@@ -41,7 +41,7 @@ def facts(recipe: Recipe, target: str, devices: int) -> dict[str, Any]:
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needs = arguments + results + memory.temp_size_in_bytes if target == "h200" else peak
     text = Text(compiled.call.as_text())
-    square = text.largest_square(positions(recipe), widths(program))
+    square = text.largest_square(positions(recipe), parameters(program), recipe.model.vocab_size)
     return {
         "fits": needs <= targets.TARGETS[target].memory,
         "needs": needs,
@@ -74,11 +74,9 @@ def positions(recipe: Recipe) -> set[int]:
     return {seq, *body.pass_counts(seq), *body.chunk_counts(seq)}
 
 
-def widths(program: Program) -> set[int]:
-    """Sizes of parameters' dimensions, which no number of positions is taken for."""
-    params = program.abstract_state().params
-    sizes = {size for leaf in jax.tree.leaves(nnx.to_pure_dict(params)) for size in leaf.shape}
-    return {size for size in sizes if size > 1}
+def parameters(program: Program) -> list[tuple[int, ...]]:
+    """Their shapes, over all devices."""
+    return [leaf.shape for leaf in jax.tree.leaves(nnx.to_pure_dict(program.abstract_state().params))]
 
 
 def main(order: dict[str, Any]) -> None:

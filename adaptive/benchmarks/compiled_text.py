@@ -138,20 +138,30 @@ class Text:
                 if one.opcode not in _VIEWS and not one.opcode.endswith("-done"):
                     yield from (array for array in one.results if not array.fast)
 
-    def largest_square(self, positions: Iterable[int], widths: Iterable[int]) -> Array | None:
+    def largest_square(
+        self, positions: Iterable[int], parameters: Iterable[tuple[int, ...]], vocab: int
+    ) -> Array | None:
         """The largest array in memory that holds something for pairs of positions: None if there is none.
 
-        positions  how many positions rows have that are compared with each other. Both of the array's last two
-                   dimensions are a multiple of such a number, or of it made a multiple of 128
-        widths     sizes of parameters' dimensions, which once, twice or three times are no numbers of positions
+        positions   how many positions rows have that are compared with each other. Both of the array's last two
+                    dimensions are a multiple of such a number, or of it made a multiple of 128
+        parameters  their shapes. An array of a parameter's last two dimensions is none, nor is one with a dimension
+                    that is one, two or three times a parameter's; the latter only below float32, in which scores are
+        vocab       likewise, of logits, whatever their dtype
         """
         known = {rounded for n in positions for rounded in (n, -(-n // LANES) * LANES)}
-        no = {times * width for width in widths for times in (1, 2, 3)}
-        of_positions = lambda size: size not in no and any(size % n == 0 for n in known)  # noqa: E731
-        square = [
-            array for array in set(self.written()) if len(array.shape) >= 2 and all(map(of_positions, array.shape[-2:]))
-        ]
-        return max(square, key=lambda array: array.bytes, default=None)
+        own = {tuple(sorted(shape[-2:])) for shape in parameters}
+        widths = {times * width for shape in parameters for width in shape for times in (1, 2, 3)}
+
+        def is_square(array: Array) -> bool:
+            pair = array.shape[-2:]
+            if len(pair) < 2 or vocab in pair or tuple(sorted(pair)) in own:
+                return False
+            if array.dtype != "f32" and widths.intersection(pair):
+                return False
+            return all(any(size % n == 0 for n in known) for size in pair)
+
+        return max(filter(is_square, set(self.written())), key=lambda array: array.bytes, default=None)
 
     def _all(self) -> Iterator[Instruction]:
         for name in self._runs:
