@@ -167,7 +167,9 @@ def test_tables_tell_what_fits_and_what_does_not():
     assert all(len({line.count("|") for line in text.splitlines()}) == 1 for text in (memory, content))
     assert aot.fits(good) == "fits: 5.00 of 15.75 GiB" and aot.fits(bad).startswith("does not fit: 24.34")
     assert aot.table([good, bad]).row_count == len(aot.ROWS)
-    assert good["estimated"]["step"] > 0 and json.loads(json.dumps(good)) == good
+    less = aot.record(step, -1.0, {**FACTS, "remat": "none"})
+    assert less["remat"] == "none" and less["estimated"]["step"] < good["estimated"]["step"]
+    assert json.loads(json.dumps(good)) == good
 
 
 def test_a_missing_compiler_and_a_failing_one_are_a_line(monkeypatch, capsys):

@@ -100,8 +100,10 @@ def compiled(step: Step, effort: float) -> dict[str, Any]:
 
 
 def record(step: Step, effort: float, facts: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a compiled step, as JSON."""
-    guess = estimate(step.recipe, step.target, step.devices)
+    """What is kept of a compiled step, as JSON; facts say which `remat` was chosen where it was to be."""
+    remat = facts.get("remat", step.recipe.train.remat)
+    train = dataclasses.replace(step.recipe.train, remat=remat)
+    guess = estimate(dataclasses.replace(step.recipe, train=train), step.target, step.devices)
     return {
         "recipe": step.recipe.name,
         "target": step.target,
@@ -110,7 +112,7 @@ def record(step: Step, effort: float, facts: dict[str, Any]) -> dict[str, Any]:
         "settings": list(step.settings),
         "rows": step.rows,
         "seq_len": step.recipe.data.seq_len,
-        "remat": step.recipe.train.remat,
+        "remat": remat,
         "effort": effort,
         "versions": versions(),
         "device_memory": targets.TARGETS[step.target].memory,

@@ -15,9 +15,10 @@ from flax import nnx
 
 from adaptive import targets
 from adaptive.benchmarks.compiled_text import Text
-from adaptive.errors import UserError
+from adaptive.errors import NoRoomError, UserError
 from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe, load
+from adaptive.training.fitting import fitted
 from adaptive.training.program import Program
 
 LARGEST = 5  # temporaries that are told
@@ -31,23 +32,25 @@ def facts(recipe: Recipe, target: str, devices: int) -> dict[str, Any]:
     """What the compiled step needs and holds; of one that does not fit, how much it would need."""
     program = Program(recipe, make_mesh(recipe.mesh, targets.devices(target, devices)))
     try:
-        compiled = program.compile_train_step()
+        if recipe.train.remat == "auto":
+            program, steps, _ = fitted(program)
+            compiled = steps.first
+        else:
+            compiled = program.compile_train_step()
     except jax.errors.JaxRuntimeError as error:
         return {"fits": False, **overflow(str(error))}
-    memory = compiled.call.memory_analysis()
-    arguments, peak = memory.argument_size_in_bytes, memory.peak_memory_in_bytes
-    # A GPU's temporaries are one block. For TPUs, arrays that live at other times share places, which the peak alone
-    # knows: what compiles fits, also where temporaries add up to more than there is.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needs = arguments + results + memory.temp_size_in_bytes if target == "h200" else peak
+    except NoRoomError as error:
+        return {"fits": False, "needs": None, "says": str(error)}
+    memory, needs = compiled.call.memory_analysis(), compiled.needs()
     text = Text(compiled.call.as_text())
     square = text.largest_square(positions(recipe), parameters(program), recipe.model.vocab_size)
     return {
         "fits": needs <= targets.TARGETS[target].memory,
         "needs": needs,
-        "arguments": arguments,
+        "remat": program.remat,
+        "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "peak": peak,
+        "peak": memory.peak_memory_in_bytes,
         "compile_s": round(compiled.seconds, 1),
         "collectives": {kind: dataclasses.asdict(count) for kind, count in text.collectives().items()},
         "custom_calls": {kind: dataclasses.asdict(count) for kind, count in text.kernels().items()},
