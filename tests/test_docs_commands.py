@@ -19,8 +19,19 @@ import shapes
 from documents import PAGES, blocks, module_and_arguments, ours, shown
 from oracle import hnet as oracle
 
-from adaptive import convert, train
-from adaptive.benchmarks import block_sparse_attention, ema, experts, grouped_matmul, hnet, ssd, train_step
+from adaptive import convert, targets, train
+from adaptive.benchmarks import (
+    aot,
+    block_sparse_attention,
+    ema,
+    experts,
+    grouped_matmul,
+    hnet,
+    kernel_cases,
+    kernels,
+    ssd,
+    train_step,
+)
 from adaptive.data.corpus import embedded_file
 from adaptive.interop.files import write_safetensors
 from adaptive.parallel import mesh
@@ -35,6 +46,8 @@ ELSEWHERE = {
     "git clone": "the address of a repository",
     "pip install": "a package index; tests/test_scripts.py and tests/test_packaging.py install",
     "./scripts/test": "these tests",
+    "ADAPTIVE_AOT=all ./scripts/test": "these tests",
+    "python3 scripts/gpu_check": "an accelerator; tests/test_bench_kernels.py reads what it says",
     ".ci/run": "these tests",
     ".venv/bin/ruff": "what .ci/run runs",
     "./scripts/lock": "a package index",
@@ -50,6 +63,12 @@ FOR = {
     "runs/one@400": ["runs/one@2"], "4096": ["300"], "160": ["8"],
 }  # fmt: skip
 OF_OPERATIONS = {  # constants of the benchmarks of operations
+    aot: {"compiled": lambda step, effort: aot.record(step, effort, {"fits": False, "needs": None})},
+    targets: {"can_compile": lambda name: True},
+    kernels: {
+        "cases": lambda sizes, dtype: [("gather", lambda: kernel_cases.gather(sizes._replace(seq=6, width=4), dtype))],
+        "rates": lambda dtype, repeats: kernels.Rates(1e9, 1e9),
+    },
     block_sparse_attention: {"LENGTHS": (16,), "DIM": 8, "BLOCK": 16},
     ema: {"CASES": ((1, 16, 8),)},
     experts: {"SEQUENCES": 1, "SEQ": 16, "WIDTH": 8, "HIDDEN": 8, "EXPERTS": (4,)},
@@ -181,7 +200,7 @@ def execute(line: str) -> None:
             convert.save(recipe, jax.jit(recipe.model.build)(jax.random.key(0)), run)
     if name in ("adaptive.data", "adaptive.launch"):
         name += ".__main__"
-    if name == "adaptive.bench" and arguments[0] != "train":
+    if name == "adaptive.bench" and arguments[0] not in ("train", "aot"):
         arguments += ["--repeats", "1"]
     assert importlib.import_module(name).main(arguments) == 0, line
 
