@@ -6,13 +6,15 @@ What the compiler tells is proven: that it compiles, the memory of each device, 
 temporaries. The utilisation is estimated (`adaptive.benchmarks.estimate`): nothing is run.
 
 Unless settings say otherwise, parameters are split over all devices (mesh.fsdp), layers compute in bfloat16, and every
-device has the rows that the recipe gives one (train.device_batch_size, else train.batch_size).
+device has the rows that the recipe gives one (train.device_batch_size, else train.batch_size). XLA_FLAGS hold for the
+compiler.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,7 +89,8 @@ def compiled(step: Step, effort: float) -> dict[str, Any]:
         "effort": effort,
     }
     run = [sys.executable, "-m", "adaptive.benchmarks.aot_program", json.dumps(order)]
-    done = subprocess.run(run, env=targets.environment(), capture_output=True, text=True)
+    env = targets.environment() | {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
     if done.returncode:
         if done.returncode == UserError.code:
             raise UserError(done.stderr.strip().splitlines()[-1])
@@ -114,6 +117,7 @@ def record(step: Step, effort: float, facts: dict[str, Any]) -> dict[str, Any]:
         "seq_len": step.recipe.data.seq_len,
         "remat": remat,
         "effort": effort,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions(),
         "device_memory": targets.TARGETS[step.target].memory,
         **facts,
