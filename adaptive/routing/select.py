@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.routing.types import Selection
-from kernels_pallas.selection import positions, top_mask
+from kernels_pallas.selection import top_mask, top_positions
 
 MOST_ARGMAXES = 8
 
@@ -27,7 +27,7 @@ def select_top(
         indices = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), scores.shape)
         return _gated(indices, gates, jnp.isfinite(scores))
     ranked = jax.lax.stop_gradient(scores)
-    indices = positions(top_mask(ranked, capacity), capacity)
+    indices = top_positions(ranked, capacity)
     taken = jnp.isfinite(ranked)
     if limit is not None:
         taken = taken & top_mask(ranked, jnp.minimum(limit, capacity))

@@ -1,7 +1,7 @@
 """Which of each row's scores are the largest, as a mask and as ascending positions: radix selection, no sort.
 
-Positions come out in order by counting, so that nothing sorts them either; and everything but the last step goes row by
-row, so that a sharded batch needs no communication.
+Positions come out in order by counting, so that nothing sorts them either, and rows have nothing to do with each other,
+so that a sharded batch needs no communication.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,37 @@ import jax.numpy as jnp
 
 from kernels_pallas.checks import checking, require
 from kernels_pallas.choice import by_platform
+from kernels_pallas.selection import triton_gpu
 
 BITS = 4  # of a digit: a number has 32 of them, and a pass counts 2 ** BITS - 1 digits
 
 
 def runs_on(platform: str) -> str:
     """What computes it on a platform ("cpu", "gpu", "tpu"), and why."""
+    if platform == "tpu":
+        return "radix selection in XLA, positions by one sort"
+    if platform == "gpu":
+        missing = triton_gpu.serves()
+        return f"radix selection in XLA ({missing})" if missing else "radix selection by jax-triton"
     return "radix selection in XLA, no sort"
+
+
+def top_positions(scores: jax.Array, count: int) -> jax.Array:
+    """i32[rows, count]: where the `count` largest scores of each row are, ascending; as `top_mask`."""
+    return by_platform(scores, tpu=_top_positions(count), cuda=_on_gpu(count), default=_top_positions(count))
+
+
+def _top_positions(count: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda scores: positions(top_mask(scores, count), count)
+
+
+def _on_gpu(count: int) -> Callable[[jax.Array], jax.Array]:
+    def run(scores: jax.Array) -> jax.Array:
+        if triton_gpu.serves() or scores.shape[-1] > triton_gpu.MOST:
+            return positions(top_mask(scores, count), count)
+        return triton_gpu.top_positions(scores, count)
+
+    return run
 
 
 def top_mask(scores: jax.Array, count: jax.Array | int) -> jax.Array:
@@ -43,7 +67,7 @@ def positions(mask: jax.Array, count: int) -> jax.Array:
             (mask.sum(-1) == count).all(), f"a row of the mask does not have the {count} positions that it promises"
         )
     before = jnp.cumsum(mask, -1, dtype=jnp.int32)
-    return by_platform(mask, before, tpu=_by_comparing(count), cuda=_by_writing(count), default=_by_writing(count))
+    return by_platform(mask, before, tpu=_by_sorting(count), cuda=_by_writing(count), default=_by_writing(count))
 
 
 def ordered(scores: jax.Array) -> jax.Array:
@@ -80,12 +104,12 @@ def _by_writing(count: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return run
 
 
-def _by_comparing(count: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A position is the number of those with fewer set up to them: for TPUs, which write one by one and compare all at
-    once."""
+def _by_sorting(count: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """For TPUs, which write one by one: what is not set goes to the end."""
 
     def run(mask: jax.Array, before: jax.Array) -> jax.Array:
-        slot = jnp.arange(count, dtype=jnp.int32)[:, None]
-        return (before[:, None, :] <= slot).sum(-1, dtype=jnp.int32)
+        n = mask.shape[-1]
+        number = jnp.arange(n, dtype=jnp.int32)
+        return jax.lax.sort(jnp.where(mask, number, n), is_stable=False)[..., :count]
 
     return run
