@@ -178,8 +178,12 @@ def _square(r: dict[str, Any]) -> str:
 
 
 def _estimated(r: dict[str, Any]) -> str:
-    parts = ", ".join(f"{part} {r['estimated'][part] * 1e3:,.0f}" for part in PARTS if r["estimated"][part])
-    return f"{r['estimated']['step'] * 1e3:,.0f} ms\n({parts})"
+    parts = ", ".join(f"{part} {_ms(r['estimated'][part])}" for part in PARTS if r["estimated"][part])
+    return f"{_ms(r['estimated']['step'])} ms\n({parts})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.01 else f"{seconds * 1e3:.2g}"
 
 
 ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
@@ -233,7 +237,7 @@ MEMORY = (
     ("peak", _told(lambda r: _gib(r["peak"]))),
     ("fits", lambda r: "yes" if r["fits"] else f"**no**: {_gib(r['needs'])}"),
     ("positions x positions", _told(_square)),
-    ("estimated step", lambda r: f"{r['estimated']['step'] * 1e3:,.0f} ms"),
+    ("estimated step", lambda r: f"{_ms(r['estimated']['step'])} ms"),
     ("estimated MFU", lambda r: f"{r['estimated']['utilisation']:.0%}"),
 )
 CONTENT = (
