@@ -76,13 +76,16 @@ def test_collectives_and_kernels_are_counted_as_often_as_their_loop_runs():
 def test_arrays_are_those_that_reach_the_devices_memory():
     text = Text(PROGRAM)
     assert text.largest(2) == [(Array("f32", (256, 192)), 1), (Array("f32", (4, 64, 64)), 1)]
-    assert text.largest_square({64}, [], 0) == Array("f32", (256, 192))  # multiples: of heads, and padded
-    assert text.largest_square({64}, [(7, 192, 256)], 0) == Array("f32", (4, 64, 64))  # a parameter's gradient
-    assert text.largest_square({64}, [], 192) == Array("f32", (4, 64, 64))  # logits
-    assert text.largest_square({100}, [], 0) is None  # 256 is a multiple of 128, what 100 is padded to; 192 of neither
+    assert text.largest_square({64}, [], 0, 2) == Array("f32", (256, 192))  # multiples: of heads, and padded
+    assert text.largest_square({64}, [(7, 192, 256)], 0, 2) == Array("f32", (4, 64, 64))  # a parameter's gradient
+    assert text.largest_square({64}, [], 192, 2) == Array("f32", (4, 64, 64))  # logits
+    assert text.largest_square({100}, [], 0, 2) is None  # 256 is a multiple of 128, what 100 is padded to; 192 is not
+    assert text.largest_square({64}, [(3, 64)], 0, 2) == Array("f32", (4, 64, 64))  # several matrices for each row
+    assert text.largest_square({64}, [(3, 64)], 0, 4) is None  # one: 64 positions of 64 channels
+    assert text.largest_square({64}, [(9, 16, 4)], 0, 4) is None  # of 16 heads of 4
     narrow = Text(PROGRAM.replace("f32[256,192]", "bf16[512,512]"))
-    assert narrow.largest_square({64}, [], 0) == Array("bf16", (512, 512))
-    assert narrow.largest_square({64}, [(10, 256)], 0) == Array("f32", (4, 64, 64))  # tokens by hidden units
+    assert narrow.largest_square({64}, [], 0, 2) == Array("bf16", (512, 512))
+    assert narrow.largest_square({64}, [(10, 256)], 0, 2) == Array("f32", (4, 64, 64))  # tokens by hidden units
     assert Array("bf16", (3, 5)).bytes == 30 and Array("pred", (9,)).bytes == 9 and Array("s4", (3,)).bytes == 2
 
 

@@ -43,7 +43,8 @@ def facts(recipe: Recipe, target: str, devices: int) -> dict[str, Any]:
         return {"fits": False, "needs": None, "says": str(error)}
     memory, needs = compiled.call.memory_analysis(), compiled.needs()
     text = Text(compiled.call.as_text())
-    square = text.largest_square(positions(recipe), parameters(program), recipe.model.vocab_size)
+    rows = recipe.train.batch_size // (program.shards * program.accumulation)
+    square = text.largest_square(positions(recipe), parameters(program), recipe.model.vocab_size, rows)
     return {
         "fits": needs <= targets.TARGETS[target].memory,
         "needs": needs,

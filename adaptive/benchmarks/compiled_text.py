@@ -139,25 +139,29 @@ class Text:
                     yield from (array for array in one.results if not array.fast)
 
     def largest_square(
-        self, positions: Iterable[int], parameters: Iterable[tuple[int, ...]], vocab: int
+        self, positions: Iterable[int], parameters: Iterable[tuple[int, ...]], vocab: int, rows: int
     ) -> Array | None:
         """The largest array in memory that holds something for pairs of positions: None if there is none.
 
         positions   how many positions rows have that are compared with each other. Both of the array's last two
                     dimensions are a multiple of such a number, or of it made a multiple of 128
-        parameters  their shapes. An array of a parameter's last two dimensions is none, nor is one with a dimension
-                    that is one, two or three times a parameter's; the latter only below float32, in which scores are
-        vocab       likewise, of logits, whatever their dtype
+        parameters  their shapes. An array of a parameter's last two dimensions is none. One of whose dimensions is one,
+                    two or three times a parameter's, or the product of its last two, may be positions x channels: it
+                    counts in float32 alone, which scores have, and if it is more than a matrix for each row
+        vocab       of logits, which never count
+        rows        of a device
         """
+        shapes = list(parameters)
         known = {rounded for n in positions for rounded in (n, -(-n // LANES) * LANES)}
-        own = {tuple(sorted(shape[-2:])) for shape in parameters}
-        widths = {times * width for shape in parameters for width in shape for times in (1, 2, 3)}
+        own = {tuple(sorted(shape[-2:])) for shape in shapes}
+        sizes = {size for shape in shapes for size in (*shape, math.prod(shape[-2:]))}
+        channels = {times * size for size in sizes for times in (1, 2, 3)}
 
         def is_square(array: Array) -> bool:
-            pair = array.shape[-2:]
+            leading, pair = math.prod(array.shape[:-2]), array.shape[-2:]
             if len(pair) < 2 or vocab in pair or tuple(sorted(pair)) in own:
                 return False
-            if array.dtype != "f32" and widths.intersection(pair):
+            if channels.intersection(pair) and (array.dtype != "f32" or leading <= rows):
                 return False
             return all(any(size % n == 0 for n in known) for size in pair)
 
