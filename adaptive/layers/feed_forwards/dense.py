@@ -8,7 +8,7 @@ import jax
 from adaptive.layers.call import Call, Told
 from adaptive.layers.cost import Cost
 from adaptive.layers.feed_forwards import FeedForward, FeedForwardModule
-from adaptive.layers.linear import use
+from adaptive.layers.linear import times, use
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import constrain
@@ -50,8 +50,8 @@ class Dense(FeedForwardModule):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, width] -> [batch, seq, width]."""
-        hidden = swiglu(x @ use(self.gate, x.dtype), x @ use(self.up, x.dtype))
-        return constrain(hidden, "batch", "seq", "ff") @ use(self.down, x.dtype)
+        hidden = swiglu(times(x, use(self.gate, x.dtype)), times(x, use(self.up, x.dtype)))
+        return times(constrain(hidden, "batch", "seq", "ff"), use(self.down, x.dtype))
 
     def apply(self, x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, Told, None]:
         return self(x), Told(), None

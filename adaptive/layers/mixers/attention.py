@@ -10,7 +10,7 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Told
 from adaptive.layers.cost import Cost, Span
-from adaptive.layers.linear import projected, use
+from adaptive.layers.linear import projected, times, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.rope import rotate
@@ -157,7 +157,7 @@ class Attention(MixerModule):
         given = q_index, k_index, where.segments, keys.segments, k_valid
         out = _attention(q, keys.k, keys.v, *given, window=s.window, causal=call.sees == "past")
         o = use(self.o, x.dtype)
-        out = out.reshape(*out.shape[:2], -1) @ o.reshape(-1, o.shape[-1])
+        out = times(out.reshape(*out.shape[:2], -1), o.reshape(-1, o.shape[-1]))
         if self.o_bias is not None:
             out = out + use(self.o_bias, x.dtype)
         if state is None and call.keep and where.exists is not None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Told
 from adaptive.layers.cost import Cost, Span
-from adaptive.layers.linear import projected, use
+from adaptive.layers.linear import projected, times, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.site import Site, normal_param, param
 from adaptive.layers.where import Where
@@ -153,7 +153,7 @@ class Mamba2(MixerModule):
         if segments is not None and valid is not None:
             segments = _extended(segments, valid)
         before = self.empty(x.shape[0], 0, x.dtype) if state is None else state
-        inputs = projected(x, self.x), constrain(x @ use(self.bc, x.dtype), "batch", "seq", None)
+        inputs = projected(x, self.x), constrain(times(x, use(self.bc, x.dtype)), "batch", "seq", None)
         inner, bc = self._convolved(inputs, before.conv, segments)
         dt = jnp.einsum("bnw,wh->bnh", x, use(self.dt, x.dtype), preferred_element_type=jnp.float32)
         dt = jax.nn.softplus(dt + use(self.dt_bias, jnp.float32))
@@ -162,7 +162,7 @@ class Mamba2(MixerModule):
         y, ssm = self._scanned(inner, dt, bc, segments, before.ssm)
         y = _gated_norm(y, inner, projected(x, self.z), self.d[...], self.norm[...], self.norm_eps)
         out = use(self.out, x.dtype)
-        update = y.reshape(*y.shape[:2], -1) @ out.reshape(-1, out.shape[-1])
+        update = times(y.reshape(*y.shape[:2], -1), out.reshape(-1, out.shape[-1]))
         return update, MambaState(_last(inputs, before.conv, valid), ssm) if keep else None
 
     def _convolved(
