@@ -1,6 +1,7 @@
 """The state space recurrence on TPUs: Pallas kernels that keep the states of a sequence's heads in fast memory.
 
 A grid visits the blocks of a sequence in order, or in reverse, and in each block groups of heads, which share b and c.
+Positions are along lanes, as XLA has them around a convolution: nothing is laid out anew, and heads are whole rows.
 No matrix of a block is written to memory. The forward pass writes no states either. The backward pass first computes
 the state before each block again, in x's dtype, then goes through the blocks from the last with the cotangents of the
 states in fast memory. The states are 2 * dim * n / BLOCK bytes per position and head in bfloat16, as many as x with
@@ -9,6 +10,7 @@ layer keeps of its scan.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +45,14 @@ def forward(
     inputs = prepared(x, dt, a, b, c, runs, size)
     visits = _Visits(inputs)
     shapes = visits.shape(visits.channels, x.dtype), visits.shape(visits.carried, jnp.float32)
-    given = (visits.flat(inputs.x), inputs.b, inputs.c, runs[:, None], *visits.factors(inputs), visits.joined(state))
+    given = (
+        visits.channels_first(inputs.x),
+        inputs.b,
+        inputs.c,
+        runs[:, None],
+        *visits.factors(inputs),
+        visits.joined(state),
+    )
     y, final = pl.pallas_call(
         functools.partial(_forward_kernel, dim=visits.dim),
         out_shape=shapes,
@@ -62,7 +71,7 @@ def forward(
         interpret=interpret,
         name="ssd",
     )(*given)
-    return y[:, : x.shape[1]].reshape(x.shape), final.reshape(state.shape)
+    return visits.positions_first(y)[:, : x.shape[1]], final.reshape(state.shape)
 
 
 def backward(
@@ -91,8 +100,8 @@ def backward(
         visits.shape(visits.carried, jnp.float32),
     ]
     given = (
-        visits.flat(inputs.x),
-        visits.flat(whole(d_y, size)),
+        visits.channels_first(inputs.x),
+        visits.channels_first(whole(d_y, size)),
         inputs.b,
         inputs.c,
         runs[:, None],
@@ -125,7 +134,7 @@ def backward(
         name="ssd_backward",
     )(*given)
     cotangents = Inputs(
-        d_x.reshape(inputs.x.shape),
+        visits.positions_first(d_x),
         d_b.astype(b.dtype),
         d_c.astype(c.dtype),
         *(d.reshape(inputs.total.shape) for d in d_factors),
@@ -138,7 +147,7 @@ def _states_before(inputs: Inputs, state: jax.Array, interpret: Interpret) -> ja
     visits = _Visits(inputs)
     kept = visits.shape((visits.grid[0], visits.grid[1], *visits.carried[1:]), inputs.x.dtype)
     _, _, into, out_of = visits.factors(inputs)
-    given = visits.flat(inputs.x), inputs.b, into, out_of, visits.joined(state)
+    given = visits.channels_first(inputs.x), inputs.b, into, out_of, visits.joined(state)
     return pl.pallas_call(
         functools.partial(_states_kernel, dim=visits.dim),
         out_shape=kept,
@@ -167,7 +176,7 @@ class _Visits:
         self.group = HEADS if whole_registers else self.heads
         self.blocks, self.groups = positions // self.size, self.heads // self.group
         self.grid = batch, self.blocks, self.groups
-        self.channels = batch, positions, self.heads * self.dim
+        self.channels = batch, self.heads * self.dim, positions
         self.by_head = batch, self.heads, positions
         self.carried = batch, self.heads * self.dim, self.n
         self.exponentials = batch * self.heads * positions * self.size
@@ -177,7 +186,7 @@ class _Visits:
         )
 
     def of_channels(self) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.size, self.group * self.dim), lambda i, k, j: (i, self._at(k), j))
+        return pl.BlockSpec((None, self.group * self.dim, self.size), lambda i, k, j: (i, j, self._at(k)))
 
     def of_positions(self) -> pl.BlockSpec:
         return pl.BlockSpec((None, self.size, self.n), lambda i, k, j: (i, self._at(k), 0))
@@ -205,8 +214,11 @@ class _Visits:
     def shape(self, shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(self.like).manual_axis_type)
 
-    def flat(self, x: jax.Array) -> jax.Array:
-        return x.reshape(self.channels)
+    def channels_first(self, x: jax.Array) -> jax.Array:
+        return x.transpose(0, 2, 3, 1).reshape(self.channels)
+
+    def positions_first(self, x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], self.heads, self.dim, -1).transpose(0, 3, 1, 2)
 
     def factors(self, inputs: Inputs) -> list[jax.Array]:
         return [factor.reshape(self.by_head) for factor in inputs[3:]]
@@ -216,7 +228,7 @@ class _Visits:
 
     def flops(self, within: int, through: int) -> int:
         """Of so many products with matrices of a block and so many with states, for each head."""
-        each = 2 * self.channels[0] * self.channels[1] * self.channels[2]
+        each = 2 * math.prod(self.channels)
         return each * (within * self.size + through * self.n)
 
     def _at(self, turn: int) -> int:
@@ -241,18 +253,15 @@ def _forward_kernel(
 ):
     group = pl.program_id(2)
     _begin(state_ref, first_ref)
-    x, b, c, size, state = x_ref[...], b_ref[...], c_ref[...], b_ref.shape[0], state_ref[group]
+    x, b, c, state = x_ref[...], b_ref[...], c_ref[...], state_ref[group]
     total, into, dt = total_ref[...], into_ref[...], dt_ref[...]
-    total_column = total.T  # columns from rows
-    earlier, later, same = _pairs(runs_ref, size)
-    sees = (earlier >= later) & same  # positions that read along the first axis, those read along the second
-    scores = _dot(c, b, 1, 1)
-    y = _lanes(into.T, dim) * _dot(c, state.astype(c.dtype), 1, 1)
+    total_column, dt_column = total.T, dt.T  # columns from rows
+    sees, scores = _sees(runs_ref, b.shape[0]), _dot(b, c, 1, 1)
+    y = _spread(into, dim) * _dot(state.astype(c.dtype), c, 1, 1)
     for head in range(total.shape[0]):
-        own = slice(head * dim, (head + 1) * dim)
-        difference = total_column[:, head : head + 1] - total[head : head + 1]
-        decay = jnp.exp(jnp.where(sees, difference, -jnp.inf)) * dt[head : head + 1]
-        y_ref[:, own] = (y[:, own] + _dot((scores * decay).astype(x.dtype), x[:, own], 1, 0)).astype(y_ref.dtype)
+        own, row = slice(head * dim, (head + 1) * dim), slice(head, head + 1)
+        decay = jnp.exp(jnp.where(sees, total[row] - total_column[:, row], -jnp.inf)) * dt_column[:, row]
+        y_ref[own] = (y[own] + _dot(x[own], (scores * decay).astype(x.dtype), 1, 0)).astype(y_ref.dtype)
     _step(state_ref, _scaled(x, out_of_ref[...], dim), b, into, dim)
     last_ref[...] = state_ref[group]
 
@@ -281,35 +290,32 @@ def _backward_kernel(
     into, out_of = into_ref[...], out_of_ref[...]
     # What passes through the state before the block and the one after it, for all heads of the group at once.
     reads, writes = _scaled(dy, into, dim), _scaled(x, out_of, dim)
-    dc_ref[...] += _dot(reads, before, 1, 0)
-    db_ref[...] += _dot(writes, d_after_low, 1, 0)
-    d_written = _dot(b, d_after_low, 1, 1)
+    dc_ref[...] += _dot(reads, before, 0, 0)
+    db_ref[...] += _dot(writes, d_after_low, 0, 0)
+    d_written = _dot(d_after_low, b, 1, 1)
     d_out_of_ref[...] = _by_head(x * d_written, dim)
-    d_into = _by_head(dy * _dot(c, before, 1, 1), dim)
+    d_into = _by_head(dy * _dot(before, c, 1, 1), dim)
     last = lax.broadcasted_iota(jnp.int32, d_into.shape, 1) == d_into.shape[1] - 1
     d_into_ref[...] = d_into + jnp.where(last, _decayed(d_after, before, dim), 0)
     _step(state_ref, reads, c, into, dim)
     last_ref[...] = state_ref[group]
-    d_x = _lanes(out_of.T, dim) * d_written
+    d_x = _spread(out_of, dim) * d_written
     _within(x, dy, b, c, d_x, runs_ref, total_ref, dt_ref, dx_ref, db_ref, dc_ref, d_total_ref, d_dt_ref, dim)
 
 
 def _within(x, dy, b, c, d_x, runs_ref, total_ref, dt_ref, dx_ref, db_ref, dc_ref, d_total_ref, d_dt_ref, dim):
-    """What passes within the block; d_x is what does not. Matrices are [positions written at, positions that read]."""
-    total, dt, size = total_ref[...], dt_ref[...], b.shape[0]
+    """What passes within the block; d_x is what does not."""
+    total, dt = total_ref[...], dt_ref[...]
     total_column, dt_column = total.T, dt.T
-    first, second, same = _pairs(runs_ref, size)
-    sees = (second >= first) & same
-    scores = _dot(b, c, 1, 1)
+    sees, scores = _sees(runs_ref, b.shape[0]), _dot(b, c, 1, 1)
     d_scores, d_dt = jnp.zeros_like(scores), []
     for head in range(total.shape[0]):
         own, row = slice(head * dim, (head + 1) * dim), slice(head, head + 1)
         decay = jnp.exp(jnp.where(sees, total[row] - total_column[:, row], -jnp.inf))
-        d_decayed = _dot(x[:, own], dy[:, own], 1, 1) * decay
         weight = dt_column[:, row]
-        dx_ref[:, own] = (d_x[:, own] + _dot((scores * (decay * weight)).astype(x.dtype), dy[:, own], 1, 0)).astype(
-            dx_ref.dtype
-        )
+        through = _dot(dy[own], (scores * (decay * weight)).astype(x.dtype), 1, 1)
+        dx_ref[own] = (d_x[own] + through).astype(dx_ref.dtype)
+        d_decayed = _dot(x[own], dy[own], 0, 0) * decay
         d_scores += d_decayed * weight
         d_weighted = d_decayed * scores
         d_dt.append(d_weighted.sum(axis=1, keepdims=True))
@@ -330,48 +336,43 @@ def _begin(state_ref, first_ref):
 
 
 def _step(state_ref, written, b, into, dim):
-    """The state of the group after the block; what is written is [size, group * dim], scaled already."""
+    """The state of the group after the block; what is written is [group * dim, size], scaled already."""
     group, size = pl.program_id(2), into.shape[1]
-    added = _dot(written, b, 0, 0)
+    added = _dot(written, b, 1, 0)
     for head in range(into.shape[0]):
         own = slice(head * dim, (head + 1) * dim)
         state_ref[group, own] = into[head : head + 1, size - 1 :] * state_ref[group, own] + added[own]
 
 
-def _pairs(runs_ref, size):
-    """Along the first axis and along the second the positions of a block, and which two are of one run."""
+def _sees(runs_ref, size):
+    """bool[size, size]: whether the position along the second axis reads what that along the first wrote."""
     # The run of a position is a whole number that float32 holds exactly.
     run = jnp.broadcast_to(runs_ref[...].astype(jnp.float32), (8, size))
     first, second = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    return first, second, run.T[:, :1] == run[:1]
+    return (second >= first) & (run.T[:, :1] == run[:1])
 
 
 def _scaled(x, factors, dim):
-    return (x.astype(jnp.float32) * _lanes(factors.T, dim)).astype(x.dtype)
+    return (x.astype(jnp.float32) * _spread(factors, dim)).astype(x.dtype)
 
 
-def _lanes(columns, dim):
-    """[size, heads] -> [size, heads * dim], each column along the channels of its head."""
-    size, heads = columns.shape
-    spread = [jnp.broadcast_to(columns[:, head : head + 1], (size, dim)) for head in range(heads)]
-    return jnp.concatenate(spread, axis=1)
+def _spread(factors, dim):
+    """[heads, size] -> [heads * dim, size]: each for all channels of its head."""
+    size = factors.shape[1]
+    return jnp.concatenate([jnp.broadcast_to(row, (dim, size)) for row in jnp.split(factors, factors.shape[0])], axis=0)
 
 
 def _by_head(x, dim):
-    """f32[size, heads * dim] -> f32[heads, size]: sums over the channels of each head."""
-    heads = x.shape[1] // dim
-    row, lane = (lax.broadcasted_iota(jnp.int32, (heads, x.shape[1]), axis) for axis in (0, 1))
-    own = ((lane >= row * dim) & (lane < (row + 1) * dim)).astype(jnp.float32)
-    return _dot(own, x, 1, 1, lax.Precision.HIGHEST)
+    """f32[heads * dim, size] -> f32[heads, size]: sums over the channels of each head."""
+    heads = [x[first : first + dim].sum(axis=0, keepdims=True) for first in range(0, x.shape[0], dim)]
+    return jnp.concatenate(heads, axis=0)
 
 
 def _decayed(d_after, before, dim):
     """f32[heads, 1]: the cotangent of the decay over the whole block."""
-    rows = (d_after * before).sum(axis=1, keepdims=True)
-    heads = [rows[first : first + dim].sum(axis=0, keepdims=True) for first in range(0, rows.shape[0], dim)]
-    return jnp.concatenate(heads, axis=0)
+    return _by_head((d_after * before).sum(axis=1, keepdims=True), dim)
 
 
-def _dot(a, b, a_axis, b_axis, precision=None):
+def _dot(a, b, a_axis, b_axis):
     dims = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
