@@ -5,6 +5,7 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import jax
 from jax import lax
 
 Kernels = Literal["auto", "reference"]
@@ -15,23 +16,31 @@ class Target(NamedTuple):
 
     platform  "cpu", "gpu" or "tpu"
     kernels   "reference": XLA's forms everywhere, no kernel
+    device    kind of device, by which sizes of blocks are chosen; "": the usual ones
     """
 
     platform: str
     kernels: Kernels = "auto"
+    device: str = ""
 
 
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
-def target(platform: str, kernels: Kernels = "auto") -> Iterator[None]:
+def target(platform: str, kernels: Kernels = "auto", device: str = "") -> Iterator[None]:
     """Within it only the forms for `platform` are traced; outside, all are and the compiler's target chooses."""
-    token = _target.set(Target(platform, kernels))
+    token = _target.set(Target(platform, kernels, device))
     try:
         yield
     finally:
         _target.reset(token)
+
+
+def here(kernels: Kernels = "auto") -> contextlib.AbstractContextManager[None]:
+    """`target` for this process's own devices."""
+    device = jax.devices()[0]
+    return target(device.platform, kernels, device.device_kind)
 
 
 def active_target() -> Target | None:

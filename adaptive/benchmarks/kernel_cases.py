@@ -15,7 +15,7 @@ from adaptive.routing.select import select_top
 from kernels_pallas.attention import attention
 from kernels_pallas.block_sparse_attention import block_sparse_attention, from_map
 from kernels_pallas.block_sparse_attention import reference as block_reference
-from kernels_pallas.choice import target
+from kernels_pallas.choice import here
 from kernels_pallas.ema import ema
 from kernels_pallas.ema import reference as ema_reference
 from kernels_pallas.grouped_matmul import grouped_matmul
@@ -118,7 +118,7 @@ def _attention(
         return attention(q, k, v, q_index=index, window=reach, q_segments=segments, k_segments=segments)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        with target(jax.default_backend(), "reference"):
+        with here("reference"):
             return form(q, k, v)
 
     flops = 4.0 * s.rows * s.heads * HEAD_DIM * pairs

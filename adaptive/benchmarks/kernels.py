@@ -24,7 +24,7 @@ from adaptive.benchmarks.kernel_cases import LARGE, SMALL, Case, Least, Way, cas
 from adaptive.benchmarks.train_step import matmul_timer
 from adaptive.errors import UserError
 from adaptive.training.plan import runs_on
-from kernels_pallas.choice import target
+from kernels_pallas.choice import here
 
 COPY_BYTES = {"cpu": 64 * 2**20}  # of the array that stands for the memory's rate, by platform
 ACCELERATOR_COPY = 2**30
@@ -51,7 +51,7 @@ def rates(dtype: jnp.dtype, repeats: int) -> Rates:
     x = jnp.zeros(size // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
     jax.block_until_ready(copy(x))
-    best = min(_seconds(copy, x) for _ in range(repeats))
+    best = min(seconds(copy, x) for _ in range(repeats))
     return Rates(max(matmul() for _ in range(repeats)), 2 * size / best)
 
 
@@ -68,7 +68,7 @@ def measured(case: Case, rate: Rates, repeats: int) -> dict[str, Any]:
     least = {(name, which): math.inf for name, made in ways.items() for which in made}
     for _ in range(repeats):
         for name, which in least:
-            least[name, which] = min(least[name, which], _seconds(ways[name][which], case.inputs))
+            least[name, which] = min(least[name, which], seconds(ways[name][which], case.inputs))
     passes = {"forward": case.forward, "both": case.both} if case.wrt else {"forward": case.forward}
     return {
         "case": case.name,
@@ -112,7 +112,7 @@ def error(case: Case, form: Programs, reference: Programs) -> dict[str, float]:
     exact = reference[which]
     if not same or jax.default_backend() != "cpu":
         with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in fewer bits otherwise
-            exact = _compiled(case, case.reference, wide, which)
+            exact = compiled(case, case.reference, wide, which)
     got, expected = jax.tree.leaves(form[which](case.inputs)), jax.tree.leaves(exact(wide))
     away = [_away(a, b) for a, b in zip(got, expected, strict=True)]
     return {"forward": away[0], **({"gradients": max(away[1:])} if away[1:] else {})}
@@ -126,17 +126,17 @@ def _away(got: jax.Array, expected: jax.Array) -> float:
 
 def _programs(case: Case, way: Way) -> Programs:
     """ "forward" and, where there are gradients, "both", compiled; they have run once, which touches memory."""
-    made = {name: _compiled(case, way, case.inputs, name) for name in ("forward", *(["both"] if case.wrt else []))}
+    made = {name: compiled(case, way, case.inputs, name) for name in ("forward", *(["both"] if case.wrt else []))}
     for program in made.values():
         jax.block_until_ready(program(case.inputs))
     return made
 
 
-def _compiled(case: Case, way: Way, inputs: Arrays, which: str) -> Callable[[Arrays], Any]:
+def compiled(case: Case, way: Way, inputs: Arrays, which: str) -> Callable[[Arrays], Any]:
     """The program of inputs like these: the result or, for "both", also the gradients for a random pull on it."""
 
     def forward(inputs: Arrays) -> Any:
-        with target(jax.default_backend()):
+        with here():
             return way(*inputs)
 
     def both(inputs: Arrays) -> Any:
@@ -144,14 +144,14 @@ def _compiled(case: Case, way: Way, inputs: Arrays, which: str) -> Callable[[Arr
             given = dict(enumerate(inputs)) | dict(zip(case.wrt, some, strict=True))
             return way(*given.values())
 
-        with target(jax.default_backend()):
+        with here():
             out, pull = jax.vjp(of, *(inputs[at] for at in case.wrt))
             return out, pull(jax.random.normal(jax.random.key(9), out.shape, jnp.float32).astype(out.dtype))
 
     return jax.jit({"forward": forward, "both": both}[which]).lower(inputs).compile()
 
 
-def _seconds(run: Callable[[Any], Any], inputs: Any) -> float:
+def seconds(run: Callable[[Any], Any], inputs: Any) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run(inputs))
     return time.perf_counter() - start

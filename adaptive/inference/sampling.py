@@ -14,7 +14,7 @@ from adaptive.errors import DataError
 from adaptive.inference.drawing import Drawing, draw
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
-from kernels_pallas.choice import target
+from kernels_pallas.choice import here
 
 PIECE = 256  # positions of a prompt that are computed at once; shorter ones are padded to a power of two
 SHORTEST = 16
@@ -261,7 +261,7 @@ def _here(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **options: Any) -> Any:
-        with target(jax.default_backend()):
+        with here():
             return fn(*args, **options)
 
     return call

@@ -91,7 +91,8 @@ def placement(
         raise ValueError(f"the table splits expert_ff over {rules.expert_ff}, which is not strategy={experts.strategy}")
     token = _placement.set(Placement(mesh, rules, experts))
     try:
-        with target(mesh.devices.flat[0].platform, kernels):
+        device = mesh.devices.flat[0]
+        with target(device.platform, kernels, device.device_kind):
             yield
     finally:
         _placement.reset(token)

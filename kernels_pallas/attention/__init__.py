@@ -63,7 +63,7 @@ def attention(
     _check(q, k, v, q_index, k_index, q_segments, k_segments, k_valid, window, sinks, soft_cap)
     plain = q_index is None and q_segments is None and k_valid is None and not (sinks and window) and not soft_cap
     seen = _seen(q, k, q_index, k_index, q_segments, k_segments, k_valid, window, sinks, causal)
-    platform, wanted = active_target() or Target("", "auto")
+    platform, wanted, _ = active_target() or Target("")
     kernels = platform in ("gpu", "tpu") and wanted == "auto"
     short = q.shape[1] * k.shape[1] <= SHORT**2 and not kernels
     if short or q.shape[1] <= FEW or wanted == "reference":

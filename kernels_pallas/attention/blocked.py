@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.attention.seen import Seen
+from kernels_pallas.sizes import sizes
 
 BLOCK = 256  # queries and keys of a block, at most
 MASKED = -1e30
@@ -25,13 +26,15 @@ class _Rows(NamedTuple):
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, *, soft_cap: float = 0.0, block: int = BLOCK
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, *, soft_cap: float = 0.0, block: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """The result [batch, queries, heads, head_dim], and f32[batch, heads, queries]: log of the sum of exponentials.
 
     q [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim]
+    block  queries and keys of one, at most; 0: as suits the device
     Of a query that sees nothing: 0 and -inf.
     """
+    block = block or sizes("attention/xla", (BLOCK,))[0]
     size_q, size_k = min(block, q.shape[1]), min(block, k.shape[1])
     keys, values = _key_blocks(k, size_k), _key_blocks(v, size_k)
     rows = _query_blocks(q, seen, size_q, k.shape[2])
@@ -75,9 +78,10 @@ def backward(
     d_out: jax.Array,
     *,
     soft_cap: float = 0.0,
-    block: int = BLOCK,
+    block: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of q, k and v; see `forward`."""
+    block = block or sizes("attention/xla", (BLOCK,))[0]
     size_q, size_k = min(block, q.shape[1]), min(block, k.shape[1])
     kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
     keys, values = _key_blocks(k, size_k), _key_blocks(v, size_k)

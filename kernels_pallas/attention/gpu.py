@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.attention.seen import Seen
 from kernels_pallas.attention.tiles import ENTRIES, by_columns, by_rows, padded, tiles, visited
+from kernels_pallas.sizes import sizes
 
 LEAST = 16  # the side of a matrix that Triton's dot takes
 LOG2E = math.log2(math.e)
@@ -277,7 +278,9 @@ def _plan(q: jax.Array, k: jax.Array, v: jax.Array, tile: Tile, soft_cap: float)
 
 def _blocks(q: jax.Array, v: jax.Array) -> Blocks:
     row = pl.next_power_of_2(max(q.shape[-1], v.shape[-1])) * q.dtype.itemsize
-    return BLOCKS[min((size for size in BLOCKS if size >= row), default=max(BLOCKS))]
+    most = min((size for size in BLOCKS if size >= row), default=max(BLOCKS))
+    usual = BLOCKS[most]._asdict().items()
+    return Blocks(*(Tile(*sizes(f"attention/gpu/{kernel}/{most}", tile)) for kernel, tile in usual))
 
 
 def _visits(seen: Seen, plan: _Plan, batch: int, by: Callable) -> tuple[jax.Array, Seen]:

@@ -16,9 +16,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from kernels_pallas.attention.seen import Seen
+from kernels_pallas.sizes import Sizes, sizes
 
 LANES = 128
-BLOCK = 512  # queries and keys of a tile where rows have as many
+BLOCK = 512, 512  # queries and keys of a tile where rows have as many
 MOST_KEYS = 2**15  # an interval of slots takes 32 bits with its sign
 FUSED = 4  # blocks of keys up to which the backward pass keeps a gradient of the queries for each and adds them up
 MASKED = splash.DEFAULT_MASK_VALUE
@@ -69,7 +70,7 @@ def _parts(seen: Seen) -> list[Seen]:
 
 
 def _forward(q, k, v, seen, soft_cap, interpret):
-    size_q, size_k, q_, k_, v_, seen = _prepared(q, k, v, seen)
+    size_q, size_k, q_, k_, v_, seen = _prepared(q, k, v, seen, sizes("attention/tpu/forward", BLOCK))
 
     def row(q, k, v, numbers, tags):
         info = _tables(seen, size_q, size_k, k.shape[1], numbers)
@@ -95,17 +96,17 @@ def _forward(q, k, v, seen, soft_cap, interpret):
 
 
 def _backward(q, k, v, seen, out, lse, d_out, soft_cap, interpret):
-    size_q, size_k, q_, k_, v_, seen = _prepared(q, k, v, seen)
+    size_q, size_k, q_, k_, v_, seen = _prepared(q, k, v, seen, sizes("attention/tpu/backward", BLOCK))
     out, d_out = (_heads_first(x, size_q) for x in (out, d_out))
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q_.shape[2] - lse.shape[2])))
-    sizes = _sizes(size_q, size_k, k_.shape[2])
+    blocks = _sizes(size_q, size_k, k_.shape[2])
 
     def row(q, k, v, out, lse, d_out, numbers, tags):
         info = _tables(seen, size_q, size_k, k.shape[1], numbers)
         turned = _tables(seen, size_q, size_k, k.shape[1], numbers, by_key=True)
-        kept = (q, k, v, tags, None, out, lse, None if sizes.use_fused_bwd_kernel else info, turned)
+        kept = (q, k, v, tags, None, out, lse, None if blocks.use_fused_bwd_kernel else info, turned)
         pulled = splash._splash_attention_bwd(
-            False, MASKED, False, sizes, None, _within, soft_cap or None, interpret, kept, d_out
+            False, MASKED, False, blocks, None, _within, soft_cap or None, interpret, kept, d_out
         )
         return pulled[3:6]
 
@@ -126,10 +127,11 @@ def _over_rows(row: Callable[..., Any], seen: Seen, *arrays: jax.Array) -> Any:
 
 
 def _prepared(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, most: Sizes
 ) -> tuple[int, int, jax.Array, jax.Array, jax.Array, Seen]:
     """(queries of a tile, keys of a tile, q scaled, k, v, seen) with heads first, in whole tiles."""
-    size_q, size_k = (BLOCK if n >= BLOCK else -(-n // LANES) * LANES for n in (q.shape[1], k.shape[1]))
+    lengths = q.shape[1], k.shape[1]
+    size_q, size_k = (min(size, -(-n // LANES) * LANES) for size, n in zip(most, lengths, strict=True))
     scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     pad_q, pad_k = -q.shape[1] % size_q, -k.shape[1] % size_k
 

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.grouped_matmul.costs import cost
+from kernels_pallas.sizes import sizes
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile; DEPTH is what one step of the inner loop sums over, in 2-byte numbers
 PARAMS = plt.CompilerParams(num_warps=8, num_stages=3)
@@ -39,7 +40,8 @@ def _multiply(
 ) -> jax.Array:
     """Each row [K] times its group's matrix [K, N], or with `transposed` times the transpose of its matrix [N, K]."""
     (total, k), n = rows.shape, weights.shape[1 if transposed else 2]
-    block_r, block_n, block_k = _tile(total, ROWS), _tile(n, COLUMNS), _tile(k, _depth(rows.dtype))
+    most_r, most_n, depth = _sizes(rows.dtype)
+    block_r, block_n, block_k = _tile(total, most_r), _tile(n, most_n), _tile(k, depth)
     tiles = _tiles(group_sizes, total, block_r)
     kernel = functools.partial(_multiply_kernel, blocks=(block_r, block_n, block_k), transposed=transposed)
     return pl.pallas_call(
@@ -80,7 +82,8 @@ def _multiply_kernel(group_ref, first_ref, end_ref, rows_ref, weights_ref, out_r
 def _outer(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group_sizes: jax.Array, interpret: bool) -> jax.Array:
     """[G, K, N]: of each group, its rows [., K] transposed times its cotangents [., N]."""
     groups, k, n = weights.shape
-    block_r, block_n, block_k = _tile(rows.shape[0], _depth(rows.dtype)), _tile(n, COLUMNS), _tile(k, ROWS)
+    most_k, most_n, depth = _sizes(rows.dtype)
+    block_r, block_n, block_k = _tile(rows.shape[0], depth), _tile(n, most_n), _tile(k, most_k)
     end = jnp.cumsum(group_sizes, dtype=jnp.int32)
     return pl.pallas_call(
         functools.partial(_outer_kernel, blocks=(block_r, block_n, block_k)),
@@ -141,8 +144,10 @@ def _tile(size: int, most: int) -> int:
     return min(most, max(16, pl.next_power_of_2(size)))
 
 
-def _depth(dtype: jax.typing.DTypeLike) -> int:
-    return DEPTH * 2 // jnp.dtype(dtype).itemsize
+def _sizes(dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
+    """(rows, columns, depth) of a tile at most, the depth of numbers of this type."""
+    rows, columns, depth = sizes("grouped_matmul/gpu", (ROWS, COLUMNS, DEPTH))
+    return rows, columns, depth * 2 // jnp.dtype(dtype).itemsize
 
 
 def _shape(shape: tuple[int, ...], like: jax.Array) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.sizes import sizes
 from kernels_pallas.ssd.blocks import Inputs, prepared, whole
 from kernels_pallas.ssd.costs import cost
 
@@ -49,11 +50,12 @@ class Plan(NamedTuple):
 
 def plan(seq: int, batch: int, heads: int) -> Plan:
     """As many parts as there are programs to spare, of whole chunks."""
-    size = min(BLOCK, _side(seq))
+    most, every, programs = sizes("ssd/gpu", (BLOCK, KEPT, PROGRAMS))
+    size = min(most, _side(seq))
     blocks = pl.cdiv(seq, size)
-    kept = min(KEPT, blocks)
+    kept = min(every, blocks)
     chunks = pl.cdiv(blocks, kept)
-    per_part = pl.cdiv(chunks, max(1, PROGRAMS // (batch * heads)))
+    per_part = pl.cdiv(chunks, max(1, programs // (batch * heads)))
     return Plan(size, kept, per_part, pl.cdiv(chunks, per_part))
 
 
