@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import arrays, assert_equals_formula, cases, causal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas.attention import attention, blocked, splash
+from kernels_pallas.attention.seen import Seen
 from kernels_pallas.choice import target
 
 
@@ -59,6 +62,25 @@ def test_the_kernel_of_tpus_equals_the_formula(name):
     queries, keys, seen = cases(n=200, k=140)[name]
     cap = 2.0 if name == "documents" else 0.0
     assert_equals_formula(splash, queries, keys, seen, soft_cap=cap, head_dim=24, interpret=True)
+
+
+@st.composite
+def patterns(draw):
+    """(queries, keys, Seen) of two rows: any intervals and sinks, any documents, keys that do not exist."""
+    queries, keys = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    rows = lambda n, least, most: np.array(  # noqa: E731
+        draw(st.lists(st.lists(st.integers(least, most), min_size=n, max_size=n), min_size=2, max_size=2)), np.int32
+    )
+    tags = (rows(queries, 0, 2), rows(keys, -1, 2)) if draw(st.booleans()) else (None, None)
+    sinks = rows(queries, 0, keys) if draw(st.booleans()) else None
+    return queries, keys, Seen(rows(queries, 0, keys), rows(queries, 0, keys), sinks, *tags)
+
+
+@pytest.mark.compiles
+@settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(pattern=patterns(), block=st.sampled_from([3, 8]))
+def test_any_pattern_is_computed_in_blocks(pattern, block):
+    assert_equals_formula(blocked, *pattern, block=block, soft_cap=1.5, heads=(2, 1), head_dim=4)
 
 
 @pytest.mark.compiles
