@@ -13,7 +13,7 @@ from adaptive.layers.feed_forwards import FeedForward, FeedForwardModule, dense
 from adaptive.layers.mixers import Mixer, MixerModule, attention
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.site import Site
-from adaptive.layers.state import State
+from adaptive.layers.state import State, Within
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import constrain
 from adaptive.settings import ranged
@@ -84,7 +84,12 @@ class Block(nnx.Module):
         told: Tales = {}
         logits = None
         if self.mixer is not None and self.mixer_norm is not None:
-            update, state, own = self.mixer(self.mixer_norm(x).astype(self.dtype), where, call, state)
+            normed = self.mixer_norm(x).astype(self.dtype)
+            if isinstance(state, Within) and not self.mixer.in_place:
+                update, after, own = self.mixer(normed, where, call, state.own())
+                state = state.replaced(after)
+            else:
+                update, state, own = self.mixer(normed, where, call, state)
             x = x + update.astype(x.dtype)
             told |= _named("mixer", own)
         if self.feed_forward is not None:

@@ -1,6 +1,7 @@
 """A pattern of blocks, repeated, as one scan."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from adaptive.layers.cost import Cost, Span
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.remat import Remat, recomputed
 from adaptive.layers.site import Site, is_variable, passes_of
-from adaptive.layers.state import State, repeated
+from adaptive.layers.state import State, Within, repeated
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import gathered
 from adaptive.settings import ranged
@@ -237,11 +238,26 @@ class Stack(nnx.Module):
             return (x, logits if previous is not None else None, number + 1), (after, told)
 
         layer = recomputed(layer, self.making.remat)
+        if before is not None and count > 1:
+            return self._layers_in_place(layer, carry, state, before)
         if count == 1:
             squeeze = lambda a: a[0]  # noqa: E731
             carry, outs = layer(carry, jax.tree.map(squeeze, (state, before)))
             return carry, jax.tree.map(lambda a: a[None], outs)
         return jax.lax.scan(layer, carry, (state, before), unroll=self.making.unroll or 1)
+
+    def _layers_in_place(self, layer: Callable[..., Any], carry: Any, state: Any, before: Any) -> Any:
+        """The same with states of earlier positions, which go through the layers as one and are written where they
+        stand: copied in and out of each layer, caches cost more than all else of a step of generation."""
+
+        def body(carry: Any, params: Any) -> Any:
+            carry, whole, i = carry
+            carry, (after, told) = layer(carry, (params, Within(whole, i)))
+            return (carry, after.whole, i + 1), told
+
+        start = carry, before, jnp.zeros((), jnp.int32)
+        (carry, after, _), told = jax.lax.scan(body, start, state, unroll=self.making.unroll or 1)
+        return carry, (after, told)
 
     def first_previous(self, x: jax.Array, call: Call) -> jax.Array | None:
         """Logits that the first router reads from below: zeros at the first layer and where positions are others."""

@@ -1,7 +1,7 @@
 """What generation keeps. A part's state is any tree whose leaves are [layers, rows, ...]; of a recursion's core the
 passes of all layers stand one after another on the first axis. Rows are taken, put and cleared by one function each."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,27 @@ def with_layers(state: State, start: Any, new: State) -> State:
     """The state with the layers from `start` on replaced."""
     put_in = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0)  # noqa: E731
     return jax.tree.map(put_in, state, new)
+
+
+class Within(NamedTuple):
+    """The state of one layer where it stands, among those of all layers of a stack: what a layer writes into it moves
+    nothing else.
+
+    whole  leaves [layers, rows, ...]
+    layer  i32[]
+    """
+
+    whole: State
+    layer: jax.Array
+
+    def own(self) -> State:
+        """The layer's own state."""
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, 0, False), self.whole)
+
+    def replaced(self, new: State) -> "Within":
+        """With the layer's own state replaced."""
+        put_in = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), self.layer, 0)  # noqa: E731
+        return self._replace(whole=jax.tree.map(put_in, self.whole, new))
 
 
 def repeated(state: State, count: int) -> State:

@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from adaptive.routing.types import Selection
 
@@ -30,6 +31,16 @@ def add_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
 def set_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     """x [batch, seq, ...] with the positions indices i32[batch, n] replaced by rows [batch, n, ...]."""
     return x.at[indices].set(rows, **_PROMISE)
+
+
+def take_rows_within(x: jax.Array, layer: jax.Array, indices: jax.Array) -> jax.Array:
+    """As `take_rows` of x[layer], x [layers, batch, seq, ...]."""
+    return x.at[layer, jnp.arange(x.shape[1])[:, None], indices].get(**_PROMISE)
+
+
+def set_rows_within(x: jax.Array, layer: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """As `set_rows` of x[layer], x [layers, batch, seq, ...], with the other layers as they are."""
+    return x.at[layer, jnp.arange(x.shape[1])[:, None], indices].set(rows, **_PROMISE)
 
 
 def membership(selection: Selection, seq_len: int) -> jax.Array:

@@ -45,7 +45,12 @@ class Mixer(Member):
 
 
 class MixerModule(nnx.Module):
-    """One layer's mixer; its parameters may be those of many layers, of which a scan slices one."""
+    """One layer's mixer; its parameters may be those of many layers, of which a scan slices one.
+
+    in_place  whether it takes the state of a layer where it stands, as a `Within`, and returns one
+    """
+
+    in_place = False
 
     def __call__(self, x: jax.Array, where: Where, call: Call, state: State | None) -> tuple[jax.Array, State, Told]:
         """x [rows, n, width] at `where` -> (its update of the same shape, the state after it, what it did).

@@ -1,6 +1,8 @@
 """Grouped-query attention with rotary positions, among a set of positions and what a state holds of earlier ones."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,10 +17,11 @@ from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.norm import RMSNorm
 from adaptive.layers.rope import rotate
 from adaptive.layers.site import Role, Site, normal_param, param
+from adaptive.layers.state import Within
 from adaptive.layers.where import Where
 from adaptive.parallel.shard import sharded
 from adaptive.routing.chunks import numbered
-from adaptive.routing.rows import set_rows, take_rows
+from adaptive.routing.rows import set_rows, set_rows_within, take_rows, take_rows_within
 from adaptive.settings import divisors, ranged
 from kernels_pallas.attention import attention
 
@@ -111,6 +114,8 @@ class Attention(MixerModule):
     A position's slot in the state is its place in the row.
     """
 
+    in_place = True
+
     def __init__(self, settings: Settings, site: Site, key: jax.Array):
         s, width, stack = settings, site.width, site.stack
         q, k, v, o = jax.random.split(key, 4)
@@ -133,8 +138,8 @@ class Attention(MixerModule):
         self.settings = settings
 
     def __call__(
-        self, x: jax.Array, where: Where, call: Call, state: KeyValues | None
-    ) -> tuple[jax.Array, KeyValues | None, Told]:
+        self, x: jax.Array, where: Where, call: Call, state: KeyValues | Within | None
+    ) -> tuple[jax.Array, KeyValues | Within | None, Told]:
         s = self.settings
         rope = where.rope(s.rotated, s.rope_theta)
         q = rotate(self._project(x, self.q, self.q_bias, self.q_norm), rope)
@@ -142,9 +147,11 @@ class Attention(MixerModule):
         if state is None or call.writes:
             k = rotate(self._project(x, self.k, self.k_bias, self.k_norm), rope)
             own = KeyValues(k, self._project(x, self.v, self.v_bias, None), where.index, where.segments)
-            keys = own if state is None else written(state, own, where)
+            write = written_within if isinstance(state, Within) else written
+            after: Any = own if state is None else write(state, own, where)  # type: ignore[arg-type]
         else:
-            keys = state
+            after = state
+        keys: KeyValues = after.own() if isinstance(after, Within) else after
         k_index: jax.Array | None = None  # what a state holds stands in its slots
         if state is not None:
             k_valid: jax.Array | None = keys.index >= 0
@@ -161,12 +168,12 @@ class Attention(MixerModule):
         if self.o_bias is not None:
             out = out + use(self.o_bias, x.dtype)
         if state is None and call.keep and where.exists is not None:
-            keys = keys._replace(index=jnp.where(where.exists, keys.index, -1))
+            after = keys._replace(index=jnp.where(where.exists, keys.index, -1))
         told = Told()
         if call.counts and not call.training:
             read = None if state is None else Where.whole(keys.index.shape, None, keys.segments, keys.index >= 0)
             told = Told(stats=attended(where, s.window, call.sees, read))
-        return out, keys if call.keep or state is not None else None, told
+        return out, after if call.keep or state is not None else None, told
 
     def empty(self, rows: int, slots: int, dtype: Any) -> KeyValues:
         s = self.settings
@@ -222,15 +229,30 @@ def _attention(
 
 def written(state: KeyValues, own: KeyValues, where: Where) -> KeyValues:
     """The state with the positions that exist in their slots."""
-    slots, exists = where.index, where.exists
 
     def one(old: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.astype(old.dtype)
-        if exists is not None:
-            new = jnp.where(exists.reshape(*exists.shape, *(1,) * (new.ndim - 2)), new, take_rows(old, slots))
-        return set_rows(old, slots, new)
+        return set_rows(old, where.index, _existing(new.astype(old.dtype), where, lambda: take_rows(old, where.index)))
 
     return state._replace(k=one(state.k, own.k), v=one(state.v, own.v), index=one(state.index, own.index))
+
+
+def written_within(state: Within, own: KeyValues, where: Where) -> Within:
+    """`written` where the state stands."""
+    layer, whole = state.layer, state.whole
+
+    def one(old: jax.Array, new: jax.Array) -> jax.Array:
+        there = functools.partial(take_rows_within, old, layer, where.index)
+        return set_rows_within(old, layer, where.index, _existing(new.astype(old.dtype), where, there))
+
+    new = whole._replace(k=one(whole.k, own.k), v=one(whole.v, own.v), index=one(whole.index, own.index))
+    return state._replace(whole=new)
+
+
+def _existing(new: jax.Array, where: Where, there: Callable[[], jax.Array]) -> jax.Array:
+    """[rows, n, ...]: `new` at positions that exist, elsewhere what is `there`."""
+    if where.exists is None:
+        return new
+    return jnp.where(where.exists.reshape(*where.exists.shape, *(1,) * (new.ndim - 2)), new, there())
 
 
 def attended(where: Where, window: int, sees: str, read: Where | None = None) -> dict[str, jax.Array]:
