@@ -15,14 +15,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul.costs import cost
 
-ACROSS = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
 ROWS, SIDE = 256, 512  # of a tile: its rows, and the sides of the tile of a matrix that it adds to
 
 
 def forward(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """[R, N]: `reference.grouped_matmul`."""
-    out = lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=rows.dtype)
-    return _within_groups(out, group_sizes)
+    return _within_groups(_multiply(rows, weights, group_sizes), group_sizes)
+
+
+@jax.custom_batching.sequential_vmap  # jax batches it along the first axis alone
+def _multiply(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=rows.dtype)
 
 
 def backward(
@@ -33,9 +36,9 @@ def backward(
 
 
 def transposed(d_out: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Each row [N] times the transpose of its group's matrix [K, N], which is read as it lies."""
-    d_rows = lax.ragged_dot_general(d_out, weights, group_sizes, ACROSS, preferred_element_type=d_out.dtype)
-    return _within_groups(d_rows, group_sizes)
+    """Each row [N] times the transpose of its group's matrix [K, N]. XLA's kernel has the transposed matrices written
+    out, also where `lax.ragged_dot_general` is told to sum over their last axis."""
+    return forward(d_out, weights.transpose(0, 2, 1), group_sizes)
 
 
 def _within_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
