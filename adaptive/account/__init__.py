@@ -17,11 +17,11 @@ query sees, and compute scores again in the backward pass. Document boundaries i
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Literal
 
 from adaptive.account.papers import paper_flops_per_byte, paper_flops_per_token
 from adaptive.errors import RecipeError
 from adaptive.layers.cost import Cost, Taken
+from adaptive.layers.remat import Remat
 from adaptive.models.language_model import Settings
 
 __all__ = [
@@ -76,7 +76,7 @@ class Account:
         """Per sequence, as executed."""
         return sum(stage.forward for stage in self.stages)
 
-    def train_flops(self, remat: Literal["none", "layer", "dots"] = "none") -> float:
+    def train_flops(self, remat: Remat = "none") -> float:
         """Per sequence, forward, backward and what `remat` recomputes, as executed: what a compiled step contains."""
         return sum(stage.train + stage.recomputed(remat) for stage in self.stages)
 

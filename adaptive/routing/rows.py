@@ -33,12 +33,12 @@ def set_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     return x.at[indices].set(rows, **_PROMISE)
 
 
-def take_rows_within(x: jax.Array, layer: jax.Array, indices: jax.Array) -> jax.Array:
+def take_rows_within(layer: jax.Array, x: jax.Array, indices: jax.Array) -> jax.Array:
     """As `take_rows` of x[layer], x [layers, batch, seq, ...]."""
     return x.at[layer, jnp.arange(x.shape[1])[:, None], indices].get(**_PROMISE)
 
 
-def set_rows_within(x: jax.Array, layer: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+def set_rows_within(layer: jax.Array, x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     """As `set_rows` of x[layer], x [layers, batch, seq, ...], with the other layers as they are."""
     return x.at[layer, jnp.arange(x.shape[1])[:, None], indices].set(rows, **_PROMISE)
 

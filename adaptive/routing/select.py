@@ -28,11 +28,12 @@ def select_top(
         return _gated(indices, gates, jnp.isfinite(scores))
     ranked = jax.lax.stop_gradient(scores)
     indices = top_positions(ranked, capacity)
-    taken = jnp.isfinite(ranked)
-    if limit is not None:
-        taken = taken & top_mask(ranked, jnp.minimum(limit, capacity))
     at = lambda values: jnp.take_along_axis(values, indices, axis=-1, mode="promise_in_bounds")  # noqa: E731
-    return _gated(indices, at(gates), at(taken))
+    ranked = at(ranked)
+    valid = jnp.isfinite(ranked)
+    if limit is not None:
+        valid = valid & top_mask(ranked, limit)
+    return _gated(indices, at(gates), valid)
 
 
 def select_first(

@@ -6,6 +6,7 @@ all of them are told. Short rows, and a few queries of generation, are computed 
 
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,16 @@ from kernels_pallas.choice import Target, active_target, by_platform
 
 SHORT = 256  # queries times keys that are written as they are where there is no kernel: the square of this
 FEW = 16  # queries for which nothing but reading the keys costs time
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand, as arguments of `attention`."""
+
+    q_index: jax.Array | None = None
+    k_index: jax.Array | None = None
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+    k_valid: jax.Array | None = None
 
 
 def runs_on(platform: str) -> str:
@@ -60,9 +71,10 @@ def attention(
     Of a query that sees nothing the result is finite and means nothing. Gradients reach q, k and v. On several TPUs or
     GPUs it must be called inside `jax.shard_map`, as every kernel. Raises ValueError for what does not fit.
     """
-    _check(q, k, v, q_index, k_index, q_segments, k_segments, k_valid, window, sinks, soft_cap)
+    places = Places(q_index, k_index, q_segments, k_segments, k_valid)
+    _check(q, k, v, places, window, sinks, soft_cap)
     plain = q_index is None and q_segments is None and k_valid is None and not (sinks and window) and not soft_cap
-    seen = _seen(q, k, q_index, k_index, q_segments, k_segments, k_valid, window, sinks, causal)
+    seen = _seen(q, k, places, window, sinks, causal)
     platform, wanted, _ = active_target() or Target("")
     kernels = platform in ("gpu", "tpu") and wanted == "auto"
     short = q.shape[1] * k.shape[1] <= SHORT**2 and not kernels
@@ -99,19 +111,9 @@ def _forms(q: jax.Array, k: jax.Array) -> tuple[ModuleType, ModuleType, ModuleTy
     return tpu, gpu if kernels else blocked, blocked
 
 
-def _seen(
-    q: jax.Array,
-    k: jax.Array,
-    q_index: jax.Array | None,
-    k_index: jax.Array | None,
-    q_segments: jax.Array | None,
-    k_segments: jax.Array | None,
-    k_valid: jax.Array | None,
-    window: int,
-    sinks: int,
-    causal: bool,
-) -> Seen:
+def _seen(q: jax.Array, k: jax.Array, places: Places, window: int, sinks: int, causal: bool) -> Seen:
     """The interval of key slots that each query sees, and tags for documents and keys that exist."""
+    q_index, k_index, q_segments, k_segments, k_valid = places
     keys = k.shape[1]
     index = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if q_index is None else q_index
     up = None if k_index is None else jax.lax.cummax(k_index, axis=1)
@@ -136,19 +138,7 @@ def _seen(
     return seen._replace(q_tags=q_tags, k_tags=k_tags if k_valid is None else jnp.where(k_valid, k_tags, -1))
 
 
-def _check(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_index: jax.Array | None,
-    k_index: jax.Array | None,
-    q_segments: jax.Array | None,
-    k_segments: jax.Array | None,
-    k_valid: jax.Array | None,
-    window: int,
-    sinks: int,
-    soft_cap: float,
-) -> None:
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, window: int, sinks: int, soft_cap: float) -> None:
     if q.ndim != 4 or not q.size:
         raise ValueError(f"q is {q.shape}: must be [batch, queries, heads, head_dim], none of them 0")
     batch, queries, heads, head_dim = q.shape
@@ -161,11 +151,11 @@ def _check(
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: must be of one floating type")
     of = {"q": (batch, queries), "k": (batch, k.shape[1])}
-    given = {"q_index": q_index, "k_index": k_index, "q_segments": q_segments, "k_segments": k_segments}
-    for name, value in {**given, "k_valid": k_valid}.items():
+    for name, value in places._asdict().items():
         shape, kind = of[name[0]], jnp.bool_ if name == "k_valid" else jnp.integer
         if value is not None and (value.shape not in (shape, (1, shape[1])) or not jnp.issubdtype(value.dtype, kind)):
             raise ValueError(f"{name} is {value.dtype}{list(value.shape)}: must be {kind.__name__} {list(shape)}")
+    q_index, k_index, q_segments, k_segments, _ = places
     if q_index is None and (k_index is not None or queries != k.shape[1]):
         raise ValueError(f"q_index is None: with k_index, or {queries} queries and {k.shape[1]} keys, it must be given")
     if (q_segments is None) != (k_segments is None):

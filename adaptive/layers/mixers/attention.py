@@ -23,7 +23,7 @@ from adaptive.parallel.shard import sharded
 from adaptive.routing.chunks import numbered
 from adaptive.routing.rows import set_rows, set_rows_within, take_rows, take_rows_within
 from adaptive.settings import divisors, ranged
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import Places, attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,32 +196,12 @@ def _attention(
 ) -> jax.Array:
     """`kernels_pallas.attention`, each device computing its own heads of its own rows.
 
-    given  indices, segments and validity in the operation's order, of all heads
+    given  the fields of `Places`, of all heads
     """
     split = ("batch", "seq", "heads")
 
-    def local(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        q_index: jax.Array | None,
-        k_index: jax.Array | None,
-        q_segments: jax.Array | None,
-        k_segments: jax.Array | None,
-        k_valid: jax.Array | None,
-    ) -> jax.Array:
-        return attention(
-            q,
-            k,
-            v,
-            q_index=q_index,
-            k_index=k_index,
-            q_segments=q_segments,
-            k_segments=k_segments,
-            k_valid=k_valid,
-            window=window,
-            causal=causal,
-        )
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None) -> jax.Array:
+        return attention(q, k, v, **Places(*given)._asdict(), window=window, causal=causal)
 
     names = [split, split, split, *(None if value is None else ("batch",) for value in given)]
     return sharded(local, names, split)(q, k, v, *given)
@@ -229,30 +209,29 @@ def _attention(
 
 def written(state: KeyValues, own: KeyValues, where: Where) -> KeyValues:
     """The state with the positions that exist in their slots."""
-
-    def one(old: jax.Array, new: jax.Array) -> jax.Array:
-        return set_rows(old, where.index, _existing(new.astype(old.dtype), where, lambda: take_rows(old, where.index)))
-
-    return state._replace(k=one(state.k, own.k), v=one(state.v, own.v), index=one(state.index, own.index))
+    return _written(state, own, where, take_rows, set_rows)
 
 
 def written_within(state: Within, own: KeyValues, where: Where) -> Within:
     """`written` where the state stands."""
-    layer, whole = state.layer, state.whole
+    take = functools.partial(take_rows_within, state.layer)
+    put = functools.partial(set_rows_within, state.layer)
+    return state._replace(whole=_written(state.whole, own, where, take, put))
+
+
+def _written(
+    state: KeyValues, own: KeyValues, where: Where, take: Callable[..., jax.Array], put: Callable[..., jax.Array]
+) -> KeyValues:
+    """take, put: `take_rows` and `set_rows` for arrays of the state."""
+    slots, exists = where.index, where.exists
 
     def one(old: jax.Array, new: jax.Array) -> jax.Array:
-        there = functools.partial(take_rows_within, old, layer, where.index)
-        return set_rows_within(old, layer, where.index, _existing(new.astype(old.dtype), where, there))
+        new = new.astype(old.dtype)
+        if exists is not None:
+            new = jnp.where(exists.reshape(*exists.shape, *(1,) * (new.ndim - 2)), new, take(old, slots))
+        return put(old, slots, new)
 
-    new = whole._replace(k=one(whole.k, own.k), v=one(whole.v, own.v), index=one(whole.index, own.index))
-    return state._replace(whole=new)
-
-
-def _existing(new: jax.Array, where: Where, there: Callable[[], jax.Array]) -> jax.Array:
-    """[rows, n, ...]: `new` at positions that exist, elsewhere what is `there`."""
-    if where.exists is None:
-        return new
-    return jnp.where(where.exists.reshape(*where.exists.shape, *(1,) * (new.ndim - 2)), new, there())
+    return state._replace(k=one(state.k, own.k), v=one(state.v, own.v), index=one(state.index, own.index))
 
 
 def attended(where: Where, window: int, sees: str, read: Where | None = None) -> dict[str, jax.Array]:
