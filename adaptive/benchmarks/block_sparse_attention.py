@@ -5,8 +5,6 @@ machine slows each; of every way the fastest run counts. Bytes of temporaries ar
 """
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from adaptive.benchmarks import options
+from adaptive.benchmarks import options, timing
 from kernels_pallas.attention import attention
 from kernels_pallas.block_sparse_attention import BlockTable, block_sparse_attention, from_map
 
@@ -29,13 +27,10 @@ Way = Callable[..., jax.Array]  # (q, k, v) -> result
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """Share of the tiles of the causal triangle, seconds of the forward pass and of both, and bytes of temporaries."""
+class Cost(timing.Cost):
+    """share: of the tiles of the causal triangle."""
 
     share: float
-    forward_s: float
-    both_s: float
-    temporaries: int
 
 
 def random_table(seq: int, slots: int) -> BlockTable:
@@ -71,31 +66,9 @@ def measure(seq: int, dtype: jnp.dtype, repeats: int) -> dict[str, Cost]:
     draw = lambda heads: jax.random.normal(next(keys), (1, seq, heads, DIM), dtype)  # noqa: E731
     inputs, d_out = (draw(HEADS), draw(KV_HEADS), draw(KV_HEADS)), draw(HEADS)
     made = ways(seq)
-    programs = {name: _programs(way, inputs, d_out) for name, (_, way) in made.items()}
-    least: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
-    for _ in range(repeats):
-        for name, (runs, _) in programs.items():
-            least[name] = [min(best, _seconds(run)) for best, run in zip(least[name], runs, strict=True)]
-    return {name: Cost(made[name][0], least[name][0], least[name][1], bytes_) for name, (_, bytes_) in programs.items()}
-
-
-def _programs(way: Way, inputs: Arrays, d_out: jax.Array) -> tuple[list[Callable[[], object]], int]:
-    def both(inputs: Arrays, d_out: jax.Array) -> tuple[jax.Array, Arrays]:
-        out, pull = jax.vjp(way, *inputs)
-        return out, pull(d_out)
-
-    forward = jax.jit(way).lower(*inputs).compile()
-    trained = jax.jit(both).lower(inputs, d_out).compile()
-    memory = trained.memory_analysis()
-    return [lambda: forward(*inputs), lambda: trained(inputs, d_out)], memory.temp_size_in_bytes if memory else 0
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Of the second of two runs: the first finds the cache as another way left it."""
-    jax.block_until_ready(run())
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
+    programs = {name: timing.programs(way, inputs, d_out) for name, (_, way) in made.items()}
+    least = timing.fastest({name: runs for name, (runs, _) in programs.items()}, repeats, timing.second_run)
+    return {name: Cost(least[name][0], least[name][1], bytes_, made[name][0]) for name, (_, bytes_) in programs.items()}
 
 
 # Command

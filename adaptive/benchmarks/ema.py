@@ -18,8 +18,6 @@ Measured on 2 cores of an AMD EPYC (Zen 4) in float32 with jax 0.10.2, forward a
 """
 
 import functools
-import math
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -29,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive.benchmarks import options
+from adaptive.benchmarks.timing import fastest, seconds
 from kernels_pallas.ema import ema, forms, linear, reference
 
 CASES = tuple(
@@ -74,11 +73,9 @@ def measure(
     p = jnp.asarray(rng.uniform(size=shape[:2]), jnp.float32)
     d_out = jnp.asarray(rng.normal(size=shape), jnp.float32)
     runs = {name: _programs(way, z, p, d_out) for name, way in ways.items()}
-    least = dict.fromkeys(runs, (math.inf, math.inf))
-    for _ in range(repeats + 1):  # the first touches memory for the first time and is never the fastest
-        for name, (forward, both) in runs.items():
-            least[name] = min(least[name][0], _seconds(forward)), min(least[name][1], _seconds(both))
-    return least
+    # One repeat more: the first touches memory for the first time and is never the fastest.
+    least = fastest(runs, repeats + 1, seconds)
+    return {name: (forward, both) for name, (forward, both) in least.items()}
 
 
 def _programs(
@@ -90,12 +87,6 @@ def _programs(
 
     forward, trained = jax.jit(way).lower(z, p).compile(), jax.jit(both).lower(z, p, d_out).compile()
     return lambda: forward(z, p), lambda: trained(z, p, d_out)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
 
 
 # Command

@@ -6,7 +6,6 @@ All ways of a case run in turns, so that what slows the machine slows each; of e
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive.benchmarks import options
+from adaptive.benchmarks.timing import Cost, fastest, seconds
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 
 ROWS, WIDTH = 4096, 512  # 2,048 tokens with two experts each
@@ -55,15 +55,6 @@ MATMULS = tuple(Case(n, g, load) for n in (256, 1024) for g in (8, 64) for load 
 SWIGLUS = tuple(Case(f, g, load) for f, g in ((512, 8), (1024, 8), (256, 64)) for load in LOADS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Seconds of the forward pass, of forward and backward pass, and bytes of temporaries of the latter."""
-
-    forward_s: float
-    both_s: float
-    temporaries: int
-
-
 Way = Callable[..., jax.Array]  # (rows, matrices, group_sizes) -> result
 
 
@@ -77,10 +68,8 @@ def measure(
     rest = jnp.asarray(case.group_sizes()), draw(case.rows, shapes[-1][1])
     programs = {"dense": _programs(dense, rows, tuple(matrix[0] for matrix in matrices), *rest)}
     programs |= {name: _programs(way, rows, matrices, *rest) for name, way in ways.items()}
-    least: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
-    for _ in range(repeats + 1):  # the first touches memory for the first time and is never the fastest
-        for name, (runs, _) in programs.items():
-            least[name] = [min(best, _seconds(run)) for best, run in zip(least[name], runs, strict=True)]
+    # One repeat more: the first touches memory for the first time and is never the fastest.
+    least = fastest({name: runs for name, (runs, _) in programs.items()}, repeats + 1, seconds)
     return {name: Cost(least[name][0], least[name][1], bytes_) for name, (_, bytes_) in programs.items()}
 
 
@@ -96,12 +85,6 @@ def _programs(
     runs = [lambda: forward(rows, matrices, sizes), lambda: trained(rows, matrices, sizes, d_out)]
     memory = trained.memory_analysis()
     return runs, memory.temp_size_in_bytes if memory else 0
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
 
 
 # The ways to multiply rows with the first of the matrices

@@ -15,10 +15,8 @@ One position after another took by the clock about twice as long forward, 13 to 
 temporaries.
 """
 
-import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive.benchmarks import options
+from adaptive.benchmarks.timing import Cost, fastest, programs, second_run
 from kernels_pallas.ssd import chunked, reference, ssd
 from kernels_pallas.ssd.blocks import runs_of
 
@@ -36,15 +35,6 @@ BLOCKS = (16, 32, 64, 128, 256)
 
 Arrays = tuple[jax.Array, ...]
 Way = Callable[..., Arrays]  # (x, dt, a, b, c) -> y and the final state
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Seconds of the forward pass, of forward and backward pass, and bytes of temporaries of the latter."""
-
-    forward_s: float
-    both_s: float
-    temporaries: int
 
 
 def by_blocks(block: int, x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array) -> Arrays:
@@ -68,31 +58,9 @@ def measure(batch: int, seq: int, heads: int, dtype: jnp.dtype, repeats: int) ->
     a = -jax.random.uniform(next(keys), (heads,), minval=1, maxval=16)
     inputs = draw(batch, seq, heads, DIM), dt, a, draw(batch, seq, STATE), draw(batch, seq, STATE)
     d_out = draw(batch, seq, heads, DIM), jnp.zeros((batch, heads, DIM, STATE), jnp.float32)
-    programs = {name: _programs(way, inputs, d_out) for name, way in ways(seq).items()}
-    least: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
-    for _ in range(repeats):
-        for name, (runs, _) in programs.items():
-            least[name] = [min(best, _seconds(run)) for best, run in zip(least[name], runs, strict=True)]
-    return {name: Cost(least[name][0], least[name][1], bytes_) for name, (_, bytes_) in programs.items()}
-
-
-def _programs(way: Way, inputs: Arrays, d_out: Arrays) -> tuple[list[Callable[[], object]], int]:
-    def both(inputs: Arrays, d_out: Arrays) -> tuple[Arrays, Arrays]:
-        out, pull = jax.vjp(way, *inputs)
-        return out, pull(d_out)
-
-    forward = jax.jit(way).lower(*inputs).compile()
-    trained = jax.jit(both).lower(inputs, d_out).compile()
-    memory = trained.memory_analysis()
-    return [lambda: forward(*inputs), lambda: trained(inputs, d_out)], memory.temp_size_in_bytes if memory else 0
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Of the second of two runs: the first finds the cache as another way left it."""
-    jax.block_until_ready(run())
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
+    made = {name: programs(way, inputs, d_out) for name, way in ways(seq).items()}
+    least = fastest({name: runs for name, (runs, _) in made.items()}, repeats, second_run)
+    return {name: Cost(least[name][0], least[name][1], bytes_) for name, (_, bytes_) in made.items()}
 
 
 # Command

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Literal
 
 from adaptive.errors import RecipeError
-from adaptive.layers.remat import Remat
 from adaptive.settings import divisors, ranged, show, since
 from kernels_pallas.choice import Kernels
 
 SELECTIONS = ("topk", "threshold")
+Remat = Literal["none", "layer", "dots"]
 POLICIES: tuple[Remat, ...] = ("none", "dots", "layer")  # from what recomputes nothing to what keeps least
 AuxiliaryOver = Literal["batch", "micro_batch"]
 

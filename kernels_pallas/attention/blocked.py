@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.attention.seen import Seen
+from kernels_pallas.attention.tiles import of_all_rows
 from kernels_pallas.sizes import sizes
 
 BLOCK = 256  # queries and keys of a block, at most
@@ -140,7 +141,7 @@ def _scores(
 
 def _visits(seen: Seen, keys: int, size_q: int, size_k: int) -> tuple[jax.Array, jax.Array]:
     """For each block of queries: the blocks of keys in order, those to visit first, and how many these are."""
-    tiles = seen.tiles(keys, size_q, size_k)
+    tiles = of_all_rows(seen, seen.first.shape[1], keys, size_q, size_k)
     return jnp.argsort(~tiles, axis=1, stable=True), tiles.sum(1)
 
 

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.attention.decode_visits import block_of, by_key_head, by_query, sees, visits
+from kernels_pallas.attention.decode_visits import block_of, by_key_head, by_query, cost, sees, visits
+from kernels_pallas.grouped_matmul.varying import shape_like
 
 LEAST = 16  # the side of a matrix that Triton's dot takes
 LOG2E = math.log2(math.e)
@@ -49,13 +50,12 @@ def decode(
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, lines - count), (0, wide - dim)))
     table = jnp.stack(visits(lengths, queries, window, sinks, block), axis=-1)
     cache = pl.BlockSpec((None, slots, None, wide), lambda h, s, r: (r, 0, h, 0))
-    axes = jax.typeof(q).manual_axis_type
     parts = rows, kv_heads, splits, lines
     out, lse = pl.pallas_call(
         functools.partial(_kernel, dim=dim, block=block, queries=queries, limits=(window, sinks), soft_cap=soft_cap),
         out_shape=(
-            jax.ShapeDtypeStruct((*parts, wide), jnp.float32, manual_axis_type=axes),
-            jax.ShapeDtypeStruct(parts, jnp.float32, manual_axis_type=axes),
+            shape_like(q, (*parts, wide), jnp.float32),
+            shape_like(q, parts, jnp.float32),
         ),
         grid=(kv_heads, splits, rows),
         in_specs=(
@@ -69,11 +69,7 @@ def decode(
             pl.BlockSpec((None, None, None, lines), lambda h, s, r: (r, h, s, 0)),
         ),
         compiler_params=PARAMS,
-        cost_estimate=pl.CostEstimate(
-            flops=4 * q.size * slots,
-            transcendentals=q.size // dim * slots,
-            bytes_accessed=2 * k.size * k.dtype.itemsize,
-        ),
+        cost_estimate=cost(q, k, v, slots),
         interpret=interpret,
         name="attention_decode",
     )(table, grouped, k, v)

@@ -13,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.decode_visits import block_of, by_key_head, by_query, sees, visits
+from kernels_pallas.attention.decode_visits import block_of, by_key_head, by_query, cost, sees, visits
+from kernels_pallas.grouped_matmul.varying import shape_like
 
 BYTES = 2**20  # of the keys of a block in fast memory, which holds two blocks of keys and two of values
 LANES = 128
@@ -50,7 +51,7 @@ def decode(
     numbers = pltpu.VMEM((*grouped.shape[1:3], 1), jnp.float32)
     out = pl.pallas_call(
         functools.partial(_kernel, across=across, queries=queries, limits=(window, sinks), soft_cap=soft_cap),
-        out_shape=jax.ShapeDtypeStruct(grouped.shape, q.dtype, manual_axis_type=jax.typeof(q).manual_axis_type),
+        out_shape=shape_like(q, grouped.shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
             grid=(rows, pl.cdiv(slots, block)),
@@ -59,11 +60,7 @@ def decode(
             scratch_shapes=[pltpu.VMEM(grouped.shape[1:], jnp.float32), numbers, numbers],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=4 * q.size * slots,
-            transcendentals=q.size // dim * slots,
-            bytes_accessed=2 * k.size * k.dtype.itemsize,
-        ),
+        cost_estimate=cost(q, k, v, slots),
         interpret=interpret,
         name="attention_decode",
     )(*tables, grouped, k, v)

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas import costs
 
 
 class Visits(NamedTuple):
@@ -38,6 +41,12 @@ def sees(slots: jax.Array, ends: jax.Array, window: int, sinks: int) -> jax.Arra
         return near
     far = slots >= ends - window
     return near & (far | (slots < sinks) if sinks else far)
+
+
+def cost(q: jax.Array, k: jax.Array, v: jax.Array, slots: int) -> pl.CostEstimate:
+    """Of reading a cache of so many slots whole: how much of it is read, is known when a program runs."""
+    pairs = q.size // q.shape[-1] * slots
+    return costs.cost(4 * pairs * q.shape[-1], pairs, k, v)
 
 
 def by_key_head(q: jax.Array, kv_heads: int) -> jax.Array:

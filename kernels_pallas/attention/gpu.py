@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.attention.seen import Seen
 from kernels_pallas.attention.tiles import ENTRIES, by_columns, by_rows, padded, tiles, visited
+from kernels_pallas.grouped_matmul.varying import shape_like
 from kernels_pallas.sizes import sizes
 
 LEAST = 16  # the side of a matrix that Triton's dot takes
@@ -324,10 +325,9 @@ def _call(
 
     pairs = q.shape[0] * q.shape[2] * plan.queries * plan.keys // 2
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))
-    axes = jax.typeof(q).manual_axis_type
     return pl.pallas_call(
         functools.partial(kernel, plan=plan),
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs),
+        out_shape=tuple(shape_like(q, x.shape, x.dtype) for x in outputs),
         grid=((k if columns else q).shape[2], visits.shape[1], q.shape[0]),  # neighbouring programs share their keys
         in_specs=(row(visits), jax.tree.map(row, seen), query(q), key(k), key(v), *map(query, rest)),
         out_specs=tuple(map(key if columns else query, outputs)),

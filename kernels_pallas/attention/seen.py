@@ -35,37 +35,3 @@ class Seen(NamedTuple):
         if self.q_tags is not None and self.k_tags is not None:
             mask = mask & (self.q_tags[:, :, None] == self.k_tags[:, None, :])
         return mask
-
-    def tiles(self, keys: int, size_q: int, size_k: int) -> jax.Array:
-        """bool[query blocks, key blocks]: which tiles must be computed, because some query of some row may see a key.
-
-        keys            how many there are
-        size_q, size_k  of the blocks; the last ones may be shorter
-        """
-        some = self.first < self.end
-        low, high = jnp.where(some, self.first, keys), jnp.where(some, self.end, 0)
-        low, high = _blocks(low, size_q, keys).min(-1), _blocks(high, size_q, 0).max(-1)
-        starts = jnp.arange(0, keys, size_k, dtype=jnp.int32)
-        tiles = (starts < high[..., None]) & (starts + size_k > low[..., None])
-        if self.sinks is not None:
-            sunk = _blocks(jnp.minimum(self.sinks, self.end), size_q, 0).max(-1)
-            tiles = tiles | (starts < sunk[..., None])
-        if self.q_tags is not None and self.k_tags is not None:
-            least, most = _range(self.q_tags, size_q)
-            k_least, k_most = _range(self.k_tags, size_k)
-            tiles = tiles & (least[..., None] <= k_most[:, None]) & (k_least[:, None] <= most[..., None])
-        return tiles.any(0)
-
-
-_MOST = jnp.iinfo(jnp.int32).max
-
-
-def _range(tags: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The least and the greatest tag of each block, those below 0 left out."""
-    return _blocks(jnp.where(tags < 0, _MOST, tags), size, _MOST).min(-1), _blocks(tags, size, -1).max(-1)
-
-
-def _blocks(x: jax.Array, size: int, filler: int) -> jax.Array:
-    """[rows, n] -> [rows, blocks, size]."""
-    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=filler)
-    return padded.reshape(x.shape[0], -1, size)

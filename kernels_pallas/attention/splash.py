@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from kernels_pallas.attention.seen import Seen
+from kernels_pallas.attention.tiles import of_all_rows
 from kernels_pallas.sizes import Sizes, sizes
 
 LANES = 128
@@ -118,7 +119,7 @@ def _backward(q, k, v, seen, out, lse, d_out, soft_cap, interpret):
 
 
 def _over_rows(row: Callable[..., Any], seen: Seen, *arrays: jax.Array) -> Any:
-    """`row` of every row of the batch. Tables of tiles may not differ between rows: `Seen.tiles` is of all together."""
+    """`row` of every row of the batch. Tables of tiles may not differ between rows: they are of all together."""
     numbers = seen.first << 16 | seen.end
     shared = numbers.shape[0] == 1
     tags = None if seen.q_tags is None or seen.k_tags is None else splash.SegmentIds(seen.q_tags, seen.k_tags)
@@ -157,7 +158,7 @@ def _tables(seen: Seen, size_q: int, size_k: int, keys: int, numbers: jax.Array,
 
     Every block of queries visits a tile, so that its sums are not empty.
     """
-    tiles = seen.tiles(keys, size_q, size_k)
+    tiles = of_all_rows(seen, seen.first.shape[1], keys, size_q, size_k)
     tiles = tiles | ((jnp.arange(tiles.shape[1]) == 0) & ~tiles.any(1, keepdims=True))
     axis = 0 if by_key else 1
     places = lax.broadcasted_iota(jnp.int32, tiles.shape, axis)

@@ -24,6 +24,17 @@ class Tiles(NamedTuple):
     leading: jax.Array | None
     full: jax.Array
 
+    @property
+    def seen(self) -> jax.Array:
+        """Some query may see some key."""
+        return self.near if self.leading is None else self.near | self.leading
+
+
+def of_all_rows(seen: Seen, queries: int, keys: int, block_q: int, block_k: int) -> jax.Array:
+    """bool[query blocks, key blocks]: the tiles that some row has to visit; the last blocks may be shorter."""
+    rows = max(x.shape[0] for x in seen if x is not None)
+    return tiles(padded(seen, rows, keys, block_q, block_k), queries, keys, block_q, block_k).seen.any(0)
+
 
 def padded(seen: Seen, batch: int, keys: int, block_q: int, block_k: int) -> Seen:
     """`seen` for `batch` rows, by whole blocks: added queries see nothing, added keys do not exist."""
@@ -71,8 +82,7 @@ def by_rows(tiles: Tiles) -> jax.Array:
 
 def by_columns(tiles: Tiles) -> jax.Array:
     """i32[batch, key blocks, ENTRIES]: the visits of each block of keys to blocks of queries."""
-    seen = tiles.near if tiles.leading is None else tiles.near | tiles.leading
-    return _table(seen.swapaxes(1, 2), tiles.full.swapaxes(1, 2), None)
+    return _table(tiles.seen.swapaxes(1, 2), tiles.full.swapaxes(1, 2), None)
 
 
 def visited(t: jax.Array, leading: jax.Array, begin: jax.Array, full: jax.Array, full_end: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.block_sparse_attention.table import WORD, transposed
-from kernels_pallas.block_sparse_attention.tiles import LEAST, Blocks, Cut, Lists, Rule, bit_of, cost, like
+from kernels_pallas.block_sparse_attention.tiles import LEAST, Blocks, Cut, Lists, Rule, bit_of, cost
+from kernels_pallas.grouped_matmul.varying import shape_like
 
 ROWS, KEYS = 128, 64  # of a tile, at most
 WIDTH = 256  # bytes of a head up to which tiles are so large: wider ones leave less shared memory for rows
@@ -35,7 +36,7 @@ def forward(
         cut,
         parts,
         blocks,
-        (like(blocks.q, (*shape, blocks.v.shape[-1])), like(blocks.q, shape, jnp.float32)),
+        (shape_like(blocks.q, (*shape, blocks.v.shape[-1])), shape_like(blocks.q, shape, jnp.float32)),
         matmuls=2,
         interpret=interpret,
         name="block_sparse_attention",
@@ -62,10 +63,10 @@ def backward(
     visits = transposed(blocks.table, blocks.counts, rule.key_blocks)
     blocks, parts = _in_parts(blocks)
     call = functools.partial(_call, cut=cut, parts=parts, blocks=blocks, interpret=interpret)
-    d_q = call(_pull_queries_kernel, out=like(blocks.q), matmuls=3, name="block_sparse_attention_queries")
+    d_q = call(_pull_queries_kernel, out=shape_like(blocks.q), matmuls=3, name="block_sparse_attention_queries")
     d_k, d_v = call(
         _pull_keys_kernel,
-        out=(like(blocks.k), like(blocks.v)),
+        out=(shape_like(blocks.k), shape_like(blocks.v)),
         matmuls=4,
         name="block_sparse_attention_keys",
         visits=(visits.pairs, visits.first),

@@ -255,12 +255,6 @@ def cost(blocks: Blocks, matmuls: int) -> pl.CostEstimate:
     )
 
 
-def like(x: jax.Array, shape: tuple[int, ...] | None = None, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """The result of a kernel that varies over mesh axes as x does; its shape and dtype, unless given."""
-    varying = jax.typeof(x).manual_axis_type
-    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=varying)
-
-
 def _to(x: jax.Array, axis: int, size: int, added: Any = 0) -> jax.Array:
     """x with `added` up to `size` along an axis."""
     if x.shape[axis] == size:

@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.block_sparse_attention import blocks as plain
 from kernels_pallas.block_sparse_attention.table import WORD, transposed
-from kernels_pallas.block_sparse_attention.tiles import LEAST, Blocks, Cut, Lists, Rule, bit_of, cost, like
+from kernels_pallas.block_sparse_attention.tiles import LEAST, Blocks, Cut, Lists, Rule, bit_of, cost
+from kernels_pallas.grouped_matmul.varying import shape_like
 
 SCORES = 2**18  # of a tile
 SLOTS = 3 * 2**15  # of the lists of one call: two numbers for each are below the 1 MiB of scalar memory
@@ -141,7 +142,7 @@ def _attend(cut: Cut, blocks: Blocks, *, interpret: Interpret) -> tuple[jax.Arra
     lse = (*blocks.q.shape[:-2], 1, rows)
     result = pl.pallas_call(
         functools.partial(_attend_kernel, cut=cut, operands=operands, row_of=_row_of(blocks)),
-        out_shape=(like(blocks.q, out), like(blocks.q, lse, jnp.float32)),
+        out_shape=(shape_like(blocks.q, out), shape_like(blocks.q, lse, jnp.float32)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid,
@@ -190,7 +191,7 @@ def _pull_queries(cut: Cut, blocks: Blocks, interpret: Interpret) -> jax.Array:
     operands, grid, prefetched = _over_lists(blocks, ("q", "k", "v", "d_out", "lse", "delta", *SEEN))
     return pl.pallas_call(
         functools.partial(_pull_queries_kernel, cut=cut, operands=operands, row_of=_row_of(blocks)),
-        out_shape=like(blocks.q),
+        out_shape=shape_like(blocks.q),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid,
@@ -239,7 +240,7 @@ def _pull_keys(cut: Cut, blocks: Blocks, interpret: Interpret) -> tuple[jax.Arra
     operands = _Operands(blocks, visit, ("q", "k", "v", "d_out", "lse", "delta", *SEEN))
     d_k, d_v = pl.pallas_call(
         functools.partial(_pull_keys_kernel, cut=cut, operands=operands, list_of=list_of, slots=slots),
-        out_shape=(like(blocks.k), like(blocks.v)),
+        out_shape=(shape_like(blocks.k), shape_like(blocks.v)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(*blocks.k.shape[:2], size, blocks.q.shape[2]),

@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.grouped_matmul.varying import shape_like
+
 ROWS, COLUMNS = 16, 64  # positions of a group, columns of a program
 PARAMS = plt.CompilerParams(num_warps=1, num_stages=1)
 
@@ -33,7 +35,7 @@ def recurrence(
     columns = min(COLUMNS, pl.next_power_of_2(width))
     return pl.pallas_call(
         functools.partial(_kernel, columns=columns, reverse=reverse),
-        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32, manual_axis_type=jax.typeof(x).manual_axis_type),
+        out_shape=shape_like(x, dtype=jnp.float32),
         grid=(pl.cdiv(width, columns), batch),
         compiler_params=PARAMS,
         interpret=interpret,

@@ -8,6 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.grouped_matmul.varying import shape_like
+
 ROWS, COLUMNS = 256, 1024  # of a block
 
 
@@ -32,7 +34,7 @@ def recurrence(
     tile = pl.BlockSpec((None, rows, columns), lambda b, j, i: (b, at(i), j))
     return pl.pallas_call(
         functools.partial(_kernel, n=n, reverse=reverse),
-        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32, manual_axis_type=jax.typeof(x).manual_axis_type),
+        out_shape=shape_like(x, dtype=jnp.float32),
         grid=(batch, pl.cdiv(width, columns), blocks),
         in_specs=[scalar, scalar, tile, pl.BlockSpec((None, 1, columns), lambda b, j, i: (b, 0, j))],
         out_specs=tile,

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.grouped_matmul.costs import cost
+from kernels_pallas.grouped_matmul.varying import shape_like
 from kernels_pallas.sizes import sizes
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile; DEPTH is what one step of the inner loop sums over, in 2-byte numbers
@@ -46,7 +47,7 @@ def _multiply(
     kernel = functools.partial(_multiply_kernel, blocks=(block_r, block_n, block_k), transposed=transposed)
     return pl.pallas_call(
         kernel,
-        out_shape=_shape((total, n), rows),
+        out_shape=shape_like(rows, (total, n)),
         grid=(pl.cdiv(n, block_n), tiles[0].size),  # neighbouring programs share their rows
         compiler_params=PARAMS,
         cost_estimate=cost(rows, weights, jax.ShapeDtypeStruct((total, n), rows.dtype)),
@@ -87,7 +88,7 @@ def _outer(rows: jax.Array, d_out: jax.Array, weights: jax.Array, group_sizes: j
     end = jnp.cumsum(group_sizes, dtype=jnp.int32)
     return pl.pallas_call(
         functools.partial(_outer_kernel, blocks=(block_r, block_n, block_k)),
-        out_shape=_shape(weights.shape, weights),
+        out_shape=shape_like(weights),
         grid=(pl.cdiv(n, block_n), pl.cdiv(k, block_k), groups),
         compiler_params=PARAMS,
         cost_estimate=cost(rows, weights, d_out),
@@ -148,7 +149,3 @@ def _sizes(dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
     """(rows, columns, depth) of a tile at most, the depth of numbers of this type."""
     rows, columns, depth = sizes("grouped_matmul/gpu", (ROWS, COLUMNS, DEPTH))
     return rows, columns, depth * 2 // jnp.dtype(dtype).itemsize
-
-
-def _shape(shape: tuple[int, ...], like: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

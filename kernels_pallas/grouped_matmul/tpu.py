@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul.costs import cost
+from kernels_pallas.grouped_matmul.varying import shape_like
 
 ROWS, SIDE = 256, 512  # of a tile: its rows, and the sides of the tile of a matrix that it adds to
 
@@ -61,9 +62,7 @@ def outer(
     tile = lambda size, axis: pl.BlockSpec((block_r, size), lambda *at: (at[4][at[2]], at[axis]))  # noqa: E731
     return pl.pallas_call(
         functools.partial(_outer_kernel, block_r=block_r),
-        out_shape=jax.ShapeDtypeStruct(
-            weights.shape, weights.dtype, manual_axis_type=jax.typeof(weights).manual_axis_type
-        ),
+        out_shape=shape_like(weights),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(n, block_n), pl.cdiv(k, block_k), visits[0].size),

@@ -1,5 +1,6 @@
 """Inside `jax.shard_map`: over which mesh axes values vary. Outside, and with check_vma=False, none of them do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,15 @@ def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def like(array: jax.Array, tree: Any) -> Any:
     """The tree, each leaf marked as varying over the axes that `array` varies over, as the state of a loop must be."""
     return jax.tree.map(lambda x: _vary(x, _axes(array)), tree)
+
+
+def shape_like(
+    array: jax.Array, shape: Sequence[int] | None = None, dtype: jax.typing.DTypeLike | None = None
+) -> jax.ShapeDtypeStruct:
+    """A result of a kernel, which varies over mesh axes as `array` does; of its shape and dtype, unless given."""
+    varying = jax.typeof(array).manual_axis_type
+    shape = array.shape if shape is None else tuple(shape)
+    return jax.ShapeDtypeStruct(shape, array.dtype if dtype is None else dtype, manual_axis_type=varying)
 
 
 def _axes(x: jax.Array) -> frozenset[str]:

@@ -18,9 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.costs import cost
+from kernels_pallas.grouped_matmul.varying import shape_like
 from kernels_pallas.sizes import sizes
 from kernels_pallas.ssd.blocks import Inputs, prepared, whole
-from kernels_pallas.ssd.costs import cost
 
 BLOCK = 64
 KEPT = 2  # blocks from one kept state to the next; 8 x 8192 positions of 32 heads take 1.1 GiB with 1, 0.35 with 2
@@ -82,7 +83,7 @@ def forward(
     state = _widened(state, 2).astype(jnp.float32)
     out_of = _factors(inputs)[3]
     earlier = _earlier(cut, inputs.x, out_of, inputs.b, inputs.into[..., -1], interpret=interpret)
-    shapes = _shape(inputs.x.shape, x.dtype, x), _shape(state.shape, jnp.float32, x)
+    shapes = shape_like(x, inputs.x.shape), shape_like(x, state.shape, jnp.float32)
     given = (inputs.x, inputs.b, inputs.c, runs, *_factors(inputs), state, *earlier)
     positions = batch * heads * cut.blocks * cut.size
     y, final = pl.pallas_call(
@@ -167,7 +168,7 @@ def _states(
     batch, _, heads, dim = x.shape
     given = x, weight, b, decays, state.astype(jnp.float32), *earlier
     kept = batch, heads, cut.chunks * cut.parts, dim, b.shape[-1]
-    shapes = _shape(kept, x.dtype, x), _shape(state.shape, jnp.float32, x)
+    shapes = shape_like(x, kept), shape_like(x, state.shape, jnp.float32)
     return pl.pallas_call(
         functools.partial(_states_kernel, cut=cut, reverse=reverse),
         out_shape=shapes,
@@ -194,7 +195,7 @@ def _earlier(
     if cut.parts == 1:
         return ()
     batch, _, heads, dim = x.shape
-    shape = _shape((batch, heads, cut.parts, dim, b.shape[-1]), jnp.float32, x)
+    shape = shape_like(x, (batch, heads, cut.parts, dim, b.shape[-1]), jnp.float32)
     given = x, weight, b, decays
     added = pl.pallas_call(
         functools.partial(_parts_kernel, cut=cut, reverse=reverse),
@@ -223,9 +224,9 @@ def _within_blocks(
     groups = _groups(heads, batch * cut.blocks)
     by_head = batch, heads, positions
     shapes = [
-        _shape(inputs.x.shape, inputs.x.dtype, inputs.x),
-        *[_shape((groups, *inputs.b.shape), jnp.float32, inputs.x)] * 2,
-        *[_shape(by_head, jnp.float32, inputs.x)] * 4,
+        shape_like(inputs.x),
+        *[shape_like(inputs.x, (groups, *inputs.b.shape), jnp.float32)] * 2,
+        *[shape_like(inputs.x, by_head, jnp.float32)] * 4,
     ]
     given = inputs.x, d_y, inputs.b, inputs.c, runs, *_factors(inputs), before, d_after
     each = batch * heads * positions
@@ -400,10 +401,6 @@ def _store_last(final_ref, row, head, state, turn, cut):
 
 def _in_order(turn: Any, count: int, reverse: bool) -> Any:
     return count - 1 - turn if reverse else turn
-
-
-def _shape(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def _widened(x: jax.Array, axes: int) -> jax.Array:

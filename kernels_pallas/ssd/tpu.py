@@ -20,8 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.costs import cost
+from kernels_pallas.grouped_matmul.varying import shape_like
 from kernels_pallas.ssd.blocks import Inputs, prepared, whole
-from kernels_pallas.ssd.costs import cost
 
 BLOCK, HEADS, LANES = 128, 8, 128  # positions and heads of a visit; the width of a register
 FAST_BYTES, VISIT_BYTES = 2**24, 12 * 2**20  # of fast memory: what every TPU has, what is kept for all but the states
@@ -212,7 +213,7 @@ class _Visits:
         return pltpu.VMEM((self.groups, self.group * self.dim, self.n), jnp.float32)
 
     def shape(self, shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(self.like).manual_axis_type)
+        return shape_like(self.like, shape, dtype)
 
     def channels_first(self, x: jax.Array) -> jax.Array:
         return x.transpose(0, 2, 3, 1).reshape(self.channels)

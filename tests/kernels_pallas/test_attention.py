@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas.attention import attention, blocked, splash
 from kernels_pallas.attention.seen import Seen
+from kernels_pallas.attention.tiles import of_all_rows
 from kernels_pallas.choice import target
 
 
@@ -87,7 +88,7 @@ def test_any_pattern_is_computed_in_blocks(pattern, block):
 @pytest.mark.parametrize("block", [4, 64])
 def test_tiles_hold_every_pair_that_is_seen(block):
     for queries, keys, seen in cases().values():
-        tiles = np.asarray(seen.tiles(keys, block, block))
+        tiles = np.asarray(of_all_rows(seen, queries, keys, block, block))
         mask = np.asarray(seen.mask(keys)).any(0)
         whole = np.pad(mask, [(0, -n % block) for n in mask.shape])
         needed = whole.reshape(whole.shape[0] // block, block, -1, block).any((1, 3))
@@ -96,11 +97,11 @@ def test_tiles_hold_every_pair_that_is_seen(block):
 
 @pytest.mark.compiles
 def test_tiles_outside_are_passed_over():
-    assert np.asarray(causal(64).tiles(64, 8, 8)).sum() == 8 * 9 // 2
-    assert np.asarray(causal(64, window=8).tiles(64, 8, 8)).sum() == 8 + 7
-    assert np.asarray(causal(64, window=8, sinks=1).tiles(64, 8, 8)).sum() == 8 + 7 + 6
+    assert np.asarray(of_all_rows(causal(64), 64, 64, 8, 8)).sum() == 8 * 9 // 2
+    assert np.asarray(of_all_rows(causal(64, window=8), 64, 64, 8, 8)).sum() == 8 + 7
+    assert np.asarray(of_all_rows(causal(64, window=8, sinks=1), 64, 64, 8, 8)).sum() == 8 + 7 + 6
     documents = jnp.repeat(jnp.arange(4, dtype=jnp.int32), 16)[None]
-    assert np.asarray(causal(64)._replace(q_tags=documents, k_tags=documents).tiles(64, 8, 8)).sum() == 4 * 3
+    assert np.asarray(of_all_rows(causal(64)._replace(q_tags=documents, k_tags=documents), 64, 64, 8, 8)).sum() == 4 * 3
 
 
 @pytest.mark.compiles

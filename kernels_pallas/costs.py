@@ -1,4 +1,4 @@
-"""What the kernels of the recurrence cost, told to the compiler, which knows nothing of them but their shapes."""
+"""What kernels cost, told to the compiler, which knows nothing of them but their shapes and takes them for free."""
 
 from typing import Any, Protocol
 
