@@ -90,9 +90,15 @@ def ranged(
     return dataclasses.field(default=default, metadata={"range": (least, most, above, below)})
 
 
-def since(default: Any, *, before: Any) -> Any:
-    """A field with a default that recipes saved before there was such a field had as `before`."""
-    return dataclasses.field(default=default, metadata={"before": before})
+def since(default: Any, *, before: Any, **limits: float) -> Any:
+    """A field with a default that recipes saved before there was such a field had as `before`; limits: of `ranged`."""
+    limited = dict(ranged(default, **limits).metadata) if limits else {}
+    return dataclasses.field(default=default, metadata={"before": before, **limited})
+
+
+def spelt(default: Any, *, once: dict[bool, Any]) -> Any:
+    """A field with a default whose value was a truth in recipes saved earlier; once: what that is now."""
+    return dataclasses.field(default=default, metadata={"once": once})
 
 
 # The tree
@@ -277,6 +283,8 @@ def _read_dataclass(cls: type, value: Any, where: str) -> Any:
             near = ", ".join(nearest(key, names) or names)
             raise RecipeError(f"{where}.{key} does not exist; nearest: {near}")
     value = {f.name: f.metadata["before"] for f in dataclasses.fields(cls) if "before" in f.metadata} | value
+    once = {f.name: f.metadata["once"] for f in dataclasses.fields(cls) if "once" in f.metadata}
+    value |= {name: now[value[name]] for name, now in once.items() if isinstance(value.get(name), bool)}
     missing = [name for name in names if name not in value]
     if missing:
         raise RecipeError(f"{where} lacks {', '.join(missing)}")

@@ -219,7 +219,7 @@ PROGRAMS = {
     "vanilla, keys shared across layers": loops(keys_values="shared", shared="none"),
     "mixers shared": loops(shared="mixers"),
     "untied": plain(8, vocab_size=V, tie_embeddings=False),
-    "qwen": plain(8, vocab_size=V, bias=True, qk_norm="head"),
+    "qwen": plain(8, vocab_size=V, bias="all", qk_norm="head"),
     "olmo": loops(qk_norm="full", clip_qkv=1.0, window=5),
     "no mixer": wrapped(plain_body.Settings(stacks.Settings((block(mixer=None), block()))), vocab_size=V),
     "mor": routed(),

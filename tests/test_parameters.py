@@ -46,7 +46,7 @@ def with_depth(kind: str) -> shapes.Model:
 MODELS = {
     **{f"router {kind}": functools.partial(routed, kind) for kind in RouterSettings.kinds()},
     **{f"depth {kind}": functools.partial(with_depth, kind) for kind in Depth.kinds()},
-    "biases": lambda: shapes.plain(2, bias=True, qk_norm="head", tie_embeddings=False),
+    "biases": lambda: shapes.plain(2, bias="all", qk_norm="head", tie_embeddings=False),
     **{name: functools.partial(lambda name: shapes.reduced(load(name).model), name) for name in list_recipes()},
 }
 

@@ -47,7 +47,7 @@ class Parameters:
 
     unique     all that is stored but embedding, output head and routers: the papers' "Param" column
     effective  the same were every unrolled layer stored by itself
-    embedding  the table, which is also the head where tied; head: 0 where tied
+    embedding  the table, which is also the head where tied, and that of places; head: 0 where tied
     routers    what decides about depth, auxiliary ones included, and where chunks begin; routers of experts belong to
                their layers
     """
@@ -114,7 +114,7 @@ def parameters(model: Settings) -> Parameters:
     return Parameters(
         unique=model.body.parameters(model.width) - routers,
         effective=model.body.unrolled_parameters(model.width) - routers,
-        embedding=table,
+        embedding=table + model.positions * model.width,
         head=0 if model.tie_embeddings else table,
         routers=routers,
     )

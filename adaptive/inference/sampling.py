@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from adaptive.data.tokenizers import Tokenizer
-from adaptive.errors import DataError
+from adaptive.errors import DataError, RecipeError
 from adaptive.inference.drawing import Drawing, draw
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
@@ -90,6 +90,7 @@ class Sampler:
         self._graphdef, self._state, self._vocab, self._end = graphdef, state, vocab, end
         self._how = how
         self._options = {"rows": rows} if rows else {}
+        self._longest = getattr(nnx.merge(graphdef, state).settings, "positions", 0)
         self._marker = marker
         self._empty = jax.jit(self._make_cache, static_argnums=(1, 2))
         self._read = jax.jit(_here(self._read_piece), donate_argnames=("cache",))
@@ -108,6 +109,11 @@ class Sampler:
         at_once = 1 if self._marker else max(1, min(at_once, length))
         markers = None if self._marker is None else [self._marker() for _ in prompts]
         tokens, valid = _padded(prompts)
+        if 0 < self._longest < tokens.shape[1] + length:
+            raise RecipeError(
+                f"the model reads at most {self._longest} tokens (model.positions); {tokens.shape[1]} of the prompt "
+                f"and {length} to write are more"
+            )
         room = -(-(tokens.shape[1] + length + at_once) // ROOM) * ROOM
         cache, last, seen = self._empty(self._state, len(prompts), room)
         for begin in range(0, tokens.shape[1], PIECE):

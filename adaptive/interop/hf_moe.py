@@ -178,8 +178,8 @@ def _foreign_attention(kind: Kind, attention: Attention, width: int) -> str:
         return "rotates all channels (rotary_dim=-1)"
     if attention.qk_norm != QK_NORMS[kind]:
         return f"has qk_norm={QK_NORMS[kind]}"
-    if kind == "mixtral" and attention.bias:
-        return "has no biases (bias=false)"
+    if attention.bias not in (("none",) if kind == "mixtral" else ("none", "all")):
+        return "has no biases (bias=none)" if kind == "mixtral" else "has biases of all projections or of none"
     if kind != "olmoe" and attention.clip_qkv:
         return "does not clip (clip_qkv=0)"
     if kind == "olmoe" and (attention.window or attention.heads * attention.head_dim != width):

@@ -147,7 +147,7 @@ def _attention(fields: _Fields) -> Attention:
         head_dim=head_dim,
         rope_theta=_rope_theta(fields),
         window=_window(fields),
-        bias=fields.kind != "mixtral" and fields.boolean("attention_bias"),
+        bias="all" if fields.kind != "mixtral" and fields.boolean("attention_bias") else "none",
         qk_norm=QK_NORMS[fields.kind],
         clip_qkv=_clip(fields) if fields.kind == "olmoe" else 0.0,
     )

@@ -1,7 +1,7 @@
 """One block: norm, mixer, norm, feed-forward, each pair with a residual path around it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -11,12 +11,12 @@ from adaptive.layers.call import Call, Tales, Told
 from adaptive.layers.cost import Cost, Span
 from adaptive.layers.feed_forwards import FeedForward, FeedForwardModule, dense
 from adaptive.layers.mixers import Mixer, MixerModule, attention
-from adaptive.layers.norm import RMSNorm
+from adaptive.layers.norm import Kind, LayerNorm, RMSNorm, make_norm, norm_size
 from adaptive.layers.site import Site
 from adaptive.layers.state import State, Within
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import constrain
-from adaptive.settings import ranged
+from adaptive.settings import ranged, since
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Settings:
     mixer: Mixer | None = attention.Settings()
     feed_forward: FeedForward | None = dense.Settings()
     repeat: int = ranged(1, least=1, most=10_000)
+    norm: Kind = since(
+        "rms", before="rms"
+    )  # LayerNorm has a bias as well (GPT-2); that behind a stack is its last block's
+    # Whether norms are before the mixer and the feed-forward, behind each of them (OLMo 2), or both (Gemma).
+    norms_at: Literal["input", "output", "both"] = since("input", before="input")
 
     @property
     def additions(self) -> int:
@@ -39,13 +44,18 @@ class Settings:
             self.mixer.check(width, f"{at}.mixer")
         if self.feed_forward is not None:
             self.feed_forward.check(width, f"{at}.feed_forward")
+            if self.feed_forward.own_norm() and self.norms_at != "input":
+                raise RecipeError(
+                    f"{at}.norms_at={self.norms_at}: {self.feed_forward.kind()} normalises its input itself; only input"
+                )
 
     def sizes(self, width: int) -> tuple[int, int]:
         """Parameters of one layer: (of the mixer, of the feed-forward), each with its norm."""
         mixes, feeds = self.mixer, self.feed_forward
+        norms = norm_size(self.norm, width) * (2 if self.norms_at == "both" else 1)
         return (
-            0 if mixes is None else width + mixes.parameters(width),
-            0 if feeds is None else width * (not feeds.own_norm()) + feeds.parameters(width),
+            0 if mixes is None else norms + mixes.parameters(width),
+            0 if feeds is None else norms * (not feeds.own_norm()) + feeds.parameters(width),
         )
 
     def cost(self, span: Span, site: Site) -> Cost:
@@ -57,7 +67,7 @@ class Settings:
 
 
 class Block(nnx.Module):
-    """h = x + mixer(norm(x)); h + feed_forward(norm(h)); either may be missing.
+    """h = x + mixer(norm(x)); h + feed_forward(norm(h)); either may be missing, and norms may stand behind instead.
 
     Holds the parameters of all layers that a scan runs over, and is applied one slice at a time.
     """
@@ -68,11 +78,18 @@ class Block(nnx.Module):
         mixer, feed_forward = jax.random.split(key)
         width, eps = site.width, site.norm_eps
         mixes, feeds = settings.mixer, settings.feed_forward
-        self.mixer_norm = None if mixes is None else RMSNorm(width, eps, mixer_site.stack)
+        before, behind = settings.norms_at != "output", settings.norms_at != "input"
+
+        def norm(there: bool, site: Site) -> RMSNorm | LayerNorm | None:
+            return make_norm(settings.norm, width, eps, site.stack) if there else None
+
+        self.mixer_norm = norm(mixes is not None and before, mixer_site)
+        self.mixer_out_norm = norm(mixes is not None and behind, mixer_site)
         self.mixer: MixerModule | None = None if mixes is None else mixes.build(mixer_site, mixer)
         made = None if feeds is None else feeds.build(site, feed_forward)
         normed = feeds is not None and not feeds.own_norm()
-        self.feed_forward_norm = RMSNorm(width, eps, site.stack) if normed else None
+        self.feed_forward_norm = norm(normed and before, site)
+        self.feed_forward_out_norm = norm(normed and behind, site)
         self.feed_forward: FeedForwardModule | None = made
         self.dtype = dtype
 
@@ -83,19 +100,20 @@ class Block(nnx.Module):
         logits of the feed-forward's router)."""
         told: Tales = {}
         logits = None
-        if self.mixer is not None and self.mixer_norm is not None:
-            normed = self.mixer_norm(x).astype(self.dtype)
+        if self.mixer is not None:
+            normed = (x if self.mixer_norm is None else self.mixer_norm(x)).astype(self.dtype)
             if isinstance(state, Within) and not self.mixer.in_place:
                 update, after, own = self.mixer(normed, where, call, state.own())
                 state = state.replaced(after)
             else:
                 update, state, own = self.mixer(normed, where, call, state)
-            x = x + update.astype(x.dtype)
+            x = x + (update if self.mixer_out_norm is None else self.mixer_out_norm(update)).astype(x.dtype)
             told |= _named("mixer", own)
         if self.feed_forward is not None:
             h = x if self.feed_forward_norm is None else self.feed_forward_norm(x)
             update, own, logits = self.feed_forward.apply(h.astype(self.dtype), where, call)
-            x = x + update.astype(x.dtype)
+            out_norm = self.feed_forward_out_norm
+            x = x + (update if out_norm is None else out_norm(update)).astype(x.dtype)
             told |= _named("feed_forward", own)
         return constrain(x, "batch", "seq", None), state, told, logits
 

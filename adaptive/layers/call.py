@@ -37,7 +37,8 @@ class Call:
     layer     number of the layer, or of a stack's first, in the unrolled network
     previous  f32[rows, n, choices]: logits of the router of the layer below, for routers that read them
     given     what came with the batch by name ("tokens", "boundaries"), of the outermost positions alone
-    passes    i32[], perhaps traced: passes of a recursion whose positions all take the same; None: as the settings say
+    passes    of a recursion: how many there are at most, a number, or i32[] traced where all positions take the same;
+              None: as the settings say
     experts_per_token  i32[rows]: average in each row, for routers whose experts take tokens; None: as the settings say
     rows      decoding of one position per row: how many rows with a new chunk a network inside an H-Net computes at
               once; 0: all rows
@@ -55,12 +56,16 @@ class Call:
     layer: Any = 0
     previous: jax.Array | None = None
     given: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    passes: jax.Array | None = None
+    passes: int | jax.Array | None = None
     experts_per_token: jax.Array | None = None
     rows: int = 0
 
     def replace(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)
+
+    def at_most(self, passes: int) -> int:
+        """The passes of a recursion that has so many by its settings, for strategies that decide for each position."""
+        return min(passes, self.passes) if isinstance(self.passes, int) else passes
 
     def at(self, layer: Any) -> "Call":
         """The call as the layer of this number has it: noise of its own."""

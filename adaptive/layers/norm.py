@@ -1,12 +1,15 @@
-"""RMSNorm."""
+"""RMSNorm and LayerNorm."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.layers.site import param
+
+Kind = Literal["rms", "layer"]
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
@@ -30,3 +33,28 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., width] -> the same shape and dtype."""
         return rms_norm(x, self.weight[...], self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) * rsqrt(variance + eps) * weight + bias over the last axis, in float32."""
+
+    def __init__(self, width: int, eps: float, stack: tuple[int, ...] = ()):
+        self.weight = param(jnp.ones((*stack, width)), (None,), stack=stack, role="scale")
+        self.bias = param(jnp.zeros((*stack, width)), (None,), stack=stack, role="bias")
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] -> the same shape and dtype."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (centred * scale * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+def make_norm(kind: Kind, width: int, eps: float, stack: tuple[int, ...] = ()) -> RMSNorm | LayerNorm:
+    return LayerNorm(width, eps, stack) if kind == "layer" else RMSNorm(width, eps, stack)
+
+
+def norm_size(kind: Kind, width: int) -> int:
+    """Parameters of a norm."""
+    return 2 * width if kind == "layer" else width

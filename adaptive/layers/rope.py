@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adaptive.layers.rope_scalings import Scaling, plain_frequencies
+
 
 class Rope(NamedTuple):
     """cos and sin f32[batch, seq, head_dim / 2] at the positions of a set of tokens."""
@@ -13,11 +15,21 @@ class Rope(NamedTuple):
     sin: jax.Array
 
 
-def rope_at(positions: jax.Array, head_dim: int, theta: float) -> Rope:
-    """Tables for `positions` i32[batch, seq], always in float32: frequencies theta^(-2i / head_dim)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+class Rotary(NamedTuple):
+    """Which rotary embedding: channels that rotate, base, and how frequencies are changed."""
+
+    dim: int
+    theta: float
+    scaling: Scaling | None = None
+
+
+def rope_at(positions: jax.Array, rotary: Rotary) -> Rope:
+    """Tables for `positions` i32[batch, seq], always in float32: frequencies theta^(-2i / dim), or as scaled."""
+    dim, theta, scaling = rotary
+    frequencies = plain_frequencies(dim, theta) if scaling is None else scaling.frequencies(positions, dim, theta)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return Rope(jnp.cos(angles), jnp.sin(angles))
+    rope, by = Rope(jnp.cos(angles), jnp.sin(angles)), 1.0 if scaling is None else scaling.magnitude()
+    return rope if by == 1 else Rope(rope.cos * by, rope.sin * by)
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:

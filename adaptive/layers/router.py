@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.layers.linear import scored
 from adaptive.layers.site import normal_param
 
 Network = Literal["linear", "mlp", "wide_mlp"]
@@ -41,7 +42,7 @@ class Router(nnx.Module):
         x = x.astype(jnp.float32) / self.temperature
         if self.hidden is not None:
             x = jax.nn.gelu(x @ self.hidden[...], approximate=False)
-        return x @ self.out[...]
+        return scored(x, self.out[...], None)
 
 
 def matmuls(network: Network, width: int, choices: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from adaptive.layers import block
 from adaptive.layers.block import Block
 from adaptive.layers.call import Call, Tales
 from adaptive.layers.cost import Cost, Span
-from adaptive.layers.norm import RMSNorm
+from adaptive.layers.norm import make_norm, norm_size
 from adaptive.layers.remat import Remat, recomputed
 from adaptive.layers.site import Site, is_variable, passes_of
 from adaptive.layers.state import State, Within, repeated
@@ -60,6 +60,10 @@ class Settings:
             raise RecipeError(f"{at}.blocks is empty: a stack needs a block")
         for i, one in enumerate(self.blocks):
             one.check(width, f"{at}.blocks.{i}")
+
+    def norm_size(self, width: int) -> int:
+        """Parameters of the norm behind the stack."""
+        return norm_size(self.blocks[-1].norm, width)
 
     def parameters(self, width: int, passes: int = 1, shared: Shared = "all") -> int:
         """Parameters of the blocks, without a norm behind them; `passes` of a recursion, and what they share."""
@@ -121,7 +125,7 @@ class Stack(nnx.Module):
             feed_forward = apart if shared != "all" and passes > 1 else together
             blocks.append(Block(one, mixer, feed_forward, key, making.dtype))
         self.blocks = nnx.List(blocks)
-        self.norm = RMSNorm(site.width, site.norm_eps) if norm else None
+        self.norm = make_norm(settings.blocks[-1].norm, site.width, site.norm_eps) if norm else None
 
     def __call__(
         self, x: jax.Array, where: Where, call: Call, state: State | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adaptive.layers.rope import Rope, rope_at
+from adaptive.layers.rope import Rope, Rotary, rope_at
 from adaptive.routing.chunks import numbered
 from adaptive.routing.rows import take_rows
 from adaptive.routing.types import Selection
@@ -26,7 +26,7 @@ class Where:
     index     i32[rows, n]   place in the row, which orders queries and keys; with a state, of all calls so far
     segments  i32[rows, n]   documents, which nothing leaves; 0 is padding; None: one per row
     exists    bool[rows, n]  positions that exist; None: all
-    tables    rotary tables by (channels, theta), which `with_tables` computes ahead
+    tables    rotary tables by the text of their `Rotary`, which `with_tables` computes ahead
     scattered whether positions that exist may follow some that do not; otherwise they are the first of each row
     """
 
@@ -34,7 +34,7 @@ class Where:
     index: jax.Array
     segments: jax.Array | None = None
     exists: jax.Array | None = None
-    tables: dict[tuple[int, float], Rope] = dataclasses.field(default_factory=dict)
+    tables: dict[str, Rope] = dataclasses.field(default_factory=dict)
     scattered: bool = False
 
     @staticmethod
@@ -93,13 +93,14 @@ class Where:
         tables, scattered = jax.tree.map(at, self.tables), exists is not None
         return Where(at(self.number), at(self.index), segments, exists, tables, scattered)
 
-    def with_tables(self, *kinds: tuple[int, float]) -> "Where":
-        """With rotary tables of (channels, theta), computed once for all layers and taken along by `take`."""
-        return self.replace(tables={kind: self.rope(*kind) for kind in sorted(set(kinds) | set(self.tables))})
+    def with_tables(self, *kinds: Rotary) -> "Where":
+        """With rotary tables of these kinds, computed once for all layers and taken along by `take`."""
+        return self.replace(tables=self.tables | {str(kind): self.rope(kind) for kind in kinds})
 
-    def rope(self, dim: int, theta: float) -> Rope:
-        """Rotary tables for `dim` channels at `number`."""
-        return self.tables[dim, theta] if (dim, theta) in self.tables else rope_at(self.number, dim, theta)
+    def rope(self, rotary: Rotary) -> Rope:
+        """Rotary tables at `number`."""
+        known = self.tables.get(str(rotary))
+        return rope_at(self.number, rotary) if known is None else known
 
     def selection(self) -> Selection:
         """All of these positions, where they stand in the row."""

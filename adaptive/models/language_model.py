@@ -20,7 +20,7 @@ from adaptive.models.bodies import Body, BodyModule, plain
 from adaptive.models.facts import Facts, facts_of
 from adaptive.parallel.rules import constrain, gathered
 from adaptive.routing.types import Aux, AuxLosses, Output, Told
-from adaptive.settings import check_ranges, ranged
+from adaptive.settings import check_ranges, ranged, since
 
 Selecting = Literal["topk", "threshold"]  # the rules "train" and "causal", as evaluation and reports call them
 
@@ -37,6 +37,10 @@ class Settings:
     norm_eps: float = ranged(1e-5, above=0)
     init_std: float = ranged(0.02, least=0)  # of initial weights
     embedding_std: float = ranged(0.02, least=0)
+    embedding_scale: float = since(1.0, before=1.0, above=0)  # of the embeddings as they are looked up (Gemma)
+    positions: int = since(
+        0, before=0, least=0
+    )  # places that have learned embeddings, added to tokens' (GPT-2); 0: none
 
     def validate(self, at: str = "model") -> None:
         """Raises RecipeError for the first setting that cannot work, with what would."""
@@ -93,6 +97,8 @@ class LanguageModel(nnx.Module):
         for table in (self.embedding, self.head):
             if table is not None:
                 table.set_metadata(rate=s.body.outer_rate())
+        places = (s.positions, s.width)
+        self.positions = normal_param(next(keys), places, (None, "width"), s.embedding_std) if s.positions else None
         site = Site(s.width, s.init_std, norm_eps=s.norm_eps)
         self.body: BodyModule = s.body.build(site, keys, making)
 
@@ -150,7 +156,8 @@ class LanguageModel(nnx.Module):
         shape = (tokens.shape[0], tokens.shape[1])
         if positions is None and not self.settings.body.counts_documents():
             positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-        through = self.body(self._embed(tokens), Where.whole(shape, positions, segment_ids), call)
+        where = Where.whole(shape, positions, segment_ids)
+        through = self.body(self._embed(tokens, where), where, call)
         return self._output(through.hidden, through.aux, through.trace, logits)
 
     def head_weight(self) -> jax.Array:
@@ -222,7 +229,7 @@ class LanguageModel(nnx.Module):
         given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
         where = Where.after(cache["seen"][0], tokens.shape[1], valid)
         call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows)
-        through = self.body(self._embed(tokens), where, call, cache["body"])
+        through = self.body(self._embed(tokens, where), where, call, cache["body"])
         after = {"seen": cache["seen"] + where.counts(), "body": through.state}
         return self._output(through.hidden, through.aux, through.trace, True), after
 
@@ -235,12 +242,25 @@ class LanguageModel(nnx.Module):
 
     # Parts
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def _embed(self, tokens: jax.Array, where: Where) -> jax.Array:
+        """[rows, n, width]; NaN at places that have no embedding."""
         table = gathered(self.embedding[...], ("vocab", "width"), self.dtype)
         x = table[tokens]
         if (padding := self.settings.padding_token) >= 0:
             x = jnp.where((tokens == padding)[..., None], jax.lax.stop_gradient(x), x)
+        if (scale := self.settings.embedding_scale) != 1:
+            x = x * jnp.asarray(scale, x.dtype)
+        if self.positions is not None:
+            x = x + self._places(where)
         return constrain(x, "batch", "seq", None)
+
+    def _places(self, where: Where) -> jax.Array:
+        """Embeddings [rows, n, width] of places in the text."""
+        assert self.positions is not None
+        longest, n = self.settings.positions, where.shape[1]
+        if longest < n and where.segments is None and where.exists is None:
+            raise RecipeError(f"model.positions={longest}: texts of {n} tokens are longer than that")
+        return use(self.positions, self.dtype).at[where.number].get(mode="fill", fill_value=jnp.nan)
 
     def _output(self, hidden: jax.Array, aux: AuxLosses, trace: Any, logits: bool) -> Output:
         losses = AuxLosses({**aux, **self._expert_losses(trace.told)})

@@ -283,7 +283,7 @@ def test_configurations_that_do_not_fit(path, value, message):
         ("body.encoder.stream", "compute", "stream=float32"),
         ("body.decoder.blocks.0.mixer", None, "has blocks of Mamba-2 or of attention"),
         ("body.encoder.blocks.0.mixer.d_state", 24, "of one shape in a stage"),
-        ("body.inner.stack.blocks.0.mixer.bias", True, "has blocks of Mamba-2 or of attention"),
+        ("body.inner.stack.blocks.0.mixer.bias", "all", "has blocks of Mamba-2 or of attention"),
         ("body.inner.stack.blocks.0.feed_forward.hidden", 130, "a multiple of 128 hidden units"),
         ("norm_eps", 1e-6, "norm_eps=1e-05"),
     ],

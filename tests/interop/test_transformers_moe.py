@@ -179,7 +179,7 @@ def read(name, **changes):
         ("olmoe", {"sliding_window": 2}, {"mixer.window": 0}),
         ("mixtral", {"num_key_value_heads": None}, {"mixer.kv_heads": 4}),
         ("mixtral", {"head_dim": None}, {"mixer.head_dim": 4}),
-        ("mixtral", {"attention_bias": True}, {"mixer.bias": False}),  # no such field: the library ignores it too
+        ("mixtral", {"attention_bias": True}, {"mixer.bias": "none"}),  # no such field: the library ignores it too
         ("mixtral", {"norm_topk_prob": False, "hidden_act": "swish"}, {}),
         ("mixtral", {"rope_scaling": {"type": "default"}, "rope_theta": 77}, {"mixer.rope_theta": 77.0}),
         ("mixtral", {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, {"mixer.rope_theta": 5.0}),
@@ -379,7 +379,7 @@ def test_only_a_model_of_the_kind_goes_out():
         ("body.stack.blocks.0.feed_forward.router.normalise", False, r"has router\.normalise=true"),
         ("body.stack.blocks.0.feed_forward.router.capacity_factor", 1.0, r"has router\.capacity_factor=0"),
         ("body.stack.blocks.0.feed_forward.activation", "gelu", "has activation=silu"),
-        ("body.stack.blocks.0.mixer.bias", True, "has no biases"),
+        ("body.stack.blocks.0.mixer.bias", "all", "has no biases"),
         ("body.stack.blocks.0.mixer.rotary_dim", 2, "rotates all channels"),
         ("body.stack.blocks.0.mixer", mamba2.Settings(head_dim=8), "has the same attention in every layer"),
         ("body", recursive.Settings(), r"is one stack \(body=plain\), not recursive"),

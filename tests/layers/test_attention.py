@@ -28,16 +28,17 @@ def settings(**changes):
 
 OPTIONS = {
     "llama": LLAMA,
-    "bias": settings(bias=True),
-    "head norm": settings(qk_norm="head", bias=True),
+    "bias": settings(bias="all"),
+    "head norm": settings(qk_norm="head", bias="all"),
     "full norm, clipped": settings(qk_norm="full", clip_qkv=0.9),
-    "clipped": settings(clip_qkv=0.5, bias=True),
+    "clipped": settings(clip_qkv=0.5, bias="all"),
     "window": settings(window=3),
     "window of one": settings(window=1),
     "window past the start": settings(window=SEQ + 2),
     "as many keys as queries": settings(kv_heads=0, rotary_dim=4),
-    "unrotated": settings(rotary_dim=0),
-    "all": settings(bias=True, qk_norm="head", clip_qkv=1.1, window=4),
+    "unrotated": settings(rotary_dim=0, bias="qkv"),
+    "scaled, capped": settings(scale=0.3, soft_cap=1.5),
+    "all": settings(bias="all", qk_norm="head", clip_qkv=1.1, window=4),
 }
 
 
@@ -56,7 +57,7 @@ def written_out(layer, options, x, positions, sees="past"):
 
     def projected(name, heads):
         out = np.einsum("nd,dhe->nhe", x, value(getattr(layer, name)))
-        if options.bias:
+        if options.bias != "none":
             out = out + value(getattr(layer, f"{name}_bias"))
         if options.qk_norm != "none" and name != "v":
             axes = (1, 2) if options.qk_norm == "full" else (2,)
@@ -79,10 +80,12 @@ def written_out(layer, options, x, positions, sees="past"):
         for i, place in enumerate(positions):
             ahead = len(x) if sees == "all" else i + 1
             seen = [j for j in range(ahead) if not options.window or abs(place - positions[j]) < options.window]
-            scores = keys[seen] @ q[i, h] / np.sqrt(dim)
+            scores = keys[seen] @ q[i, h] * (options.scale or dim**-0.5)
+            if options.soft_cap:
+                scores = options.soft_cap * np.tanh(scores / options.soft_cap)
             weights = np.exp(scores - scores.max())
             out[i] += (weights / weights.sum() @ values[seen]) @ value(layer.o)[h]
-    return out + value(layer.o_bias) if options.bias else out
+    return out + value(layer.o_bias) if options.bias == "all" else out
 
 
 def applied(layer, x, where, **call):

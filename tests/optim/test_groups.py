@@ -73,7 +73,7 @@ def routed(router, **options):
 @pytest.mark.parametrize(
     ("model", "beside"),
     [
-        (shapes.mor(bias=True, qk_norm="head"), ()),
+        (shapes.mor(bias="all", qk_norm="head"), ()),
         (shapes.plain(feed_forward=routed(moe_pp.Settings())), (".constant",)),
         (shapes.plain(feed_forward=routed(blockffn.Settings(), gated=False)), ("gain",)),
         (shapes.plain(feed_forward=routed(token_choice.Settings(score="cosine"))), ("temperature",)),

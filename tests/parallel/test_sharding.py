@@ -47,7 +47,7 @@ BIASED = token_choice.Settings(bias=True)
 LOSS_FREE = depth_token_choice.Settings(balancing="loss_free")
 MODELS = {
     "vanilla": shapes.plain(4, **SHAPE),
-    "olmo": shapes.plain(4, **SHAPE, bias=True, qk_norm="full", clip_qkv=1.5, window=6),
+    "olmo": shapes.plain(4, **SHAPE, bias="all", qk_norm="full", clip_qkv=1.5, window=6),
     "recursive": shapes.recursive(4, 2, **SHAPE),
     "mor": shapes.mor(4, 2, **SHAPE),
     "mor_token": shapes.mor(4, 2, LOSS_FREE, ends=0, **SHAPE),

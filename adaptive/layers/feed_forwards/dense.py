@@ -1,7 +1,9 @@
-"""SwiGLU feed-forward."""
+"""Gated feed-forward: SwiGLU, GeGLU."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 
@@ -12,17 +14,24 @@ from adaptive.layers.linear import times, use
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import constrain
-from adaptive.settings import ranged
+from adaptive.settings import ranged, since
+
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(FeedForward):
-    """down(silu(gate x) * up x), as in Llama; no biases."""
+    """down(act(gate x) * up x); silu as in Llama; no biases."""
 
     hidden: int = ranged(352, least=1)  # hidden width
+    activation: Activation = since("silu", before="silu")  # gelu_tanh as in Gemma
 
     def build(self, site: Site, key: jax.Array) -> "Dense":
-        return Dense(site, self.hidden, key)
+        return Dense(site, self.hidden, key, self.activation)
 
     def parameters(self, width: int) -> int:
         return 3 * width * self.hidden
@@ -32,25 +41,26 @@ class Settings(FeedForward):
         return Cost(feed_forward=3 * down, last=down)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up. The backward pass keeps the two alone and computes the rest again: cheaper than to store it."""
-    return jax.nn.silu(gate) * up
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def glu(gate: jax.Array, up: jax.Array, activation: Activation) -> jax.Array:
+    """act(gate) * up. The backward pass keeps the two alone and computes the rest again: cheaper than to store it."""
+    return ACTIVATIONS[activation](gate) * up
 
 
 class Dense(FeedForwardModule):
-    """down(swiglu(gate(x), up(x)))."""
+    """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, site: Site, hidden: int, key: jax.Array):
+    def __init__(self, site: Site, hidden: int, key: jax.Array, activation: Activation = "silu"):
         gate, up, down = jax.random.split(key, 3)
         width, std, stack = site.width, site.std, site.stack
+        self.activation: Activation = activation
         self.gate = normal_param(gate, (width, hidden), ("width", "ff"), std, stack)
         self.up = normal_param(up, (width, hidden), ("width", "ff"), std, stack)
         self.down = normal_param(down, (hidden, width), ("ff", "width"), site.writes_std, stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, width] -> [batch, seq, width]."""
-        hidden = swiglu(times(x, use(self.gate, x.dtype)), times(x, use(self.up, x.dtype)))
+        hidden = glu(times(x, use(self.gate, x.dtype)), times(x, use(self.up, x.dtype)), self.activation)
         return times(constrain(hidden, "batch", "seq", "ff"), use(self.down, x.dtype))
 
     def apply(self, x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, Told, None]:

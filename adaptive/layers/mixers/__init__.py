@@ -9,6 +9,7 @@ from flax import nnx
 
 from adaptive.layers.call import Call, Told
 from adaptive.layers.cost import Cost, Span
+from adaptive.layers.rope import Rotary
 from adaptive.layers.site import Site
 from adaptive.layers.state import State
 from adaptive.layers.where import Where
@@ -31,8 +32,8 @@ class Mixer(Member):
     def check(self, width: int, at: str) -> None:
         """Raises RecipeError for settings that cannot work in a stream of this width; `at` is their dotted path."""
 
-    def rotary(self) -> tuple[tuple[int, float], ...]:
-        """(channels, theta) of the rotary tables that it reads."""
+    def rotary(self) -> tuple[Rotary, ...]:
+        """The rotary tables that it reads."""
         return ()
 
     def parameters(self, width: int) -> int:

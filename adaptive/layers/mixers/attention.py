@@ -15,30 +15,37 @@ from adaptive.layers.cost import Cost, Span
 from adaptive.layers.linear import projected, times, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.norm import RMSNorm
-from adaptive.layers.rope import rotate
-from adaptive.layers.site import Role, Site, normal_param, param
+from adaptive.layers.rope import Rotary, rotate
+from adaptive.layers.rope_scalings import Scaling
+from adaptive.layers.site import Site, normal_param, param
 from adaptive.layers.state import Within
 from adaptive.layers.where import Where
 from adaptive.parallel.shard import sharded
 from adaptive.routing.chunks import numbered
 from adaptive.routing.rows import set_rows, set_rows_within, take_rows, take_rows_within
-from adaptive.settings import divisors, ranged
+from adaptive.settings import divisors, ranged, since, spelt
 from kernels_pallas.attention import Places, attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Mixer):
-    """Attention as in Llama; `bias` and `qk_norm` are what its relatives add."""
+    """Attention as in Llama; all behind `rope_theta` is what its relatives add."""
 
     heads: int = ranged(4, least=1)
     kv_heads: int = ranged(0, least=0)  # heads of keys and values, which divide the heads; 0: as many as heads
     head_dim: int = ranged(32, least=2)
     rotary_dim: int = ranged(-1, least=-1)  # channels of each head, the first ones, that rotate; -1: all
     rope_theta: float = ranged(10_000.0, above=0)
+    rope_scaling: Scaling | None = since(None, before=None)  # how frequencies are changed for longer texts
     window: int = ranged(0, least=0)  # positions of the row that a query sees, its own the last (Mistral); 0: all
-    bias: bool = False  # of the query, key, value and output projections (Qwen)
+    # Of the projections of queries, keys and values (Qwen2), or of the output as well (GPT-2).
+    bias: Literal["none", "qkv", "all"] = spelt("none", once={False: "none", True: "all"})
     qk_norm: Literal["none", "head", "full"] = "none"  # RMSNorm of queries and keys, per head (Qwen3) or whole (OLMoE)
     clip_qkv: float = ranged(0.0, least=0)  # bound on the absolute value of queries, keys and values (OLMoE); 0: none
+    scale: float = since(0.0, before=0.0, least=0)  # of scores (Gemma); 0: 1 / sqrt(head_dim)
+    soft_cap: float = since(
+        0.0, before=0.0, least=0
+    )  # scores become cap * tanh(scores / cap) (Gemma 2); 0: as they are
 
     @property
     def groups(self) -> int:
@@ -65,14 +72,20 @@ class Settings(Mixer):
             raise RecipeError(
                 f"{at}.rotary_dim={self.rotary_dim}: must be even and at most {at}.head_dim={self.head_dim}"
             )
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rope_theta, f"{at}.rope_scaling")
 
-    def rotary(self) -> tuple[tuple[int, float], ...]:
-        return ((self.rotated, self.rope_theta),)
+    def unread(self) -> dict[str, str]:
+        return {} if self.rotated else dict.fromkeys(("rope_theta", "rope_scaling"), "nothing rotates: rotary_dim=0")
+
+    def rotary(self) -> tuple[Rotary, ...]:
+        return (Rotary(self.rotated, self.rope_theta, self.rope_scaling),) if self.rotated else ()
 
     def parameters(self, width: int) -> int:
         heads, groups = self.heads * self.head_dim, self.groups * self.head_dim
         norms = {"none": 0, "head": 2 * self.head_dim, "full": heads + groups}[self.qk_norm]
-        return 2 * width * (heads + groups) + (heads + 2 * groups + width) * self.bias + norms
+        biases = {"none": 0, "qkv": heads + 2 * groups, "all": heads + 2 * groups + width}[self.bias]
+        return 2 * width * (heads + groups) + biases + norms
 
     def cost(self, width: int, span: Span) -> Cost:
         queries, keys, row, own_keys = span
@@ -125,13 +138,13 @@ class Attention(MixerModule):
         self.v = normal_param(v, (width, s.groups, s.head_dim), inwards, site.std, stack)
         self.o = normal_param(o, (s.heads, s.head_dim, width), ("heads", None, "width"), site.writes_std, stack)
 
-        def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], role: Role = "bias") -> nnx.Param | None:
-            return param(jnp.zeros((*stack, *shape)), axes, stack=stack, role=role) if s.bias else None
+        def zeros(of: tuple[str, ...], shape: tuple[int, ...], *axes: str | None) -> nnx.Param | None:
+            return param(jnp.zeros((*stack, *shape)), axes, stack=stack, role="bias") if s.bias in of else None
 
-        self.q_bias = zeros((s.heads, s.head_dim), ("heads", None))
-        self.k_bias = zeros((s.groups, s.head_dim), ("heads", None))
-        self.v_bias = zeros((s.groups, s.head_dim), ("heads", None))
-        self.o_bias = zeros((width,), (None,))
+        self.q_bias = zeros(("qkv", "all"), (s.heads, s.head_dim), "heads", None)
+        self.k_bias = zeros(("qkv", "all"), (s.groups, s.head_dim), "heads", None)
+        self.v_bias = zeros(("qkv", "all"), (s.groups, s.head_dim), "heads", None)
+        self.o_bias = zeros(("all",), (width,), None)
         whole = s.heads * s.head_dim, s.groups * s.head_dim
         widths = {"none": (0, 0), "head": (s.head_dim, s.head_dim), "full": whole}[s.qk_norm]
         self.q_norm, self.k_norm = (RMSNorm(w, site.norm_eps, stack) if w else None for w in widths)
@@ -141,11 +154,17 @@ class Attention(MixerModule):
         self, x: jax.Array, where: Where, call: Call, state: KeyValues | Within | None
     ) -> tuple[jax.Array, KeyValues | Within | None, Told]:
         s = self.settings
-        rope = where.rope(s.rotated, s.rope_theta)
-        q = rotate(self._project(x, self.q, self.q_bias, self.q_norm), rope)
+        rope = [where.rope(kind) for kind in s.rotary()]
+
+        def rotated(own: jax.Array) -> jax.Array:
+            return rotate(own, rope[0]) if rope else own
+
+        q = rotated(self._project(x, self.q, self.q_bias, self.q_norm))
+        if s.scale:
+            q = q * (s.scale * s.head_dim**0.5)
         q_index: jax.Array | None = where.index
         if state is None or call.writes:
-            k = rotate(self._project(x, self.k, self.k_bias, self.k_norm), rope)
+            k = rotated(self._project(x, self.k, self.k_bias, self.k_norm))
             own = KeyValues(k, self._project(x, self.v, self.v_bias, None), where.index, where.segments)
             write = written_within if isinstance(state, Within) else written
             after: Any = own if state is None else write(state, own, where)  # type: ignore[arg-type]
@@ -162,7 +181,8 @@ class Attention(MixerModule):
             else:  # order alone tells what is earlier, but not how much earlier
                 q_index = None
         given = q_index, k_index, where.segments, keys.segments, k_valid
-        out = _attention(q, keys.k, keys.v, *given, window=s.window, causal=call.sees == "past")
+        how = {"window": s.window, "causal": call.sees == "past", "soft_cap": s.soft_cap}
+        out = _attention(q, keys.k, keys.v, *given, **how)
         o = use(self.o, x.dtype)
         out = times(out.reshape(*out.shape[:2], -1), o.reshape(-1, o.shape[-1]))
         if self.o_bias is not None:
@@ -191,17 +211,15 @@ class Attention(MixerModule):
         return jnp.clip(out, -clip, clip) if clip else out
 
 
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None, window: int, causal: bool
-) -> jax.Array:
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None, **how: Any) -> jax.Array:
     """`kernels_pallas.attention`, each device computing its own heads of its own rows.
 
-    given  the fields of `Places`, of all heads
+    given  the fields of `Places`, of all heads; how: window, causal and soft_cap
     """
     split = ("batch", "seq", "heads")
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None) -> jax.Array:
-        return attention(q, k, v, **Places(*given)._asdict(), window=window, causal=causal)
+        return attention(q, k, v, **Places(*given)._asdict(), **how)
 
     names = [split, split, split, *(None if value is None else ("batch",) for value in given)]
     return sharded(local, names, split)(q, k, v, *given)

@@ -10,6 +10,7 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call
 from adaptive.layers.feed_forwards import FeedForwardModule
+from adaptive.layers.linear import scored
 from adaptive.layers.moe.settings import Execution, MoESettings
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
@@ -178,7 +179,7 @@ class ExpertRouter(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, width] -> f32[batch, seq, choices]."""
-        return jnp.matmul(x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST)
+        return scored(x.astype(jnp.float32), self.weight[...])
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         raise NotImplementedError

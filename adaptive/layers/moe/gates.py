@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context
 from adaptive.layers.site import Site, normal_param
 
@@ -16,7 +17,7 @@ class LinearGate(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, seq, width] -> f32[batch, seq, choices]."""
-        return jnp.matmul(x.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST)
+        return scored(x.astype(jnp.float32), self.weight[...])
 
 
 def straight_through(logits: jax.Array, temperature: jax.Array | float, context: Context) -> jax.Array:

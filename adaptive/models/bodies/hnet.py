@@ -159,7 +159,7 @@ class Settings(Body):
         """Those of the stage are its encoder, decoder, chunker, residual projection and the vector that widens its
         chunks."""
         inside = self.width_inside(width)
-        stacks = sum(part.parameters(width) + width for part in (self.encoder, self.decoder))
+        stacks = sum(part.parameters(width) + part.norm_size(width) for part in (self.encoder, self.decoder))
         own = self.chunker.parameters(width) + width**2 + width + (inside - width)
         return stacks + own + self.inner.parameters(inside)
 

@@ -31,7 +31,7 @@ class Settings(Body):
         self.stack.check(width, f"{at}.stack")
 
     def parameters(self, width: int) -> int:
-        return self.stack.parameters(width) + width
+        return self.stack.parameters(width) + self.stack.norm_size(width)
 
     def cost(self, width: int, positions: float, taken: Taken = CAPACITIES, stage: int = 0) -> tuple[Cost, ...]:
         tokens = positions if taken.passes is None else taken.passes[0]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.gates import straight_through, where_present
 from adaptive.layers.moe.settings import Execution, MoESettings, Scored
@@ -102,7 +103,7 @@ class Router(ExpertRouter):
         x = x.astype(jnp.float32)
         for hidden in self.hidden:
             x = jax.nn.gelu(hidden(x), approximate=False)
-        return jnp.matmul(x, self.weight[...], precision=jax.lax.Precision.HIGHEST) + self.bias[...]
+        return scored(x, self.weight[...]) + self.bias[...]
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         o, n = self.options, self.config.experts

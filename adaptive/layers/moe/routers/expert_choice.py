@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive.errors import RecipeError
+from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.choosing import check_shared, grouped, jittered, shared_in_experts
 from adaptive.layers.moe.settings import MoESettings, Scored
@@ -318,8 +319,7 @@ class Router(ExpertRouter):
 
     def _predicted(self, x: jax.Array) -> jax.Array:
         assert self.predictor is not None
-        x = jax.lax.stop_gradient(x).astype(jnp.float32)
-        return jnp.matmul(x, self.predictor[...], precision=jax.lax.Precision.HIGHEST)
+        return scored(jax.lax.stop_gradient(x).astype(jnp.float32), self.predictor[...])
 
     def _weights(self, logits: jax.Array, probabilities: jax.Array, mask: jax.Array) -> jax.Array:
         """f32[batch, seq, experts], 0 where not taken."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.choosing import keeping, present_pairs
 from adaptive.layers.moe.settings import Limited, MoESettings
@@ -108,13 +109,13 @@ class Router(ExpertRouter):
 
     def logits(self, x: jax.Array) -> jax.Array:
         logits = super().logits(x)
-        return logits if self.second is None else jnp.matmul(jnp.tanh(logits), self.second[...], precision=HIGHEST)
+        return logits if self.second is None else scored(jnp.tanh(logits), self.second[...])
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
         logits = self.logits(x)
         if self.residual is not None and context.previous is not None:
-            logits = logits + jnp.matmul(context.previous, self.residual[...], precision=HIGHEST)
+            logits = logits + scored(context.previous, self.residual[...])
         scores = logits * (o.logits_norm / deviation(logits)) if o.logits_norm else logits
         index = top_choices(scores, self.k)
         counted = jnp.ones(index.shape, bool) if o.mixtral_gating else index < self.choices - o.zero

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.errors import RecipeError
+from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.choosing import check_shared, jittered, limited, present_pairs, shared_in_experts
 from adaptive.layers.moe.settings import Limited, MoESettings
@@ -146,8 +147,8 @@ class Router(ExpertRouter):
         if self.projection is None or self.temperature is None:
             return super().logits(x)
         unit = lambda a, axis: a / jnp.maximum(jnp.linalg.norm(a, axis=axis, keepdims=True), 1e-12)  # noqa: E731
-        projected = jnp.matmul(x.astype(jnp.float32), self.projection[...], precision=jax.lax.Precision.HIGHEST)
-        cosine = jnp.matmul(unit(projected, -1), unit(self.weight[...], 0), precision=jax.lax.Precision.HIGHEST)
+        projected = scored(x.astype(jnp.float32), self.projection[...])
+        cosine = scored(unit(projected, -1), unit(self.weight[...], 0))
         return cosine * jnp.exp(jnp.minimum(self.temperature[...], math.log(100.0)))
 
     def __call__(self, x: jax.Array, context: Context) -> Routing:
