@@ -115,7 +115,7 @@ class LanguageModel(nnx.Module):
         sees: Literal["past", "all"] = "past",
         step: jax.Array | None = None,
         key: jax.Array | None = None,
-        passes: jax.Array | None = None,
+        passes: int | jax.Array | None = None,
         experts_per_token: jax.Array | None = None,
         logits: bool = True,
     ) -> Output:
@@ -133,8 +133,9 @@ class LanguageModel(nnx.Module):
         sees           whether attention is causal
         step           i32[] training step, while a warm-up lasts; None: no warm-up
         key            PRNG key of noise in training and of random routing
-        passes         i32[], perhaps traced: passes of a recursion with depth=all; None: as the settings say. More than
-                       those are passes where all parameters are shared; else refused, or NaN where it is traced
+        passes         passes of a recursion at most: of routed depth, tokens that would go on stop there. None: as the
+                       settings say. With depth=all it may be i32[], traced, and more than in the settings where all
+                       parameters are shared; else refused, or NaN where it is traced
         experts_per_token  i32[batch], the average in each sequence, for the router expert_choice: its experts take so
                        many tokens of a sequence or chunk, up to its `most_per_token`; None: as the settings say
         logits         False leaves them out, for a loss that computes them in chunks from `hidden` and `head_weight`

@@ -189,9 +189,36 @@ def test_a_call_says_how_many_passes_there_are(tokens):
         assert np.all(np.asarray(got.trace.depth) == passes)
     for model in (CAUSAL["expert"], CAUSAL["recursive-kv-shared"], shapes.recursive(4, 2, order="sequence")):
         with pytest.raises(RecipeError, match="passes of a call"):
-            nnx.merge(*split_model(model))(tokens, passes=jnp.asarray(2))
+            jax.eval_shape(lambda n, made=model: nnx.merge(*split_model(made))(tokens, passes=n), jnp.asarray(2))
     with pytest.raises(RecipeError, match=r"depth.loop=true: .* keys_values=per_recursion"):
         shapes.recursive(depth=everyone.Settings(loop=True), keys_values="shared")
+
+
+@pytest.mark.parametrize("rule", ["topk", "threshold"])
+def test_a_call_caps_the_depth_that_routers_decide(rule, tokens):
+    """A known number of passes: the recursions after it might as well not be there."""
+    graphdef, state = split_model(CAUSAL["expert"])
+    run = lambda graphdef, state, passes: jax.jit(  # noqa: E731
+        lambda s: nnx.merge(graphdef, s)(tokens, selection=rule, passes=passes)
+    )(state)
+    shorter = shapes.mor(6, 2, depth=expert_choice.Settings(capacities=(1.0, 2 / 3)))
+    fewer = [(path, value) for path, value in nnx.to_flat_state(state) if path[:4] != ("body", "depth", "routers", 2)]
+    got = run(graphdef, state, 2)
+    want = run(split_model(shorter)[0], nnx.from_flat_state(fewer), None)
+    np.testing.assert_allclose(got.logits, want.logits, atol=1e-5)
+    np.testing.assert_array_equal(got.trace.depth, want.trace.depth)
+    token = split_model(CAUSAL["token" if rule == "threshold" else "token-capacity"])
+    depths = [run(*token, passes).trace.depth for passes in (2, None)]
+    np.testing.assert_array_equal(depths[0], np.minimum(depths[1], 2))
+
+
+def test_passes_of_a_model_that_cannot_leave_some_out():
+    body = shapes.recursive(4, 2, order="sequence").body
+    assert not body.refuse_passes(1) and "order=cycle" in body.refuse_passes(3)
+    assert "at least 1" in CAUSAL["expert"].body.refuse_passes(0)
+    assert not CAUSAL["recursive-kv-shared"].body.refuse_passes(2)
+    blocks = shapes.mor(4, 4, ends=0, depth="mixture_of_depths", shared="none").body
+    assert "blocks of its own" in blocks.refuse_passes(2)
 
 
 def test_passes_beyond_those_with_parameters_of_their_own_are_refused(tokens):

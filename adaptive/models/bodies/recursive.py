@@ -115,12 +115,28 @@ class Settings(Body):
     def passes(self) -> int:
         return self.recursions
 
-    def refuse_passes(self) -> str:
-        """Why a call cannot say how many passes there are; empty where it can."""
+    def refuse_passes(self, passes: int | None = None) -> str:
+        """Why a call cannot say that there are so many passes at most (None: a number that is not known before it
+        runs); empty where it can."""
+        if passes is not None and not self.depth.capped:
+            return f"depth={self.depth.kind()} has blocks of its own in every pass: a call cannot leave some out"
+        if passes is not None and passes < 1:
+            return f"passes={passes}: there is at least 1"
+        if passes is not None and passes <= self.recursions:
+            return ""
         if not self.depth.equal_passes or self.order == "sequence":
-            return "passes of a call are of a core that repeats as a whole, all positions alike: depth=all, order=cycle"
+            more = "" if passes is None else f" above the {self.recursions} of its settings"
+            return (
+                f"passes of a call{more} are of a core that repeats as a whole, all positions alike: depth=all, "
+                "order=cycle"
+            )
         if self.keys_values != "per_recursion":
             return "passes of a call are a loop of equal passes: keys_values=per_recursion"
+        if passes is not None and self.shared != "all":
+            return (
+                f"passes={passes}: there are {self.recursions} with parameters of their own (shared={self.shared}); "
+                "more need shared=all"
+            )
         return ""
 
     def parameters(self, width: int) -> int:
@@ -205,7 +221,7 @@ class Recursive(BodyModule):
         after: dict[str, Any] = {}
         told: Tales = {}
         if call.passes is not None:
-            x = self._allowed(x, call.passes)
+            x, call = self._allowed(x, call)
         previous, first = call.previous, 0
         if self.prelude is not None:
             x, after["prelude"], own, previous = self.prelude(x, where, call, before.get("prelude"))
@@ -215,7 +231,8 @@ class Recursive(BodyModule):
         x, where = x.astype(self.core.stream), self.core.prepared(where)
         if s.order == "sequence" and s.recursions > 1:
             x = self._in_place(x, where, call)
-            trace, aux = Trace(jnp.full(where.shape, s.counted(), jnp.int32)), AuxLosses()
+            depth = call.at_most(s.recursions) if s.counted() > 1 else 1
+            trace, aux = Trace(jnp.full(where.shape, depth, jnp.int32)), AuxLosses()
         else:
             core = _Core(self, where, first, cached=state is not None)
             start = Carried(before.get("core"), self.core.first_previous(x, call))
@@ -232,22 +249,17 @@ class Recursive(BodyModule):
         x = self.norm(x).astype(self.making.dtype)
         return Through(x, after if keep else None, aux, trace._replace(told=told))
 
-    def _allowed(self, x: jax.Array, passes: jax.Array) -> jax.Array:
-        """The stream, where the network has so many passes. Raises RecipeError where it has not; NaN where the number
-        is traced and above that of passes with parameters of their own."""
-        s = self.settings
-        if reason := s.refuse_passes():
+    def _allowed(self, x: jax.Array, call: Call) -> tuple[jax.Array, Call]:
+        """The stream, where the network has the call's number of passes, and the call. Raises RecipeError where it has
+        not; NaN where the number is traced and above that of passes with parameters of their own."""
+        s, passes = self.settings, call.passes
+        assert passes is not None
+        traced = isinstance(passes, jax.core.Tracer)
+        if reason := s.refuse_passes(None if traced else int(passes)):
             raise RecipeError(reason)
-        if s.shared == "all":
-            return x
-        if isinstance(passes, jax.core.Tracer):
-            return jnp.where(passes > s.recursions, jnp.nan, x)
-        if passes > s.recursions:
-            raise RecipeError(
-                f"passes={passes}: there are {s.recursions} with parameters of their own (shared={s.shared}); more "
-                "need shared=all"
-            )
-        return x
+        if not traced:
+            return x, call.replace(passes=int(passes))
+        return (x if s.shared == "all" else jnp.where(passes > s.recursions, jnp.nan, x)), call
 
     def empty(self, rows: int, slots: int) -> State:
         s = self.settings
@@ -282,7 +294,7 @@ class Recursive(BodyModule):
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             kept = None
-            for r in range(s.recursions):
+            for r in range(inner.at_most(s.recursions)):
                 at = lambda v, r=r: v.replace(v[...][r]) if passes_of(v) else v  # noqa: E731
                 params = jax.tree.map(at, layer, is_leaf=is_variable)
                 here = inner if kept is None else inner.replace(writes=False)

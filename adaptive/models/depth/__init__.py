@@ -24,6 +24,7 @@ class Depth(Member):
 
     door: ClassVar[str] = __name__
     equal_passes: ClassVar[bool] = False  # whether every position takes every pass, so that no router decides
+    capped: ClassVar[bool] = False  # whether a call can say how many passes there are at most (`Call.passes`)
     stops: ClassVar[bool] = False  # whether a pass's score (`Trace.scores`) is for stopping there; False: for taking it
 
     def build(self, passes: int, site: Site, keys: Iterator[jax.Array]) -> "DepthModule":

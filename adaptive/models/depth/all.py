@@ -20,6 +20,7 @@ class Settings(Depth):
     """All passes for all positions."""
 
     equal_passes: ClassVar[bool] = True
+    capped: ClassVar[bool] = True
 
     loop: bool = False  # the passes are one loop, compiled once; False: unrolled, which may run faster
 
@@ -38,11 +39,14 @@ class All(DepthModule):
         self.passes, self.loop = passes, loop
 
     def __call__(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
-        if call.passes is not None:
+        passes = self.passes
+        if isinstance(call.passes, int) and call.passes <= passes and not self.loop:
+            passes = call.passes
+        elif call.passes is not None:
             x, carried = looped(core, x, where, call, carried, call.passes)
             depth = jnp.broadcast_to(call.passes, where.shape).astype(jnp.int32)
             return Routed(x, carried, AuxLosses(), Trace(depth), ())
-        depth = jnp.full(where.shape, self.passes, jnp.int32)
+        depth = jnp.full(where.shape, passes, jnp.int32)
         if self.loop:
 
             def body(carry: tuple[jax.Array, Carried], r: jax.Array) -> tuple[tuple[jax.Array, Carried], Tales]:
@@ -53,14 +57,14 @@ class All(DepthModule):
             each = [jax.tree.map(lambda a, r=r: a[r], told) for r in range(self.passes)]
             return Routed(x, carried, AuxLosses(), Trace(depth), each)
         each = []
-        for r in range(self.passes):
+        for r in range(passes):
             x, carried, told = core(r, x, where, call, carried)
             each.append(told)
         return Routed(x, carried, AuxLosses(), Trace(depth), each)
 
 
 def looped(
-    core: Core, x: jax.Array, where: Where, call: Call, carried: Carried, passes: jax.Array
+    core: Core, x: jax.Array, where: Where, call: Call, carried: Carried, passes: int | jax.Array
 ) -> tuple[jax.Array, Carried]:
     """So many passes i32[], which may be traced, as a loop; what the core does on the way is not told."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from adaptive.settings import ranged
 @dataclasses.dataclass(frozen=True)
 class Settings(Depth):
     """Each recursion's own router ranks the positions that reached the recursion before; the best of them go on."""
+
+    capped: ClassVar[bool] = True
 
     network: Network = "linear"  # of the router: d -> 1, d -> 2d -> 1, d -> 4d -> 1
     activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
@@ -99,8 +101,8 @@ class ExpertChoice(DepthModule):
 
         The stream of the candidates stays compact from one recursion to the next: one gather and one scatter each.
         """
-        s, n, seq, step = self.settings, self.passes, x.shape[1], call.step
-        shares = s.fractions(n)
+        s, n, seq, step = self.settings, call.at_most(self.passes), x.shape[1], call.step
+        shares = s.fractions(self.passes)[:n]
         warming = step is not None and s.capacity_warmup_steps > 0
         exists = where.present()
         counts = None if where.exists is None else where.counts()
@@ -143,7 +145,7 @@ class ExpertChoice(DepthModule):
         The first recursion is unconditional, and a token that stopped stays out. Runs every position under a mask, so
         it is exact for any number of takers and saves nothing. The auxiliary routers decide where the model has them.
         """
-        s, n, exists = self.settings, self.passes, where.present()
+        s, n, exists = self.settings, call.at_most(self.passes), where.present()
         active = jnp.ones(x.shape[:2], bool) if exists is None else exists
         log, each = _Log(s, n, x.shape[:2]), []
         for r in range(n):

@@ -27,6 +27,7 @@ class Settings(Depth):
     """One router gives each token its number of recursions."""
 
     stops: ClassVar[bool] = True
+    capped: ClassVar[bool] = True
 
     network: Network = "linear"  # of the router: d -> N_r, d -> 2d -> N_r, d -> 4d -> N_r
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -112,6 +113,7 @@ class TokenChoice(DepthModule):
             where=exists,
             full_depth=full_depth,
         )
+        decided = decided._replace(depth=jnp.minimum(decided.depth, call.at_most(self.passes) - 1))
         run = self._masked if call.rule == "causal" or s.execution == "masked" else self._capacity
         out, depth, selections, overflow, carried, each = run(core, decided, x, where, call, carried)
         aux = AuxLosses()
@@ -132,7 +134,7 @@ class TokenChoice(DepthModule):
     ) -> tuple[jax.Array, jax.Array, tuple[Selection, ...], jax.Array, Carried, list[Tales]]:
         h = out = x
         gate, exists, selections, each = self._gate(decided), where.present(), [], []
-        for r in range(self.passes):
+        for r in range(call.at_most(self.passes)):
             active = decided.depth >= r if exists is None else (decided.depth >= r) & exists
             selection = everyone(where, jnp.where(active, decided.gate, 0.0), active)
             new, carried, told = core(r, h, where.only(active), call, carried)
@@ -148,7 +150,7 @@ class TokenChoice(DepthModule):
     ) -> tuple[jax.Array, jax.Array, tuple[Selection, ...], jax.Array, Carried, list[Tales]]:
         gate, seq, exists = self._gate(decided), x.shape[1], where.present()
         counts = None if where.exists is None else where.counts()
-        shares = self.settings.fractions(self.passes)
+        shares = self.settings.fractions(self.passes)[: call.at_most(self.passes)]
         wants, h, reached = decided.depth, x, jnp.zeros(x.shape[:2], jnp.int32)
         present = jnp.ones(x.shape[:2], bool) if exists is None else exists
         selections, overflow, each = [], jnp.zeros((), jnp.float32), []
