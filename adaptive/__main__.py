@@ -17,6 +17,7 @@ from adaptive.errors import UserError
 COMMANDS = {
     "train": "train a model, or go on training one",
     "generate": "continue texts with a trained model",
+    "evaluate": "losses, depths and tasks of a checkpoint, with intervals",
     "report": "make the report of a run",
     "convert": "released weights to a run, and back",
     "bench": "measure what a recipe or an operation costs",

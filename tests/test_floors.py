@@ -15,6 +15,7 @@ FLOORS = (
     {"account", "data", "interop", "optim"},
     {"runs"},
     {"inference"},
+    {"evaluation"},
     {"training"},
     {"benchmarks"},
 )

@@ -249,17 +249,21 @@ def _check(config: DataConfig) -> None:
         raise DataError(f"data.validation_every={config.validation_every} must be 0 (hold nothing out) or 2 or more")
 
 
-def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Source:
-    files_about = ""
+def store_of(config: DataConfig, path: str, tokenizer: Tokenizer) -> tuple[TokenStore, str]:
+    """The documents of one of `config.paths`, of source embedded, files or tokens, and which files they are from; text
+    is tokenised into the cache first. Raises DataError as `open_data` does."""
     if config.source == "tokens":
-        store = open_tokens(path, tokenizer, config.token_dtype, config.cache_dir)
-    else:
-        found = source_files(config.source, path, config.cache_dir)
-        files_about = printable(found.about())
-        prompt_key = config.prompt_key if config.source == "files" else ""
-        store = cached_store(
-            found.files, tokenizer, text_key=config.text_key, prompt_key=prompt_key, cache=config.cache_dir
-        )
+        return open_tokens(path, tokenizer, config.token_dtype, config.cache_dir), ""
+    found = source_files(config.source, path, config.cache_dir)
+    prompt_key = config.prompt_key if config.source == "files" else ""
+    store = cached_store(
+        found.files, tokenizer, text_key=config.text_key, prompt_key=prompt_key, cache=config.cache_dir
+    )
+    return store, printable(found.about())
+
+
+def _stored_source(config: DataConfig, path: str, tokenizer: Tokenizer) -> Source:
+    store, files_about = store_of(config, path, tokenizer)
     train, held_out = (Split(store, which, config.validation_every) for which in ("train", "validation"))
     windows = functools.partial(
         Windows, seq_len=config.seq_len, cross_document=config.cross_document, filler=tokenizer.eos_id

@@ -1,7 +1,8 @@
 """Held-out documents and windows of tokens, both as functions of an index: no packing state exists.
 
 stream    the documents of one split, end to end
-window w  tokens [w S, w S + S + 1) of the stream: S inputs and, one further, S targets
+window w  tokens [w T, w T + S + 1) of the stream: S inputs and, one further, S targets. The stride T is S, and windows
+          share one token; with a smaller one, S - T targets that the window before had are not counted again
 """
 
 from collections.abc import Iterator
@@ -66,15 +67,21 @@ class Windows:
     partial         keep the last, shorter window, padded with segment 0; otherwise its tokens are dropped
     cross_document  ignore document boundaries: one segment, positions 0 to S - 1, every target counts
     filler          the token that padding holds
+    stride          tokens from one window to the next, at most seq_len: each target counts once, in the first window
+                    that has it, so that all but those of the first have at least seq_len - stride tokens before them
+                    in their row; 0: seq_len
     """
 
-    def __init__(self, split: Split, seq_len: int, *, partial: bool, cross_document: bool, filler: int):
-        predictions = max(len(split) - 1, 0)
+    def __init__(
+        self, split: Split, seq_len: int, *, partial: bool, cross_document: bool, filler: int, stride: int = 0
+    ):
+        self._stride = stride or seq_len
+        predictions = max(len(split) - 1 - (seq_len - self._stride), min(len(split) - 1, 1), 0)
         self._split = split
         self._seq_len = seq_len
         self._cross_document = cross_document
         self._filler = filler
-        self._count = -(-predictions // seq_len) if partial else predictions // seq_len
+        self._count = -(-predictions // self._stride) if partial else predictions // self._stride
 
     def __len__(self) -> int:
         return self._count
@@ -83,7 +90,7 @@ class Windows:
         return f"Windows({self._split.store.name}, {self._count} of {self._seq_len})"
 
     def __getitem__(self, index: int) -> Batch:
-        start = int(index) * self._seq_len
+        start = int(index) * self._stride
         stop = min(start + self._seq_len + 1, len(self._split))
         tokens = self._split.read(start, stop)
         bounds = self._split.documents
@@ -93,11 +100,18 @@ class Windows:
             first = np.searchsorted(bounds, start, side="right")
             opening = np.concatenate([[start], bounds[first : np.searchsorted(bounds, stop, side="left")]])
         row = make_row(tokens, opening - start, self._seq_len, self._filler)
-        if self._split.store.prompts is None:
+        again = self._seq_len - self._stride if index else 0
+        if self._split.store.prompts is None and not again:
             return row
         mask = row.mask.copy()
+        mask[:again] = 0
         mask[: stop - start - 1] *= self._split.predicted(start + 1, stop)
         return row._replace(mask=mask)
+
+    def documents(self, index: int) -> np.ndarray:
+        """i64[seq_len]: the document of the split that each target of a window belongs to, whether it counts or not."""
+        targets = int(index) * self._stride + 1 + np.arange(self._seq_len)
+        return np.searchsorted(self._split.documents, targets, side="right") - 1
 
 
 def _cut_tail(bounds: np.ndarray, cut: int, tail: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Next-token cross entropy from hidden states, without ever holding all logits."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,26 @@ def cross_entropy_sum(
     nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight)[0], _chunks(hidden, targets, chunk=chunk))
     nll = _join(nll)
     return (nll * mask).sum(), nll
+
+
+class Predicted(NamedTuple):
+    """Of each position [batch, seq]: nll f32, the target's negative log-likelihood in nats; top f32, the probability of
+    the likeliest token; likeliest i32, that token, of several the first."""
+
+    nll: jax.Array
+    top: jax.Array
+    likeliest: jax.Array
+
+
+def predicted(hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk: int) -> Predicted:
+    """What is predicted at each position; arguments as of `cross_entropy_sum`."""
+    weight = constrain(weight, "vocab", None)
+
+    def of(part: tuple[jax.Array, ...]) -> Predicted:
+        nll, logits, log_z = _nll(part[0], part[1], weight)
+        return Predicted(nll, jnp.exp(logits.max(-1) - log_z), jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+    return Predicted(*map(_join, jax.lax.map(of, _chunks(hidden, targets, chunk=chunk))))
 
 
 def _nll(hidden: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

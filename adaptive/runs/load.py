@@ -36,20 +36,22 @@ class Found(NamedTuple):
     steps: tuple[int, ...]
 
 
-def find(workdir: str | Path, step: int | None = None) -> Found:
+def find(workdir: str | Path, step: int | None = None, *, option: str = "--workdir") -> Found:
     """The run in the folder and its newest checkpoint, or that of `step`; nothing of the model is read.
+
+    option  how the user named the folder; messages begin with it
 
     Raises CheckpointError where there is no run or no such checkpoint, RecipeError for a recipe that cannot be read,
     UserError for what is no path.
     """
-    folder = RunFolder(local_path(str(workdir), "--workdir"))
+    folder = RunFolder(local_path(str(workdir), option))
     if not folder.path.is_dir():
-        raise CheckpointError(f"--workdir {folder.path}: there is no such folder; give that of a run")
+        raise CheckpointError(f"{option} {folder.path}: there is no such folder; give that of a run")
     try:
         text = folder.recipe.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"--workdir {folder.path} holds no run: {folder.recipe.name}: {why}") from None
+        raise CheckpointError(f"{option} {folder.path} holds no run: {folder.recipe.name}: {why}") from None
     recipe = Recipe.from_json(text, where=str(folder.recipe))
     steps = steps_in(folder.checkpoints)
     if not steps:

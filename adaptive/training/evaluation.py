@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from adaptive.data.pipeline import Batch, Data
+from adaptive.data.token_kinds import classes_of
 from adaptive.data.words import row_marker
 from adaptive.runs.state import TrainState
 from adaptive.training.metrics import chunk_sizes
 from adaptive.training.parts import PartSums
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
-from adaptive.training.report.kinds import classes_of
 from adaptive.training.report.schema import TokenRecord
 
 Row = dict[str, Any]

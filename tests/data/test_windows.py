@@ -57,6 +57,26 @@ def test_rows_are_exact(seed):
         assert row.mask.tolist() == mask
 
 
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+@pytest.mark.parametrize("total", [1, 2, 7, 8, 9, 10, 15, 16, 17, 40])
+def test_with_any_stride_every_token_is_a_target_once_and_has_its_context(stride, total):
+    windows = whole(make_store([total]), 8, stride=stride)
+    counted = [[(int(t), int(i)) for i, t in enumerate(row.targets) if row.mask[i]] for row in map(windows.__getitem__,
+               range(len(windows)))]  # fmt: skip
+    assert [target for row in counted for target, _ in row] == list(range(1, total))
+    assert all(before + 1 >= 8 - stride for row in counted[1:] for _, before in row)
+    assert all(counted)
+
+
+def test_targets_know_their_documents():
+    lengths = [5, 1, 9, 3]
+    windows = whole(make_store(lengths), 4, stride=3)
+    document = np.repeat(np.arange(4), lengths)
+    for w in range(len(windows)):
+        row = windows[w]
+        np.testing.assert_array_equal(windows.documents(w)[row.mask > 0], document[row.targets[row.mask > 0]])
+
+
 def test_every_token_is_a_target_once():
     windows = whole(make_store([100]), 7)
     targets = [t for i in range(len(windows)) for t, m in zip(windows[i].targets, windows[i].mask, strict=True) if m]

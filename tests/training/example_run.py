@@ -9,6 +9,7 @@ import numpy as np
 import shapes
 
 from adaptive.account import recursion_capacities
+from adaptive.data.token_kinds import classes_of
 from adaptive.data.tokenizers import Bytes
 from adaptive.layers import stack
 from adaptive.layers.feed_forwards import experts
@@ -22,7 +23,6 @@ from adaptive.training.log import MetricsLog
 from adaptive.training.metrics import Meter, StepCost
 from adaptive.training.parts import PartSums
 from adaptive.training.report.collect import RoutingCounter, passage_tokens, plan_costs
-from adaptive.training.report.kinds import classes_of
 from adaptive.training.report.schema import PlanRecord, SampleRecord, TokenRecord, save_record
 
 SHAPE = {"width": 128, "hidden": 352, "heads": 4, "head_dim": 32}

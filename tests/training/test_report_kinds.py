@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
+from adaptive.data.token_kinds import CLASSES, classes_of
 from adaptive.data.tokenizers import Bytes
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import token_choice
 from adaptive.models.facts import Experts
 from adaptive.training.alarms import health_warnings
 from adaptive.training.report.collect import ChunkCounter, RoutingCounter
-from adaptive.training.report.kinds import CLASSES, begins_word, classes_of
+from adaptive.training.report.kinds import begins_word
 from adaptive.training.report.runs import Run
 from adaptive.training.report.schema import PlanRecord, RoutingRecord
 

@@ -61,7 +61,7 @@ class RoutingCounter:
     router      kind of the depth strategy; "none" where every position takes the same path
     recursions  passes through the shared block at most
     stops       whether a pass's scores are for stopping there, not for taking it
-    classes     i8[vocab] of tokens (`kinds.classes_of`); None: kinds are not told apart
+    classes     i8[vocab] of tokens (`token_kinds.classes_of`); None: kinds are not told apart
     experts     those of the model's facts
     """
 

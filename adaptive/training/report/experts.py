@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adaptive.data.token_kinds import CLASSES
 from adaptive.printable import printable
 from adaptive.training.experts import BY_LAYER, PREFIX, layers_of
 from adaptive.training.report.bars import bar_chart
 from adaptive.training.report.charts import Point, Series, line_chart
 from adaptive.training.report.heat import heat_map
-from adaptive.training.report.kinds import CLASSES
 from adaptive.training.report.layout import grid, section, smooth, table
 from adaptive.training.report.numbers import percent
 from adaptive.training.report.runs import Run

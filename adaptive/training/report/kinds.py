@@ -5,31 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from adaptive.data.tokenizers import Tokenizer
+from adaptive.data.token_kinds import CLASSES, DIGITS, LETTERS, OPENING, OTHER
 from adaptive.training.report.schema import KindRecord
 
-CLASSES = ("blanks", "letters after a blank", "letters", "digits", "punctuation", "beyond ASCII", "markers")
-BLANK, OPENING, LETTERS, DIGITS, PUNCTUATION, OTHER, MARKER = range(len(CLASSES))
 _LOSSES = (0.25, 0.5, 1.0, 2.0, 4.0)  # nats: edges of the groups
 _QUARTERS = ("most frequent quarter", "second quarter", "third quarter", "rarest quarter")
-
-
-def classes_of(tokenizer: Tokenizer) -> np.ndarray:
-    """i8[vocab]: the index in CLASSES of every token, by its text alone."""
-    return np.array([_class(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)], np.int8)
-
-
-def _class(text: bytes) -> int:
-    core = text.strip()
-    if not text:
-        return MARKER
-    if not core:
-        return BLANK
-    if max(core) >= 128:
-        return OTHER
-    if core.isalpha():
-        return OPENING if text[:1].isspace() else LETTERS
-    return DIGITS if core.isdigit() else PUNCTUATION
 
 
 def begins_word(classes: np.ndarray) -> np.ndarray:

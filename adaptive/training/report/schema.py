@@ -148,7 +148,7 @@ class ExpertRecord:
     """What one expert took of held-out text: tokens whose strongest expert it is.
 
     part    path of its routed feed-forward; layer: the layer's number in the body it is in
-    counts  tokens of each class (`kinds.CLASSES`)
+    counts  tokens of each class (`token_kinds.CLASSES`)
     top     texts of the tokens that it has more often than the others do; () where they were not counted
     """
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive.training.report.kinds import CLASSES
+from adaptive.data.token_kinds import CLASSES
 from adaptive.training.report.schema import ExpertRecord
 
 _MOST_COUNTS = 4_000_000  # of single tokens; larger vocabularies and models are told by kinds alone
@@ -15,7 +15,7 @@ _TOP = 6  # tokens of an expert that are named
 class TakenCounter:
     """Counts, over held-out batches, the tokens whose strongest expert is each.
 
-    classes  i8[vocab], from `kinds.classes_of`
+    classes  i8[vocab], from `token_kinds.classes_of`
     experts  those of the model's facts
     """
 

@@ -1,0 +1,122 @@
+"""Evaluates a checkpoint: adaptive evaluate --checkpoint RUN [--data SET...] [--depths 1,2,3]
+
+Losses with intervals on the run's held-out text, or on sets of yours: corpora of the package, files, folders, token
+stores. The numbers are printed and kept in RUN/evaluations, where the report finds them.
+Exit codes: 0 done, 2 something asked for cannot work, 130 interrupted.
+"""
+
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.evaluate"))
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from adaptive import command
+from adaptive.command import number
+from adaptive.errors import UserError
+from adaptive.paths import local_path
+
+
+def options() -> command.Options:
+    made = command.Options("evaluate", __doc__ or "")
+    add = made.add_argument
+    add("--checkpoint", default="", metavar="RUN",
+        help="folder of the run, whose newest checkpoint is read, or RUN/checkpoints/STEP")  # fmt: skip
+    add("--step", type=number(int, least=0), help="the checkpoint of this step instead")
+    add("--ema", action="store_true", help="the running average of the parameters, of a run with train.ema above 0")
+    add("--data", nargs="+", default=[], metavar="SET",
+        help="what to score: validation (the default: what the run holds out), english, python, chinese or dna (of "
+        "which every 20th document), or all of a file, folder, glob or token store; NAME=PATH names it")  # fmt: skip
+    add("--text_key", default="", help="field of JSON and parquet rows with the text (default: as the run has it)")
+    add("--stride", type=number(int, least=1), default=0,
+        help="tokens from one row to the next: a smaller one than the row gives every token more before it, and takes "
+        "longer (default: the row)")  # fmt: skip
+    add("--rows", type=number(int, least=0), default=0,
+        help="score so many rows of each set, evenly spaced over it (default 0: all)")  # fmt: skip
+    add("--depths", type=_numbers, default=(), metavar="N,N,...",
+        help="also the loss at these numbers of passes through a recursive model's shared block")  # fmt: skip
+    add("--resamples", type=number(int, least=2, most=100_000), default=1000, help="of the bootstrap (default 1000)")
+    add("--name", default="", help="of the result, RUN/evaluations/NAME.json (default: step-STEP)")
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    return made
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not whole numbers with commas between them") from None
+
+
+def main(arguments: Sequence[str]) -> int:
+    return command.exit_code(run, arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    given = options().read(arguments)
+    if given.words:
+        raise UserError(f"'{given.words[0]}' is no option (--help shows all)")
+    if not given.checkpoint:
+        raise UserError("which checkpoint? --checkpoint RUN, the folder that training named")
+    evaluate(given)
+    return 0
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    import jax
+
+    from adaptive.data.tokenizers import load_tokenizer
+    from adaptive.evaluation import files
+    from adaptive.evaluation.curve import check_depths, depth_curve
+    from adaptive.evaluation.evaluate import evaluate_sets
+    from adaptive.evaluation.opening import locate
+    from adaptive.evaluation.sets import open_sets
+    from adaptive.evaluation.subject import check_objective, subject_of
+    from adaptive.evaluation.table import lines_of
+    from adaptive.runs.load import load
+    from adaptive.runs.platform import keep_compilations, start_backend
+
+    folder, found = locate(local_path(given.checkpoint, "--checkpoint"), given.step)
+    recipe = found.recipe
+    if given.text_key:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, text_key=given.text_key))
+    check_objective(recipe)
+    if given.depths:
+        check_depths(recipe, given.depths)
+    path = files.file_for(folder, found.step, given.name, ema=given.ema)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
+    sets = open_sets(given.data, recipe, tokenizer, stride=given.stride)
+    start_backend()
+    keep_compilations()
+    subject = subject_of(load(found, ema=given.ema))
+    _say(f"{recipe.name}, step {found.step}, on {jax.local_devices()[0].device_kind}")
+    for one in sets:
+        _say(f"{one.name}: {one.about}")
+    how = {"most": given.rows, "resamples": given.resamples, "say": _say}
+    told: dict[str, Any] = {
+        "recipe": recipe.name,
+        "step": found.step,
+        "ema": given.ema,
+        "rules": list(subject.rules),
+        "resamples": given.resamples,
+        "stride": given.stride or recipe.data.seq_len,
+        "row": recipe.data.seq_len,
+        "rows": given.rows,
+        **evaluate_sets(subject, sets, **how),
+    }
+    if given.depths:
+        told["depths"] = depth_curve(subject, sets, given.depths, **how)
+    files.write(path, told)
+    print("\n".join(lines_of(told)))
+    print(f"\nkept in {path}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

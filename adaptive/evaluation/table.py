@@ -1,0 +1,89 @@
+"""An evaluation as people read it on a terminal."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_RULES = {"train": "as trained", "causal": "causal"}
+
+
+def lines_of(told: dict[str, Any]) -> Iterator[str]:
+    """The lines of an evaluation, tables and what they mean."""
+    if "sets" in told:
+        yield from _sets(told)
+    if "depths" in told:
+        yield from _depths(told["depths"])
+
+
+def _sets(told: dict[str, Any]) -> Iterator[str]:
+    several = len(told["rules"]) > 1
+    rows = [("set", *(("selection",) if several else ()), "tokens", "nats per token", "bits per byte", "top-1",
+             "calibration error", "MFLOP per token (active)")]  # fmt: skip
+    for name, rules in told["sets"].items():
+        for rule, one in rules.items():
+            cost = one["compute"]["mflop_per_token"]
+            compute = f"{cost['paid']:.3g} ({'?' if cost['active'] is None else format(cost['active'], '.3g')})"
+            rows.append(
+                (name, *((_RULES[rule],) if several else ()), f"{one['targets']:,}", measured(one, "loss"),
+                 measured(one, "bits_per_byte"), f"{one['accuracy']:.1%}", f"{one['calibration']['error']:.3f}",
+                 compute)
+            )  # fmt: skip
+    if len(told["sets"]) > 1:
+        for rule, one in told["macro"].items():
+            rows.append(
+                ("mean of sets", *((_RULES[rule],) if several else ()), "", measured(one, "loss"),
+                 measured(one, "bits_per_byte"), "", "", "")
+            )  # fmt: skip
+    yield from table(rows)
+    for name, one in told.get("difference", {}).items():
+        yield f"{name}: causal selection costs {signed(one, 'loss')} nats per token against selection as trained"
+    yield ""
+    units = {one["resampled"] for rules in told["sets"].values() for one in rules.values()}
+    yield f"[low, high] hold 95 % of {told['resamples']} bootstraps over {' or '.join(sorted(units))}"
+    for name, rules in told["sets"].items():
+        one = rules[told["rules"][-1]]
+        yield ""
+        yield from table([(name, "tokens", "nats"), *_groups(one["by_kind"], lambda g: g["kind"])])
+        yield ""
+        of = lambda g: f"{g['from']}" + (f" to {g['to']}" if g["to"] > g["from"] else "")  # noqa: E731
+        yield from table([("tokens before it", "tokens", "nats"), *_groups(one["by_context"], of)])
+
+
+def _groups(groups: Sequence[dict[str, Any]], name: Any) -> list[tuple[str, ...]]:
+    return [(name(group), f"{group['targets']:,}", f"{group['loss']:.4f}") for group in groups]
+
+
+def _depths(told: dict[str, Any]) -> Iterator[str]:
+    rows = [("passes", "nats per token", "bits per byte", "MFLOP per token", "mean depth")]
+    for point in told["points"]:
+        costs = [one["compute"] for one in point["per_set"].values()]
+        mean = lambda values: f"{sum(values) / len(values):.4g}"  # noqa: E731
+        star = "*" if point["passes"] == told["trained"] else ""
+        rows.append(
+            (f"{point['passes']}{star}", measured(point, "loss"), measured(point, "bits_per_byte"),
+             mean([cost["mflop_per_token"]["paid"] for cost in costs]),
+             mean([cost.get("mean_depth", point["passes"]) for cost in costs]))
+        )  # fmt: skip
+    yield ""
+    yield from table(rows)
+    yield f"depth ({_RULES[told['rule']]} selection, * as trained): {told['says']}"
+
+
+def measured(one: dict[str, Any], name: str) -> str:
+    """1.2345 [1.2, 1.3] of a measure and its interval."""
+    if one[name] is None:
+        return "—"
+    found = one.get(f"{name}_interval")
+    return f"{one[name]:.4f}" + (f" [{found[0]:.3f}, {found[1]:.3f}]" if found else "")
+
+
+def signed(one: dict[str, Any], name: str) -> str:
+    found = one.get(f"{name}_interval")
+    return f"{one[name]:+.4f}" + (f" [{found[0]:+.4f}, {found[1]:+.4f}]" if found else "")
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows in columns, the first column to the left and all others to the right; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield "  ".join([row[0].ljust(widths[0]), *rest]).rstrip()
