@@ -367,7 +367,8 @@ def test_capacities_are_shares_in_multiples():
         return bodies.Settings(capacities=(share,)).capacity(positions)
 
     assert [capacity(c, 32) for c in (0.01, 0.25, 0.26, 0.5, 1.0)] == [8, 8, 8, 16, 32]
-    assert [capacity(c, 2048) for c in (0.05, 0.25, 0.26, 1.0)] == [104, 512, 640, 2048]
+    assert [capacity(c, 2048) for c in (0.05, 0.25, 0.26, 1.0)] == [104, 512, 544, 2048]
+    assert (capacity(1 / 6, 1024), capacity(0.29, 1024), capacity(0.29, 8192)) == (176, 304, 2432)
     assert capacity(0.9, 5) == 5 and capacity(0.9, 140) == 128
     assert bodies.Settings().capacity(100) == 100
 

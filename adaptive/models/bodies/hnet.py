@@ -44,7 +44,8 @@ from adaptive.routing.types import AuxLosses, Selection, StageTrace, Trace
 from adaptive.settings import ranged
 from kernels_pallas.ema import ema
 
-MULTIPLE = 128  # capacities are rounded up to it
+MULTIPLES = 8, 128  # the least and the largest that capacities are rounded up to
+FINENESS = 16  # rounding adds at most a slot in so many
 _MAMBA = stacks.Settings((Block(mamba2.Settings(), None),), repeats=2, stream="float32", scale_residual=True)
 
 
@@ -95,11 +96,12 @@ class Settings(Body):
         return self.inner_width or width
 
     def capacity(self, positions: int) -> int:
-        """Slots for the chunks of so many positions, rounded up as matmuls and attention like it; of a schedule the
-        last ones."""
+        """Slots for the chunks of so many positions, rounded up to a power of two's multiple as matmuls and attention
+        like it, as far as that costs little; of a schedule the last ones."""
         fraction = self.capacities[-1] if self.capacities else 1.0
-        multiple = MULTIPLE if fraction * positions > MULTIPLE else 8
-        return min(positions, -(-max(1, int(fraction * positions)) // multiple) * multiple)
+        least = max(1, int(fraction * positions))
+        multiple = min(max(1 << (max(least // FINENESS, 1).bit_length() - 1), MULTIPLES[0]), MULTIPLES[1])
+        return min(positions, -(-least // multiple) * multiple)
 
     def at_step(self, step: int) -> "Settings":
         own = self.capacities
