@@ -24,7 +24,8 @@ def keep_memory() -> bool:
     if own or platform.libc_ver()[0] != "glibc" or not _on_cpu():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(parameter, value) == 1 for parameter, value in _KEPT.values()])
+    taken = [mallopt(parameter, value) for parameter, value in _KEPT.values()]
+    return all(code == 1 for code in taken)
 
 
 def _on_cpu() -> bool:
