@@ -15,8 +15,6 @@ from kernels_pallas.ema import ema
 
 pytestmark = pytest.mark.compiles
 
-KERNEL = {"v5e": "tpu_custom_call", "h200": "__gpu$xla.gpu.triton"}
-
 
 @pytest.mark.parametrize("target", aot.PACKAGES)
 def test_compiles_to_its_own_kernels(target):
@@ -30,9 +28,9 @@ def main(target):
     devices = np.array(aot.devices(target))
     four, one = Mesh(devices, ("data",)), Mesh(devices[:1], ("data",))
     print(json.dumps({
-        "rows over four": facts(four, (16, 700, 1536), jnp.bfloat16, KERNEL[target]),
-        "odd": facts(one, (3, 1000, 40), jnp.float32, KERNEL[target]),
-        "short": facts(one, (2, 5, 960), jnp.bfloat16, KERNEL[target]),
+        "rows over four": facts(four, (16, 700, 1536), jnp.bfloat16, aot.KERNEL[target]),
+        "odd": facts(one, (3, 1000, 40), jnp.float32, aot.KERNEL[target]),
+        "short": facts(one, (2, 5, 960), jnp.bfloat16, aot.KERNEL[target]),
     }))  # fmt: skip
 
 

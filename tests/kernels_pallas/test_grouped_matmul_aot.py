@@ -17,7 +17,6 @@ from kernels_pallas.grouped_matmul import grouped_matmul, routed_swiglu
 pytestmark = pytest.mark.compiles
 
 TOKENS, K, GROUPS, WIDTH, HIDDEN = 8192, 2, 8, 960, 2560  # a mixture of eight experts, on each device
-KERNEL = {"v5e": "tpu_custom_call", "h200": "__gpu$xla.gpu.triton"}
 
 
 @pytest.mark.parametrize("target", aot.PACKAGES)
@@ -46,11 +45,11 @@ def main(target):
     out = jax.ShapeDtypeStruct(tokens, jnp.float32)
     arrays = [jax.ShapeDtypeStruct(tokens, jnp.bfloat16), jax.ShapeDtypeStruct(pairs, jnp.float32)]
     arrays += [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in matrices]
-    facts = {"swiglu": compiled(mesh, everywhere, 4 * GROUPS, out, arrays, specs, KERNEL[target])}
+    facts = {"swiglu": compiled(mesh, everywhere, 4 * GROUPS, out, arrays, specs, aot.KERNEL[target])}
     single = Mesh(np.array(aot.devices(target))[:1], ("data",))
     odd = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1000, 72), (1000, 40), (3, 40, 72))]
     matmul = lambda s, *a: grouped_matmul(*a, s)  # noqa: E731
-    facts["matmul"] = compiled(single, matmul, 3, odd[0], odd[1:], (whole,) * 4, KERNEL[target])
+    facts["matmul"] = compiled(single, matmul, 3, odd[0], odd[1:], (whole,) * 4, aot.KERNEL[target])
     print(json.dumps(facts))
 
 
