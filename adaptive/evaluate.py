@@ -42,6 +42,12 @@ def options() -> command.Options:
         help="score so many rows of each set, evenly spaced over it (default 0: all)")  # fmt: skip
     add("--depths", type=_numbers, default=(), metavar="N,N,...",
         help="also the loss at these numbers of passes through a recursive model's shared block")  # fmt: skip
+    add("--tasks", nargs="+", default=[], metavar="FILE",
+        help="what to answer: .jsonl files, folders of them, or a CORE bundle; text is scored with --data")  # fmt: skip
+    add("--shots", type=number(int, least=0), help="examples before each item (default: as a bundle says, else none)")
+    add("--seeds", type=_numbers, default=(1234, 2345, 3456), metavar="N,N,...",
+        help="of the draws of examples, over which results are averaged (default 1234,2345,3456)")  # fmt: skip
+    add("--items", type=number(int, least=0), default=0, help="answer so many items of each task (default 0: all)")
     add("--resamples", type=number(int, least=2, most=100_000), default=1000, help="of the bootstrap (default 1000)")
     add("--name", default="", help="of the result, RUN/evaluations/NAME.json (default: step-STEP)")
     add("words", nargs="*", help=argparse.SUPPRESS)
@@ -74,12 +80,12 @@ def evaluate(given: argparse.Namespace) -> None:
 
     from adaptive.data.tokenizers import load_tokenizer
     from adaptive.evaluation import files
-    from adaptive.evaluation.curve import check_depths, depth_curve
-    from adaptive.evaluation.evaluate import evaluate_sets
+    from adaptive.evaluation.curve import check_depths
     from adaptive.evaluation.opening import locate
     from adaptive.evaluation.sets import open_sets
     from adaptive.evaluation.subject import check_objective, subject_of
     from adaptive.evaluation.table import lines_of
+    from adaptive.evaluation.task_files import read_tasks
     from adaptive.runs.load import load
     from adaptive.runs.platform import keep_compilations, start_backend
 
@@ -91,31 +97,45 @@ def evaluate(given: argparse.Namespace) -> None:
     if given.depths:
         check_depths(recipe, given.depths)
     path = files.file_for(folder, found.step, given.name, ema=given.ema)
+    tasks = read_tasks(given.tasks, given.shots)
     tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
-    sets = open_sets(given.data, recipe, tokenizer, stride=given.stride)
+    scored = given.data or given.depths or not tasks
+    sets = open_sets(given.data, recipe, tokenizer, stride=given.stride) if scored else []
     start_backend()
     keep_compilations()
     subject = subject_of(load(found, ema=given.ema))
     _say(f"{recipe.name}, step {found.step}, on {jax.local_devices()[0].device_kind}")
     for one in sets:
         _say(f"{one.name}: {one.about}")
-    how = {"most": given.rows, "resamples": given.resamples, "say": _say}
-    told: dict[str, Any] = {
+    told = {
         "recipe": recipe.name,
         "step": found.step,
         "ema": given.ema,
         "rules": list(subject.rules),
         "resamples": given.resamples,
-        "stride": given.stride or recipe.data.seq_len,
         "row": recipe.data.seq_len,
+        "stride": given.stride or recipe.data.seq_len,
         "rows": given.rows,
-        **evaluate_sets(subject, sets, **how),
+        **measured(given, subject, sets, tasks),
     }
-    if given.depths:
-        told["depths"] = depth_curve(subject, sets, given.depths, **how)
     files.write(path, told)
     print("\n".join(lines_of(told)))
     print(f"\nkept in {path}")
+
+
+def measured(given: argparse.Namespace, subject: Any, sets: Sequence[Any], tasks: Sequence[Any]) -> dict[str, Any]:
+    """What the evaluation finds, as JSON."""
+    from adaptive.evaluation.curve import depth_curve
+    from adaptive.evaluation.evaluate import evaluate_sets
+    from adaptive.evaluation.tasks import evaluate_tasks
+
+    how: dict[str, Any] = {"most": given.rows, "resamples": given.resamples, "say": _say}
+    told = evaluate_sets(subject, sets, **how) if sets else {}
+    if given.depths:
+        told["depths"] = depth_curve(subject, sets, given.depths, **how)
+    if tasks:
+        told |= evaluate_tasks(subject, tasks, **(how | {"most": given.items, "seeds": given.seeds}))
+    return told
 
 
 def _say(text: str) -> None:

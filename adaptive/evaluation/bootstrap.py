@@ -44,15 +44,16 @@ def interval(values: np.ndarray | None) -> list[float] | None:
     return [float(x) for x in np.percentile(values, [edge, 100 - edge])]
 
 
-def of_mean(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> list[float] | None:
-    """The interval of the mean of f64[n], such as whether each item was right; None of fewer than two."""
+def means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray | None:
+    """f64[resamples]: the mean of f64[n], such as whether each item was right, in every resample; None of fewer than
+    two."""
     n = len(values)
     if n < 2:
         return None
     rng = np.random.default_rng([seed, n])
     step = max(1, _AT_ONCE // n)
-    means = [
+    drawn = [
         values[rng.integers(0, n, size=(min(step, resamples - first), n))].mean(axis=1)
         for first in range(0, resamples, step)
     ]
-    return interval(np.concatenate(means))
+    return np.concatenate(drawn)

@@ -50,6 +50,7 @@ class Subject:
     score  (batch, rule, passes) -> Scores: passes of a recursion at most; None: as trained. Programs are compiled once
            for each shape, rule and number of passes
     rows   of a batch of data.seq_len tokens
+    multiple  that the rows of any batch are of
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Subject:
     rules: tuple[str, ...]
     score: Score
     rows: int
+    multiple: int = 1
 
     @property
     def rule(self) -> str:

@@ -12,6 +12,8 @@ def lines_of(told: dict[str, Any]) -> Iterator[str]:
         yield from _sets(told)
     if "depths" in told:
         yield from _depths(told["depths"])
+    if "tasks" in told:
+        yield from _tasks(told)
 
 
 def _sets(told: dict[str, Any]) -> Iterator[str]:
@@ -66,6 +68,31 @@ def _depths(told: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from table(rows)
     yield f"depth ({_RULES[told['rule']]} selection, * as trained): {told['says']}"
+
+
+def _tasks(told: dict[str, Any]) -> Iterator[str]:
+    rows = [("task", "kind", "items", "shots", "right", "above chance", "likelihood", "per character", "information")]
+    for name, one in told["tasks"].items():
+        others = ("likelihood", "per_character", "mutual_information")
+        rows.append(
+            (name, one["kind"].replace("_", " "), f"{one['items']:,}", str(one["shots"]), measured(one, "accuracy"),
+             measured(one, "centred"), *(_share(one[other]) for other in others))
+        )  # fmt: skip
+    mean = told["tasks_mean"]
+    rows.append(("CORE" if mean["core"] else "mean of tasks", "", "", "", "", measured(mean, "centred"), "", "", ""))
+    yield ""
+    yield from table(rows)
+    yield (
+        "right: as CORE chooses, by nats per token; likelihood, per character and information: shares of other ways to "
+        "choose (acc, acc_norm, acc_mutual_info of lm-evaluation-harness)"
+    )
+    for name, one in told["tasks"].items():
+        if one["cut"]:
+            yield f"{name}: {one['cut']} of {one['items']} items are longer than a row; their beginnings are left out"
+
+
+def _share(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
 
 
 def measured(one: dict[str, Any], name: str) -> str:

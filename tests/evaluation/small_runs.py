@@ -16,13 +16,13 @@ TEXTS = [
 ]
 
 
-def made(folder, model, *settings: str, step: int = 3):
+def made(folder, model, *settings: str, step: int = 3, seq: int = 32):
     """The recipe of a run in the folder, which holds out every second of its documents."""
     (folder / "texts").mkdir(parents=True)
     (folder / "texts" / "own.txt").write_text("".join(f"{text}\n<|endoftext|>\n" for text in TEXTS))
     data = (f"data.paths={folder / 'texts' / 'own.txt'}", "data.source=files", "data.validation_every=2")
     recipe = Recipe(name="made", model=model).with_(
-        "train.compute_dtype=float32", "train.batch_size=3", "data.seq_len=32", *data, *settings
+        "train.compute_dtype=float32", "train.batch_size=3", f"data.seq_len={seq}", *data, *settings
     )
     recipe.validate()
     (folder / "recipe.json").write_text(recipe.to_json())

@@ -71,7 +71,7 @@ def test_intervals_are_those_of_a_ratio_of_resampled_sums():
     assert bootstrap.interval(worse.loss - drawn.loss) == pytest.approx([0.5, 0.5])
     assert bootstrap.resampled(sums_by(np.zeros(4000), said, tokenizer), 0) is None
     right = RNG.random(150) < 0.6
-    low, high = bootstrap.of_mean(right.astype(float), 0)
+    low, high = bootstrap.interval(bootstrap.means(right.astype(float), 0))
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.24 / 150), rel=0.15)
 
 
