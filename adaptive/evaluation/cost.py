@@ -21,7 +21,8 @@ def recursion_of(model: Settings) -> Recursive | None:
 def compute_per_token(recipe: Recipe, rule: str, passes: int | None, computed: Computed) -> dict[str, Any]:
     """Forward MFLOP per token of a row, causal pairs alone (`adaptive.account`).
 
-    paid    by the rule "train" the capacities; by "causal" all tokens take every pass, as routers decide under a mask
+    paid    by the rule "train" the capacities; by "causal" as if every token took every pass and began a chunk, since
+            routers decide under a mask
     active  what the tokens' own depths and chunks amount to; None where they do not say
     """
     model, seq = recipe.model, recipe.data.seq_len
@@ -37,7 +38,8 @@ def compute_per_token(recipe: Recipe, rule: str, passes: int | None, computed: C
         told["tokens_per_chunk"] = [
             a / b if b else None for a, b in itertools.pairwise([float(computed.read), *computed.chunks])
         ]
-        paid = account(model, seq).forward_flops_per_token
+        whole = account(model, seq) if rule == "train" else dense_equivalent(model, seq)
+        paid = whole.forward_flops_per_token
         active = account(model, seq, chunks).forward_flops_per_token if min(chunks) > 0 else None
     else:
         paid = active = account(model, seq).forward_flops_per_token

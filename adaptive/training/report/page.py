@@ -10,6 +10,7 @@ from adaptive.data.files import write_text_atomically
 from adaptive.training.report.chunks import chunks, stages_of
 from adaptive.training.report.compare import comparison
 from adaptive.training.report.compute import compute
+from adaptive.training.report.evaluations import evaluations
 from adaptive.training.report.experts import experts
 from adaptive.training.report.overview import learning, origin, recipe, tiles
 from adaptive.training.report.parts import parts
@@ -41,6 +42,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
             _alerts(run),
             comparison((run, *others)) if others else "",
             learning(run),
+            evaluations(run),
             chunks(run),
             deep_tokens(run),
             routing(run),
