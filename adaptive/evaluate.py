@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,10 @@ def options() -> command.Options:
         help="also the loss at these numbers of passes through a recursive model's shared block")  # fmt: skip
     add("--tasks", nargs="+", default=[], metavar="FILE",
         help="what to answer: .jsonl files, folders of them, or a CORE bundle; text is scored with --data")  # fmt: skip
+    add("--harness", nargs="+", default=[], metavar="TASK",
+        help="tasks of lm-evaluation-harness by name; needs pip install 'adaptive-lm[lm_eval]'")  # fmt: skip
+    add("--harness_tasks", default="", metavar="FOLDER",
+        help="of the harness's task files (.yaml); its tasks alone are known then, and nothing is fetched")  # fmt: skip
     add("--shots", type=number(int, least=0), help="examples before each item (default: as a bundle says, else none)")
     add("--seeds", type=_numbers, default=(1234, 2345, 3456), metavar="N,N,...",
         help="of the draws of examples, over which results are averaged (default 1234,2345,3456)")  # fmt: skip
@@ -99,11 +104,14 @@ def evaluate(given: argparse.Namespace) -> None:
     path = files.file_for(folder, found.step, given.name, ema=given.ema)
     tasks = read_tasks(given.tasks, given.shots)
     tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
-    scored = given.data or given.depths or not tasks
+    if given.harness:
+        importlib.import_module("adaptive.evaluation.lm_eval")  # a missing package is told before anything is loaded
+    scored = given.data or given.depths or not (tasks or given.harness)
     sets = open_sets(given.data, recipe, tokenizer, stride=given.stride) if scored else []
     start_backend()
     keep_compilations()
-    subject = subject_of(load(found, ema=given.ema))
+    trained = load(found, ema=given.ema)
+    subject = subject_of(trained)
     _say(f"{recipe.name}, step {found.step}, on {jax.local_devices()[0].device_kind}")
     for one in sets:
         _say(f"{one.name}: {one.about}")
@@ -118,6 +126,8 @@ def evaluate(given: argparse.Namespace) -> None:
         "rows": given.rows,
         **measured(given, subject, sets, tasks),
     }
+    if given.harness:
+        told["harness"] = harness(given, trained)
     files.write(path, told)
     print("\n".join(lines_of(told)))
     print(f"\nkept in {path}")
@@ -136,6 +146,14 @@ def measured(given: argparse.Namespace, subject: Any, sets: Sequence[Any], tasks
     if tasks:
         told |= evaluate_tasks(subject, tasks, **(how | {"most": given.items, "seeds": given.seeds}))
     return told
+
+
+def harness(given: argparse.Namespace, trained: Any) -> dict[str, Any]:
+    """What lm-evaluation-harness finds."""
+    from adaptive.evaluation.lm_eval import run_tasks
+
+    folder = str(local_path(given.harness_tasks, "--harness_tasks")) if given.harness_tasks else ""
+    return run_tasks(trained, given.harness, folder, given.shots, given.items)
 
 
 def _say(text: str) -> None:

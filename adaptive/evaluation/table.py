@@ -14,6 +14,9 @@ def lines_of(told: dict[str, Any]) -> Iterator[str]:
         yield from _depths(told["depths"])
     if "tasks" in told:
         yield from _tasks(told)
+    if "harness" in told:
+        yield ""
+        yield from table([("task of lm-evaluation-harness", "measure", "value"), *_harness(told["harness"])])
 
 
 def _sets(told: dict[str, Any]) -> Iterator[str]:
@@ -89,6 +92,13 @@ def _tasks(told: dict[str, Any]) -> Iterator[str]:
     for name, one in told["tasks"].items():
         if one["cut"]:
             yield f"{name}: {one['cut']} of {one['items']} items are longer than a row; their beginnings are left out"
+
+
+def _harness(told: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for task, one in told.items():
+        for name, value in one.items():
+            if isinstance(value, float):
+                yield task, name.removesuffix(",none"), f"{value:.4f}"
 
 
 def _share(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 
 import pytest
 from evaluation import small_runs
@@ -59,3 +60,11 @@ def test_a_mistake_is_told(runs, arguments, message, monkeypatch, capsys):
     assert evaluate.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (runs / "plain" / "evaluations").exists()
+
+
+def test_a_missing_harness_is_told_before_anything_is_loaded(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "adaptive.evaluation.lm_eval", raising=False)
+    assert evaluate.main(["--checkpoint", "plain", "--harness", "piqa"]) == 2
+    assert "pip install 'adaptive-lm[lm_eval]'" in capsys.readouterr().err
