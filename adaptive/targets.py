@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from adaptive.errors import UserError
+from adaptive.peaks import DEVICES
 
 # Fields of openxla/xla's stream_executor device description, with NVIDIA's published figures for the H200.
 _H200 = """
@@ -32,25 +34,30 @@ device_description_str: "NVIDIA H200"
 class Target:
     """A kind of device.
 
+    kind        what jax calls such a device
     package     the module that compiles for it, and the name that it is installed by
     topologies  what the compiler calls so many of its devices
-    memory      bytes of a device
     bandwidth   bytes/s of its memory, by the data sheet
     """
 
+    kind: str
     package: tuple[str, str]
     topologies: dict[int, str]
-    memory: float
     bandwidth: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device."""
+        return DEVICES[self.kind].memory
 
 
 _LIBTPU = ("libtpu", "libtpu")
 TARGETS = {
-    "v5e": Target(_LIBTPU, {4: "v5e:2x2", 8: "v5e:2x4"}, 15.75 * 2**30, 0.82e12),
-    "v5p": Target(_LIBTPU, {4: "v5p:2x2x1", 8: "v5p:2x2x2"}, 95 * 2**30, 2.765e12),
-    "v6e": Target(_LIBTPU, {4: "v6e:2x2", 8: "v6e:2x4"}, 31.25 * 2**30, 1.64e12),
-    "v7x": Target(_LIBTPU, {8: "tpu7x:2x2x1"}, 94.75 * 2**30, 3.7e12),
-    "h200": Target(("jax_plugins.xla_cuda13", "jax-cuda13-plugin"), {4: "1x1x4", 8: "1x1x8"}, 141e9, 4.8e12),
+    "v5e": Target("TPU v5 lite", _LIBTPU, {4: "v5e:2x2", 8: "v5e:2x4"}, 0.82e12),
+    "v5p": Target("TPU v5", _LIBTPU, {4: "v5p:2x2x1", 8: "v5p:2x2x2"}, 2.765e12),
+    "v6e": Target("TPU v6 lite", _LIBTPU, {4: "v6e:2x2", 8: "v6e:2x4"}, 1.64e12),
+    "v7x": Target("TPU7x", _LIBTPU, {4: "tpu7x:2x1x1", 8: "tpu7x:2x2x1"}, 3.7e12),
+    "h200": Target("NVIDIA H200", ("jax_plugins.xla_cuda13", "jax-cuda13-plugin"), {4: "1x1x4", 8: "1x1x8"}, 4.8e12),
 }
 
 # Where scripts/bootstrap.py puts the compilers: not on the path, where jax would look for the machines they are for.
@@ -79,11 +86,14 @@ def devices(name: str, count: int) -> list[Any]:
     target = TARGETS[name]
     if not installed(name):
         raise UserError(f"compiling for {name} needs the package {target.package[1]}, of the version that jax names")
-    least = min(size for size in target.topologies if size >= count)
+    topology = target.topologies[min(size for size in target.topologies if size >= count)]
     if name == "h200":
-        found = get_topology_desc("", "cuda", target_config=_H200, topology=target.topologies[least]).devices
+        found = get_topology_desc("", "cuda", target_config=_H200, topology=topology).devices
     else:
-        found = get_topology_desc(target.topologies[least], platform="tpu").devices
+        chips = [int(side) for side in topology.partition(":")[2].split("x")]
+        # A TPU's host has four chips; where it is to have fewer, the compiler wants to be told.
+        fewer = {"chips_per_host_bounds": tuple(chips)} if math.prod(chips) < 4 else {}
+        found = get_topology_desc(topology, platform="tpu", **fewer).devices
     return list(found)[:count]
 
 

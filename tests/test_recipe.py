@@ -249,7 +249,7 @@ def _changed(change) -> str:
         (lambda t: t["train"].update(steps="3"), ["recipe.json.train.steps is '3'", "whole number"]),
         (lambda t: t["train"].update(steps=3.0), ["whole number"]),
         (lambda t: t["train"].update(steps=True), ["whole number"]),
-        (lambda t: t["train"].update(remat="all"), ["none, layer, dots"]),
+        (lambda t: t["train"].update(remat="all"), ["none, attention, dots, layer"]),
         (lambda t: t["data"].update(paths="english"), ["names separated by commas"]),
         (lambda t: t.update(model=3), ["recipe.json.model is 3", "an object"]),
         (lambda t: t["model"]["body"].update(kind="recusrive"), ["recipe.json.model.body=recusrive", "recursive"]),

@@ -20,14 +20,12 @@ from adaptive.targets import TARGETS
 class Rates(NamedTuple):
     """What a kind of device reaches of its data sheet.
 
-    kind       what jax calls such a device
     matmul     share of the matmul peak that projections and feed-forwards reach
     attention  the same of attention kernels, over the pairs that are attended, heads of 64
     memory     share of the memory's bandwidth
     source     where the shares are from
     """
 
-    kind: str
     matmul: float
     attention: float
     memory: float
@@ -36,11 +34,11 @@ class Rates(NamedTuple):
 
 _H200 = "8192^3 bfloat16 matmul and copy of such a machine: 780 TFLOP/s, 4.3 TB/s; 75 % and 45 % of the former"
 RATES = {
-    "v5e": Rates("TPU v5 lite", 0.62, 0.30, 0.85, "assumed: published training runs of dense models"),
-    "v5p": Rates("TPU v5", 0.65, 0.30, 0.85, "assumed: published training runs of dense models"),
-    "v6e": Rates("TPU v6 lite", 0.60, 0.25, 0.85, "assumed: near v5e's, a wider array is harder to fill"),
-    "v7x": Rates("TPU7x", 0.60, 0.25, 0.85, "assumed: as v6e"),
-    "h200": Rates("NVIDIA H200", 0.59, 0.355, 0.90, _H200),
+    "v5e": Rates(0.62, 0.30, 0.85, "assumed: published training runs of dense models"),
+    "v5p": Rates(0.65, 0.30, 0.85, "assumed: published training runs of dense models"),
+    "v6e": Rates(0.60, 0.25, 0.85, "assumed: near v5e's, a wider array is harder to fill"),
+    "v7x": Rates(0.60, 0.25, 0.85, "assumed: as v6e"),
+    "h200": Rates(0.59, 0.355, 0.90, _H200),
 }
 
 
@@ -106,14 +104,16 @@ def estimate(recipe: Recipe, target: str, devices: int) -> Estimate:
     remat = "none" if recipe.train.remat == "auto" else recipe.train.remat
     rows = recipe.train.batch_size / devices
     rates, chip = RATES[target], TARGETS[target]
-    peak = peak_of(rates.kind, "bfloat16").flops
+    peak = peak_of(chip.kind, "bfloat16").flops
     assert peak is not None
     flops, memory = peak * rates.matmul, chip.bandwidth * rates.memory
     cost, again = account(model, seq), remat == "layer"
     stages, head = cost.stages[:-1], cost.stages[-1]
     by_kernel = recipe.train.kernels != "reference"
     if by_kernel:
-        attended = sum(stage.attention_useful for stage in stages) * (1 + BYTES.flash_backward + (remat != "none"))
+        # What remat "attention" keeps of our kernels' attention, cuDNN keeps to itself.
+        attends_again = again or remat == "dots" or (remat == "attention" and target == "h200")
+        attended = sum(stage.attention_useful for stage in stages) * (1 + BYTES.flash_backward + attends_again)
         attention = attended / (peak * rates.attention)
         scanned = sum(3 * stage.state_space_useful + stage.state_space_again for stage in stages)
         scan = scanned / (peak * rates.attention)
@@ -130,7 +130,7 @@ def estimate(recipe: Recipe, target: str, devices: int) -> Estimate:
         matmuls=rows * dense / flops,
         attention=rows * attention,
         scan=rows * scan,
-        head=max(3 * rows * head.head / flops, _head_bytes(recipe, rows, rates.kind) / memory),
+        head=max(3 * rows * head.head / flops, _head_bytes(recipe, rows, chip.kind) / memory),
         elementwise=rows * moved / memory,
         routing=rows * routed / (chip.bandwidth * BYTES.routed_share),
         optimizer=BYTES.parameter * parameters(model).total / devices / memory,

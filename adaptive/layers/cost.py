@@ -115,12 +115,13 @@ class Cost:
 
     def recomputed(self, remat: str) -> float:
         """FLOPs of the second forward pass: under "layer" all matmuls of the layers but `last`; under "dots" those with
-        a batch axis, in attention, scans and experts, which are not kept, but the last of experts."""
+        a batch axis, in attention, scans and experts, which are not kept, but the last of experts. Under "attention"
+        the same, where its reference computes attention: of that nothing can be kept."""
         match remat:
             case "layer":
                 inside = self.projections + self.attention + self.state_space + self.feed_forward + self.router_inside
                 return inside - self.last
-            case "dots":
+            case "attention" | "dots":
                 return self.attention + self.state_space + self.experts - self.experts_last
         return 0.0
 

@@ -8,8 +8,8 @@ from adaptive.settings import divisors, ranged, show, since
 from kernels_pallas.choice import Kernels
 
 SELECTIONS = ("topk", "threshold")
-Remat = Literal["none", "layer", "dots"]
-POLICIES: tuple[Remat, ...] = ("none", "dots", "layer")  # from what recomputes nothing to what keeps least
+Remat = Literal["none", "attention", "dots", "layer"]
+POLICIES: tuple[Remat, ...] = ("none", "attention", "dots", "layer")  # from what recomputes nothing to what keeps least
 AuxiliaryOver = Literal["batch", "micro_batch"]
 
 
@@ -31,8 +31,9 @@ class TrainConfig:
     ema: float = dataclasses.field(default=0.0, metadata={**ranged(0.0, least=0, below=1).metadata, "before": 0.0})
     seed: int = ranged(0, least=0, most=2**32 - 1)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
-    # Recompute in the backward pass: nothing, layers, all but matmuls, or the least of these that fits the device.
-    remat: Literal["auto", "none", "layer", "dots"] = "none"
+    # Recompute in the backward pass: nothing, all but matmuls and attention, all but matmuls, layers, or the least of
+    # these that fits the device.
+    remat: Literal["auto", "none", "attention", "dots", "layer"] = "none"
     # Operations have kernels where the machine has some; "reference": none, XLA computes all, to compare with.
     kernels: Kernels = since("auto", before="auto")
     # Positions whose logits exist at once, per sequence; 0: chosen from the vocabulary and the device.

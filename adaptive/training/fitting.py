@@ -33,8 +33,8 @@ class Fitted(NamedTuple):
 
 
 def fitted(program: Program) -> Fitted:
-    """With train.remat=auto the program that recomputes least of those whose first step fits a device: "none", "dots",
-    "layer" are compiled in turn. Where the memory is not known, as on CPUs, nothing is recomputed.
+    """With train.remat=auto the program that recomputes least of those whose first step fits a device: "none",
+    "attention", "dots", "layer" are compiled in turn. Where the memory is not known, as on CPUs, nothing is recomputed.
 
     Raises NoRoomError where no step fits.
     """

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import blocked, cudnn, gpu, reference, splash
 from kernels_pallas.attention.seen import Seen
@@ -17,6 +18,7 @@ from kernels_pallas.choice import Target, active_target, by_platform
 
 SHORT = 256  # queries times keys that are written as they are where there is no kernel: the square of this
 FEW = 16  # queries for which nothing but reading the keys costs time
+KEPT = "attention"  # name, for policies of jax.checkpoint, of results that a backward pass would compute again
 
 
 class Places(NamedTuple):
@@ -93,6 +95,9 @@ def _attention(soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, seen: 
 def _forward(soft_cap, q, k, v, seen):
     tpu, cuda, default = (functools.partial(form.forward, soft_cap=soft_cap) for form in _forms(q, k))
     out, lse = by_platform(q, k, v, seen, tpu=tpu, cuda=cuda, default=default)
+    # As one matrix: TPUs lay the last dimension out in 128 lanes, of which a head fills half.
+    flat = checkpoint_name(out.reshape(*out.shape[:2], -1), KEPT)
+    out, lse = flat.reshape(out.shape), checkpoint_name(lse, KEPT)
     return out, (q, k, v, seen, out, lse)
 
 

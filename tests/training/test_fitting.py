@@ -14,7 +14,7 @@ from adaptive.training.fitting import fitted, memory_limit
 from adaptive.training.program import Program, Steps
 
 GIB = 2**30
-NEEDS = {"none": 30 * GIB, "dots": 12 * GIB, "layer": 5 * GIB}
+NEEDS = {"none": 30 * GIB, "attention": 20 * GIB, "dots": 12 * GIB, "layer": 5 * GIB}
 
 
 @dataclasses.dataclass
@@ -50,8 +50,13 @@ def program():
     ("memory", "silent", "why"),
     [
         (32, (), "none needs 30.0 GiB of 30.4 GiB"),
-        (31, (), "dots needs 12.0 GiB of 29.4 GiB; none needs 30.0 GiB"),
-        (12, ("none", "dots"), "layer needs 5.0 GiB of 11.4 GiB; none needs more; dots needs more"),
+        (31, (), "attention needs 20.0 GiB of 29.4 GiB; none needs 30.0 GiB"),
+        (20, ("none",), "dots needs 12.0 GiB of 19.0 GiB; none needs more; attention needs 20.0 GiB"),
+        (
+            12,
+            ("attention", "dots"),
+            "layer needs 5.0 GiB of 11.4 GiB; none needs 30.0 GiB; attention needs more; dots needs more",
+        ),
     ],
 )
 def test_the_least_is_recomputed_that_fits_with_something_to_spare(program, monkeypatch, memory, silent, why):
@@ -66,7 +71,7 @@ def test_what_fits_in_no_way_is_told_with_what_would_make_it_smaller(program, mo
     monkeypatch.setattr(fitting, "memory_limit", lambda program: 4 * GIB)
     with pytest.raises(NoRoomError) as error:
         fitted(program())
-    for part in ("3.8 GiB of a cpu", "none needs 30.0 GiB; dots needs 12.0 GiB; layer needs 5.0 GiB",
+    for part in ("3.8 GiB of a cpu", "none needs 30.0 GiB; attention needs 20.0 GiB; dots needs 12.0 GiB; layer needs",
                  "train.device_batch_size=4 (a device computes 8 rows at once)", "mesh.fsdp"):  # fmt: skip
         assert part in str(error.value)
 
