@@ -47,6 +47,12 @@ def active_target() -> Target | None:
     return _target.get()
 
 
+def platform() -> str:
+    """What programs are made for: the active target's platform, or else that of this process's own devices."""
+    current = _target.get()
+    return jax.default_backend() if current is None else current.platform
+
+
 def by_platform(*args: Any, tpu: Callable[..., Any], cuda: Callable[..., Any], default: Callable[..., Any]) -> Any:
     """`lax.platform_dependent`, or the one form that the active target needs."""
     current = _target.get()

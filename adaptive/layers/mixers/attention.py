@@ -1,9 +1,8 @@
 """Grouped-query attention with rotary positions, among a set of positions and what a state holds of earlier ones."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Told
 from adaptive.layers.cost import Cost, Span
+from adaptive.layers.keys_values import KeyValues, counts, empty, first, slots_of, written
 from adaptive.layers.linear import projected, times, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.norm import RMSNorm
@@ -22,7 +22,7 @@ from adaptive.layers.state import Within
 from adaptive.layers.where import Where
 from adaptive.parallel.shard import sharded
 from adaptive.routing.chunks import numbered
-from adaptive.routing.rows import set_rows, set_rows_within, take_rows, take_rows_within
+from adaptive.routing.rows import take_rows
 from adaptive.settings import divisors, ranged, since, spelt
 from kernels_pallas.attention import Places, attention
 
@@ -107,20 +107,6 @@ class Settings(Mixer):
         return Attention(self, site, key)
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of one layer, and where they stand.
-
-    k, v      [rows, slots, kv_heads, head_dim], keys rotated
-    index     i32[rows, slots]: place in the row of what a slot holds; -1: it holds nothing
-    segments  i32[rows, slots]: documents; None: one per row
-    """
-
-    k: jax.Array
-    v: jax.Array
-    index: jax.Array  # type: ignore[assignment]  # hides tuple.index
-    segments: jax.Array | None = None
-
-
 class Attention(MixerModule):
     """Queries at `where` read the keys of the same call or, with a state, those of the state with their own among them.
 
@@ -162,43 +148,33 @@ class Attention(MixerModule):
         q = rotated(self._project(x, self.q, self.q_bias, self.q_norm))
         if s.scale:
             q = q * (s.scale * s.head_dim**0.5)
-        q_index: jax.Array | None = where.index
         if state is None or call.writes:
             k = rotated(self._project(x, self.k, self.k_bias, self.k_norm))
             own = KeyValues(k, self._project(x, self.v, self.v_bias, None), where.index, where.segments)
-            write = written_within if isinstance(state, Within) else written
-            after: Any = own if state is None else write(state, own, where)  # type: ignore[arg-type]
+            after: Any = own if state is None else written(state, own, where)
         else:
             after = state
-        keys: KeyValues = after.own() if isinstance(after, Within) else after
-        k_index: jax.Array | None = None  # what a state holds stands in its slots
-        if state is not None:
-            k_valid: jax.Array | None = keys.index >= 0
-        else:
-            k_valid = where.exists
-            if s.window:
-                k_index = keys.index
-            else:  # order alone tells what is earlier, but not how much earlier
-                q_index = None
-        given = q_index, k_index, where.segments, keys.segments, k_valid
         how = {"window": s.window, "causal": call.sees == "past", "soft_cap": s.soft_cap}
-        out = _attention(q, keys.k, keys.v, *given, **how)
+        if state is not None:
+            out = _read(q, after, where, **how)
+        elif s.window:
+            out = _attention(q, own.k, own.v, own.index, own.index, own.segments, own.segments, where.exists, **how)
+        else:  # order alone tells what is earlier, but not how much earlier
+            out = _attention(q, own.k, own.v, None, None, own.segments, own.segments, where.exists, **how)
         o = use(self.o, x.dtype)
         out = times(out.reshape(*out.shape[:2], -1), o.reshape(-1, o.shape[-1]))
         if self.o_bias is not None:
             out = out + use(self.o_bias, x.dtype)
         if state is None and call.keep and where.exists is not None:
-            after = keys._replace(index=jnp.where(where.exists, keys.index, -1))
+            after = own._replace(index=jnp.where(where.exists, own.index, -1))
         told = Told()
         if call.counts and not call.training:
-            read = None if state is None else Where.whole(keys.index.shape, None, keys.segments, keys.index >= 0)
+            read = None if state is None else slots_of(after)
             told = Told(stats=attended(where, s.window, call.sees, read))
         return out, after if call.keep or state is not None else None, told
 
     def empty(self, rows: int, slots: int, dtype: Any) -> KeyValues:
-        s = self.settings
-        zeros = jnp.zeros((rows, slots, s.groups, s.head_dim), dtype)
-        return KeyValues(zeros, zeros, jnp.full((rows, slots), -1, jnp.int32))
+        return empty(rows, slots, self.settings.groups, self.settings.head_dim, dtype)
 
     def _project(self, x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, norm: RMSNorm | None) -> jax.Array:
         """x [rows, n, width] -> queries, keys or values [rows, n, heads, head_dim], not yet rotated."""
@@ -225,31 +201,22 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | Non
     return sharded(local, names, split)(q, k, v, *given)
 
 
-def written(state: KeyValues, own: KeyValues, where: Where) -> KeyValues:
-    """The state with the positions that exist in their slots."""
-    return _written(state, own, where, take_rows, set_rows)
+def _read(q: jax.Array, state: KeyValues | Within, where: Where, **how: Any) -> jax.Array:
+    """Attention of queries at `where` over what a state holds, by slots."""
+    sizes = counts(state, q.shape[1]) if how["causal"] else counts(state, q.shape[1])[-1:]
 
+    def over(size: int) -> Callable[..., jax.Array]:
+        def form(q: jax.Array, state: KeyValues | Within, where: Where) -> jax.Array:
+            keys = first(state, size)
+            given = where.index, None, where.segments, keys.segments, keys.index >= 0
+            return _attention(q, keys.k, keys.v, *given, **how)
 
-def written_within(state: Within, own: KeyValues, where: Where) -> Within:
-    """`written` where the state stands."""
-    take = functools.partial(take_rows_within, state.layer)
-    put = functools.partial(set_rows_within, state.layer)
-    return state._replace(whole=_written(state.whole, own, where, take, put))
+        return form
 
-
-def _written(
-    state: KeyValues, own: KeyValues, where: Where, take: Callable[..., jax.Array], put: Callable[..., jax.Array]
-) -> KeyValues:
-    """take, put: `take_rows` and `set_rows` for arrays of the state."""
-    slots, exists = where.index, where.exists
-
-    def one(old: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.astype(old.dtype)
-        if exists is not None:
-            new = jnp.where(exists.reshape(*exists.shape, *(1,) * (new.ndim - 2)), new, take(old, slots))
-        return put(old, slots, new)
-
-    return state._replace(k=one(state.k, own.k), v=one(state.v, own.v), index=one(state.index, own.index))
+    if len(sizes) == 1:
+        return over(sizes[0])(q, state, where)
+    enough = jnp.searchsorted(jnp.array(sizes), where.index.max() + 1)
+    return jax.lax.switch(enough, [over(size) for size in sizes], q, state, where)
 
 
 def attended(where: Where, window: int, sees: str, read: Where | None = None) -> dict[str, jax.Array]:

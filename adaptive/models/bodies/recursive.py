@@ -12,7 +12,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers import stack as stacks
 from adaptive.layers.call import Call, Tales, below, stacked
 from adaptive.layers.cost import CAPACITIES, Cost, Span, Taken
-from adaptive.layers.mixers.attention import KeyValues, written
+from adaptive.layers.keys_values import KeyValues, taken, written
 from adaptive.layers.mixers.attention import Settings as Attention
 from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.norm import RMSNorm
@@ -25,7 +25,6 @@ from adaptive.models.bodies import Body, BodyModule, Through
 from adaptive.models.bodies.plain import scaled
 from adaptive.models.depth import Carried, Depth, DepthModule
 from adaptive.models.depth import all as all_tokens
-from adaptive.routing.rows import take_rows
 from adaptive.routing.types import AuxLosses, Trace
 from adaptive.settings import ranged
 
@@ -359,8 +358,7 @@ class _Core:
         """A pass's keys and values, those of the new positions replaced by the first pass's."""
 
         def one(first: KeyValues, own: KeyValues) -> KeyValues:
-            at = lambda a: take_rows(a, self._whole.index)  # noqa: E731
-            return written(own, KeyValues(at(first.k), at(first.v), at(first.index)), self._whole)
+            return written(own, taken(first, self._whole.index), self._whole)
 
         return jax.vmap(one)(first, own)
 
