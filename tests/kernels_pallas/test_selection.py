@@ -1,27 +1,17 @@
 """Radix selection against a stable sort in NumPy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas import selection
 
 pytestmark = pytest.mark.compiles
-
-
-def scores(kind: str, rows: int, n: int) -> np.ndarray:
-    rng = np.random.default_rng(n)
-    drawn = rng.normal(size=(rows, n)).astype(np.float32)
-    match kind:
-        case "ties":
-            return np.round(drawn, 1)
-        case "equal":
-            return np.zeros_like(drawn)
-        case "special":
-            some = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 3.4e38, -3.4e38, 1.0], np.float32)
-            return rng.choice(some, size=drawn.shape)
-    return drawn
 
 
 def by_sorting(values: np.ndarray, count: int) -> np.ndarray:
@@ -32,15 +22,29 @@ def by_sorting(values: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("kind", ["drawn", "ties", "equal", "special"])
-@pytest.mark.parametrize("n", [1, 7, 200])
-def test_mask_and_positions(kind, n):
-    values = scores(kind, 3, n)
-    masks = jax.jit(selection.top_mask)
-    for count in {0, 1, n // 3, n - 1, n}:
-        mask = np.asarray(masks(values, count))
-        np.testing.assert_array_equal(mask, by_sorting(values, count))
-    count = max(1, n // 3)
+LENGTHS = {1: 1, 7: 3, 200: 66}  # of a row, and how many of it are taken where programs are compiled for a number
+NUMBERS = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, math.nan])
+
+
+@st.composite
+def rows(draw):
+    """f32[3, n]: numbers of any kind, few of them different in half of the rows."""
+    n = draw(st.sampled_from(list(LENGTHS)))
+    some = draw(st.lists(NUMBERS, min_size=1, max_size=3 * n))
+    rng = np.random.default_rng(draw(st.integers(0)))
+    return np.asarray(some, np.float32)[rng.integers(0, len(some), (3, n))]
+
+
+masks = jax.jit(selection.top_mask)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(values=rows(), share=st.floats(0, 1))
+def test_mask_and_positions_of_any_numbers(values, share):
+    n = values.shape[1]
+    for count in {0, round(share * n), n}:
+        np.testing.assert_array_equal(masks(values, count), by_sorting(values, count))
+    count = LENGTHS[n]
     mask = by_sorting(values, count)
     want = np.nonzero(mask)[1].reshape(3, count)
     np.testing.assert_array_equal(selection.positions(jnp.asarray(mask), count), want)
@@ -50,7 +54,7 @@ def test_mask_and_positions(kind, n):
 
 
 def test_counts_by_row():
-    values = scores("ties", 4, 50)
+    values = np.random.default_rng(50).normal(size=(4, 50)).astype(np.float32).round(1)
     counts = np.array([[0], [3], [50], [70]], np.int32)
     got = np.asarray(selection.top_mask(jnp.asarray(values), counts))
     for row, count in enumerate(counts[:, 0]):

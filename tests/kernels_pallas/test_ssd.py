@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
@@ -56,18 +58,25 @@ def close(got, expected, tolerance):
         assert np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max())
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-def test_recurrence_matrix_and_blocks_are_one(segmented):
+SIZES = st.fixed_dictionaries({
+    "batch": st.integers(1, 3), "seq": st.integers(1, 50), "heads": st.integers(1, 4), "dim": st.integers(1, 6),
+    "n": st.integers(1, 7), "every": st.integers(1, 12), "seed": st.integers(0),
+})  # fmt: skip
+USUAL = {"batch": 2, "seq": 37, "heads": 3, "dim": 4, "n": 5, "every": 9, "seed": 0}
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(sizes=SIZES, block=st.integers(1, 60), segmented=st.booleans(), carried=st.booleans())
+@example(sizes=USUAL, block=8, segmented=True, carried=True)
+def test_recurrence_matrix_and_blocks_are_one(sizes, block, segmented, carried):
     with jax.enable_x64(True):
-        *inputs, state, segments = case(dtype=jnp.float64)
-        segments = segments if segmented else None
+        *inputs, state, segments = case(**sizes, dtype=jnp.float64)
+        segments, state = segments if segmented else None, state if carried else jnp.zeros_like(state)
         expected = one_matrix(*inputs, state, segments)
         close(recurrence(*inputs, segments=segments, state=state), expected, 1e-12)
-        for block in (1, 8, 256):
-            got = ssd(*inputs, segments=segments, state=state, block=block)
-            assert got[0].dtype == got[1].dtype == jnp.float64
-            close(got, expected, 1e-12)
-        close(ssd(*inputs, segments=segments), one_matrix(*inputs, np.zeros(state.shape), segments), 1e-12)
+        got = ssd(*inputs, segments=segments, state=state if carried else None, block=block)
+        assert got[0].dtype == got[1].dtype == jnp.float64
+        close(got, expected, 1e-12)
 
 
 @pytest.mark.parametrize(("segmented", "block"), [(False, 8), (True, 8), (True, 256)])
