@@ -40,7 +40,7 @@ def test_compiles_to_its_own_kernels(target):
     for name, of in facts.items():
         assert of["kernels"] == 3, name  # one forwards, two backwards
         assert not of["square"], name
-        assert bool(of["calls in a loop"]) == (name == "many" and target == "v5e"), name
+        assert bool(of["calls in a loop"]) == (name == "many" and target != "h200"), name
         assert not of["collectives"], name
     # Temporaries are copies of arguments and results by heads, not scores: those of all slots would be 512 MiB.
     assert facts["usual"]["temporaries"] < 2**27

@@ -43,12 +43,13 @@ def test_compiles_to_its_own_kernels(target):
     # On four devices, rows over two and heads over two: all stay where they are. The cotangents of b and c, which all
     # heads read, are summed, and that of a, which all rows share.
     assert set(facts["sharded"]["collectives"]) == {"all-reduce"}
-    # No matrix of a block is written; forward no state either, backward one for each 128 positions, as many bytes as x.
+    # No matrix of a block is written; forward no state either, backward one for each 128 positions.
     assert not facts["usual"]["matrices"]
     rows, seq, *_ = CASES["usual"]
     x = rows * seq * HEADS * DIM * 2
-    assert forward["kernels"] == 1 and forward["temporaries"] < 2 * x
-    assert facts["usual"]["temporaries"] < 3 * x
+    once, both = (2, 3) if target == "h200" else (0.1, 0.5)  # in units of x, which TPUs lay out anew nowhere
+    assert forward["kernels"] == 1 and forward["temporaries"] < once * x
+    assert facts["usual"]["temporaries"] < both * x
 
 
 def main(target):
