@@ -1,10 +1,13 @@
-"""Released weights to the folder of a run, which every other command takes, and a run's model to released names:
+"""Other people's weights to the folder of a run, which every other command takes, and a run's model back:
 
+    adaptive convert --from FOLDER_OR_GGUF --workdir DIR [setting=value ...]
     adaptive convert --kind KIND --tensors FILE --config FILE --workdir DIR [setting=value ...]
+    adaptive convert --workdir DIR --export FOLDER [--dtype bfloat16] [--push NAME/REPOSITORY]
     adaptive convert --kind KIND --workdir DIR --export FILE.safetensors
 
-Settings are dotted, as those of training, and count where the model is trained further:
-`adaptive train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something cannot work, 130 interrupted.
+FOLDER is one as Hugging Face's hub has it, with config.json, safetensors and a tokenizer. Settings are dotted, as those
+of training, and count where the model is trained further: `adaptive train --recipe DIR/recipe.json --workdir DIR`. Exit
+codes: 0 done, 2 something cannot work, 130 interrupted.
 """
 
 if __name__ == "__main__":
@@ -15,27 +18,43 @@ if __name__ == "__main__":
     sys.exit(command.start("adaptive.convert"))
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from adaptive import command, versions
 from adaptive.errors import CheckpointError, RecipeError, UserError
+from adaptive.exporting import export_folder
+from adaptive.interop.source import Source, read_config, source
 from adaptive.paths import local_path
 from adaptive.recipe import Recipe, name_from
-from adaptive.settings import parse_json
 
 TOKENIZERS = {"hnet": "hnet-bytes"}  # of the kinds that know theirs
+
+
+class Reading(Protocol):
+    """Settings of a model, and its state of tensors that were looked at (`adaptive.interop.huggingface.Read`)."""
+
+    @property
+    def settings(self) -> Any: ...
+
+    def state(self, shapes: Any, place: Any) -> Any: ...
 
 
 def options() -> command.Options:
     made = command.Options("convert", __doc__ or "")
     add = made.add_argument
-    add("--kind", default="", help="whose names the tensors have: hnet, mor, mixtral, olmoe, qwen3_moe")
+    add("--from", dest="source", default="", help="a folder as Hugging Face's hub has it, or a *.gguf file")
+    add("--kind", default="", help="whose names the tensors have: hnet, mor, llama, qwen3, ...; --from finds it out")
     add("--tensors", default="", help="*.safetensors, a PyTorch file, an index of several, or a folder of them")
     add("--config", default="", help="the released configuration (JSON)")
     add("--workdir", default="", help="folder of the run: a new one; with --export that of a model")
-    add("--export", default="", help="file to write; of hnet the configuration too, beside it as *.json")
+    add("--export", default="", help="a new folder that transformers opens, or one *.safetensors file")
+    add("--step", type=command.number(int, least=0), help="with --export: the checkpoint of this step, not the newest")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of exported weights")
+    add("--shard_mb", type=command.number(int, least=1), default=5000, help="largest exported file (default 5000)")
+    add("--push", default="", metavar="REPOSITORY", help="uploads the exported folder to Hugging Face's hub")
     add("--allow_pickle", action="store_true", help="read PyTorch files with torch, which runs any code in them")
     made.add_settings()
     return made
@@ -51,51 +70,91 @@ def run(arguments: Sequence[str]) -> int:
     given = options().read(arguments)
     if given.settings and given.export:
         raise UserError(f"'{given.settings[0]}': --export takes no settings")
-    needed = ("kind", "workdir", "export") if given.export else ("kind", "tensors", "config", "workdir")
+    if given.source and (given.tensors or given.config or given.export):
+        raise UserError("--from says where tensors and configuration are: leave out --tensors, --config and --export")
+    file = given.export.endswith(".safetensors")
+    if given.push and (file or not given.export):
+        raise UserError("--push uploads a folder: give --export FOLDER")
+    needed: tuple[str, ...] = ("kind", "tensors", "config", "workdir")
+    if given.source or given.export:
+        needed = ("source", "workdir") if given.source else ("kind", "workdir", "export")[not file :]
     if missing := [f"--{name}" for name in needed if not getattr(given, name)]:
         raise UserError(f"{', '.join(missing)} is missing (--help shows all options)")
-    paths = {name: local_path(getattr(given, name), f"--{name}") for name in needed[1:]}
+    paths = {name: local_path(getattr(given, name), f"--{name}") for name in needed if name != "kind"}
     print(versions.check_versions())
     start_backend()
-    if given.export:
+    if given.export and file:
         export(given.kind, paths["workdir"], paths["export"])
+        return 0
+    if given.export:
+        size = given.shard_mb * 10**6
+        export_folder(paths["workdir"], paths["export"], given.kind, given.dtype, size, given.push, given.step)
+        return 0
+    if given.source:
+        found = source(paths["source"], given.kind, allow_pickle=given.allow_pickle)
     else:
-        convert(given.kind, **paths, settings=given.settings, allow_pickle=given.allow_pickle)
+        found = _of_files(given.kind, paths["tensors"], paths["config"], allow_pickle=given.allow_pickle)
+    convert(found, paths["workdir"], given.settings)
     return 0
 
 
-def convert(
-    kind: str, tensors: Path, config: Path, workdir: Path, settings: Sequence[str], *, allow_pickle: bool = False
-) -> None:
-    """Makes `workdir` the folder of a run at step 0 whose model has the tensors."""
-    from adaptive.interop import check_kind, from_official
-    from adaptive.interop.files import read_tensors
-    from adaptive.runs.folder import RunFolder
+def _of_files(kind: str, tensors: Path, config: Path, *, allow_pickle: bool) -> Source:
+    """Tensors and configuration that lie apart."""
+    from adaptive.interop import check_kind
+    from adaptive.interop.files import lazy_tensors
 
     check_kind(kind)
-    official = read_config(config)
+    about = read_config(config)
+    return Source(name_of(config), kind, about, lazy_tensors(tensors, allow_pickle=allow_pickle), {})
+
+
+def convert(found: Source, workdir: Path, settings: Sequence[str]) -> None:
+    """Makes `workdir` the folder of a run at step 0 whose model has the tensors. Raises UserError before anything is
+    written where it cannot be."""
+    from adaptive.interop import check_kind, reader
+    from adaptive.runs.folder import RunFolder
+
+    check_kind(found.kind)
     if RunFolder(workdir).recipe.exists():
         raise CheckpointError(f"{workdir} holds a run already; choose another --workdir")
-    if kind not in TOKENIZERS and not any(text.startswith("data.tokenizer=") for text in settings):
-        raise RecipeError(f"--kind {kind} does not say how text becomes tokens: add data.tokenizer=NAME_OR_FILE")
-    named = read_tensors(tensors, allow_pickle=allow_pickle)
-    numbers = sum(value.size for value in named.values())
-    print(f"read      {tensors}: {len(named)} tensors, {numbers:,} numbers", flush=True)
-    model: Any = from_official(kind, named, official)
-    del named  # as large as the model, and so is much of what follows
-    recipe = Recipe(name_of(config), f"{kind} weights of {tensors.name}, converted", model.settings)
-    defaults = [f"data.tokenizer={name}" for name in [TOKENIZERS.get(kind)] if name]
     given = {text.partition("=")[0] for text in settings}
+    defaults = [f"data.tokenizer={name}" for name in [TOKENIZERS.get(found.kind)] if name]
+    if found.tokenizer and "data.tokenizer" not in given:
+        defaults = [f"data.tokenizer={(workdir / 'tokenizer').absolute()}"]
+    if not defaults and "data.tokenizer" not in given:
+        raise RecipeError(f"--kind {found.kind} does not say how text becomes tokens: add data.tokenizer=NAME_OR_FILE")
+    numbers = sum(math.prod(value.shape) for value in found.tensors.values())
+    print(f"read      {found.name}: {found.kind}, {len(found.tensors)} tensors, {numbers:,} numbers", flush=True)
+    read = reader(found.kind, found.tensors, found.config)
+    recipe = Recipe(name_from(found.name), f"{found.kind} weights of {found.name}, converted", read.settings)
     recipe = recipe.with_(*(text for text in defaults if text.partition("=")[0] not in given), *settings)
     recipe.validate()
-    save(recipe, model, workdir)
+    check_tokenizer(found, recipe)
+    save(recipe, read, workdir, found)
     print(f"wrote     {workdir}: a run at step 0; generate with python -m adaptive.generate --workdir {workdir}")
+
+
+def check_tokenizer(found: Source, recipe: Recipe) -> None:
+    """Raises RecipeError where the tokenizer has ids that the model has no embedding for."""
+    import tempfile
+
+    from adaptive.data.tokenizers import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        name = recipe.data.tokenizer
+        if found.tokenizer and name.endswith("tokenizer"):
+            found.write_tokenizer(Path(folder))
+            name = folder
+        tokenizer = load_tokenizer(name, bos=recipe.data.bos, eos=recipe.data.eos)
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise RecipeError(
+            f"the tokenizer {recipe.data.tokenizer} has ids up to {tokenizer.vocab_size - 1:,} and the model "
+            f"embeddings of {recipe.model.vocab_size:,} tokens: it is that of another model; give data.tokenizer=NAME"
+        )
 
 
 def export(kind: str, workdir: Path, path: Path) -> None:
     """Writes the model of a run's newest checkpoint to one safetensors file, under the names of `kind`."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"--export {path}: it is written as safetensors, so its name must end in .safetensors")
     from flax import nnx
 
     from adaptive.interop import check_kind, to_official
@@ -114,8 +173,11 @@ def export(kind: str, workdir: Path, path: Path) -> None:
         print(f"wrote     {beside}")
 
 
-def save(recipe: Recipe, model: Any, workdir: Path) -> None:
-    """Makes the folder of a run of `recipe`, with `model` in a checkpoint of step 0."""
+def save(recipe: Recipe, read: Reading, workdir: Path, found: Source | None = None) -> None:
+    """Makes the folder of a run of `recipe`, with the parameters that were read in a checkpoint of step 0.
+
+    Each parameter is made by itself, where it is to live. Training begins with a new state of the optimizer.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -128,20 +190,23 @@ def save(recipe: Recipe, model: Any, workdir: Path) -> None:
     from adaptive.training.program import Program
 
     program = Program(recipe, make_mesh(recipe.mesh))
-    params, buffers = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
-    wanted, found = ({path: leaf.shape for path, leaf in nnx.to_flat_state(s)} for s in (
-        program.abstract_state().params, params))  # fmt: skip
-    if wrong := next((path for path in wanted | found if wanted.get(path) != found.get(path)), None):
+    abstract, shapes = program.abstract_state(), nnx.eval_shape(lambda: read.settings.build(jax.random.key(0)))
+    wanted = {path: leaf for state in (abstract.params, abstract.buffers) for path, leaf in nnx.to_flat_state(state)}
+    own = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(shapes))}
+    if wrong := next((path for path in wanted | own if _shape(wanted.get(path)) != own.get(path)), None):
         raise RecipeError(f"the settings describe another model than the tensors: {'/'.join(map(str, wrong))} differs")
 
+    def place(path: Any, value: Any) -> jax.Array:
+        return jax.device_put(value.astype(wanted[path].dtype, copy=False), wanted[path].sharding)
+
+    params, buffers = nnx.split_state(read.state(nnx.state(shapes), place), nnx.Param, ...)
+    zero, key = jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(recipe.train.seed))
     into = program.shardings
-    params, buffers = jax.device_put(params, into.params), jax.device_put(buffers, into.buffers)
-    zero = jnp.zeros((), jnp.int32)
-    key = jax.random.key_data(jax.random.key(recipe.train.seed))
     step, skipped, key = jax.device_put((zero, zero, key), (into.step, into.skipped, into.key))
-    opt = jax.jit(program.tx.init, out_shardings=into.opt)(params)
-    state = TrainState(step, skipped, params, buffers, opt, key)
+    state = TrainState(step, skipped, params, buffers, (), key)
     with RunFolder.open(workdir, recipe) as folder:
+        if found is not None and found.tokenizer:
+            found.write_tokenizer(workdir / "tokenizer")
         record_start(folder.path)
         checkpoints = Checkpoints(folder.checkpoints, recipe.checkpoint, json.loads(recipe.to_json()))
         checkpoints.save(0, state, {})
@@ -150,19 +215,11 @@ def save(recipe: Recipe, model: Any, workdir: Path) -> None:
             raise CheckpointError(f"the checkpoint could not be written to {folder.checkpoints}")
 
 
+def _shape(leaf: Any) -> Any:
+    return None if leaf is None else leaf.shape
+
+
 def name_of(config: Path) -> str:
     """The model's name: that of its configuration file, or of the folder around one that is called config.json."""
     stem = config.absolute().parent.name if config.stem == "config" else config.stem
     return name_from(stem or "converted")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read --config {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"--config {path} is not JSON that can be used: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"--config {path} must be a JSON object of settings, not a {type(config).__name__}")
-    return config

@@ -99,12 +99,12 @@ def _single_bytes(pieces: dict[int, str]) -> dict[int, bytes]:
 
 def _spelt(piece: str) -> bytes:
     """The bytes that a piece spells; what holds other characters than those that spell bytes is itself."""
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else piece.encode()
 
 
 @functools.cache
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in byte-level BPE (GPT-2, bytes_to_unicode)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]

@@ -215,6 +215,14 @@ class JsonTokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         return self._texts.inside.get(token, b"")
 
+    def piece(self, token: int) -> str:
+        """How the file spells the token."""
+        return str(self._files.library.id_to_token(token))
+
+    def to_json(self) -> str:
+        """The tokenizer.json."""
+        return str(self._files.library.to_str())
+
     def opening_bytes(self, token: int) -> bytes:
         return self._texts.opening.get(token, b"")
 

@@ -3,7 +3,7 @@
 A PyTorch file is a zip archive with a pickle that may, by its format, run any code. Without `allow_pickle` only what a
 dict of tensors is made of is understood, and nothing else is ever called; torch need not be installed. What is read:
 
-    *.safetensors             the safetensors package (pip install 'adaptive-lm[hf]')
+    *.safetensors             as adaptive.interop.stored has it
     *.pt, *.pth, *.bin, ...   an archive that torch.save of version 1.6 or later wrote
     *.index.json, or a folder: all of the tensors of several files (see adaptive.interop.folder)
 
@@ -16,7 +16,6 @@ import math
 import pickle
 import pickletools
 import re
-import types
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 from adaptive.errors import CheckpointError
 from adaptive.interop.dtypes import not_a_weight
 from adaptive.interop.folder import weight_files
+from adaptive.interop.stored import stored_tensors, write_tensors
 from adaptive.paths import local_path
 
 _STORAGES = {
@@ -45,7 +45,6 @@ _NOTHING = {
 }  # fmt: skip
 _WRAPPERS = ("model", "state_dict")  # keys under which training scripts keep the tensors
 _TORCH_DTYPES = re.compile(r"(q?u?int|float|bfloat|complex|bits)\d\w*")
-_SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL"}
 
 
 class _Unread(NamedTuple):
@@ -63,8 +62,13 @@ def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, n
     writeable. Raises CheckpointError for what is missing, damaged, of another format, claims more than it can hold, is
     of no dtype that numpy has, or holds anything else than a dict of tensors, UserError for what is no path.
     """
+    return {name: np.asarray(value) for name, value in lazy_tensors(path, allow_pickle=allow_pickle).items()}
+
+
+def lazy_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """As `read_tensors`, but tensors of safetensors files stay there until numpy needs them (`Stored`)."""
     path = local_path(str(path), "tensors")
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     for file in weight_files(path):
         try:
             found = _read_file(file, allow_pickle)
@@ -79,25 +83,24 @@ def read_tensors(path: str | Path, *, allow_pickle: bool = False) -> dict[str, n
 def write_safetensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
     """Writes `tensors` (name -> array) to one safetensors file. Raises CheckpointError where that cannot be."""
     path = local_path(str(path), "tensors")
-    library = _safetensors()
+    shapes = {name: (np.dtype(value.dtype), tuple(value.shape)) for name, value in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        library.save_file(arrays, path, metadata={"format": "pt"})
-    except (OSError, library.SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        write_tensors(path, tensors.items(), shapes)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 # One file
 
 
-def _read_file(path: Path, allow_pickle: bool) -> dict[str, np.ndarray]:
+def _read_file(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a pointer of Git LFS, not the file itself: git lfs pull")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return stored_tensors(path)
     if allow_pickle:
         return _read_with_torch(path)
     if not start.startswith(b"PK"):
@@ -106,34 +109,6 @@ def _read_file(path: Path, allow_pickle: bool) -> dict[str, np.ndarray]:
             "read with --allow_pickle, by torch, which runs whatever code is in them"
         )
     return _read_torch_archive(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    library = _safetensors()
-    try:
-        with library.safe_open(path, framework="np") as file:  # compares its header with the file's size
-            for name in file.keys():  # noqa: SIM118
-                if (dtype := str(file.get_slice(name).get_dtype())) not in _SAFETENSORS_DTYPES:
-                    raise CheckpointError(f"{path}: {not_a_weight(name, dtype)}")
-        return library.load_file(path)
-    except library.SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError:
-        raise CheckpointError(
-            "*.safetensors files need the package safetensors: pip install 'adaptive-lm[hf]'"
-        ) from None
-    return types.SimpleNamespace(
-        load_file=safetensors.numpy.load_file,
-        save_file=safetensors.numpy.save_file,
-        safe_open=safetensors.safe_open,
-        SafetensorError=safetensors.SafetensorError,
-    )
 
 
 # PyTorch's archives

@@ -15,32 +15,23 @@ there.
 Here equal layers are stacked, and their experts, and attention weights have an axis for the heads.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-from flax import nnx
-
-from adaptive.errors import CheckpointError
+from adaptive.errors import CheckpointError, RecipeError
 from adaptive.interop import llama
-from adaptive.interop.hf_moe_config import QK_NORMS, Kind, config_from_transformers
-from adaptive.interop.llama import EMBEDDING, HEAD
-from adaptive.interop.tensors import (
-    Layout,
-    Part,
-    Path,
-    built,
-    checked,
-    language_model_of,
-    misshapen,
-    parts_of,
-    same,
-    stack_layout,
-    taken_apart,
-    traced,
+from adaptive.interop.families import Family
+from adaptive.interop.fields import Fields
+from adaptive.interop.hf_moe_config import (
+    DEFAULTS,
+    QK_NORMS,
+    Kind,
+    config_from_transformers,
+    config_to_transformers,
 )
+from adaptive.interop.llama import with_head
+from adaptive.interop.tensors import Layout, Part, Path, misshapen, stack_layout
 from adaptive.layers.block import Settings as Block
 from adaptive.layers.feed_forwards.dense import Settings as Dense
 from adaptive.layers.feed_forwards.experts import Settings as Experts
@@ -48,7 +39,6 @@ from adaptive.layers.mixers.attention import Settings as Attention
 from adaptive.layers.moe.routers import token_choice
 from adaptive.models import language_model
 from adaptive.models.bodies import plain
-from adaptive.models.language_model import LanguageModel
 
 # (router, name of one expert's gate, up and down) inside a layer
 _ROUTED: dict[Kind, tuple[str, tuple[str, str, str]]] = {
@@ -58,25 +48,29 @@ _ROUTED: dict[Kind, tuple[str, tuple[str, str, str]]] = {
 }
 
 
-def from_official(kind: Kind, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> LanguageModel:
-    """The model with `tensors` as its parameters; see adaptive.interop.from_official.
+class Routed(Family):
+    """A family whose layers have experts."""
 
-    `config` is config.json as a dict, of any version of the library. Old checkpoints' rotary frequencies are ignored.
-    A tied model may repeat its embedding as the output head, or have the head alone; a head that differs is read as one
-    of its own, as the library does. While traced, two such tensors are taken to be the same, and the gradient is the
-    embedding's.
-    """
-    ours, tensors = _with_head(config_from_transformers(kind, config), tensors)
-    layout = official_layout(kind, ours)
-    return built(ours, layout, checked(kind, _published(kind, tensors, ours), parts_of(layout), {}))
+    def __init__(self, kind: Kind, architecture: str):
+        self._kind: Kind = kind
+        self.architecture, self.model_type, self.defaults = architecture, kind, DEFAULTS[kind]
 
+    def settings(self, fields: Fields) -> language_model.Settings:
+        return config_from_transformers(self._kind, fields.all_given)
 
-def to_official(kind: Kind, model: nnx.Module) -> dict[str, jax.Array]:
-    """The model's tensors f32 under the names of a published checkpoint."""
-    model = language_model_of(kind, model)
-    if why := _foreign(kind, model.settings):
-        raise CheckpointError(f"official {kind}: a model of this kind {why}, this one differs")
-    return taken_apart(kind, model, official_layout(kind, model.settings))
+    def config(self, settings: language_model.Settings) -> dict[str, Any]:
+        if why := _foreign(self._kind, settings):
+            raise RecipeError(why)
+        return config_to_transformers(self._kind, self.architecture, settings)
+
+    def layout(self, settings: language_model.Settings) -> Layout:
+        return official_layout(self._kind, settings)
+
+    def tidied(
+        self, settings: language_model.Settings, tensors: Mapping[str, Any]
+    ) -> tuple[language_model.Settings, dict[str, Any]]:
+        settings, tensors = with_head(settings, tensors)
+        return settings, _published(self._kind, tensors, settings)
 
 
 def official_layout(kind: Kind, settings: language_model.Settings) -> Layout:
@@ -101,20 +95,6 @@ def _block_parts(block: Block, kind: Kind, width: int) -> Iterator[tuple[Path, P
     for ours, theirs, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         for e in range(count):
             yield ("feed_forward", "experts", ours), Part(f"{module}.experts.{e}.{theirs}.weight", shape, True)
-
-
-def _with_head(
-    settings: language_model.Settings, tensors: Mapping[str, Any]
-) -> tuple[language_model.Settings, dict[str, Any]]:
-    """The settings, untied where the head has values of its own, and the tensors without a head that is tied."""
-    tensors = dict(tensors)
-    if not settings.tie_embeddings or HEAD not in tensors:
-        return settings, tensors
-    head, embedding = tensors[HEAD], tensors.get(EMBEDDING)
-    if embedding is not None and not same(head, embedding) and not traced(head, embedding):
-        return dataclasses.replace(settings, tie_embeddings=False), tensors
-    tensors.setdefault(EMBEDDING, tensors.pop(HEAD))
-    return settings, tensors
 
 
 def _published(kind: Kind, tensors: Mapping[str, Any], settings: language_model.Settings) -> dict[str, Any]:

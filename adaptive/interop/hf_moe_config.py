@@ -21,7 +21,7 @@ Kind = Literal["mixtral", "olmoe", "qwen3_moe"]
 
 # Defaults of the library's configuration classes (transformers 5); num_key_value_heads null is num_attention_heads,
 # head_dim null is hidden_size / num_attention_heads.
-_DEFAULTS: dict[Kind, dict[str, Any]] = {
+DEFAULTS: dict[Kind, dict[str, Any]] = {
     "mixtral": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
@@ -77,7 +77,7 @@ class _Fields:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a field, the library's default where it is left out."""
-        return self._given.get(name, _DEFAULTS[self.kind].get(name, default))
+        return self._given.get(name, DEFAULTS[self.kind].get(name, default))
 
     def given(self, name: str) -> Any:
         """The value of a field, None where it is left out."""
@@ -257,3 +257,51 @@ def _dense_layers(fields: _Fields) -> Callable[[int], bool]:
     if isinstance(only, str) or not all(isinstance(i, int) and not isinstance(i, bool) for i in only):
         raise fields.wrong("mlp_only_layers", "must be a list of layer numbers, from 0")
     return lambda layer: layer in only or bool((layer + 1) % step)
+
+
+def config_to_transformers(kind: Kind, architecture: str, settings: language_model.Settings) -> dict[str, Any]:
+    """config.json of a model that this kind has."""
+    body = settings.body
+    assert isinstance(body, plain.Settings)
+    pattern = [block for block in body.stack.blocks for _ in range(block.repeat)] * body.stack.repeats
+    attention = pattern[0].mixer
+    routed = [block.feed_forward for block in pattern if isinstance(block.feed_forward, experts.Settings)]
+    dense_ones = [block.feed_forward for block in pattern if isinstance(block.feed_forward, dense.Settings)]
+    assert isinstance(attention, Attention)
+    fields: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "vocab_size": settings.vocab_size,
+        "hidden_size": settings.width,
+        "num_hidden_layers": len(pattern),
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.groups,
+        "head_dim": attention.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": settings.norm_eps,
+        "rope_theta": attention.rope_theta,
+        "tie_word_embeddings": settings.tie_embeddings,
+        "pad_token_id": settings.padding_token if settings.padding_token >= 0 else None,
+        "attention_bias": attention.bias == "all",
+        "intermediate_size": dense_ones[0].hidden if dense_ones else DEFAULTS[kind]["intermediate_size"],
+    }
+    if kind != "olmoe":
+        fields |= {"sliding_window": attention.window or None, "use_sliding_window": bool(attention.window)}
+    elif attention.clip_qkv:
+        fields["clip_qkv"] = attention.clip_qkv
+    if not routed:
+        return fields | {"num_experts": 0}
+    router = routed[0].router
+    assert isinstance(router, token_choice.Settings)
+    fields |= {
+        "num_local_experts" if kind == "mixtral" else "num_experts": routed[0].experts,
+        "num_experts_per_tok": router.experts_per_token,
+        "norm_topk_prob": router.normalise,
+        "router_aux_loss_coef": router.balance_coefficient,
+        "output_router_logits": router.balance_coefficient > 0,
+        "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size": routed[0].expert_size,
+    }
+    if kind == "qwen3_moe":
+        only = [i for i, block in enumerate(pattern) if isinstance(block.feed_forward, dense.Settings)]
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": only}
+    return fields

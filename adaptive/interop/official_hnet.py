@@ -73,7 +73,7 @@ def from_official(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Lang
 def to_official(model: nnx.Module) -> dict[str, jax.Array]:
     """The model's tensors f32 under the release's names."""
     model = language_model_of(KIND, model)
-    if why := _foreign(model.settings):
+    if why := foreign(model.settings):
         raise CheckpointError(f"official {KIND}: a released model {why}, this one differs")
     return taken_apart(KIND, model, official_layout(model.settings))
 
@@ -160,7 +160,7 @@ def _mamba_parts(mixer: Mamba2, width: int) -> Iterator[tuple[str, Part]]:
     yield "out", Part("out_proj.weight", (width, inner), True)
 
 
-def _foreign(settings: language_model.Settings) -> str:
+def foreign(settings: language_model.Settings) -> str:
     """What a released model has and one of these settings has not; empty where it fits."""
     body = settings.body
     while isinstance(body, hnet.Settings):

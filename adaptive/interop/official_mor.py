@@ -65,7 +65,7 @@ def from_official(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Lang
 def to_official(model: nnx.Module) -> dict[str, jax.Array]:
     """The model's tensors f32 under their official names, each distinct one once."""
     model = language_model_of(KIND, model)
-    if why := _foreign(model.settings):
+    if why := foreign(model.settings):
         raise CheckpointError(f"official {KIND}: a released model {why}, this one differs")
     return taken_apart(KIND, model, official_layout(model.settings))
 
@@ -194,7 +194,7 @@ def _optional(body: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
     }
 
 
-def _foreign(settings: language_model.Settings) -> str:
+def foreign(settings: language_model.Settings) -> str:
     """What a released model has and one of these settings has not; empty where it fits."""
     body = settings.body
     if isinstance(body, plain.Settings):

@@ -13,7 +13,7 @@ from adaptive.errors import CheckpointError, RecipeError
 from adaptive.optim.named import chosen, matches
 from adaptive.paths import local_path
 from adaptive.recipe import Recipe
-from adaptive.runs.checkpoint import read_part
+from adaptive.runs.checkpoint import read_part, steps_in
 from adaptive.runs.config import InitConfig
 from adaptive.runs.digest import named
 from adaptive.runs.folder import RunFolder
@@ -82,6 +82,21 @@ def begun(init: InitConfig, state: TrainState) -> TrainState:
     if jax.tree.leaves(state.ema):
         read["ema"] = jax.tree.map(jnp.copy, read["params"])  # an array of its own, as both are updated in place
     return state._replace(**read)
+
+
+def weights_alone(folder: Path) -> bool:
+    """Whether the newest checkpoint in a run's folder of them is of step 0 and has no state of an optimizer, as
+    converted weights are kept."""
+    steps = steps_in(folder)
+    if not steps or steps[-1] != 0:
+        return False
+    import orbax.checkpoint as ocp
+
+    try:
+        about = ocp.JsonCheckpointHandler().restore(folder.absolute() / "0" / "about")
+        return not any(name.startswith("opt/") for name in about["arrays"])
+    except Exception:  # damaged files show as errors of many kinds; reading it whole tells which
+        return False
 
 
 def _places_in_schedule(opt: Any) -> set[str]:

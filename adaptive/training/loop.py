@@ -22,6 +22,7 @@ from adaptive.parallel.cluster import anywhere, meet
 from adaptive.printable import printable
 from adaptive.runs import initial
 from adaptive.runs.checkpoint import Checkpoints, digest
+from adaptive.runs.config import InitConfig
 from adaptive.runs.folder import RunFolder
 from adaptive.runs.origin import starts
 from adaptive.runs.state import TrainState
@@ -141,6 +142,10 @@ class Loop:
 
     def restore_or_start(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """(state, step, position in the data): of the newest whole checkpoint of this folder, or of the beginning."""
+        if initial.weights_alone(self.folder.checkpoints):
+            state = initial.begun(InitConfig(run=str(self.folder.path)), self.program.fresh_state())
+            self.say(f"resuming  {self.folder.path} from step 0, with a new optimizer's state")
+            return state, 0, None
         with self.watchdog.limit("restoring", SHUTDOWN_S):
             restored = self.checkpoints.restore(self.program.abstract_state())
         if restored is not None:

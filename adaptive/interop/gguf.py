@@ -1,0 +1,203 @@
+"""GGUF files of llama.cpp: what they say of a model, and their tensors, multiplied out where they are quantised.
+
+Facts: gguf/constants.py and ggml-quants.c of llama.cpp. A file is a magic number, a version, counts, typed values by
+name, a table of tensors, and their bytes. Quantised tensors are runs of blocks of 32 weights. Whatever the file claims
+is compared with its size before memory is taken for it.
+"""
+
+import functools
+import math
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from adaptive.errors import CheckpointError
+from adaptive.interop.stored import Stored
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_BLOCK = 32
+# Of values: struct format; 8 is text, 9 a list.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _LIST = 8, 9
+_MOST_DIMENSIONS = 8
+
+
+class Gguf(NamedTuple):
+    """A file's values by name, and its tensors f32 (or as they stand) by name, row-major, outermost dimension first."""
+
+    values: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+
+def read_gguf(path: Path) -> Gguf:
+    """Raises CheckpointError for a file that is damaged, of another version, claims more than it holds, or has tensors
+    of a type that is not read here."""
+    try:
+        with path.open("rb") as file:
+            reader = _Reader(file, path.stat().st_size)
+            return _read(path, reader)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, struct.error, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or no GGUF file: {error}") from None
+
+
+class _Reader:
+    """Takes values off a file and never more than are left."""
+
+    def __init__(self, file: Any, size: int):
+        self._file, self.size = file, size
+
+    @property
+    def place(self) -> int:
+        return int(self._file.tell())
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.place:
+            raise ValueError(f"it claims {count:,} bytes at {self.place:,} and has {self.size:,} in all")
+        return bytes(self._file.read(count))
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors="surrogateescape")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _TEXT:
+            return self.text()
+        if kind != _LIST or depth > 2:
+            raise ValueError(f"it has a value of the unknown type {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in _SCALARS:
+            form = _SCALARS[inner]
+            raw = self.take(count * struct.calcsize(f"<{form}"))
+            return list(struct.unpack(f"<{count}{form}", raw))
+        if count * 8 > self.size - self.place:
+            raise ValueError(f"it claims a list of {count:,} and has {self.size:,} bytes in all")
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+
+def _read(path: Path, reader: _Reader) -> Gguf:
+    if reader.take(4) != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    version = reader.number("I")
+    if version not in _VERSIONS:
+        raise ValueError(f"it is of version {version}, known: {', '.join(map(str, _VERSIONS))}")
+    tensors, values = reader.number("Q"), reader.number("Q")
+    if (tensors + values) * 12 > reader.size:
+        raise ValueError(f"it claims {tensors:,} tensors and {values:,} values in {reader.size:,} bytes")
+    found: dict[str, Any] = {}
+    for _ in range(values):
+        name = reader.text()
+        found[name] = reader.value(reader.number("I"))
+    table = [_entry(reader) for _ in range(tensors)]
+    aligned = int(found.get("general.alignment", 32)) or 32
+    start = -(-reader.place // aligned) * aligned
+    stored: dict[str, Stored] = {}
+    for name, shape, kind, offset in table:
+        if name in stored:
+            raise ValueError(f"it has two tensors {name}")
+        stored[name] = _stored(path, name, shape, kind, start + offset, reader.size)
+    return Gguf(found, stored)
+
+
+def _entry(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    """(name, shape with the outermost dimension first, type, offset) of a tensor."""
+    name, dimensions = reader.text(), reader.number("I")
+    if dimensions > _MOST_DIMENSIONS:
+        raise ValueError(f"{name} has {dimensions} dimensions")
+    shape = tuple(reader.number("Q") for _ in range(dimensions))[::-1]
+    return name, shape, reader.number("I"), reader.number("Q")
+
+
+def _stored(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, size: int) -> Stored:
+    if kind in _PLAIN:
+        dtype, inner = np.dtype(_PLAIN[kind]), math.prod(shape[1:])
+        needed, found = dtype.itemsize * math.prod(shape), Stored(path, dtype, shape, offset)
+    elif kind in _BLOCKS:
+        bytes_of_block, decode = _BLOCKS[kind]
+        if not shape or shape[-1] % _BLOCK:
+            raise ValueError(f"{name} has shape {list(shape)} and blocks of {_BLOCK}")
+        inner = math.prod(shape[1:]) if len(shape) > 1 else 1
+        row = inner // _BLOCK * bytes_of_block if len(shape) > 1 else 0
+        needed = math.prod(shape) // _BLOCK * bytes_of_block
+        if len(shape) < 2:
+            raise ValueError(f"{name} has one dimension and is quantised")
+        found = Stored(
+            path, np.dtype(np.float32), shape, offset, functools.partial(_decoded, decode, bytes_of_block), row
+        )
+    else:
+        known = ", ".join((*(_NAMES[k] for k in _PLAIN), *(_NAMES[k] for k in _BLOCKS)))
+        raise CheckpointError(
+            f"{path}: {name} is of type {_NAMES.get(kind, kind)}, which is not read here; known: {known}"
+        )
+    if offset + needed > size:
+        raise ValueError(f"{name} claims {needed:,} bytes from {offset:,} on, and the file has {size:,}")
+    return found
+
+
+# Types of tensors
+
+_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 28: "F64", 30: "BF16",
+}  # fmt: skip
+_PLAIN: dict[int, Any] = {0: np.float32, 1: np.float16, 28: np.float64, 30: ml_dtypes.bfloat16}
+
+
+def _decoded(
+    decode: Callable[[np.ndarray], np.ndarray], size: int, content: bytes, shape: tuple[int, ...]
+) -> np.ndarray:
+    """f32 of `shape` out of blocks of `size` bytes."""
+    blocks = np.frombuffer(content, np.uint8).reshape(-1, size)
+    return decode(blocks).reshape(shape)
+
+
+def _halves(blocks: np.ndarray, begin: int) -> np.ndarray:
+    """f32[blocks, 1]: the half-precision number at byte `begin` of each block."""
+    return blocks[:, begin : begin + 2].copy().view(np.float16).astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """u8[blocks, 32] of u8[blocks, 16]: the low halves, then the high ones."""
+    return np.concatenate([packed & 15, packed >> 4], axis=1)
+
+
+def _fifth(packed: np.ndarray) -> np.ndarray:
+    """u8[blocks, 32]: 16 where the weight's fifth bit is set, of u8[blocks, 4]."""
+    return np.unpackbits(packed, axis=1, bitorder="little") << 4
+
+
+def _q4_0(b: np.ndarray) -> np.ndarray:
+    return _halves(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8)
+
+
+def _q4_1(b: np.ndarray) -> np.ndarray:
+    return _halves(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _halves(b, 2)
+
+
+def _q5_0(b: np.ndarray) -> np.ndarray:
+    return _halves(b, 0) * ((_nibbles(b[:, 6:]) | _fifth(b[:, 2:6])).astype(np.float32) - 16)
+
+
+def _q5_1(b: np.ndarray) -> np.ndarray:
+    return _halves(b, 0) * (_nibbles(b[:, 8:]) | _fifth(b[:, 4:8])).astype(np.float32) + _halves(b, 2)
+
+
+def _q8_0(b: np.ndarray) -> np.ndarray:
+    return _halves(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
+
+
+# (bytes of a block, its weights)
+_BLOCKS: dict[int, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
+    2: (18, _q4_0), 3: (20, _q4_1), 6: (22, _q5_0), 7: (24, _q5_1), 8: (34, _q8_0),
+}  # fmt: skip
