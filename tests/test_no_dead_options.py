@@ -91,6 +91,7 @@ class Case:
 def cases() -> list[Case]:
     """Each on the smallest model that leaves the setting a choice."""
     found: dict[tuple[type, str], Case] = {}
+    chosen: set[tuple[type, str]] = set()
     models = {reduced(load(name).model, layers=2, vocab_size=64) for name in list_recipes()}
     for model in sorted(models, key=lambda model: (len(list(settings.nodes(model, "model"))), str(model))):
         for path, node in settings.nodes(model, "model"):
@@ -98,8 +99,10 @@ def cases() -> list[Case]:
                 if settings.is_nodes(kind) or (dataclasses.is_dataclass(value) and not settings.is_choice(kind)):
                     continue
                 key = (type(node), field.name)
-                if key not in found or not found[key].after():
+                if key not in chosen:
                     found[key] = Case(model, path, type(node), field.name)
+                    if found[key].after():
+                        chosen.add(key)
     return list(found.values())
 
 
