@@ -10,6 +10,7 @@ import importlib
 import json
 import lzma
 import shlex
+import shutil
 import types
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from adaptive.benchmarks import (
     train_step,
 )
 from adaptive.data.corpus import embedded_file
+from adaptive.data.tokenizer_export import tokenizer_files
+from adaptive.data.tokenizers import load_tokenizer
+from adaptive.interop import Whole
 from adaptive.interop.files import write_safetensors
 from adaptive.parallel import mesh
 from adaptive.recipe import Recipe, list_recipes, load
@@ -44,6 +48,7 @@ pytestmark = pytest.mark.compiles
 # How commands begin that are not executed here, and why.
 ELSEWHERE = {
     "git clone": "the address of a repository",
+    "pip download": "a package index",
     "pip install": "a package index; tests/test_scripts.py and tests/test_packaging.py install",
     "./scripts/test": "these tests",
     "ADAPTIVE_AOT=all ./scripts/test": "these tests",
@@ -113,6 +118,9 @@ def desk(tmp_path_factory):
     config = oracle.official(["T1", ["T1", ["T1"], "T1"], "T1"], [8, 12, 16], vocab=256, ff=[8, 8, 8], heads=[2, 3, 2])
     (folder / RELEASED[-1]).write_text(json.dumps(config))
     write_safetensors(folder / RELEASED[-3], oracle.random_tensors(config, 0))
+    shutil.copytree(Path(__file__).parent / "interop" / "fixtures" / "tiny_llama_bytes", folder / "SmolLM2-135M")
+    for name, text in tokenizer_files(load_tokenizer("bytes")).items():
+        (folder / "SmolLM2-135M" / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -197,7 +205,8 @@ def execute(line: str) -> None:
     for run in (Path(word) for word in arguments if word.startswith("runs/") and word.endswith("-1")):
         if not run.exists():
             recipe = small(load(run.name.removesuffix("-1")))
-            convert.save(recipe, jax.jit(recipe.model.build)(jax.random.key(0)), run)
+            model = jax.jit(recipe.model.build)(jax.random.key(0))
+            convert.save(recipe, Whole(recipe.model, model), run)
     if name in ("adaptive.data", "adaptive.launch"):
         name += ".__main__"
     if name == "adaptive.bench" and arguments[0] not in ("train", "aot"):
