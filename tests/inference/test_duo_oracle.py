@@ -1,5 +1,6 @@
 """The oracle against passes over models whose paths are forced one by one."""
 
+import functools
 import itertools
 
 import jax
@@ -28,6 +29,11 @@ def model(router=DUO, kind=shapes.plain, **shape):
     return kind(**({"layers": LAYERS} | shape | small), feed_forward=feed_forward).build(jax.random.key(0))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(graphdef, state, tokens):
+    return nnx.merge(graphdef, state)(tokens, selection="threshold").logits
+
+
 def losses(built, tokens, targets, path) -> np.ndarray:
     """Losses where a router of huge logits, the same for all tokens, takes each layer's choice."""
     # Behind the norm no input is constant, so the choice is put into the weights: the others' matrices become zero
@@ -44,7 +50,7 @@ def losses(built, tokens, targets, path) -> np.ndarray:
         alike = [big[...], jnp.pad(small[...], pad), jnp.zeros_like(big[...])]
         big[...] = jnp.stack([alike[choice][layer] for layer, choice in enumerate(path)])
     ff.router.weight[...] = jnp.zeros_like(ff.router.weight[...])  # equal logits: the first choice, which is big
-    logits = other(tokens, selection="threshold").logits
+    logits = logits_of(*nnx.split(other), tokens)
     return -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(targets)[..., None], -1)[..., 0]
 
 
