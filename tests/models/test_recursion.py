@@ -143,10 +143,9 @@ def test_ends_of_any_size(prelude, coda, core, tokens):
 
 MAMBA = shapes.block(mixer="mamba2", feed_forward=None, repeat=3)
 CORES = {
-    "attention": shapes.recursive(8),
     "three Mamba-2 and one attention": shapes.recursive(10, 2, pattern=(MAMBA, shapes.block())),
     "experts of every pass": shapes.recursive(
-        5, shared="mixers", feed_forward=experts.Settings(moe_pp.Settings(), experts=4, expert_size=8)
+        4, 2, shared="mixers", feed_forward=experts.Settings(moe_pp.Settings(), experts=4, expert_size=8)
     ),
 }
 
