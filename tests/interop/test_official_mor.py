@@ -21,11 +21,9 @@ CONFIGS = oracle.configs()
 # The first recursion's keys and values are those of all tokens: our model asks for a first capacity of 1 then.
 REFUSED = {"expert-kv-small-first"}
 WARMUPS = {"expert-warmup", "token-warmup"}
-# Gradients of one of every structure, router, loss and policy on keys and values; of the rest, values alone.
+# Gradients of one of every kind of routing and loss, with keys of their own and shared; of the rest, values alone.
 GRADIENTS = {
-    "vanilla-untied", "vanilla-kv-cycle", "recursive-sequence", "recursive-middle_sequence",
-    "recursive-kv-middle_cycle", "expert", "expert-cycle-kv", "expert-hybrid", "expert-wide", "expert-aux-router-mlp",
-    "token-kv", "token-free-sigmoid",
+    "recursive-kv-middle_cycle", "expert", "expert-cycle-kv", "expert-aux-router-mlp", "token-kv", "token-free-sigmoid",
 }  # fmt: skip
 # Where seed 0 leaves a routing decision to rounding.
 SEEDS = {"token-wide-sigmoid": 3}
