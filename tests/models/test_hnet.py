@@ -255,8 +255,6 @@ def gradients(config: shapes.Model, remat: str = "none", packed: bool = False):
 
 
 GRADIENTS = {
-    "two stages": (hnet(2), False),
-    "three stages, packed, overflowing": (hnet(3, capacities=TIGHT[3]), True),
     "noise and sums": (hnet(chunker="similarity", merge="sum", capacities=TIGHT[1]), True),
     "device": (hnet(2, packing="device", capacities=TIGHT[2]), True),
     "words": (hnet(chunker="words"), False),
