@@ -1,6 +1,8 @@
 """The command as a user meets it: released weights in, a run that other commands take, and the weights out again."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +13,8 @@ from oracle import hnet as oracle
 
 from adaptive import train
 from adaptive.convert import main
+from adaptive.data.tokenizer_export import tokenizer_files
+from adaptive.data.tokenizers import load_tokenizer
 from adaptive.interop.files import read_tensors, write_safetensors
 from adaptive.interop.official_hnet_config import config_from_official
 from adaptive.runs.load import find, load
@@ -18,8 +22,7 @@ from adaptive.training.log import read_rows
 
 pytestmark = pytest.mark.compiles
 
-pytest.importorskip("safetensors")
-
+FIXTURES = Path(__file__).parent / "interop" / "fixtures"
 CONFIG = oracle.official(["m1", ["T1"], "m1"], [16, 24], vocab=256, ff=[0, 64], heads=[2, 3])
 
 
@@ -71,6 +74,32 @@ def test_in_trained_further_and_out(convert, tmp_path, capfd):
     after = nnx.merge(trained.graphdef, load(find("run")).state)
     np.testing.assert_allclose(after.embedding[...], tensors["embeddings.weight"], atol=1e-6)
     assert read_rows("run")[0]["step"] == 1
+
+
+def test_a_folder_of_the_hub_in_and_out_again(convert, tmp_path):
+    """Tensors come back to the byte, and so does the tokenizer."""
+    shutil.copytree(FIXTURES / "tiny_llama_bytes", tmp_path / "hub")
+    code, said = convert("--from", "hub", "--workdir", "run")
+    assert code == 2 and "does not say how text becomes tokens: add data.tokenizer" in said, said
+    for name, text in tokenizer_files(load_tokenizer("bytes")).items():
+        (tmp_path / "hub" / name).write_text(text, encoding="utf-8")
+    code, said = convert("--from", "hub", "--workdir", "run", "data.tokenizer=bpe-4096")
+    assert code == 2 and "has ids up to 4,095 and the model embeddings of 320 tokens" in said, said
+    assert not (tmp_path / "run").exists()
+    code, said = convert("--from", "hub", "--workdir", "run", "mesh.fsdp=2")
+    assert code == 0, said
+    trained = load(find("run"))
+    assert trained.recipe.data.tokenizer == str(tmp_path / "run" / "tokenizer") and trained.tokenizer.eos_id == 256
+    code, said = convert("--workdir", "run", "--export", "out", "--dtype", "bfloat16")
+    assert code == 0 and "read back logits are within 0 of the run's" in said, said
+    before, after = read_tensors("hub"), read_tensors("out")
+    assert set(before) == set(after)
+    assert all(value.tobytes() == after[name].tobytes() for name, value in before.items())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["eos_token_id"] == 256
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]["a"] == ord("a")
+    code, said = convert("--workdir", "run", "--export", "out")
+    assert code == 2 and "out holds files already" in said, said
 
 
 def test_numbers_that_are_not_finite_are_not_written(convert, tmp_path, monkeypatch):

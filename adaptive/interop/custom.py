@@ -16,18 +16,16 @@ from adaptive.interop.families import Family
 from adaptive.interop.fields import Fields
 from adaptive.interop.tensors import Layout, Part, one
 from adaptive.layers import stack
-from adaptive.layers.moe.routers import expert_choice, token_choice
 from adaptive.layers.moe.settings import MoESettings
+from adaptive.layers.site import passes_of
 from adaptive.models import language_model
 from adaptive.models.bodies import Body, hnet, plain, recursive
 from adaptive.settings import read, to_tree
 
 KIND = "adaptive"
-_MIXERS, _FEED_FORWARDS, _ROUTERS = (
-    ("attention", "mamba2"),
-    ("dense", "mlp", "experts"),
-    ("token_choice", "expert_choice"),
-)
+_MIXERS, _FEED_FORWARDS = ("attention", "mamba2"), ("dense", "mlp", "experts")
+_ROUTERS = ("token_choice", "expert_choice", "top_p", "dynamoe", "remoe", "blockffn", "adamoe", "longcat", "acm",
+            "moe_pp", "duo_llm", "versatile")  # fmt: skip
 _DEPTHS = ("all", "expert_choice", "token_choice", "mixture_of_depths")
 _CHUNKERS = ("dynamic", "similarity", "stride", "none", "space")
 _CODE = "modeling_adaptive"
@@ -67,17 +65,27 @@ def _refused_stack(own: stack.Settings) -> str:
 
 
 def _refused_router(router: Any) -> str:
-    if not isinstance(router, token_choice.Settings | expert_choice.Settings):
+    if router.kind() not in _ROUTERS:
         return f"it has no router={router.kind()} of experts, only {', '.join(_ROUTERS)}"
-    if isinstance(router, expert_choice.Settings) and router.decode == "refuse":
+    if getattr(router, "decode", "") == "refuse":
         return "it has no router.decode=refuse, which cannot decide from the past alone"
-    return "it has no router.scale_to_shared" if router.scale_to_shared else ""
+    if getattr(router, "phase", "") == "random":
+        return "router.phase=random draws choices, and nothing there would draw the same"
+    if getattr(router, "threshold", "") == "token":
+        return "it has no router.threshold=token"
+    return "it has no router.scale_to_shared" if getattr(router, "scale_to_shared", False) else ""
 
 
 def _shapes(settings: language_model.Settings) -> dict[tuple[Any, ...], tuple[int, ...]]:
     """Shape of every parameter and buffer by its path."""
     model = nnx.eval_shape(lambda: settings.build(jax.random.key(0)))
     return {path: tuple(leaf.shape) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def _per_pass(settings: language_model.Settings) -> list[str]:
+    """Paths of what each pass of a recursion has for itself."""
+    model = nnx.eval_shape(lambda: settings.build(jax.random.key(0)))
+    return ["/".join(map(str, path)) for path, leaf in nnx.to_flat_state(nnx.state(model)) if passes_of(leaf)]
 
 
 def layout(settings: language_model.Settings) -> Layout:
@@ -104,6 +112,7 @@ def config(settings: language_model.Settings, layout: Layout) -> dict[str, Any]:
         "adaptive": to_tree(settings),
         "layout": named,
         "shapes": {"/".join(map(str, path)): list(shapes[path]) for path in layout},
+        "per_pass": _per_pass(settings),
     }
 
 

@@ -28,7 +28,7 @@ from adaptive.interop.tensors import Layout, taken_apart
 from adaptive.models.language_model import LanguageModel, Settings
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-MODELING = ("modeling_adaptive.py", "layers_adaptive.py")
+MODELING = ("modeling_adaptive.py", "layers_adaptive.py", "routers_adaptive.py")
 _TOKENS = 16  # of the text whose logits are compared
 _CLOSE = 1e-4  # of logits that are computed from the same numbers twice
 

@@ -1,26 +1,30 @@
-"""Layers of models of `adaptive` in PyTorch, for `modeling_adaptive.py`: pure functions of parameters and settings."""
+"""Layers of models of `adaptive` in PyTorch, for `modeling_adaptive.py`: functions of parameters and settings."""
 
 import math
 
 import torch
 from torch.nn import functional as F
 
+from .routers_adaptive import ACTIVATIONS, OWN_LAYERS, ROUTERS, input_scale
+
 HIDDEN = -1e30  # a score that no query sees; finite, so that a query that sees nothing has no NaN
 
 
 class Weights:
-    """Parameters below a path; of stacked ones those of one pass and one layer."""
+    """Parameters below a path; of stacked ones those of a layer and a pass. apart: names of those that each pass has
+    for itself."""
 
-    def __init__(self, named, pass_of=None, layer=None):
-        self._named, self._pass, self._layer = named, pass_of, layer
+    def __init__(self, named, apart):
+        self._named, self._apart = named, apart
 
     def below(self, path):
-        return Weights({n[len(path) + 1 :]: v for n, v in self._named.items() if n.startswith(f"{path}/")})
+        cut = len(path) + 1
+        named = {n[cut:]: v for n, v in self._named.items() if n.startswith(f"{path}/")}
+        return Weights(named, {n[cut:] for n in self._apart if n.startswith(f"{path}/")})
 
-    def at(self, layer, index=None, apart=()):
-        """Those of a layer; of what begins with `apart` also those of pass `index`."""
-        own = lambda n, v: v[index] if apart and n.startswith(apart) else v  # noqa: E731
-        return Weights({n: own(n, v)[layer] for n, v in self._named.items()})
+    def at(self, layer, index):
+        """Those of a layer, in pass `index`."""
+        return Weights({n: (v[index] if n in self._apart else v)[layer] for n, v in self._named.items()}, set())
 
     def __getitem__(self, name):
         return self._named[name]
@@ -30,13 +34,14 @@ class Weights:
 
 
 class Where:
-    """place i64[rows, n] in the text; there bool[rows, n]: positions that exist."""
+    """place i64[rows, n] in the text; there bool[rows, n]: positions that exist; below: what the last router of experts
+    left for the next one, under "logits"."""
 
-    def __init__(self, place, there):
-        self.place, self.there = place, there
+    def __init__(self, place, there, below=None):
+        self.place, self.there, self.below = place, there, {} if below is None else below
 
     def only(self, active):
-        return Where(self.place, active)
+        return Where(self.place, active, self.below)
 
 
 # Parts
@@ -132,77 +137,31 @@ def attention(w, s, x, where, eps, kept=None, fresh=True):
     return out if bias is None else out + bias, (k, v, there)
 
 
-def dense(w, s, x):
+def dense(w, s, x, where=None):
     gate = x @ w["gate"]
     gate = F.gelu(gate, approximate="tanh") if s["activation"] == "gelu_tanh" else F.silu(gate)
     return (gate * (x @ w["up"])) @ w["down"]
 
 
-def mlp(w, s, x):
+def mlp(w, s, x, where=None):
     return F.gelu(x @ w["up"] + w["up_bias"], approximate="tanh") @ w["down"] + w["down_bias"]
 
 
-def token_choice(w, s, x):
-    """Weights f32[rows, n, experts], 0 where an expert does not compute the token."""
-    o = s["router"]
-    if o["score"] == "cosine":
-        unit = lambda a, axis: a / a.norm(dim=axis, keepdim=True).clamp(min=1e-12)  # noqa: E731
-        cosine = unit(x.float() @ w["projection"], -1) @ unit(w["weight"], 0)
-        logits = cosine * w["temperature"].clamp(max=math.log(100.0)).exp()
-    else:
-        logits = x.float() @ w["weight"].float()
-    softmax = torch.softmax(logits, -1)
-    scores = torch.sigmoid(logits) if o["score"] == "sigmoid" else softmax
-    choice = logits if o["score"] == "logits" else scores
-    choice = choice if w.get("bias") is None else choice + w["bias"]
-    if o["groups"] != o["kept_groups"]:
-        split = choice.unflatten(-1, (o["groups"], -1))
-        best = split.topk(2 if o["group_score"] == "top2" else 1, -1).values.sum(-1)
-        kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(o["kept_groups"], -1).indices, True)
-        choice = split.masked_fill(~kept[..., None], -math.inf).flatten(-2)
-    index = choice.topk(o["experts_per_token"], -1).indices
-    if o["score"] == "logits" and o["normalise"]:
-        weights = torch.softmax(logits.gather(-1, index), -1)
-    else:
-        weights = scores.gather(-1, index)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if o["normalise"] else weights
-    return torch.zeros_like(logits).scatter(-1, index, weights * o["route_scale"])
-
-
-def expert_choice(w, s, x):
-    """The same where experts choose: each token alone, by the running threshold or by what predicts the choice."""
-    o, logits = s["router"], x.float() @ w["weight"].float()
-    softmax = torch.softmax(logits, -1)
-    if o["decode"] == "predictor":
-        taken = x.float() @ w["predictor"].float() > 0
-    else:
-        taken = (softmax if o["score"] == "softmax" else logits) > w["threshold"]
-    if o["score"] == "softmax":
-        weights = softmax * taken
-    elif o["score"] == "selected":
-        weights = torch.softmax(logits.masked_fill(~taken, HIDDEN), -1) * taken
-    else:
-        weights = torch.sigmoid(logits) * taken
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * o["route_scale"]
-
-
-ROUTERS = {"token_choice": token_choice, "expert_choice": expert_choice}
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-
-
-def experts(w, s, x):
-    act, weights = ACTIVATIONS[s["activation"]], ROUTERS[s["router"]["kind"]](w.below("router"), s, x)
+def experts(w, s, x, where):
+    if s["router"]["kind"] in OWN_LAYERS:
+        return OWN_LAYERS[s["router"]["kind"]](w, s, x, where).to(x.dtype)
+    act, (weights, more) = ACTIVATIONS[s["activation"]], ROUTERS[s["router"]["kind"]](w.below("router"), s, x, where)
     up, gate, down = w["experts/up"], w.get("experts/gate"), w["experts/down"]
-    out = torch.zeros_like(x, dtype=torch.float32)
+    out, given = torch.zeros_like(x, dtype=torch.float32), x
+    x = x * input_scale(s["router"])
     for e in range(s["experts"]):
         row, column = (weights[..., e] != 0).nonzero(as_tuple=True)
         own = x[row, column]
         hidden = act(own @ up[e]) if gate is None else act(own @ gate[e]) * (own @ up[e])
         out = out.index_put((row, column), weights[row, column, e, None] * (hidden @ down[e]).float(), accumulate=True)
     if s["shared_size"]:
-        out = out + dense(w.below("shared"), {"activation": "silu"}, x)
-    return out.to(x.dtype)
+        out = out + dense(w.below("shared"), {"activation": "silu"}, given)
+    return (out if more is None else out + more).to(x.dtype)
 
 
 FEED_FORWARDS = {"dense": dense, "mlp": mlp, "experts": experts}
@@ -236,7 +195,7 @@ def convolved(x, weight, bias):
 
 
 def block(w, s, x, where, eps, kept, fresh):
-    mixer, feed_forward, after = s["mixer"], s["feed_forward"], None
+    mixer, feed_forward, after, where.eps = s["mixer"], s["feed_forward"], None, eps
     if mixer is not None:
         own, below = norm(w, "mixer_norm", x, eps), w.below("mixer")
         if mixer["kind"] == "mamba2":
@@ -246,19 +205,19 @@ def block(w, s, x, where, eps, kept, fresh):
         x = x + norm(w, "mixer_out_norm", update, eps)
     if feed_forward is not None:
         own = norm(w, "feed_forward_norm", x, eps)
-        update = FEED_FORWARDS[feed_forward["kind"]](w.below("feed_forward"), feed_forward, own)
+        update = FEED_FORWARDS[feed_forward["kind"]](w.below("feed_forward"), feed_forward, own, where)
         x = x + norm(w, "feed_forward_out_norm", update, eps)
     return x, after
 
 
-def stack(w, s, x, where, eps, kept=None, fresh=True, index=None, apart=()):
-    """(the stream after the blocks, keys and values of each). index, apart: see `Weights.at`."""
+def stack(w, s, x, where, eps, kept=None, fresh=True, index=0):
+    """(the stream after the blocks, keys and values of each); index: of a recursion's pass."""
     after, layer_of = {}, [0] * len(s["blocks"])
     for _ in range(s["repeats"]):
         for i, own in enumerate(s["blocks"]):
             below = w.below(f"blocks/{i}")
             for _ in range(own["repeat"]):
-                here = below.at(layer_of[i], index, apart)
+                here = below.at(layer_of[i], index)
                 place = i, layer_of[i]
                 x, after[place] = block(here, own, x, where, eps, kept and kept[place], fresh)
                 layer_of[i] += 1

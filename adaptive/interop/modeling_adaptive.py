@@ -1,5 +1,5 @@
 """Models of `adaptive` in PyTorch, for `transformers` with trust_remote_code=True; it needs
-`layers_adaptive.py` beside it and nothing of adaptive.
+`layers_adaptive.py` and `routers_adaptive.py` beside it and nothing of adaptive.
 
 config.json says all: `adaptive` is the tree of the model's settings, `layout` which tensors of the checkpoint each
 parameter is made of, and `shapes` what it looks like. Routers decide as in generation, each token from its past alone
@@ -20,8 +20,9 @@ class AdaptiveConfig(PretrainedConfig):
 
     model_type = "adaptive"
 
-    def __init__(self, adaptive=None, layout=None, shapes=None, **options):
+    def __init__(self, adaptive=None, layout=None, shapes=None, per_pass=(), **options):
         self.adaptive, self.layout, self.shapes = adaptive or {}, layout or {}, shapes or {}
+        self.per_pass = list(per_pass)
         self.hidden_size = self.adaptive.get("width", 0)
         self.num_hidden_layers = 0
         options.setdefault("tie_word_embeddings", False)  # a tied head is no tensor of its own here
@@ -68,7 +69,7 @@ class AdaptiveForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids, attention_mask=None, labels=None, return_dict=None, **ignored):
         """input_ids i64[rows, n]; attention_mask 1 where a token is; labels: -100 is left out."""
-        s, w = self.config.adaptive, Weights(self.weights())
+        s, w = self.config.adaptive, Weights(self.weights(), set(self.config.per_pass))
         there = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         place = (there.long().cumsum(1) - 1).clamp(min=0)
         x = w["embedding"][input_ids] * s["embedding_scale"]
@@ -110,23 +111,14 @@ class Core:
 
     def __init__(self, w, s, eps):
         self.w, self.s, self.eps, self.first = w, s, eps, None
-        self.apart = apart_of(s)
 
     def __call__(self, r, x, where):
         policy = self.s["keys_values"]
         kept = None if policy == "per_recursion" or r == 0 else self.first
-        x, after = stack(self.w, self.s["core"], x, where, self.eps, kept, policy == "hybrid", r, self.apart)
+        x, after = stack(self.w, self.s["core"], x, where, self.eps, kept, policy == "hybrid", r)
         if r == 0:
             self.first = after
         return x
-
-
-def apart_of(s):
-    """What of a block each pass has for itself, as beginnings of paths."""
-    if s["recursions"] == 1:
-        return ()
-    own = {"all": (), "mixers": ("feed_forward",), "none": ("mixer", "feed_forward")}[s["shared"]]
-    return (*own, *(f"feed_forward/router/{name}" for name in ("bias", "threshold", "updates")))
 
 
 def in_place(w, s, x, where, eps):
@@ -135,7 +127,7 @@ def in_place(w, s, x, where, eps):
     for layer in range(s["core"]["repeats"] * own["repeat"]):
         kept = None
         for r in range(s["recursions"]):
-            x, after = block(below.at(layer, r, apart_of(s)), own, x, where, eps, kept, kept is None)
+            x, after = block(below.at(layer, r), own, x, where, eps, kept, kept is None)
             kept = (kept or after) if s["keys_values"] == "shared" else None
     return x
 

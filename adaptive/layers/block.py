@@ -63,7 +63,9 @@ class Settings:
         parts = [] if self.mixer is None else [self.mixer.cost(site.width, span)]
         if self.feed_forward is not None:
             parts.append(self.feed_forward.cost(span.queries, site))
-        return dataclasses.replace(sum(parts, start=Cost()), last=parts[-1].last)
+        total = dataclasses.replace(sum(parts, start=Cost()), last=parts[-1].last)
+        # The gradient of a norm behind needs what the last matmul gave.
+        return total if self.norms_at == "input" else dataclasses.replace(total, last=0.0, experts_last=0.0)
 
 
 class Block(nnx.Module):

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_account import program, traced_flops
 
-from adaptive.account import parameters
+from adaptive.account import account, parameters
 from adaptive.errors import CheckpointError, UserError
 from adaptive.interop import from_official, huggingface, to_official
 from adaptive.interop.families import families, kind_of
@@ -129,6 +130,14 @@ def test_parameters_are_made_one_by_one_of_tensors_in_files(name):
     whole = nnx.state(from_official(kind_of(config), tensors, config))
     for path, leaf in nnx.to_flat_state(whole):
         np.testing.assert_array_equal(dict(nnx.to_flat_state(state))[path][...], leaf[...], err_msg=str(path))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("name", ["gpt2-untied", "gemma3-windows", "qwen2-tied"])
+def test_a_training_step_has_the_matmuls_of_the_account(name, remat):
+    model = huggingface.settings_of(families()[kind(name)], config_of(name))
+    assert traced_flops(*program(model, remat, seq=24)) == account(model, 24).train_flops(remat)
 
 
 # What is refused
