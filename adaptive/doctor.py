@@ -22,6 +22,7 @@ OPTIONAL = {
     "wandb": ("wandb", "Weights & Biases"),
     "tensorboardx": ("tensorboard", "TensorBoard files"),
     "regex": ("words", "chunks of an H-Net that are words"),
+    "lm-eval": ("lm_eval", "tasks of lm-evaluation-harness"),
     "jax-cuda13-plugin": ("gpu", "NVIDIA GPUs, driver 580 or newer"),
     "jax-cuda12-plugin": ("cuda12", "NVIDIA GPUs, driver 525 or newer"),
     "libtpu": ("tpu", "Cloud TPUs"),

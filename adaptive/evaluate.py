@@ -53,6 +53,8 @@ def options() -> command.Options:
     add("--seeds", type=_numbers, default=(1234, 2345, 3456), metavar="N,N,...",
         help="of the draws of examples, over which results are averaged (default 1234,2345,3456)")  # fmt: skip
     add("--items", type=number(int, least=0), default=0, help="answer so many items of each task (default 0: all)")
+    add("--compare", nargs="+", default=[], metavar="RUN",
+        help="computes nothing: the newest evaluation of each run, or that of --name, in one table")  # fmt: skip
     add("--resamples", type=number(int, least=2, most=100_000), default=1000, help="of the bootstrap (default 1000)")
     add("--name", default="", help="of the result, RUN/evaluations/NAME.json (default: step-STEP)")
     add("words", nargs="*", help=argparse.SUPPRESS)
@@ -74,9 +76,22 @@ def run(arguments: Sequence[str]) -> int:
     given = options().read(arguments)
     if given.words:
         raise UserError(f"'{given.words[0]}' is no option (--help shows all)")
+    if given.compare:
+        return compare(given)
     if not given.checkpoint:
         raise UserError("which checkpoint? --checkpoint RUN, the folder that training named")
     evaluate(given)
+    return 0
+
+
+def compare(given: argparse.Namespace) -> int:
+    from adaptive.evaluation.files import kept
+    from adaptive.evaluation.table import compared
+
+    if given.checkpoint:
+        raise UserError("--compare reads what is kept of runs, and --checkpoint evaluates one: give one of them")
+    runs = [local_path(text, "--compare") for text in given.compare]
+    print("\n".join(compared({str(run): kept(run, given.name) for run in runs})))
     return 0
 
 

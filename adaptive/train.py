@@ -91,6 +91,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     from adaptive.runs.origin import record_start
     from adaptive.runs.platform import keep_compilations
     from adaptive.training import plan as plans
+    from adaptive.training import sets_and_tasks
     from adaptive.training.fitting import fitted
     from adaptive.training.program import Program, data_shard
     from adaptive.training.stopping import StopRequest
@@ -105,6 +106,8 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         program = Program(recipe, mesh)
         show_data_progress(say)
         data = open_data(recipe, data_shard(mesh), arguments, say if workdir is None else None)
+        if data:
+            sets_and_tasks.opened(recipe, data.tokenizer)
         # Claimed only now, so that a run that cannot work leaves no folder behind.
         opened = RunFolder.open(workdir, recipe, primary=primary, say=say) if workdir else None
         folder = at_exit.enter_context(opened) if opened else None

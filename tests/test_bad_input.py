@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adaptive import bench, command, convert, doctor, generate, recipe, report, train
+from adaptive import bench, command, convert, doctor, evaluate, generate, recipe, report, train
 from adaptive.benchmarks import train_step
 from adaptive.data import __main__ as data
 from adaptive.errors import UserError
@@ -95,6 +95,7 @@ def opened(made: Recipe, workdir: Path | None, arguments=()) -> int:
 COMMANDS = {
     "train": (train.main, ["--recipe=mor_tiny", "--workdir=run"]),
     "generate": (generate.main, ["--workdir=gone"]),
+    "evaluate": (evaluate.main, ["--checkpoint=gone"]),
     "convert": (convert.main, ["--kind=hnet", "--tensors=gone", "--config=gone", "--workdir=run"]),
     "convert --export": (convert.main, ["--kind=hnet", "--workdir=gone", "--export=x.safetensors"]),
     "report": (report.main, ["gone"]),

@@ -182,6 +182,7 @@ RELEASED = {"--tensors": "t", "--config": "c", "--workdir": "w"}
         ("bench", ["train", "--recipe", f"{AT}.json"]),
         ("generate", ["--workdir", AT]),
         ("generate", ["--workdir", "w", "--prompt_file", AT]),
+        ("evaluate", ["--checkpoint", AT]),
         ("report", [AT]),
         ("report", ["w", "--compare", "v", AT]),
         ("data", ["prepare", "--source", "embedded:dna", "--tokenizer", "bytes", "--out", AT]),

@@ -16,7 +16,8 @@ from adaptive import recipe, settings, train
 from adaptive.data.config import DATA_PRESETS, DataConfig
 from adaptive.errors import RecipeError
 
-FILES = {".py", ".jsonl", ".json", ".txt", ".md", ".html"}
+FILES = {".py", ".jsonl", ".json", ".txt", ".md", ".html", ".yaml"}
+COMMANDS_OF = {"evaluation": "evaluate"}  # pages that are not called as their command
 NEEDS = "# needs "  # how a block begins that needs files, a network or a trained run
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -122,7 +123,7 @@ def test_tables_list_what_exists(page):
                        if path.split(".")[0] not in everywhere() or not kinds_at(path)]  # fmt: skip
             assert not unknown
             if options := re.findall(r"`(--\w+)", first):
-                check_options(f"adaptive.{page.stem}", options)
+                check_options(f"adaptive.{COMMANDS_OF.get(page.stem, page.stem)}", options)
 
 
 # Commands

@@ -36,6 +36,7 @@ from adaptive.benchmarks import (
 from adaptive.data.corpus import embedded_file
 from adaptive.data.tokenizer_export import tokenizer_files
 from adaptive.data.tokenizers import load_tokenizer
+from adaptive.evaluation import sets
 from adaptive.interop import Whole
 from adaptive.interop.files import write_safetensors
 from adaptive.parallel import mesh
@@ -111,6 +112,9 @@ def desk(tmp_path_factory):
     texts.mkdir(parents=True)
     text = lzma.decompress(embedded_file("english.txt.xz").read_bytes()).decode()[:40_000]
     (texts / "a.txt").write_text(text, encoding="utf-8")
+    (folder / "my" / "tasks").mkdir()
+    item = json.dumps({"query": "The sky is", "choices": ["blue", "black"], "gold": 0})
+    (folder / "my" / "tasks" / "sky.jsonl").write_text(f"{item}\n" * 3)
     rows = [json.dumps({"content": part}) for part in text.split("<|endoftext|>")]
     (folder / "my" / "records.jsonl").write_text("\n".join(rows), encoding="utf-8")
     (own,) = blocks(next(page for page in PAGES if page.name == "your-own.md"), "json")
@@ -152,6 +156,8 @@ def reducing(desk, monkeypatch):
         count = max(1, config.data) * config.fsdp * config.expert * config.tensor
         return whole_mesh(config, jax.devices()[:count])
 
+    whole_set = sets.EvaluationSet.first
+    monkeypatch.setattr(sets.EvaluationSet, "first", lambda one, most: whole_set(one, 2))
     monkeypatch.setattr(train, "train", short_train)
     monkeypatch.setattr(convert, "save", lambda recipe, *rest: whole_save(small(recipe, shrink=False), *rest))
     monkeypatch.setattr(mesh, "make_mesh", few_devices)

@@ -176,6 +176,7 @@ def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         progress=types.SimpleNamespace(step=lambda done: None), stop=types.SimpleNamespace(agreed=lambda: False),
         save=lambda done, *rest: did.append(("save", done)),
         evaluate=lambda state, done: did.append(("evaluate", done)), prepare=lambda number: None,
+        checkpoints=types.SimpleNamespace(rate=lambda done, loss: True),
         record=lambda row: did.append(row), schedule=lambda number: 0.0,
     )  # fmt: skip
     for name in ("absorb", "profile", "not_finite", "evaluation_due"):
@@ -261,6 +262,7 @@ def kept(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     checkpoints = Checkpoints(folder / name, recipe.checkpoint, {}, say=lambda line: None)
     for number in range(1, 9):
         checkpoints.save(number, state, {})
+        checkpoints.rate(number, abs(number - 3.0))
     checkpoints.close()
     return checkpoints.steps()
 

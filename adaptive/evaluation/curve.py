@@ -96,6 +96,8 @@ def verdict(depths: Sequence[int], losses: Sequence[float], drawn: np.ndarray | 
     """
     if len(depths) < 2:
         return {"verdict": "one depth", "says": "one depth is no curve: give at least two"}
+    if not np.isfinite(losses).all():
+        return {"verdict": "not finite", "says": "some of the losses are not finite"}
 
     def better(i: int, j: int) -> bool:
         if losses[j] - losses[i] <= SAME:

@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,28 @@ def write(path: Path, told: dict[str, Any]) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = {"format": FORMAT, "program": f"adaptive {adaptive.__version__}", "time": now}
     try:
-        write_text_atomically(path, json.dumps({**about, **told}, indent=1, allow_nan=False) + "\n")
+        write_text_atomically(path, json.dumps(_finite({**about, **told}), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def kept(run: Path, name: str = "") -> dict[str, Any]:
+    """The evaluation of a run of this name, or its newest. Raises CheckpointError where there is none."""
+    found = read_all(run)
+    if not found:
+        raise CheckpointError(f"{run} has no evaluation: adaptive evaluate --checkpoint {run} makes one")
+    if name and name not in found:
+        raise CheckpointError(f"{run} has no evaluation called {name}; there are {', '.join(found)}")
+    return found[name or list(found)[-1]]
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of numbers that are not finite, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_all(run: Path) -> dict[str, dict[str, Any]]:

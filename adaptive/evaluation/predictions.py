@@ -133,7 +133,7 @@ def _is_text(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 def calibration(said: Predictions) -> dict[str, Any]:
     """Expected calibration error of the likeliest token: over bins of its probability p, the mean of
     |share that was right - mean p|, weighted by targets."""
-    which = np.minimum((said.top * BINS).astype(int), BINS - 1)
+    which = np.minimum((np.nan_to_num(said.top) * BINS).astype(int), BINS - 1)
     targets = np.bincount(which, minlength=BINS)
     sure = np.bincount(which, said.top.astype(np.float64), minlength=BINS)
     right = np.bincount(which, said.right.astype(np.float64), minlength=BINS)

@@ -1,6 +1,7 @@
 """Evaluation sets: what to score, as rows in the layout of training, each target with its document."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from adaptive.paths import local_path
 from adaptive.recipe import Recipe, name_from
 
 OWN = "validation"  # the run's own held-out data
+MEAN = "mean"  # over all sets
 _STREAMED_BATCH = 8
 
 
@@ -53,52 +55,71 @@ class EvaluationSet:
         return (self.rows[i * total // count] for i in range(count))
 
 
-def open_sets(given: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, *, stride: int = 0) -> list[EvaluationSet]:
+def open_sets(
+    given: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, *, stride: int = 0, option: str = "--data"
+) -> list[EvaluationSet]:
     """The sets that `given` names, in rows as long as those that the model was trained on.
 
     given   of each: "validation", the run's own held-out data (each of its paths is a set); the name of a corpus that
             comes with the package, of which the held-out documents are taken; a file, folder, glob or token store, all
             of it; NAME=PATH says what it is called. Nothing: validation
     stride  tokens from one row to the next; 0: whole rows. See `adaptive.data.windows`
+    option  how the user gave them; messages begin with it
 
     Raises DataError where one is missing, empty, malformed or of another tokenizer, or two have one name.
     """
-    config, seq = recipe.data, recipe.data.seq_len
+    seq = recipe.data.seq_len
     if not 0 <= stride <= seq:
         raise DataError(f"stride {stride}: rows have data.seq_len={seq} tokens, so it is 1 to {seq}")
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise DataError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {recipe.model.vocab_size}"
         )
-    sets = [one for text in given or (OWN,) for one in _named(text, recipe, config, tokenizer, stride)]
+    sets = [one for text in given or (OWN,) for one in _named(text, recipe, tokenizer, stride, option)]
     twice = [name for name, count in Counter(one.name for one in sets).items() if count > 1]
     if twice:
         raise DataError(f"two sets are called {twice[0]}: say NAME=PATH for one of them")
     for one in sets:
+        if one.name == MEAN:
+            raise DataError(f"a set cannot be called {MEAN}, which is the mean over sets: say NAME=PATH")
         if not len(one.rows):
             raise DataError(f"{one.name}: {one.about}: nothing to predict; a set has at least two tokens")
     return sets
 
 
-def _named(text: str, recipe: Recipe, config: DataConfig, tokenizer: Tokenizer, stride: int) -> Iterator[EvaluationSet]:
+def _named(text: str, recipe: Recipe, tokenizer: Tokenizer, stride: int, option: str) -> Iterator[EvaluationSet]:
+    config = recipe.data
     name, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
+    if not equals or _is_there(text):
         name, path = "", text
-    if path == OWN and not Path(path).exists():
+    if path == OWN and not _is_there(path):
         yield from _own(recipe, tokenizer, stride)
         return
-    if path in CORPORA and not Path(path).exists():
+    if path in CORPORA and not _is_there(path):
         held_out = dataclasses.replace(config, source="embedded", validation_every=config.validation_every or 20)
         yield _stored(name or path, held_out, path, tokenizer, stride, "validation")
         return
-    local = local_path(path, "--data")
+    local = local_path(path, option)
     source = "tokens" if (local / "index.json").is_file() or local.suffix in (".bin", ".npy") else "files"
     if source == "files" and not local.exists() and not any(c in path for c in "*?["):
         raise DataError(
-            f"--data {text}: there is no such file or folder, and no set of that name: {OWN}, {', '.join(CORPORA)}"
+            f"{option} {text}: there is no such file or folder, and no set of that name: {OWN}, {', '.join(CORPORA)}"
         )
     whole = dataclasses.replace(config, source=source, validation_every=0)  # type: ignore[arg-type]
-    yield _stored(name_from(name or local.name.split(".")[0]), whole, path, tokenizer, stride, "train")
+    yield _stored(name_from(name) if name else _name_of(local), whole, path, tokenizer, stride, "train")
+
+
+def _name_of(path: Path) -> str:
+    """What a set is called by its path: its last part that has letters or digits, without what follows a dot."""
+    parts = (part.split(".")[0] for part in reversed(path.absolute().parts))
+    return next((name_from(part) for part in parts if re.search(r"\w", part)), "set")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # what no file can be called
+        return False
 
 
 def _own(recipe: Recipe, tokenizer: Tokenizer, stride: int) -> Iterator[EvaluationSet]:
@@ -108,7 +129,7 @@ def _own(recipe: Recipe, tokenizer: Tokenizer, stride: int) -> Iterator[Evaluati
         if not config.validation_every:
             raise DataError("data.validation_every=0: the run holds nothing out; name sets with --data")
         for path in config.paths:
-            name = path if config.source == "embedded" else name_from(Path(path).name.split(".")[0])
+            name = path if config.source == "embedded" else _name_of(Path(path))
             yield _stored(name, config, path, tokenizer, stride, "validation")
         return
     if stride:

@@ -53,6 +53,32 @@ def _sets(told: dict[str, Any]) -> Iterator[str]:
         yield from table([("tokens before it", "tokens", "nats"), *_groups(one["by_context"], of)])
 
 
+def compared(evaluations: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Evaluations of several runs side by side: sets by the rule of generation, depths, tasks."""
+    cells: dict[str, dict[str, str]] = {}
+    for run, told in evaluations.items():
+        for what, cell in _cells(told):
+            cells.setdefault(what, {})[run] = cell
+    yield from table([("", *evaluations), *((what, *(own.get(run, "—") for run in evaluations))
+                      for what, own in cells.items())])  # fmt: skip
+
+
+def _cells(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "step", f"{told.get('step', '?')}"
+    for name, rules in told.get("sets", {}).items():
+        one = rules[told["rules"][-1]]
+        yield f"{name}, nats per token", measured(one, "loss")
+        yield f"{name}, bits per byte", measured(one, "bits_per_byte")
+    if len(told.get("sets", {})) > 1:
+        yield "mean of sets, bits per byte", measured(told["macro"][told["rules"][-1]], "bits_per_byte")
+    for point in told.get("depths", {}).get("points", ()):
+        yield f"{point['passes']} passes, nats per token", measured(point, "loss")
+    for name, one in told.get("tasks", {}).items():
+        yield f"{name}, right", measured(one, "accuracy")
+    if "tasks_mean" in told:
+        yield "tasks, above chance", measured(told["tasks_mean"], "centred")
+
+
 def _groups(groups: Sequence[dict[str, Any]], name: Any) -> list[tuple[str, ...]]:
     return [(name(group), f"{group['targets']:,}", f"{group['loss']:.4f}") for group in groups]
 
@@ -89,6 +115,8 @@ def _tasks(told: dict[str, Any]) -> Iterator[str]:
         "right: as CORE chooses, by nats per token; likelihood, per character and information: shares of other ways to "
         "choose (acc, acc_norm, acc_mutual_info of lm-evaluation-harness)"
     )
+    if told["rules"] == ["train"]:
+        yield "this model cannot select causally: by the selection of training a score depends on the end of its text"
     for name, one in told["tasks"].items():
         if one["cut"]:
             yield f"{name}: {one['cut']} of {one['items']} items are longer than a row; their beginnings are left out"

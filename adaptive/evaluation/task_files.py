@@ -47,16 +47,17 @@ class Task:
     core: bool = False
 
 
-def read_tasks(given: Sequence[str], shots: int | None = None) -> list[Task]:
+def read_tasks(given: Sequence[str], shots: int | None = None, option: str = "--tasks") -> list[Task]:
     """The tasks of files and folders.
 
-    given  of each: a file of JSON lines, whose shape says its kind; a folder of such files; the folder or the core.yaml
-           of a CORE bundle, which says kinds, shots and baselines
-    shots  in place of what bundles say, and of none
+    given   of each: a file of JSON lines, whose shape says its kind; a folder of such files; the folder or the
+            core.yaml of a CORE bundle, which says kinds, shots and baselines
+    shots   in place of what bundles say, and of none
+    option  how the user gave them; messages begin with it
 
     Raises DataError for what cannot be read, with file and line.
     """
-    tasks = [task for text in given for task in _read(local_path(text, "--tasks"))]
+    tasks = [task for text in given for task in _read(local_path(text, option), option)]
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
         raise DataError(f"two tasks are called {twice[0]}: rename one of the files")
@@ -68,7 +69,7 @@ def read_tasks(given: Sequence[str], shots: int | None = None) -> list[Task]:
     return tasks
 
 
-def _read(path: Path) -> list[Task]:
+def _read(path: Path, option: str) -> list[Task]:
     if path.suffix in (".yaml", ".yml"):
         return list(_bundle(path))
     if path.is_dir():
@@ -76,8 +77,10 @@ def _read(path: Path) -> list[Task]:
             return list(_bundle(path / "core.yaml"))
         files = sorted(path.glob("*.jsonl"))
         if not files:
-            raise DataError(f"--tasks {path}: the folder has neither .jsonl files nor a core.yaml")
+            raise DataError(f"{option} {path}: the folder has neither .jsonl files nor a core.yaml")
         return [_from_file(file) for file in files]
+    if not path.exists():
+        raise DataError(f"{option} {path}: there is no such file or folder")
     return [_from_file(path)]
 
 
@@ -119,7 +122,7 @@ _LISTS, _NUMBERS = ("choices", "context_options"), ("gold", "label")
 def _from_file(file: Path, kind: Kind | None = None) -> Task:
     rows = list(_rows(file))
     if not rows:
-        raise DataError(f"--tasks {file} holds no items")
+        raise DataError(f"{file} holds no items")
     shape = _shape_of(rows[0][1], rows[0][0], kind)
     items = tuple(_item(row, where, shape) for where, row in rows)
     options = [max(len(item.contexts), len(item.continuations)) for item in items]
@@ -131,7 +134,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        raise DataError(f"--tasks {file}: {error.strerror or error}") from None
+        raise DataError(f"{file}: {error.strerror or error}") from None
     for number, line in enumerate(lines, 1):
         where = f"{file}:{number}"
         if not line.strip():
@@ -211,7 +214,7 @@ def _entries(config: Path) -> list[Any]:
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--tasks {config}: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"{config}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise DataError(f"{config}: malformed YAML: {' '.join(str(error).split())}") from None
     tasks = content.get("icl_tasks") if isinstance(content, dict) else None

@@ -7,6 +7,7 @@ when complete, and older ones are removed only after that. Reading never changes
 
 import errno
 import logging
+import math
 import os
 import shutil
 import sys
@@ -70,6 +71,7 @@ class Checkpoints:
         self._pending: int | None = None  # the step of the save now under way
         self._damaged: list[int] = []  # newer than what was restored, and unreadable
         self._failures = 0
+        self._losses: dict[int, float] = {}  # held-out, by step
 
     @property
     def failed(self) -> bool:
@@ -79,6 +81,16 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending, readable or not."""
         return steps_in(self._folder)
+
+    def rate(self, step: int, loss: float | None) -> bool:
+        """Notes the held-out loss at a step, saved or not; whether it is among those that `keep_best` keeps."""
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss
+        return step in self.best()
+
+    def best(self) -> list[int]:
+        """As many steps as `keep_best` says, the lowest held-out loss first; of equal ones the earlier."""
+        return sorted(self._losses, key=lambda step: (self._losses[step], step))[: self._config.keep_best]
 
     def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint and returns when the state's arrays may be changed again.
@@ -182,7 +194,7 @@ class Checkpoints:
     def _manager(self) -> Any:
         if self._orbax is None:
             self._opened += 1
-            self._orbax = _open_manager(self._folder, self._config, barriers=str(self._opened))
+            self._orbax = _open_manager(self._folder, self._config, self.best, barriers=str(self._opened))
         return self._orbax
 
     def _report_failure(self, step: int, failure: Exception | None) -> None:
@@ -256,7 +268,7 @@ def _key_implementation() -> str:
 # Orbax
 
 
-def _open_manager(folder: Path, config: CheckpointConfig, *, barriers: str) -> Any:
+def _open_manager(folder: Path, config: CheckpointConfig, best: Callable[[], list[int]], *, barriers: str) -> Any:
     _silence()
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as keep
@@ -264,6 +276,13 @@ def _open_manager(folder: Path, config: CheckpointConfig, *, barriers: str) -> A
     policies: list[Any] = [keep.LatestN(config.keep_last)]
     if config.keep_every:
         policies.append(keep.EveryNSteps(config.keep_every))
+    if config.keep_best:
+
+        class Best(keep.PreservationPolicy):
+            def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+                return [checkpoint.step in best() for checkpoint in checkpoints]
+
+        policies.append(Best())
     options = ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(policies),
         async_options=ocp.AsyncOptions(timeout_secs=SAVE_LIMIT_S),

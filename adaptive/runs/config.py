@@ -3,7 +3,7 @@
 import dataclasses
 
 from adaptive.errors import RecipeError
-from adaptive.settings import ranged
+from adaptive.settings import ranged, since
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +33,5 @@ class CheckpointConfig:
     every: int = ranged(100, least=0)  # steps; 0: only at the end
     keep_last: int = ranged(2, least=1)
     keep_every: int = ranged(0, least=0)  # also keep each checkpoint whose step is a multiple; 0: none
+    # Also keep so many with the lowest held-out loss (eval/loss), which are saved when they are evaluated.
+    keep_best: int = since(0, before=0, least=0)

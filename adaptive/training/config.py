@@ -59,6 +59,9 @@ class EvalConfig:
     every: int = ranged(100, least=0)  # steps; 0: only at the end
     rows: int = ranged(64, least=0)  # held-out rows per evaluation, the same whatever the batch size; 0: all of them
     selection: tuple[str, ...] = SELECTIONS  # how routed models choose: as trained, and causally
+    # Sets that are scored besides what is held out, `rows` rows of each: as --data of `adaptive evaluate` names them.
+    sets: tuple[str, ...] = since((), before=[])
+    tasks: tuple[str, ...] = since((), before=[])  # files that are answered, as --tasks there names them
 
     def validate(self) -> None:
         """Raises RecipeError for an unknown way of choosing."""

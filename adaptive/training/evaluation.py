@@ -16,6 +16,7 @@ from adaptive.training.parts import PartSums
 from adaptive.training.program import Program, data_shard
 from adaptive.training.report.collect import RoutingCounter, passage_tokens
 from adaptive.training.report.schema import TokenRecord
+from adaptive.training.sets_and_tasks import SetsAndTasks
 
 Row = dict[str, Any]
 
@@ -35,6 +36,7 @@ class Evaluator:
         modes = wanted if len(program.selections) > 1 else ("topk",)
         counts = data.tokenizer.byte_counts()
         self.selection = modes[0]  # how the passage and the counted routing are selected
+        self._others = SetsAndTasks(program, data.tokenizer)
         self._steps = {mode: program.eval_step(counts, mode) for mode in modes}  # type: ignore[arg-type]
 
     @functools.cached_property
@@ -83,6 +85,7 @@ class Evaluator:
             if first is None:
                 first = counter
                 row |= counter.scalars()
+        row |= self._others(state)
         return row, first or RoutingCounter("none", 1)
 
     def passage(self, state: TrainState) -> tuple[TokenRecord, ...]:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -97,6 +98,7 @@ class Loop:
                 self.say(f"this run is complete at step {begin}; a new --workdir starts another")
                 return 0
             self.log = self.opened_log(begin)
+        self.recall_losses()
         if self.primary:
             self.keep(self.plan)
         seconds = self.log.kept[-1].get("seconds") if self.log.kept else None
@@ -184,6 +186,20 @@ class Loop:
             self.say(f"warning: {self.folder.metrics} has no row of step {shown_gaps(gaps)}")
         return log
 
+    def recall_losses(self) -> None:
+        """Tells the checkpoints which held-out loss each had, in every process the same."""
+        if not self.recipe.checkpoint.keep_best:
+            return
+        steps = self.checkpoints.steps()
+        rows = {row["step"]: row.get("eval/loss") for row in self.log.kept if is_evaluation(row)}
+        losses = np.array([math.nan if rows.get(step) is None else rows[step] for step in steps])
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            losses = multihost_utils.broadcast_one_to_all(losses.astype(np.float32))
+        for step, loss in zip(steps, losses, strict=True):
+            self.checkpoints.rate(step, float(loss))
+
     def catch_up(self, state: TrainState, begin: int) -> None:
         """The evaluation that was due when an earlier attempt ended, where it made none; of the last step in any case,
         for the report."""
@@ -191,7 +207,7 @@ class Loop:
         missing = anywhere(self.primary and not made)
         if begin and self.evaluation_due(begin) and (missing or begin >= self.recipe.train.steps):
             with self.meter.paused():
-                self.evaluate(state, begin, recorded=missing)
+                self.checkpoints.rate(begin, self.evaluate(state, begin, recorded=missing))
 
     def evaluation_due(self, done: int) -> bool:
         every = self.recipe.eval.every
@@ -215,12 +231,15 @@ class Loop:
             evaluate = self.evaluation_due(done) and (last or not stopping)
             save = last or stopping or bool(recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
             if evaluate or save:
-                self.absorb(self.late.flush(), row=save)  # rows on disk reach as far as any checkpoint
+                # Rows on disk reach as far as any checkpoint.
+                self.absorb(self.late.flush(), row=save or bool(evaluate and recipe.checkpoint.keep_best))
                 with self.meter.paused():
                     if save:
                         self.save(done, state, batches)
                     if evaluate:
-                        self.evaluate(state, done)
+                        loss = self.evaluate(state, done)
+                        if recipe.checkpoint.keep_best and self.checkpoints.rate(done, loss):
+                            self.save(done, state, batches)
             if stopping and not last:
                 return True, state, done
         return False, state, total
@@ -323,8 +342,9 @@ class Loop:
             "optimizer.learning_rate, or look at the rows of metrics.jsonl before it"
         )
 
-    def evaluate(self, state: TrainState, step: int, *, recorded: bool = True) -> None:
-        """Held-out loss, what routing did, and a passage for the report. recorded: whether it becomes a row."""
+    def evaluate(self, state: TrainState, step: int, *, recorded: bool = True) -> float | None:
+        """Held-out loss, what routing did, and a passage for the report; the loss, None where nothing is held out.
+        recorded: whether it becomes a row."""
         self.progress.doing("evaluating")
         with self.watchdog.limit("evaluating", self.recipe.train.step_timeout_s):
             columns, counter = self.evaluator(state)
@@ -342,6 +362,7 @@ class Loop:
             for title, show in self.passages():
                 show(text := io.StringIO())
                 self.tracker.text(title, step, text.getvalue())
+        return row.get("eval/loss")
 
     def routing_record(self, step: int, sample: SampleRecord | None = None) -> RoutingRecord:
         text = lambda token: self.data.tokenizer.token_bytes(token).decode(errors="replace")  # noqa: E731
@@ -379,7 +400,8 @@ class Loop:
         print(f"\nworkdir      {self.folder.path}")
         print(f"report       {report}")
         print(f"metrics      {self.folder.metrics}")
-        print(f"checkpoints  {self.folder.checkpoints} (steps {', '.join(map(str, self.checkpoints.steps()))})")
+        best = f"; best by held-out loss: {', '.join(map(str, found))}" if (found := self.checkpoints.best()) else ""
+        print(f"checkpoints  {self.folder.checkpoints} (steps {', '.join(map(str, self.checkpoints.steps()))}{best})")
 
     def sample(self, state: TrainState) -> SampleRecord | None:
         """A continuation of the recipe's prompt, or None where the model has no cached generation."""

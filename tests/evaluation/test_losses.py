@@ -123,3 +123,10 @@ def test_the_command_keeps_what_it_prints(run, capsys):
     assert evaluate.main(arguments) == 0 and (folder / "evaluations" / "step-3-2.json").exists()
     assert evaluate.main([*arguments, "--name", "step-3"]) == 2
     assert "step-3.json is there already" in capsys.readouterr().err
+    assert evaluate.main(["--compare", str(folder), str(folder / "."), "--name", "step-3"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{causal[1]['loss']:.4f} [" in shown and "2 passes, nats per token" in shown
+    assert evaluate.main(["--compare", str(folder), "--name", "gone"]) == 2
+    assert "no evaluation called gone; there are step-3" in capsys.readouterr().err
+    assert evaluate.main(["--compare", str(folder / "texts")]) == 2
+    assert "texts has no evaluation" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """Calibration, groups, intervals and verdicts, against what they are by definition."""
 
+import json
+
 import numpy as np
 import pytest
 
 from adaptive.data.tokenizers import load_tokenizer
-from adaptive.evaluation import bootstrap
+from adaptive.evaluation import bootstrap, files
 from adaptive.evaluation.curve import verdict
 from adaptive.evaluation.predictions import BINS, Predictions, by_context, by_kind, calibration, sums_by
 
@@ -86,6 +88,7 @@ def test_intervals_are_those_of_a_ratio_of_resampled_sums():
         ([2.2, 2.2, 2.2], "flat"),
         ([2.2, 2.5, 2.2], "flat"),
         ([57.9], "one depth"),
+        ([2.2, np.nan], "not finite"),
     ],
 )
 def test_a_curve_has_one_verdict(losses, word):
@@ -100,3 +103,11 @@ def test_differences_within_chance_are_none():
     noisy = np.array(losses)[:, None] + RNG.normal(size=(3, 500))
     assert verdict((1, 2, 4), losses, noisy)["verdict"] == "flat"
     assert "flat from 2 on" in verdict((1, 2, 4), [3.0, 2.2, 2.2001])["says"]
+
+
+def test_a_model_that_gives_no_numbers_is_evaluated_and_told(tmp_path):
+    said = predictions(nll=np.full(400, np.nan, np.float32), top=np.full(400, np.nan, np.float32))
+    assert not np.isfinite(calibration(said)["error"])
+    files.write(tmp_path / "own.json", {"loss": float("nan"), "sets": [{"loss": float("inf")}]})
+    told = files.read_all(tmp_path.parent)
+    assert not told and json.loads((tmp_path / "own.json").read_text())["sets"] == [{"loss": None}]

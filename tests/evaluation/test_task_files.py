@@ -94,10 +94,10 @@ def test_other_mistakes_are_told(tmp_path):
     path = written(tmp_path / "sky.jsonl", [CHOICE] * 2)
     bundle(tmp_path)
     for given, message in (
-        (["gone.jsonl"], "gone.jsonl: No such file"),
+        (["gone.jsonl"], "--tasks gone.jsonl: there is no such file"),
         ([str(tmp_path / "cut.jsonl")], "cut.jsonl:2: malformed JSON"),
         ([str(tmp_path / "eval_data" / "some"), str(tmp_path / "core.yaml")], "two tasks are called sky"),
-        ([str(tmp_path / "eval_data" / "gone")], "No such file"),
+        ([str(tmp_path / "eval_data" / "gone")], "there is no such file"),
     ):
         with pytest.raises(DataError, match=message):
             read_tasks(given)

@@ -1,5 +1,6 @@
 """Answers to tasks, against one forward pass for each option."""
 
+import dataclasses
 import itertools
 import json
 
@@ -89,6 +90,8 @@ def test_a_score_depends_on_nothing_else_in_the_batch(run):
     for span, scored, text in zip(spans, together, texts, strict=True):
         (alone,) = score_spans(subject, [span])
         np.testing.assert_array_equal(scored.nll, alone.nll)
+        (fewer,) = score_spans(dataclasses.replace(subject, rows=1), [span])
+        np.testing.assert_allclose(scored.nll, fewer.nll, rtol=1e-5)
         np.testing.assert_allclose(scored.nll[-40:], nats((text + "s")[-65:])[0][1:][-40:], rtol=2e-4, atol=1e-4)
         assert scored.cut == (len(text) > 64) and len(scored.nll) == min(len(text), 64)
 

@@ -126,7 +126,7 @@ def test_an_evaluation_that_was_not_made_is_made_up(tmp_path, begin, rows, made)
     )  # fmt: skip
     loop = loop_of(tmp_path, recipe=recipe, meter=types.SimpleNamespace(paused=contextlib.nullcontext))
     loop.evaluate = lambda state, step, recorded: did.append((step, recorded))
-    loop.log = types.SimpleNamespace(kept=rows)
+    loop.log, loop.checkpoints = types.SimpleNamespace(kept=rows), types.SimpleNamespace(rate=lambda step, loss: False)
     loop.catch_up(None, begin)
     assert did == made
 
