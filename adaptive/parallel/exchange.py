@@ -71,7 +71,8 @@ def communicator() -> Communicator:
     mesh, rules, experts = current
     hidden = tuple(axis for axis in rules.expert_ff if axis != EXPERT)
     nodes = experts.nodes if experts.exchange == "hierarchical" else 1
-    return Communicator(mesh.shape[EXPERT], nodes, rules.batch, hidden, split(mesh, hidden))
+    batch = tuple(axis for axis in rules.batch if mesh.shape[axis] > 1)  # those that `sharded` names
+    return Communicator(mesh.shape[EXPERT], nodes, batch, hidden, split(mesh, hidden))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -14,7 +14,7 @@ from adaptive.parallel.config import ExpertParallel
 from adaptive.parallel.exchange import Communicator, by_expert, communicator, ragged_all_to_all, routes, truncated
 from adaptive.parallel.pairs import before, combine, every, permute, segments, strided, take
 from adaptive.parallel.rules import TOKENS_TRAVEL, active_placement
-from adaptive.parallel.shard import sharded
+from adaptive.parallel.shard import Lent, lent, sharded
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots
 
 Weights = dict[str, jax.Array]
@@ -69,7 +69,8 @@ def run(
 
     def local(x: jax.Array, dispatch: Dispatch, weights: Weights) -> tuple[jax.Array, jax.Array]:
         tokens = x.reshape(-1, x.shape[-1])
-        task = Task(tokens, dispatch, weights, feed_forward, comm, settings)
+        own = {name: w[0] for name, w in weights.items()}
+        task = Task(tokens, dispatch, own, feed_forward, comm, settings)
         strategy = settings.strategy if comm.size > 1 else "data"
         arranged = arrange(dispatch)
         if isinstance(arranged, Slots):
@@ -81,8 +82,10 @@ def run(
         total = jnp.zeros((), jnp.float32) if lost is None else comm.sum_batch(lost)
         return y.astype(jnp.float32).reshape(x.shape), total
 
-    names = {name: tuple(None if n == "width" else n for n in axes[name][-w.ndim :]) for name, w in weights.items()}
-    return sharded(local, [("batch",), ("batch",), names], (("batch",), ()))(x, dispatch, weights)
+    names = {name: axes[name][-w.ndim :] for name, w in weights.items()}
+    copies = {name: lent(w, names[name]) for name, w in weights.items()}
+    where = {name: Lent(own) for name, own in names.items()}
+    return sharded(local, [("batch",), ("batch",), where], (("batch",), ()))(x, dispatch, copies)
 
 
 class Task(NamedTuple):

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -133,7 +134,22 @@ def gathered(value: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.D
     """
     names = axes[len(axes) - value.ndim :]
     small = narrowed(value, dtype) if "width" in names else value.astype(dtype)
-    return constrain(small, *(None if n == "width" else n for n in names))
+    # What uses experts gives their gradients as they are stored (`shard.lent`); of others XLA sees where they end up.
+    return _of_experts(small, tuple(names)) if "experts" in names else constrain(small, *whole(names))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _of_experts(value: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Gathered, with a gradient that is not."""
+    return constrain(value, *whole(names))
+
+
+_of_experts.defvjp(lambda value, names: (_of_experts(value, names), None), lambda names, _, g: (constrain(g, *names),))
+
+
+def whole(names: Iterable[str | None]) -> tuple[str | None, ...]:
+    """Names of a parameter's dimensions where it is used: over "width" it is split where it is stored alone."""
+    return tuple(None if name == "width" else name for name in names)
 
 
 def narrowed(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

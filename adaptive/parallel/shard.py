@@ -1,13 +1,24 @@
 """Local code on a mesh: the one place where layers reach shard_map."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from adaptive.errors import MeshError
-from adaptive.parallel.rules import Placement, active_placement, split
+from adaptive.parallel.rules import Placement, active_placement, split, whole
+
+Names = tuple[str | None, ...]
+
+
+class Lent(NamedTuple):
+    """Stands, for `sharded`, for what `lent` makes of a parameter with these names."""
+
+    names: Names
 
 
 def sharded(fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
@@ -17,57 +28,95 @@ def sharded(fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Call
              arrays alike or as a tree with a tuple for each
     outputs  likewise. An output that is not split by a mesh axis must be equal on the devices along it
 
-    Inside, mesh axes have names: collectives are `adaptive.parallel.exchange`. Gradients of arguments that an axis does
-    not split are summed over it. Calls raise MeshError where an array does not divide over the mesh.
+    Inside, mesh axes of several devices have names: collectives are `adaptive.parallel.exchange`. Gradients of
+    arguments that an axis does not split are summed over it. Calls raise MeshError where an array does not divide over
+    the mesh.
     """
     current = active_placement()
     if current is None or current.mesh.size == 1:
         return fn
-    mesh, rules, _ = current
-
-    def specs(names: Any) -> Any:
-        return jax.tree.map(lambda leaf: rules.spec(*leaf), names, is_leaf=_are_names)
-
-    mapped = jax.shard_map(
-        fn,
-        mesh=mesh,
-        in_specs=tuple(specs(names) for names in inputs),
-        out_specs=specs(outputs),
-        check_vma=False,  # Pallas kernels do not say along which axes their outputs vary
-    )
 
     def call(*args: Any) -> Any:
         for names, arg in zip(inputs, args, strict=True):
             jax.tree.map(lambda leaf, arrays: _check(leaf, arrays, current), names, arg, is_leaf=_are_names)
         return mapped(*args)
 
+    specs = lambda names: jax.tree.map(lambda leaf: _spec(leaf, current), names, is_leaf=_are_names)  # noqa: E731
+    mapped = _mapped(fn, current.mesh, tuple(map(specs, inputs)), specs(outputs))
     return call
 
 
-def sum_of_parts(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """[n, vocab, width], of which each of the n parts of the batch has its own -> [vocab, width]: their sum in `dtype`,
-    where a parameter of these axes is stored. Over the axes that split it a device receives its share of the sum alone:
-    half of what an all-reduce moves.
+def _mapped(fn: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`fn` by trees of PartitionSpecs, over the axes that have several devices: gradients of what an axis does not
+    split are summed over it, and compilers for TPUs leave such a sum over one device in the program."""
+    axes = _long(mesh, mesh.axis_names)
 
-    It is the rows that are dealt out at first, if they can be: compilers for TPUs make an all-reduce of a
-    reduce-scatter along the last dimension whose share is no multiple of 128.
+    def over(spec: P) -> P:
+        parts = [(part,) if isinstance(part, str) else part or () for part in spec]
+        return P(*(tuple(axis for axis in part if axis in axes) for part in parts))
+
+    inputs, outputs = jax.tree.map(over, (inputs, outputs), is_leaf=lambda node: isinstance(node, P))
+    several = Mesh(mesh.devices.reshape([mesh.shape[axis] for axis in axes]), axes)
+    # Pallas kernels do not say along which axes their outputs vary.
+    return jax.shard_map(fn, mesh=several, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def lent(value: jax.Array, names: Names) -> jax.Array:
+    """A parameter that is ready for use, once for each part of the batch that has all of it: [n, ...]. Its gradients
+    are summed by `sum_of_parts`; those of an argument of `sharded` would be by an all-reduce.
+
+    names  of the dimensions as it is stored. What `sharded` is to be told of the result is `Lent(names)`
+    """
+    current = active_placement()
+    if current is None or current.mesh.size == 1:
+        return value[None]
+    mesh, spec = current.mesh, _spec(Lent(names), current)
+    copies = jnp.broadcast_to(value, (split(mesh, spec[0] or ()), *value.shape))
+    return jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, spec))
+
+
+def _returned(names: Names, _: None, copies: jax.Array) -> tuple[jax.Array]:
+    current = active_placement()
+    on_gpus = current is not None and current.mesh.devices.flat[0].platform == "gpu"
+    return (sum_of_parts(copies, copies.dtype, names, deal=not on_gpus),)  # those scatter along any dimension alike
+
+
+lent.defvjp(lambda value, names: (lent(value, names), None), _returned)
+
+
+def sum_of_parts(
+    parts: jax.Array, dtype: jax.typing.DTypeLike, names: Names = ("vocab", "width"), deal: bool = True
+) -> jax.Array:
+    """[n, ...], of which each of the n parts of the batch has its own -> [...]: their sum in `dtype`, where a parameter
+    of these axes is stored. Over the axes that split it a device receives its share of the sum alone: half of what an
+    all-reduce moves.
+
+    deal  hand out another dimension than the width at first, if one can be: compilers for TPUs make an all-reduce of a
+          reduce-scatter along the last dimension whose share is no multiple of 128
     """
     current = active_placement()
     if current is None or current.mesh.size == 1:
         return parts.sum(0).astype(dtype)
     mesh, rules, _ = current
-    width, apart = _long(mesh, rules.width), _long(mesh, set(rules.batch) - set(rules.width))
-    assert set(width) <= set(rules.batch), "parameters are stored along the batch"
+    spec = _spec(Lent(names), current)
+    batch = _long(mesh, spec[0] or ())
+    width = _long(mesh, rules.width) if "width" in names else ()
+    apart = tuple(axis for axis in batch if axis not in width)
+    assert set(width) <= set(batch), "parameters are stored along the batch"
 
     def summed(part: jax.Array) -> jax.Array:
         total = part[0]
-        if width:
-            dealt = 0 if total.shape[0] % split(mesh, width) == 0 else 1
-            total = jax.lax.psum_scatter(total, width, scatter_dimension=dealt, tiled=True)
+        if not width:
+            return (jax.lax.psum(total, apart) if apart else total).astype(dtype)
+        at = names.index("width")
+        fit = (i for i, size in enumerate(total.shape) if deal and i != at and size % split(mesh, width) == 0)
+        dealt = next(fit, at)
+        total = jax.lax.psum_scatter(total, width, scatter_dimension=dealt, tiled=True)
         total = (jax.lax.psum(total, apart) if apart else total).astype(dtype)
-        return jax.lax.all_to_all(total, width, 1, 0, tiled=True) if width and not dealt else total
+        return total if dealt == at else jax.lax.all_to_all(total, width, at, dealt, tiled=True)
 
-    return sharded(summed, [("batch", "vocab", None)], ("vocab", "width"))(parts)
+    return _mapped(summed, mesh, (spec,), rules.spec(*names))(parts)
 
 
 def _long(mesh: Mesh, axes: Collection[str]) -> tuple[str, ...]:
@@ -75,13 +124,24 @@ def _long(mesh: Mesh, axes: Collection[str]) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
 
 
+def _spec(names: "Names | Lent", current: Placement) -> P:
+    if not isinstance(names, Lent):
+        return current.rules.spec(*names)
+    rest = current.rules.spec(*whole(names.names))
+    used = {axis for part in rest for axis in ((part,) if isinstance(part, str) else part or ())}
+    return P(tuple(axis for axis in current.rules.batch if axis not in used), *rest)
+
+
 def _are_names(node: Any) -> bool:
-    return type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
+    return isinstance(node, Lent) or (
+        type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
+    )
 
 
-def _check(names: tuple[str | None, ...], arrays: Any, current: Placement) -> None:
+def _check(names: "Names | Lent", arrays: Any, current: Placement) -> None:
     for array in jax.tree.leaves(arrays):
-        for size, name in zip(array.shape, names, strict=False):
+        shape, own = (array.shape[1:], whole(names.names)) if isinstance(names, Lent) else (array.shape, names)
+        for size, name in zip(shape, own, strict=False):
             axes = getattr(current.rules, name) if name else ()
             parts = split(current.mesh, axes)
             if size % parts:

@@ -15,7 +15,7 @@ from adaptive.parallel.config import ExpertParallel, MeshConfig
 from adaptive.parallel.experts import receive_rows, run
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.pairs import combine, take
-from adaptive.parallel.rules import AxisRules, axis_rules, placement
+from adaptive.parallel.rules import AxisRules, axis_rules, gathered, placement
 from adaptive.routing.dispatch import Dispatch, by_expert, by_token, to_rows, to_slots
 
 pytestmark = pytest.mark.compiles
@@ -247,6 +247,23 @@ def test_collectives_of_rows():
     assert collectives(ExpertParallel("expert"), (1, 1, 8, 1), ragged=True) == want
     bounded = ExpertParallel("expert", buffer_factor=1.5)
     assert collectives(bounded, (1, 1, 8, 1), ragged=True) == {**want, "all-reduce": 1}
+
+
+def test_gradients_are_summed_where_the_matrices_are_stored():
+    """A device receives its share of each sum, first of experts, then of the width; nobody receives all of it."""
+    x, weights, direction = arrays()
+    dispatch, settings, mesh = DISPATCHES["random"](), ExpertParallel("data"), make_mesh(MeshConfig(1, 8, 1, 1))
+    with placement(mesh, axis_rules(settings), settings):
+
+        def step(stored):
+            ready = {name: gathered(w, AXES[name], jnp.float32) for name, w in stored.items()}
+            return loss(x, dispatch.weights, ready, dispatch, direction, True)[0]
+
+        rules = axis_rules(settings)
+        put = {name: jax.device_put(w, NamedSharding(mesh, rules.spec(*AXES[name]))) for name, w in weights.items()}
+        text = jax.jit(jax.grad(step)).lower(put).compile().as_text()
+    found = hlo.collectives(text)
+    assert found["reduce-scatter"] == found["all-to-all"] == 2 and "all-reduce" not in found
 
 
 def test_settings_that_do_not_fit():
