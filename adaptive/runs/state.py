@@ -45,11 +45,22 @@ def abstract_model(build: Build) -> tuple[nnx.GraphDef, Any]:
 def initial_state(build: Build, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False) -> TrainState:
     """The state at step 0, with a running average of the parameters or without; traceable. `build(key) -> nnx.Module`
     draws every parameter from the key."""
-    model = build(key)
+    return _at_start(build(key), tx, key, ema)
+
+
+def _at_start(model: nnx.Module, tx: optax.GradientTransformation, key: jax.Array, ema: bool) -> TrainState:
     params, buffers = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
     zero = jnp.zeros((), jnp.int32)
     average = jax.tree.map(jnp.copy, params) if ema else ()
     return TrainState(zero, zero, params, buffers, tx.init(params), jax.random.key_data(key), average)
+
+
+def abstract_state(
+    graphdef: nnx.GraphDef, shapes: Any, tx: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """Shapes of the state of an abstract model (`abstract_model`), which is not traced again."""
+    start = lambda shapes: _at_start(nnx.merge(graphdef, shapes), tx, jax.random.key(0), ema)  # noqa: E731
+    return jax.eval_shape(start, shapes)
 
 
 def state_shardings(
@@ -59,7 +70,7 @@ def state_shardings(
 
     Raises MeshError where a dimension does not divide over the mesh.
     """
-    return place(jax.eval_shape(lambda: initial_state(build, tx, jax.random.key(0), ema=ema)), mesh, rules)
+    return place(abstract_state(*abstract_model(build), tx, ema=ema), mesh, rules)
 
 
 def fresh_state(
@@ -68,10 +79,10 @@ def fresh_state(
     key: jax.Array,
     mesh: Mesh,
     rules: AxisRules,
+    shardings: TrainState,
     *,
     ema: bool = False,
 ) -> TrainState:
-    """The state at step 0, every array created on the devices that keep it."""
-    shardings = state_shardings(build, tx, mesh, rules, ema=ema)
+    """The state at step 0, every array created on the devices that keep it (`state_shardings`)."""
     with placement(mesh, rules):
         return jax.jit(lambda key: initial_state(build, tx, key, ema=ema), out_shardings=shardings)(key)

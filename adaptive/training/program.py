@@ -22,12 +22,12 @@ from adaptive.optim.build import make_optimizer
 from adaptive.optim.named import chosen
 from adaptive.parallel.cluster import meet
 from adaptive.parallel.expert_cost import ExpertLoad, settle
-from adaptive.parallel.mesh import batch_sharding
+from adaptive.parallel.mesh import batch_sharding, place
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.recipe import Recipe
 from adaptive.routing.types import AuxLosses, Output
 from adaptive.runs.platform import CacheHits, compute_dtype
-from adaptive.runs.state import TrainState, abstract_model, fresh_state, initial_state, state_shardings
+from adaptive.runs.state import TrainState, abstract_model, abstract_state, fresh_state
 from adaptive.settings import divisors
 from adaptive.training.config import Remat
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
@@ -156,7 +156,8 @@ class Program:
         self.selections = model.selections()
         self.refuse_generation = model.refuse_generation() or model.refuse_cache()
         self.ema = recipe.train.ema > 0
-        self.shardings = state_shardings(self.build, self.tx, mesh, self.rules, ema=self.ema)
+        self._shapes = abstract_state(self.graphdef, shapes, self.tx, ema=self.ema)
+        self.shardings = place(self._shapes, mesh, self.rules)
         self._segmented = not recipe.data.cross_document
 
     def build(self, key: jax.Array, step: int = -1) -> Any:
@@ -170,14 +171,12 @@ class Program:
 
     def fresh_state(self) -> TrainState:
         key = jax.random.key(self.recipe.train.seed)
-        return fresh_state(self.build, self.tx, key, self.mesh, self.rules, ema=self.ema)
+        return fresh_state(self.build, self.tx, key, self.mesh, self.rules, self.shardings, ema=self.ema)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, each with its sharding."""
-        initial = lambda key: initial_state(self.build, self.tx, key, ema=self.ema)  # noqa: E731
-        shapes = jax.eval_shape(initial, jax.random.key(0))
         shaped = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-        return jax.tree.map(shaped, shapes, self.shardings)
+        return jax.tree.map(shaped, self._shapes, self.shardings)
 
     def abstract_batch(self) -> Batch:
         shape = (self.recipe.train.batch_size, self.recipe.data.seq_len)
@@ -194,17 +193,16 @@ class Program:
 
     def auxiliary(self) -> list[str]:
         """Names of the auxiliary losses that are trained."""
-        batch = self.abstract_batch()
-        graphdef, shapes = abstract_model(self.build)
 
-        def losses(state: Any, batch: Batch) -> AuxLosses:
+        def losses(params: Any, buffers: Any, batch: Batch) -> AuxLosses:
             key = jax.random.key(0)
-            model = nnx.merge(graphdef, state)
+            model = nnx.merge(self.graphdef, params, buffers)
             out: Output = model(batch.tokens, boundaries=batch.boundaries, deterministic=False, key=key, logits=False)
             return out.aux
 
         with self.placed():
-            return [name for name, aux in jax.eval_shape(losses, shapes, batch).items() if aux.coefficient]
+            found = jax.eval_shape(losses, self._shapes.params, self._shapes.buffers, self.abstract_batch())
+        return [name for name, aux in found.items() if aux.coefficient]
 
     def compile_train_step(self, at: int = -1) -> Compiled:
         """The train step (state, batch) -> (state, metrics), its state argument donated, as it is at training step `at`

@@ -1,6 +1,7 @@
 """What is saved comes back whole, on any mesh, or not at all; a save that fails costs nothing but itself."""
 
 import contextlib
+import functools
 import json
 import re
 import resource
@@ -26,18 +27,25 @@ from adaptive.runs import checkpoint
 from adaptive.runs.checkpoint import FORMAT_VERSION, Checkpoints, read_part, steps_in
 from adaptive.runs.config import CheckpointConfig
 from adaptive.runs.digest import checksum, digest
-from adaptive.runs.state import TrainState, fresh_state
+from adaptive.runs.state import TrainState, initial_state, state_shardings
 
 pytestmark = pytest.mark.compiles
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_1"
 LOSS_FREE = token_choice.Settings(balancing="loss_free")
 MODEL = shapes.mor(4, 2, LOSS_FREE, vocab_size=32, width=16, hidden=16, heads=2)
+TX = optax.adamw(1e-3)
+
+
+@functools.cache
+def drawn(seed: int) -> TrainState:
+    """On the host: a program for each mesh would take longer than the tests."""
+    return jax.tree.map(np.asarray, jax.jit(lambda key: initial_state(MODEL.build, TX, key))(jax.random.key(seed)))
 
 
 def state_on(mesh: MeshConfig, devices=None, seed: int = 0) -> TrainState:
-    key = jax.random.key(seed)
-    return fresh_state(MODEL.build, optax.adamw(1e-3), key, make_mesh(mesh, devices), AxisRules())
+    where = state_shardings(MODEL.build, TX, make_mesh(mesh, devices), AxisRules())
+    return jax.tree.map(lambda a, to: jax.make_array_from_callback(a.shape, to, lambda at: a[at]), drawn(seed), where)
 
 
 def small(value: float = 0.0) -> TrainState:
