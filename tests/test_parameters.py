@@ -8,6 +8,8 @@ import pytest
 import shapes
 from flax import nnx
 
+from adaptive.interop.families import families
+from adaptive.interop.huggingface import settings_of
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.settings import RouterSettings
 from adaptive.layers.site import STACKING
@@ -43,7 +45,15 @@ def with_depth(kind: str) -> shapes.Model:
     return shapes.mor(depth=Depth.member(kind)())
 
 
+def foreign(kind: str, **config: int) -> shapes.Model:
+    """A small model of a family of other people's."""
+    return settings_of(families()[kind], {"vocab_size": 40, **config})
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 7, "num_attention_heads": 4}
 MODELS = {
+    "gpt2": functools.partial(foreign, "gpt2", n_embd=16, n_layer=2, n_head=4),
+    "gemma3": functools.partial(foreign, "gemma3", **SMALL),
     **{f"router {kind}": functools.partial(routed, kind) for kind in RouterSettings.kinds()},
     **{f"depth {kind}": functools.partial(with_depth, kind) for kind in Depth.kinds()},
     "biases": lambda: shapes.plain(2, bias="all", qk_norm="head", tie_embeddings=False),
