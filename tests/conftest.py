@@ -39,7 +39,7 @@ LONG = tuple(
     )
 )  # fmt: skip
 COMPILED = "/jax/core/compile/backend_compile_duration"  # heard for each program, also where the cache on disk holds it
-MOST_MAPPINGS = 20_000  # Linux allows a process 65,530; a compiled program takes about a dozen while it lives
+MOST_MAPPINGS = 30_000  # Linux allows a process 65,530; a compiled program takes about a dozen while it lives
 MAPPINGS = Path("/proc/self/maps")
 
 
