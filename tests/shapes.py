@@ -177,6 +177,16 @@ def with_body(model: Model, **changes: Any) -> Model:
     return settings
 
 
+def of_two_passes(body: recursive_body.Settings) -> recursive_body.Settings:
+    """The recursion with its first two passes alone; blocks that only some tokens enter stay all there."""
+    if body.depth.kind() == "mixture_of_depths":
+        return body
+    depth = body.depth
+    if capacities := getattr(depth, "capacities", ()):
+        depth = dataclasses.replace(depth, capacities=capacities[:2])
+    return dataclasses.replace(body, depth=depth, recursions=min(body.recursions, 2))
+
+
 def reduced(model: Model, *, width: int = 16, layers: int = 2, **language: Any) -> Model:
     """The same model at the size of a test: everything that has a size is small, what decides stays as it is.
 

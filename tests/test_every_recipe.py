@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from shapes import reduced
+import shapes
 
 from adaptive.data.batch import Batch
 from adaptive.data.config import DataConfig
@@ -35,18 +35,18 @@ def small(recipe: Recipe) -> Recipe:
     own = {"vocab_size": VOCAB, "init_std": 0.02, "embedding_std": 0.02 if model.tie_embeddings else 1.0}
     return Recipe(
         name="",
-        model=reduced(model, layers=1, **own),
+        model=shapes.reduced(model, layers=1, **own),
         objective=recipe.objective,
         data=DataConfig(seq_len=SEQ, cross_document=crossing, boundaries=recipe.data.boundaries),
         optimizer=adamw.Settings(learning_rate=1e-3, decay=recipe.optimizer.decay),
         schedule=ScheduleConfig("constant"),
-        train=TrainConfig(steps=4, batch_size=ROWS, device_batch_size=1),
+        train=TrainConfig(steps=4, batch_size=ROWS),
     )
 
 
 def alike(body: Any) -> Any:
-    if isinstance(body, recursive.Settings) and not getattr(body.depth, "capacities", ()):
-        return dataclasses.replace(body, recursions=min(body.recursions, 2))
+    if isinstance(body, recursive.Settings):
+        return shapes.of_two_passes(body)
     if isinstance(body, hnet.Settings):
         chunker = body.chunker
         if chunker.learned:
@@ -94,7 +94,6 @@ def stepped():
                         program.graphdef,
                         program.tx,
                         objective=recipe.objective,
-                        accumulation=program.accumulation,
                         segmented=not recipe.data.cross_document,
                     )
                 )

@@ -40,8 +40,7 @@ def _alike(body: Body) -> Body:
         return dataclasses.replace(body, stack=dataclasses.replace(body.stack, repeats=2))
     if isinstance(body, recursive.Settings):
         body = dataclasses.replace(body, core=dataclasses.replace(body.core, repeats=2))
-        sized = getattr(body.depth, "capacities", ()) or body.depth.kind() == "mixture_of_depths"
-        return body if sized else dataclasses.replace(body, recursions=3)
+        return shapes.of_two_passes(body)
     assert isinstance(body, hnet.Settings)
     numbers = {"target": 3.0, "ratio_over": "global", "length": 3}
     names = {field.name for field in dataclasses.fields(body.chunker)}
