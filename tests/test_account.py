@@ -213,8 +213,6 @@ def test_experts_and_dense_feed_forwards_mix():
 # Against programs
 
 PROGRAMS = {
-    "vanilla": VANILLA,
-    "recursive": loops(),
     "sequence shared": loops(4, ends=0, order="sequence", keys_values="shared"),
     "vanilla, keys shared across layers": loops(keys_values="shared", shared="none"),
     "mixers shared": loops(shared="mixers"),
@@ -230,7 +228,6 @@ PROGRAMS = {
     "mor shared": routed(keys_values="shared"),
     "mor hybrid": routed(keys_values="hybrid"),
     "mixture of depths": recursive(4, 4, ends=0, depth="mixture_of_depths", shared="none", vocab_size=V),
-    "experts that choose": plain(8, vocab_size=V, feed_forward=EXPERTS),
     "experts with a predictor": plain(
         8,
         vocab_size=V,
@@ -246,12 +243,8 @@ PROGRAMS = {
     ),
     "token": routed(depth=TOKEN),
     "token capacity shared": routed(depth=CAPACITY, keys_values="shared"),
-    "state spaces and attention": wrapped(
-        plain_body.Settings(stacks.Settings((block(mixer=MAMBA, repeat=3), block()), repeats=2)), vocab_size=V
-    ),
     "recursive hybrid": hybrid("all"),
     "mor of state spaces": hybrid(),
-    "token choice of state spaces": hybrid(TOKEN),
     "mor of state spaces and experts": routed(mixer=MAMBA, feed_forward=EXPERTS),
 }
 

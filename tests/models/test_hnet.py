@@ -20,7 +20,7 @@ pytestmark = pytest.mark.compiles
 
 LENGTHS = [7, 11, 6]
 SEGMENTS = np.repeat([1, 2, 3], LENGTHS)[None].repeat(BATCH, 0).astype(np.int32)
-TIGHT = {1: (0.3,), 2: (0.3, 1.0), 3: (0.3, 1.0, 1.0)}  # 8 slots for the chunks of 24 bytes
+TIGHT = {1: (0.3,), 2: (0.3, 1.0)}  # 8 slots for the chunks of 24 bytes
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_one_stage_is_its_parts_put_together(merge, tokens):
 # Packing and capacities
 
 
-@pytest.mark.parametrize("stages", [0, 1, 2, 3])
+@pytest.mark.parametrize("stages", [1, 3])
 def test_a_packed_document_has_the_logits_it_has_alone(stages, tokens):
     run = forward(hnet(stages))
     packed = run(tokens, segment_ids=SEGMENTS)
@@ -195,7 +195,7 @@ def test_threshold_knows_no_capacity(tokens):
 CASES = {
     "no chunking": hnet(0),
     **{f"{n} stages": hnet(n) for n in (1, 2, 3)},
-    **{f"{n} stages, overflowing": hnet(n, capacities=TIGHT[n]) for n in (1, 2, 3)},
+    "one stage, overflowing": hnet(capacities=TIGHT[1]),
     "sum": hnet(merge="sum", capacities=TIGHT[1]),
     "device": hnet(2, packing="device", capacities=TIGHT[2]),
     "similarity": hnet(chunker="similarity", capacities=TIGHT[1]),
