@@ -1,6 +1,6 @@
 """Records what the transformers library computes with tiny dense models of every family, for tests/interop.
 
-    python scripts/record_dense_fixtures.py tests/interop/fixtures/dense
+    python scripts/record_dense_fixtures.py tests/interop/fixtures/dense [CASE ...]
 
 needs torch and transformers 5 (recorded with torch 2.13.0 and transformers 5.24.0 on CPU). One FAMILY-CASE.npz holds
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 CLASSES = {
     "llama": "Llama", "smollm3": "SmolLM3", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2",
-    "gemma3": "Gemma3", "gpt2": "GPT2",
+    "gemma2": "Gemma2", "gemma3": "Gemma3", "gpt2": "GPT2",
 }  # fmt: skip
 COMMON = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -53,6 +53,10 @@ CASES = {
     },
     "qwen3-norms": {"head_dim": 6, "num_hidden_layers": 3, "rms_norm_eps": 0.01},
     "olmo2-norms": {"num_hidden_layers": 3, "rms_norm_eps": 0.01},
+    "gemma2-caps": {
+        "num_hidden_layers": 3, "head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 9, "pad_token_id": 0,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "attn_implementation": "eager",
+    },
     "gemma3-windows": {
         "num_hidden_layers": 4, "head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 9,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
@@ -65,10 +69,12 @@ CASES = {
 BATCH, SEQ = 2, 24
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *only: str) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     for name, changes in CASES.items():
+        if only and name not in only:
+            continue
         np.savez_compressed(folder / f"{name}.npz", **record(name, changes))
         print(f"{name}: {(folder / f'{name}.npz').stat().st_size} bytes")
 
@@ -100,7 +106,7 @@ def weight(rng: np.random.Generator, name: str, shape: tuple[int, ...], family: 
     if name.endswith("bias"):
         value = 0.3 * rng.standard_normal(shape)
     elif "norm" in name or "ln_" in name:
-        value = (family != "Gemma3") + 0.3 * rng.standard_normal(shape)
+        value = (not family.startswith("Gemma")) + 0.3 * rng.standard_normal(shape)
     else:
         value = (
             1.2 * rng.standard_normal(shape) / np.sqrt(shape[0] if family == "GPT2" and len(shape) > 1 else shape[-1])
@@ -109,4 +115,4 @@ def weight(rng: np.random.Generator, name: str, shape: tuple[int, ...], family: 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -103,7 +103,7 @@ def make_score_step(
         weight = narrowed(model.head_weight(), out.hidden.dtype)
         rows, seq = batch.tokens.shape
         chunk = chunk_length(seq, rows // batch_shards(), weight.shape[0], device_kind())
-        said = predicted(out.hidden, weight, jnp.asarray(batch.targets), chunk)
+        said = predicted(out.hidden, weight, jnp.asarray(batch.targets), chunk, model.settings.logit_soft_cap)
         counts = [(stage.boundary_mask & stage.valid).sum().astype(jnp.float32) for stage in out.trace.stages]
         chunks = jnp.stack(counts) if counts else jnp.zeros(0, jnp.float32)
         return Scores(said.nll, said.top, said.likeliest == batch.targets, out.trace.depth, chunks)

@@ -85,7 +85,8 @@ def search(
             out = model(tokens, positions=positions, segment_ids=segment_ids, logits=False)
             weight = model.head_weight().astype(out.hidden.dtype)
             chunk = chunk_length(tokens.shape[1], tokens.shape[0], len(weight), device_kind())
-            return cross_entropy_sum(out.hidden, weight, targets, jnp.ones(tokens.shape, jnp.float32), chunk)[1]
+            everywhere, cap = jnp.ones(tokens.shape, jnp.float32), model.settings.logit_soft_cap
+            return cross_entropy_sum(out.hidden, weight, targets, everywhere, chunk, cap)[1]
 
         def better(best: tuple[jax.Array, jax.Array], path: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
             least, chosen = best

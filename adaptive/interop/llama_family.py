@@ -52,7 +52,7 @@ class LlamaLike(Family):
             norm_eps=fields.number("rms_norm_eps"),
             padding_token=padding_token(fields),
             tie_embeddings=fields.boolean("tie_word_embeddings"),
-            embedding_scale=self.embedding_scale(width),
+            **self.language(fields, width),
         )
         fields.check_rest()
         return ours
@@ -83,8 +83,9 @@ class LlamaLike(Family):
         """The attention of layer `i` of so many."""
         return usual
 
-    def embedding_scale(self, width: int) -> float:
-        return 1.0
+    def language(self, fields: Fields, width: int) -> dict[str, Any]:
+        """Settings around the layers that this family alone has."""
+        return {}
 
     def config(self, settings: language_model.Settings) -> dict[str, Any]:
         blocks = blocks_of(settings)

@@ -77,6 +77,8 @@ class AdaptiveForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + w["positions"][place]
         x = body(w.below("body"), s["body"], x, Where(place, there), s["norm_eps"], input_ids)
         logits = (x @ w["embedding" if s["tie_embeddings"] else "head"].T).float()
+        if s["logit_soft_cap"]:
+            logits = s["logit_soft_cap"] * torch.tanh(logits / s["logit_soft_cap"])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -44,21 +44,28 @@ def source(path: Path, kind: str = "", *, allow_pickle: bool = False) -> Source:
         return Source(path.stem, kind or named.kind, named.config, named.tensors, texts)
     if not path.is_dir():
         raise CheckpointError(f"--from {path}: expected a folder with a config.json, or a *.gguf file")
-    config = read_config(path / "config.json")
+    config = read_config(path / "config.json", "--from")
     kind = kind or kind_of(config)
-    texts = {name: (path / name).read_text(encoding="utf-8") for name in _TOKENIZER if (path / name).is_file()}
+    texts = {name: _text(path / name) for name in _TOKENIZER if (path / name).is_file()}
     texts = texts if "tokenizer.json" in texts else {}
     return Source(path.resolve().name, kind, config, lazy_tensors(path, allow_pickle=allow_pickle), texts)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A configuration in JSON. Raises CheckpointError for what cannot be read as one."""
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_config(path: Path, option: str = "--config") -> dict[str, Any]:
+    """A configuration in JSON. Raises CheckpointError, which begins with the option, for what cannot be read as one."""
     try:
         config = parse_json(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read --config {path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {option} {path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise CheckpointError(f"--config {path} is not JSON that can be used: {error}") from None
+        raise CheckpointError(f"{option} {path} is not JSON that can be used: {error}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"--config {path} must be a JSON object of settings, not a {type(config).__name__}")
+        raise CheckpointError(f"{option} {path} must be a JSON object of settings, not a {type(config).__name__}")
     return config

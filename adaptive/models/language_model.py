@@ -38,9 +38,8 @@ class Settings:
     init_std: float = ranged(0.02, least=0)  # of initial weights
     embedding_std: float = ranged(0.02, least=0)
     embedding_scale: float = since(1.0, before=1.0, above=0)  # of the embeddings as they are looked up (Gemma)
-    positions: int = since(
-        0, before=0, least=0
-    )  # places that have learned embeddings, added to tokens' (GPT-2); 0: none
+    logit_soft_cap: float = since(0.0, before=0.0, least=0)  # cap * tanh(logits / cap) (Gemma 2); 0: as they are
+    positions: int = since(0, before=0, least=0)  # places with learned embeddings beside the tokens' (GPT-2); 0: none
 
     def validate(self, at: str = "model") -> None:
         """Raises RecipeError for the first setting that cannot work, with what would."""
@@ -269,7 +268,9 @@ class LanguageModel(nnx.Module):
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         weight = use(self.embedding if self.head is None else self.head, hidden.dtype)
-        return jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
+        cap = self.settings.logit_soft_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def _expert_losses(self, told: dict[str, Told]) -> AuxLosses:
         """Losses of routed feed-forwards, those of one kind over all their calls together; of a second kind under names

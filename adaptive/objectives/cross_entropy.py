@@ -27,9 +27,9 @@ def chunk_length(seq: int, rows: int, vocab: int, kind: str) -> int:
     return max(n for n in divisors(seq) if n <= max(1, tokens // max(1, rows)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy_sum(
-    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int, cap: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """(sum over unmasked positions of the negative log-likelihood f32[], each position's f32[batch, seq]).
 
@@ -38,12 +38,13 @@ def cross_entropy_sum(
     targets  i32[batch, seq]
     mask     f32[batch, seq] weight of each position in the sum
     chunk    positions of each sequence whose logits exist at once; divides seq
+    cap      logits are cap * tanh(logits / cap); 0: as they are
 
     The gradient is computed with the loss, chunk by chunk, so logits are neither kept nor computed twice: three matmuls
     of batch * seq * width * vocab in all. Only the sum is differentiable.
     """
     weight = constrain(weight, "vocab", None)
-    nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight)[0], _chunks(hidden, targets, chunk=chunk))
+    nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight, cap)[0], _chunks(hidden, targets, chunk=chunk))
     nll = _join(nll)
     return (nll * mask).sum(), nll
 
@@ -57,27 +58,36 @@ class Predicted(NamedTuple):
     likeliest: jax.Array
 
 
-def predicted(hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk: int) -> Predicted:
+def predicted(
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk: int, cap: float = 0.0
+) -> Predicted:  # fmt: skip
     """What is predicted at each position; arguments as of `cross_entropy_sum`."""
     weight = constrain(weight, "vocab", None)
 
     def of(part: tuple[jax.Array, ...]) -> Predicted:
-        nll, logits, log_z = _nll(part[0], part[1], weight)
+        nll, logits, log_z = _nll(part[0], part[1], weight, cap)
         return Predicted(nll, jnp.exp(logits.max(-1) - log_z), jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
     return Predicted(*map(_join, jax.lax.map(of, _chunks(hidden, targets, chunk=chunk))))
 
 
-def _nll(hidden: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _nll(
+    hidden: jax.Array, targets: jax.Array, weight: jax.Array, cap: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """(negative log-likelihood, logits, log of the normaliser) of each position, float32."""
     logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", "seq", "vocab")
+    logits = constrain(capped(logits, cap), "batch", "seq", "vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return log_z - picked, logits, log_z
 
 
-def _forward(hidden, weight, targets, mask, chunk):
+def capped(logits: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(logits / cap) (Gemma 2, section 2); cap 0: as they are."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def _forward(hidden, weight, targets, mask, chunk, cap):
     """Loss and gradients together. Each batch shard sums its own share of the weight's gradient over the chunks, so
     that the sum over devices happens once, after the loop."""
     shards, width = batch_shards(), hidden.shape[-1]
@@ -85,9 +95,10 @@ def _forward(hidden, weight, targets, mask, chunk):
 
     def body(d_weight, args):
         h, t, m = args
-        nll, logits, log_z = _nll(h, t, weight)
+        nll, logits, log_z = _nll(h, t, weight, cap)
         p = jnp.exp(logits - log_z[..., None])
         p = p - (t[..., None] == jax.lax.broadcasted_iota(jnp.int32, p.shape, 2))
+        p = p * (1 - jnp.square(logits / cap)) if cap else p
         d_logits = (p * m[..., None]).astype(h.dtype)
         d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, weight)
         per_shard = (d_logits.reshape(shards, -1, p.shape[-1]), h.reshape(shards, -1, width))
@@ -100,7 +111,7 @@ def _forward(hidden, weight, targets, mask, chunk):
     return ((nll * mask).sum(), nll), (_join(d_hidden), sum_of_parts(d_weight, weight.dtype))
 
 
-def _backward(chunk, residuals, cotangents):
+def _backward(chunk, cap, residuals, cotangents):
     d_hidden, d_weight = residuals
     g, _ = cotangents
     return (d_hidden * g.astype(d_hidden.dtype), d_weight * g.astype(d_weight.dtype), None, None)

@@ -26,9 +26,12 @@ class Settings(Objective):
         rows, seq = inputs.tokens.shape
         weight = narrowed(model.head_weight(), out.hidden.dtype)
         chunk = chunk or chunk_length(seq, rows // batch_shards(), weight.shape[0], device_kind())
-        main, nll = cross_entropy_sum(out.hidden, weight, inputs.targets, inputs.weights, chunk)
+        cap = model.settings.logit_soft_cap
+        main, nll = cross_entropy_sum(out.hidden, weight, inputs.targets, inputs.weights, chunk, cap)
         total, apart = main, {}
         for readout in out.readouts:
-            apart[readout.name], _ = cross_entropy_sum(readout.hidden, weight, inputs.targets, inputs.weights, chunk)
+            apart[readout.name], _ = cross_entropy_sum(
+                readout.hidden, weight, inputs.targets, inputs.weights, chunk, cap
+            )
             total = total + readout.coefficient * apart[readout.name]
         return Loss(total, main, nll, apart)

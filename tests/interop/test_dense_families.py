@@ -52,6 +52,7 @@ def folder_config(name):
 
 def test_there_are_recordings_of_every_dense_family():
     assert {kind(name) for name in CASES} == {
+        "gemma2",
         "gemma3",
         "gpt2",
         "llama",

@@ -26,31 +26,33 @@ def example():
     return hidden, weight, targets, mask
 
 
-def expected(hidden, weight, targets, mask):
-    nll = optax.softmax_cross_entropy_with_integer_labels(hidden @ weight.T, targets)
+def expected(hidden, weight, targets, mask, cap=0.0):
+    logits = hidden @ weight.T
+    logits = cap * jnp.tanh(logits / cap) if cap else logits
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return (nll * mask).sum(), nll
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 12])
-def test_value_and_gradient(example, chunk):
+@pytest.mark.parametrize(("chunk", "cap"), [(1, 0.0), (4, 0.0), (12, 0.0), (4, 1.5)])
+def test_value_and_gradient(example, chunk, cap):
     hidden, weight, targets, mask = example
 
     @jax.jit
     def fused(hidden, weight):
         return jax.value_and_grad(
-            lambda h, w: (lambda s, nll: (0.5 * s, nll))(*cross_entropy_sum(h, w, targets, mask, chunk)),
+            lambda h, w: (lambda s, nll: (0.5 * s, nll))(*cross_entropy_sum(h, w, targets, mask, chunk, cap)),
             argnums=(0, 1), has_aux=True,
         )(hidden, weight)  # fmt: skip
 
     (total, nll), grads = fused(hidden, weight)
     (want, want_nll), want_grads = jax.value_and_grad(
-        lambda h, w: expected(h, w, targets, mask), argnums=(0, 1), has_aux=True
+        lambda h, w: expected(h, w, targets, mask, cap), argnums=(0, 1), has_aux=True
     )(hidden, weight)
     np.testing.assert_allclose(total, 0.5 * want, rtol=1e-5)
     np.testing.assert_allclose(nll, want_nll, atol=1e-5)
     for got, grad in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, 0.5 * grad, atol=1e-5)
-    alone, alone_nll = cross_entropy_sum(hidden, weight, targets, mask, chunk)  # without a gradient: other code
+    alone, alone_nll = cross_entropy_sum(hidden, weight, targets, mask, chunk, cap)  # without a gradient: other code
     np.testing.assert_allclose(alone, want, rtol=1e-5)
     np.testing.assert_allclose(alone_nll, want_nll, atol=1e-5)
 

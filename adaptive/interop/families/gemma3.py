@@ -2,7 +2,7 @@
 layer with a base of its own, scaled embeddings and GeGLU."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from adaptive.errors import RecipeError
 from adaptive.interop.fields import Fields
@@ -28,7 +28,8 @@ class Gemma3(LlamaLike):
         "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096, "rope_theta": 1e6,
         "rope_local_base_freq": 1e4, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
     }  # fmt: skip
-    norms_at, qk_norm, norm_offset = "both", "head", 1.0
+    norms_at, norm_offset = "both", 1.0
+    qk_norm: Literal["none", "head", "full"] = "head"
     norms = _NORMS
     act = ("hidden_activation", ("gelu_pytorch_tanh",), "gelu_tanh")
 
@@ -48,7 +49,7 @@ class Gemma3(LlamaLike):
             rope_theta=theta,
             rope_scaling=scaling,
             bias=self.bias(fields),
-            qk_norm="head",
+            qk_norm=self.qk_norm,
             scale=fields.number("query_pre_attn_scalar") ** -0.5,
         )
 
@@ -64,8 +65,8 @@ class Gemma3(LlamaLike):
             raise fields.wrong("rope_parameters", f"of {SLIDING} only rope_type=default is supported")
         return dataclasses.replace(usual, window=window(fields), rope_theta=float(theta), rope_scaling=None)
 
-    def embedding_scale(self, width: int) -> float:
-        return width**0.5
+    def language(self, fields: Fields, width: int) -> dict[str, Any]:
+        return {"embedding_scale": width**0.5}
 
     def more(self, settings: language_model.Settings, blocks: list[Block], attention: Attention) -> dict[str, Any]:
         mixers = [block.mixer for block in blocks if isinstance(block.mixer, Attention)]
