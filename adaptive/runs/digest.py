@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+FEW = 2**24  # elements of a state in this machine's memory, which numpy hashes sooner than a program is compiled
+_AT_ONCE = 2**15  # elements, which stay in a cache of the processor
 _WRAPPERS = ("inner_states", "inner_state")  # fields of optax that wrap the states of a chain and tell nothing
 
 
@@ -22,9 +24,33 @@ def digest(tree: Any) -> str:
     """
     arrays = named(tree)
     seeds = np.array([zlib.crc32(name.encode()) for name in arrays], np.uint32)
-    sums = jax.device_get(_sums(list(arrays.values()), seeds)) if arrays else []
+    leaves = list(arrays.values())
+    sums = _sums_here(leaves, seeds) if _here(leaves) else jax.device_get(_sums(leaves, seeds))
     rows = [f"{name} {a.dtype.name} {a.shape} {total}" for (name, a), total in zip(arrays.items(), sums, strict=True)]
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
+
+
+def _here(leaves: list[Any]) -> bool:
+    """Whether all are arrays in this machine's memory, and few."""
+    return sum(a.size for a in leaves) <= FEW and all(
+        isinstance(a, jax.Array) and a.is_fully_addressable and all(d.platform == "cpu" for d in a.devices())
+        for a in leaves
+    )
+
+
+def _sums_here(arrays: list[jax.Array], seeds: np.ndarray) -> list[int]:
+    """The same as `_sums`, by numpy: nothing is compiled."""
+    return [_hashed_here(np.asarray(a), seed) for a, seed in zip(arrays, seeds, strict=True)]
+
+
+def _hashed_here(a: np.ndarray, seed: np.uint32) -> int:
+    bits = np.ascontiguousarray(a).reshape(-1).view(f"uint{min(32, a.dtype.itemsize * 8)}")
+    total = 0
+    for begin in range(0, bits.size, _AT_ONCE):
+        part = bits[begin : begin + _AT_ONCE].astype(np.uint32)
+        position = np.arange(begin, begin + part.size, dtype=np.uint32) + seed
+        total += int(_mixed(part ^ _mixed(position)).sum(dtype=np.uint32))
+    return total % 2**32
 
 
 @jax.jit
@@ -49,9 +75,9 @@ def _hashed(a: jax.Array, seed: jax.Array) -> jax.Array:
     return _mixed(bits ^ _mixed(position)).sum(dtype=jnp.uint32)
 
 
-def _mixed(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+def _mixed(x: Any) -> Any:
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
