@@ -32,6 +32,10 @@ from adaptive.settings import divisors
 from adaptive.training.config import Remat
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
 
+# Layers up to which a CPU's loops over them are written out. Inside a loop XLA cuts a layer's arrays out of stacked ones
+# again for every number of a fused operation, which costs a twentieth of a step (dense layers) to half of it (experts).
+UNROLLED = 12
+
 
 def accumulation_of(recipe: Recipe, shards: int) -> int:
     """Micro-batches per step for a batch that is split over `shards` devices; MeshError where it does not divide."""
@@ -126,6 +130,7 @@ class Program:
     ema                    whether its state has a running average of the parameters
     frozen                 tree of bool like its parameters: which are not trained; None: all are
     remat                  what the backward pass recomputes
+    unroll                 whether the loops over layers are written out
     experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
     experts_described      each kind of routed feed-forward in a few words
     selections             the ways of selecting that the model can evaluate and that differ
@@ -139,6 +144,8 @@ class Program:
         self.shards = split(mesh, AxisRules().batch)
         self.accumulation = accumulation_of(recipe, self.shards)
         self.dtype = compute_dtype(recipe)
+        on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        self.unroll = on_cpu and recipe.model.body.layers <= UNROLLED
         tokens = recipe.train.batch_size // (self.shards * self.accumulation) * recipe.data.seq_len
         load = expert_load(recipe, mesh, tokens, self.dtype.itemsize)
         self.experts, self.expert_lines = settle(recipe.mesh.expert_parallel, load)
@@ -163,7 +170,7 @@ class Program:
     def build(self, key: jax.Array, step: int = -1) -> Any:
         """The model with the settings that hold at a step (-1: at the last)."""
         model = self.recipe.model.at_step(step)
-        return model.build(key, dtype=self.dtype, remat=self.remat)
+        return model.build(key, dtype=self.dtype, remat=self.remat, unroll=self.unroll)
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """Where the model's code is to be traced."""
