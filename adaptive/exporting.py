@@ -18,9 +18,10 @@ def export_folder(
     from flax import nnx
 
     from adaptive.data.tokenizer_export import tokenizer_files
-    from adaptive.interop.export import About, export, planned
+    from adaptive.interop.export import About, check_kind, export, planned
     from adaptive.runs.load import find, load
 
+    check_kind(kind)
     found = find(workdir, step)
     plan = planned(found.recipe.model, kind)
     api = hub() if repository else None

@@ -52,20 +52,25 @@ class Plan(NamedTuple):
     layout: Layout
 
 
+def check_kind(kind: str) -> None:
+    """Raises CheckpointError for a kind that no folder is written of; "" is none yet."""
+    if kind and kind not in families():
+        raise CheckpointError(
+            f"--kind {kind}: a folder is written of {', '.join(families())}; of mor and hnet give --export "
+            "FILE.safetensors"
+        )
+
+
 def planned(settings: Settings, kind: str = "") -> Plan:
     """kind "": the first family of the library that has such a model, else `adaptive`.
 
     Raises CheckpointError, which says why, for what `kind` has no names for and for what no modelling file computes.
     """
+    check_kind(kind)
     refused = {}
     for name in (kind,) if kind else families():
         if name == custom.KIND:
             continue
-        if name not in families():
-            raise CheckpointError(
-                f"--kind {name}: a folder is written of {', '.join(families())} or {custom.KIND}; of mor and hnet give "
-                "--export FILE.safetensors"
-            )
         try:
             return Plan(name, huggingface.config_of(name, settings), families()[name].layout(settings))
         except CheckpointError as error:

@@ -24,7 +24,7 @@ from adaptive.settings import leaf_values, with_leaf
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.stem for path in (FIXTURES / "dense").glob("*.npz"))
 FOLDERS = ("rand_gpt2", "rand_llama_untied_sharded", "tiny_llama_bytes")
-GENERATED = ("smollm3-window", "gemma3-windows", "gpt2-untied")
+GENERATED = ("gemma3-windows", "gpt2-untied")
 
 
 def kind(name):
@@ -84,10 +84,13 @@ def test_published_folders(name):
     tensors, config = read_tensors(FIXTURES / name), folder_config(name)
     model = from_official(kind_of(config), tensors, config)
     with np.load(FIXTURES / name / "reference.npz") as held:
-        for i in (0, 1):
-            ids = jnp.asarray(held[f"ids{i}"], jnp.int32).reshape(1, -1)
-            want = held[f"logits{i}"].reshape(1, ids.shape[1], -1)
-            np.testing.assert_allclose(jax.jit(model)(ids).logits, want, atol=2e-5, rtol=0)
+        prompts = [held[f"ids{i}"].reshape(-1) for i in (0, 1)]
+        longest = max(map(len, prompts))
+        rows = np.stack([np.pad(ids, (0, longest - len(ids))) for ids in prompts])
+        logits = np.asarray(jax.jit(model)(jnp.asarray(rows, jnp.int32)).logits)
+        for i, ids in enumerate(prompts):  # what follows a prompt changes nothing in it
+            want = held[f"logits{i}"].reshape(len(ids), -1)
+            np.testing.assert_allclose(logits[i, : len(ids)], want, atol=2e-5, rtol=0)
     back = to_official(kind_of(config), model)
     assert set(back) == set(tensors)
     for key, value in tensors.items():
