@@ -2,12 +2,13 @@
 
     adaptive bench train --recipe NAME [--against NAME] [setting=value ...]
     adaptive bench aot --recipe NAME --target v5e|v5p|v6e|v7x|h200 [setting=value ...]
-    adaptive bench kernels | tune
+    adaptive bench kernels | tune | peers
     adaptive bench block_sparse_attention | ema | experts | grouped_matmul | hnet | ssd
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats. `aot` runs nothing: it compiles for machines
-that are not here. `kernels` is one table of all operations, `tune` finds sizes of their blocks.
+that are not here. `kernels` is one table of all operations, `tune` finds sizes of their blocks. `peers` needs torch and
+transformers.
 """
 
 if __name__ == "__main__":
@@ -32,7 +33,7 @@ from adaptive.recipe import Recipe, load
 from adaptive.runs.platform import start_backend
 
 # Modules of adaptive/benchmarks.
-OPERATIONS = ("aot", "block_sparse_attention", "ema", "experts", "grouped_matmul", "hnet", "kernels", "ssd", "tune")
+OPERATIONS = ("aot", "block_sparse_attention", "ema", "experts", "grouped_matmul", "hnet", "kernels", "peers", "ssd", "tune")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from adaptive import bench
 from adaptive.account import account, recursion_capacities
-from adaptive.benchmarks import train_step
+from adaptive.benchmarks import peers, train_step
 from adaptive.recipe import load
 
 pytestmark = pytest.mark.compiles
@@ -114,3 +114,12 @@ def test_mistakes_are_told_and_exit_with_2(extra, says, capsys):
     overrides = [o for o in SMALL if not o.startswith(extra[-1].partition("=")[0] + "=")]
     assert bench.main(["train", "--recipe", "mor_bench", *overrides, *extra]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_peers_say_what_they_need(monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert bench.main(["peers"]) == 2
+    assert "pip install 'adaptive-lm[peers]'" in capsys.readouterr().err
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    assert bench.main(["peers", "--recipes", "mor_tiny"]) == 2
+    assert "mor_tiny is no plain transformer" in capsys.readouterr().err

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "./scripts/lock": "a package index",
     "sbatch": "SLURM; tests/launch/test_templates.py reads the template",
     "TPU=": "a TPU pod slice; tests/launch/test_templates.py reads the template",
+    "python -m adaptive.bench peers": "torch and transformers; it fails where the two sides do not agree",
     "adaptive launch --processes": "processes of their own; tests/parallel/test_two_processes.py starts some",
 }
 RELEASED = ["--kind", "hnet", "--tensors", "hnet_2stage_XL.safetensors", "--config", "hnet_2stage_XL.json"]

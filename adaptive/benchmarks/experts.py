@@ -43,23 +43,25 @@ def cases(experts: int) -> list[Case]:
     capped = of(token_choice.Settings(experts_per_token=PER_TOKEN, capacity_factor=1.25))
     layers: dict[str, Callable[[jax.Array], nnx.Module]] = {
         "dense, equal active FLOPs": lambda key: Dense(Site(WIDTH), PER_TOKEN * HIDDEN, key),
-        "expert choice, slots": _moe(ec, "capacity"),
-        "expert choice, ragged": _moe(ec, "ragged"),
-        "token choice, ragged (dropless)": _moe(tc, "ragged"),
-        "token choice, slots, factor 1.25": _moe(capped, "capacity"),
-        "token choice, ragged, factor 1.25": _moe(capped, "ragged"),
+        "expert choice, slots": routed(ec, "capacity"),
+        "expert choice, ragged": routed(ec, "ragged"),
+        "token choice, ragged (dropless)": routed(tc, "ragged"),
+        "token choice, slots, factor 1.25": routed(capped, "capacity"),
+        "token choice, ragged, factor 1.25": routed(capped, "ragged"),
     }
     if experts <= 8:
-        layers["token choice, every expert on every token"] = _moe(tc, "dense")
-    return [_case(name, build) for name, build in layers.items()]
+        layers["token choice, every expert on every token"] = routed(tc, "dense")
+    return [case(name, build) for name, build in layers.items()]
 
 
-def _moe(settings: expert_layer.Settings, execution: Execution) -> Callable[[jax.Array], nnx.Module]:
+def routed(settings: expert_layer.Settings, execution: Execution) -> Callable[[jax.Array], nnx.Module]:
+    """What builds a layer of experts, computed that way."""
     chosen = dataclasses.replace(settings, execution=execution)
     return lambda key: chosen.build(Site(WIDTH), key)
 
 
-def _case(name: str, build: Callable[[jax.Array], nnx.Module]) -> Case:
+def case(name: str, build: Callable[[jax.Array], nnx.Module]) -> Case:
+    """The layer that `build` makes of a key, forward and backward."""
     graphdef, params, *rest = nnx.split(build(jax.random.key(0)), nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), (SEQUENCES, SEQ, WIDTH))
 
@@ -75,13 +77,13 @@ def _case(name: str, build: Callable[[jax.Array], nnx.Module]) -> Case:
 
 def measured(found: list[Case], repeats: int) -> list[Case]:
     """The cases with their least time over `repeats` rounds, each round running all of them in turn."""
-    for case in found:
-        jax.block_until_ready(case.call())
+    for one in found:
+        jax.block_until_ready(one.call())
     for _ in range(repeats):
-        for i, case in enumerate(found):
+        for i, one in enumerate(found):
             begin = time.perf_counter()
-            jax.block_until_ready(case.call())
-            found[i] = dataclasses.replace(case, least=min(case.least, time.perf_counter() - begin))
+            jax.block_until_ready(one.call())
+            found[i] = dataclasses.replace(one, least=min(one.least, time.perf_counter() - begin))
     return found
 
 
@@ -96,9 +98,9 @@ def main(arguments: Sequence[str]) -> int:
         table.add_column(column, justify="left" if column == "layer" else "right")
     for experts in EXPERTS:
         found = measured(cases(experts), repeats)
-        for case in found:
-            ratio = f"{case.least / found[0].least:.2f}"
-            table.add_row(str(experts), case.name, f"{case.least * 1e3:.1f}", ratio, f"{case.temporaries / 2**20:.0f}")
+        for one in found:
+            ratio = f"{one.least / found[0].least:.2f}"
+            table.add_row(str(experts), one.name, f"{one.least * 1e3:.1f}", ratio, f"{one.temporaries / 2**20:.0f}")
         table.add_section()
     Console(width=130).print(table)
     return 0
