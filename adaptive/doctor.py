@@ -17,7 +17,7 @@ OPTIONAL = {
     "tokenizers": ("bpe", "tokenizer.json files and training a BPE"),
     "pyarrow": ("hf", "Parquet files"),
     "zstandard": ("hf", "compressed jsonl files"),
-    "safetensors": ("hf", "*.safetensors files"),
+    "huggingface-hub": ("hf", "exported models to the hub"),
     "datasets": ("hf", "data sets of the Hugging Face hub"),
     "wandb": ("wandb", "Weights & Biases"),
     "tensorboardx": ("tensorboard", "TensorBoard files"),
