@@ -17,7 +17,7 @@ from adaptive.models.language_model import Settings
 ROWS, SEQ, VOCAB = 8, 16, 64
 # Sizes of data, fsdp, expert and tensor.
 ONE = (1, 1, 1, 1)
-REPLICAS, FSDP, MIXED, TENSOR = (8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)
+REPLICAS, MIXED, TENSOR = (8, 1, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)
 EXPERT, MIXED_EXPERT = (1, 1, 8, 1), (1, 2, 2, 2)
 RATE = 1e3  # parameters move so far that rounding them does not hide their gradient
 GRADIENT = optax.sgd(RATE)

@@ -8,7 +8,6 @@ import pytest
 import shapes
 from flax import nnx
 from meshes import (
-    FSDP,
     GRADIENT,
     MIXED,
     MIXED_EXPERT,
@@ -16,7 +15,6 @@ from meshes import (
     REPLICAS,
     ROWS,
     SEQ,
-    TENSOR,
     VOCAB,
     assert_recorded,
     assert_same_step,
@@ -65,8 +63,8 @@ MODELS = {
     "experts": shapes.with_body(hnet(("m1", plain.Settings(routed()), "m1")), encoder=routed()),
 }
 CASES = [
-    ("one stage", REPLICAS), ("one stage", FSDP), ("one stage", TENSOR), ("device", MIXED), ("mor", MIXED),
-    ("mor_token", MIXED), ("experts", MIXED_EXPERT),
+    ("one stage", REPLICAS), ("one stage", MIXED), ("device", MIXED), ("mor", MIXED), ("mor_token", MIXED),
+    ("experts", MIXED_EXPERT),
 ]  # fmt: skip
 
 

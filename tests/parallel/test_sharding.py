@@ -9,7 +9,6 @@ import pytest
 import shapes
 from meshes import (
     EXPERT,
-    FSDP,
     GRADIENT,
     MIXED,
     MIXED_EXPERT,
@@ -59,7 +58,7 @@ MODELS = {
     ),
 }
 CASES = [
-    ("vanilla", FSDP), ("vanilla", TENSOR), ("olmo", MIXED), ("recursive", MIXED), ("mor", MIXED),
+    ("vanilla", MIXED), ("vanilla", TENSOR), ("olmo", MIXED), ("recursive", MIXED), ("mor", MIXED),
     ("mor_token", MIXED), ("mor_mamba", MIXED), ("moe", EXPERT), ("moe_token", REPLICAS), ("mor_moe", MIXED_EXPERT),
 ]  # fmt: skip
 
