@@ -24,7 +24,6 @@ EXPERT = expert_choice.Settings(alpha=1.0, z_coefficient=0.1)
 TOKEN = token_choice.Settings(z_coefficient=0.1)
 FREE = token_choice.Settings(activation="sigmoid", balancing="loss_free")
 DEPTHS = {
-    "recursive": "all",
     "expert": EXPERT,
     "auxiliary": expert_choice.Settings(sampling="aux_router", alpha=1.0),
     "token": TOKEN,
@@ -53,7 +52,8 @@ def vectors(n=CHUNKS):
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [*((n, "train") for n in DEPTHS), ("expert", "causal"), ("token in slots", "causal")]
+    ("name", "rule"),
+    [("auxiliary", "train"), ("loss-free", "train"), ("token in slots", "train"), ("expert", "causal")],
 )
 def test_slots_that_hold_nothing_change_nothing(name, rule):
     """6 vectors in 16 slots: outputs, selections, losses and statistics of a sequence of 6."""
@@ -153,25 +153,17 @@ def test_experts_see_chunks_alone():
             np.testing.assert_allclose(other, value, rtol=1e-4, atol=1e-5, err_msg=f"{path} {name}")
 
 
-def test_everything_learns_and_buffers_move():
+def test_buffers_move():
     model = composed(FREE, feed_forward=MOE, outside={"capacities": (0.6,)})
-    graphdef, params, buffers = nnx.split(nnx.merge(*split_model(model)), nnx.Param, ...)
-    tokens = random_bytes()
+    graphdef, state = split_model(model)
 
     @jax.jit
-    def step(params):
-        def loss(params):
-            out = nnx.merge(graphdef, params, buffers)(tokens, deterministic=False, key=jax.random.key(0))
-            weights = jnp.cos(jnp.arange(out.logits.size).reshape(out.logits.shape))
-            return (out.logits * weights).mean() + out.aux.total(), out.trace.sums()
+    def following(state):
+        made = nnx.merge(graphdef, state)
+        out = made(random_bytes(), deterministic=False, key=jax.random.key(0), logits=False)
+        return made.next_buffers(out.trace.sums())
 
-        grads, sums = jax.grad(loss, has_aux=True)(params)
-        return grads, nnx.merge(graphdef, params, buffers).next_buffers(sums)
-
-    grads, after = step(params)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        assert np.isfinite(grad).all() and np.any(grad), jax.tree_util.keystr(path)
-    made = nnx.merge(graphdef, params, buffers)
+    made, after = nnx.merge(graphdef, state), following(state)
     assert jax.tree.structure(nnx.state(made, Buffer)) == jax.tree.structure(after)
     bias = np.asarray(after["body"]["inner"]["depth"]["bias"][...])
     assert np.any(bias) and np.all(np.isfinite(bias))
@@ -184,7 +176,7 @@ def test_everything_learns_and_buffers_move():
 # Rows of a cache
 
 
-CACHED = {"both": composed(EXPERT), "mor": shapes.mor(keys_values="hybrid"), "hnet": hnet(2)}
+CACHED = {"both": composed(EXPERT), "mor": shapes.mor(keys_values="hybrid")}
 
 
 @pytest.mark.parametrize("name", CACHED)
