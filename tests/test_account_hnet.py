@@ -249,10 +249,12 @@ PROGRAMS = {
     "a rule, summed": tiny(chunker="space", merge="sum", capacities=(0.5,)),
     "similarity": tiny(chunker="similarity", merge="sum", capacities=(0.5,)),
     "around recursions": inside("expert_choice", capacities=(0.6,)),
-    "around a transformer": inside(capacities=(0.6,)),
     "all of it": deep(),
 }
-REMATS = [(name, "none") for name in PROGRAMS] + [("two stages", "layer"), ("two stages", "dots")]
+REMATS = [(name, "none") for name in PROGRAMS] + [
+    ("attention and feed-forwards", "layer"),
+    ("attention and feed-forwards", "dots"),
+]
 
 
 @pytest.mark.parametrize(("name", "remat"), REMATS)
@@ -263,9 +265,9 @@ def test_traced_training_program_has_exactly_the_matmuls_and_parameters_of_the_a
     assert traced_flops(step, arguments) == account(model, SEQ).train_flops(remat)
 
 
-@pytest.mark.parametrize("name", ["one stage", "around recursions"])
-def test_compiled_training_program_has_the_matmuls_of_the_account(name):
+def test_compiled_training_program_has_the_matmuls_of_the_account():
     """Positions that begin no chunk cost the inner network no matmul: nothing beyond the account, within 2%."""
-    step, arguments = program(PROGRAMS[name], batch=2, seq=SEQ)
+    model = PROGRAMS["around recursions"]
+    step, arguments = program(model, batch=2, seq=SEQ)
     compiled = jax.jit(step).lower(*arguments).compile()
-    assert matmul_flops(compiled.as_text()) == pytest.approx(2 * account(PROGRAMS[name], SEQ).train_flops(), rel=0.02)
+    assert matmul_flops(compiled.as_text()) == pytest.approx(2 * account(model, SEQ).train_flops(), rel=0.02)
