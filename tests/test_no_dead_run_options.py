@@ -6,6 +6,7 @@ loop asks of its parts, and which checkpoints stay. Nothing is compiled but sums
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -129,7 +130,17 @@ def updates(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
 
 
 def step(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    return step_program(recipe)
+
+
+@functools.lru_cache(maxsize=8)
+def step_program(recipe: Recipe) -> Any:
     """The train step's program on the recipe's mesh, and the key that a run begins with."""
+    with pytest.MonkeyPatch.context() as patch:
+        return traced_step(recipe, patch)
+
+
+def traced_step(recipe: Recipe, patch: pytest.MonkeyPatch) -> Any:
     made: list[Any] = []
 
     def make(*arguments: Any, **options: Any) -> Any:
