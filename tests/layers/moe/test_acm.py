@@ -184,13 +184,6 @@ def test_every_parameter_learns():
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)
 
 
-def test_a_suffix_changes_nothing_before_it():
-    w, x = arrays(), inputs()
-    other = np.concatenate([x[:, :4], inputs(9)[:, 4:]], axis=1)
-    layer, context = acm(w), Context(selection="threshold")
-    np.testing.assert_array_equal(layer(x, context)[0][:, :4], layer(other, context)[0][:, :4])
-
-
 def test_padding_counts_nowhere():
     w, x = arrays(), inputs()
     present = np.arange(SEQ) < np.array([[4], [6]])

@@ -6,7 +6,6 @@ import pytest
 from expert_oracle import (
     Decision,
     best,
-    blind_to_the_future,
     build,
     compare,
     executions_agree,
@@ -125,11 +124,10 @@ def test_capacity_drops_true_pairs_alone():
     assert routing.stats["dropped"] == wanted.sum() - kept.sum() > 0
 
 
-def test_every_execution_agrees_and_generation_is_causal():
+def test_every_execution_agrees():
     weights, x = weights_of(N, N + M), inputs()
     make = lambda name: build("adamoe", weights, {"null_experts": M}, experts_per_token=K, execution=name)  # noqa: E731
     executions_agree(make, x)
-    blind_to_the_future(make("dense"), x, 3)
 
 
 def test_conversion_copies_columns_in_order():
