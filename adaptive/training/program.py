@@ -32,7 +32,7 @@ from adaptive.settings import divisors
 from adaptive.training.config import Remat
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
 
-# Layers up to which a CPU's loops over them are written out. Inside a loop XLA cuts a layer's arrays out of stacked ones
+# Layers up to which a CPU's loops over them are written out. Inside a loop XLA cuts a layer's arrays out of stacks
 # again for every number of a fused operation, which costs a twentieth of a step (dense layers) to half of it (experts).
 UNROLLED = 12
 
