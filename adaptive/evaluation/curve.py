@@ -9,7 +9,7 @@ from adaptive.errors import RecipeError
 from adaptive.evaluation import bootstrap
 from adaptive.evaluation.bootstrap import interval
 from adaptive.evaluation.cost import recursion_of
-from adaptive.evaluation.evaluate import Say, macro, measure
+from adaptive.evaluation.evaluate import Measured, Say, macro, measure
 from adaptive.evaluation.sets import EvaluationSet
 from adaptive.evaluation.subject import Subject
 from adaptive.recipe import Recipe
@@ -46,33 +46,39 @@ def depth_curve(
     """
     check_depths(subject.recipe, depths)
     depths, trained = sorted(set(depths)), _trained(subject.recipe)
-    points: list[dict[str, Any]] = []
-    losses: list[float] = []
-    drawn: list[np.ndarray] = []
+    grid: list[list[Measured]] = []
     for passes in depths:
-        measured = []
-        for data in sets:
-            say(f"{data.name}, {passes} pass{'es' * (passes > 1)}")
-            taken = None if passes == trained else passes  # a program that there is
-            measured.append(measure(subject, data, subject.rule, passes=taken, most=most, resamples=resamples))
-        mean = macro(measured)
-        losses.append(mean["loss"])
-        if all(one.resamples is not None for one in measured):
-            drawn.append(np.mean([one.resamples.loss for one in measured], axis=0))  # type: ignore[union-attr]
-        each = {data.name: _point(one.told) for data, one in zip(sets, measured, strict=True)}
-        points.append({"passes": passes, **mean, "per_set": each})
-    known = len(drawn) == len(depths)
+        taken = None if passes == trained else passes  # a program that there is
+        say(f"{passes} pass{'es' * (passes > 1)}")
+        grid.append(
+            [measure(subject, data, subject.rule, passes=taken, most=most, resamples=resamples) for data in sets]
+        )
+    names = [data.name for data in sets]
+    points = [
+        {"passes": passes, **macro(row), "per_set": dict(zip(names, map(_point, row), strict=True))}
+        for passes, row in zip(depths, grid, strict=True)
+    ]
+    columns = dict(zip(names, zip(*grid, strict=True), strict=True))
     return {
         "rule": subject.rule,
         "trained": trained,
         "points": points,
-        **verdict(depths, losses, np.stack(drawn) if known else None),
+        "per_set": {name: _verdict(depths, [[one] for one in column]) for name, column in columns.items()},
+        **_verdict(depths, grid),
     }
 
 
-def _point(told: dict[str, Any]) -> dict[str, Any]:
+def _verdict(depths: Sequence[int], grid: Sequence[Sequence[Measured]]) -> dict[str, Any]:
+    """That of the unweighted mean over the sets of a row; a row for each depth."""
+    losses = [float(np.mean([one.told["loss"] for one in row])) for row in grid]
+    drawn = [[one.resamples.loss for one in row if one.resamples is not None] for row in grid]
+    known = all(len(some) == len(row) for some, row in zip(drawn, grid, strict=True))
+    return verdict(depths, losses, np.array([np.mean(row, axis=0) for row in drawn]) if known else None)
+
+
+def _point(one: Measured) -> dict[str, Any]:
     names = ("loss", "loss_interval", "bits_per_byte", "bits_per_byte_interval", "compute")
-    return {name: told[name] for name in names}
+    return {name: one.told[name] for name in names}
 
 
 def _trained(recipe: Recipe) -> int:

@@ -22,7 +22,7 @@ def lines_of(told: dict[str, Any]) -> Iterator[str]:
 def _sets(told: dict[str, Any]) -> Iterator[str]:
     several = len(told["rules"]) > 1
     rows = [("set", *(("selection",) if several else ()), "tokens", "nats per token", "bits per byte", "top-1",
-             "calibration error", "MFLOP per token (active)")]  # fmt: skip
+             "calibration", "MFLOP (active)")]  # fmt: skip
     for name, rules in told["sets"].items():
         for rule, one in rules.items():
             cost = one["compute"]["mflop_per_token"]
@@ -97,6 +97,8 @@ def _depths(told: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from table(rows)
     yield f"depth ({_RULES[told['rule']]} selection, * as trained): {told['says']}"
+    if len(told["per_set"]) > 1:
+        yield from (f"  {name}: {one['says']}" for name, one in told["per_set"].items())
 
 
 def _tasks(told: dict[str, Any]) -> Iterator[str]:

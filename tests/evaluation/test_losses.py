@@ -113,6 +113,7 @@ def test_the_command_keeps_what_it_prints(run, capsys):
     assert told["difference"]["own"]["loss"] == pytest.approx(causal[0]["loss"] - trained)
     points = told["depths"]["points"]
     assert [point["passes"] for point in points] == [2, 3]
+    assert set(told["depths"]["per_set"]) == {"own", "all"} and told["depths"]["verdict"] in shown
     assert (
         points[1]["loss"] == pytest.approx(told["macro"]["causal"]["loss"]) and points[0]["loss"] != points[1]["loss"]
     )

@@ -39,4 +39,12 @@ def test_evaluations_are_on_the_page(tmp_path):
                  "falling by 0.5000 nats; trained with 3", "mean of sets", "piqa", "0.5000 [0.100, 0.900]",
                  "cut.json is no evaluation that can be read"):  # fmt: skip
         assert text in page, text
-    assert "newer" not in page and "torn" not in page
+    assert "newer" not in page and "torn" not in page and "Sets and tasks" not in page
+    columns = {"eval/sets/wiki/bits_per_byte": 1.5, "eval/sets/wiki/loss": 2.0, "eval/tasks/mean/centred": 0.25}
+    with (run / "metrics.jsonl").open("a") as rows:
+        rows.writelines(
+            json.dumps({"step": 100, "tokens": step, "eval/loss": 2.0, **columns}) + "\n" for step in (8, 9)
+        )
+    page = write_report(run).read_text()
+    for text in ("Sets and tasks", "Sets while training", "Tasks while training"):
+        assert text in page, text

@@ -5,7 +5,7 @@ from typing import Any
 
 from adaptive.evaluation.files import read_all
 from adaptive.evaluation.table import measured, signed
-from adaptive.training.report.charts import Series, line_chart
+from adaptive.training.report.charts import COLOURS, Series, line_chart
 from adaptive.training.report.layout import grid, section, table
 from adaptive.training.report.numbers import percent
 from adaptive.training.report.runs import Run
@@ -18,7 +18,26 @@ def evaluations(run: Run) -> str:
     """Every evaluation that is kept beside the checkpoints, the newest first."""
     parts = [_evaluation(name, told) for name, told in reversed(read_all(run.path).items())]
     lead = "Of checkpoints, by adaptive evaluate. Brackets hold 95 % of the bootstraps; a causal selection is that of "
-    return section("Evaluations", *parts, lead=f"{lead}generation." if parts else "")
+    return section("Evaluations", *parts, lead=f"{lead}generation." if parts else "") + _while_training(run)
+
+
+def _while_training(run: Run) -> str:
+    """Sets and tasks that the recipe names, over the run."""
+    found = [name.split("/", 3) for name in run.last_evaluation if name.startswith(("eval/sets/", "eval/tasks/"))]
+
+    def chart(title: str, kind: str, measure: str, y: str) -> str:
+        names = [name for _, own, name, column in found if (own, column) == (kind, measure)]
+        lines = [
+            Series(name, run.points(f"eval/{kind}/{name}/{measure}", "tokens"), 1 + i % COLOURS, "dots")
+            for i, name in enumerate(names)
+        ]
+        return line_chart(title, lines, x="tokens", y=y)
+
+    figures = (
+        chart("Sets while training", "sets", "bits_per_byte", "bits per byte of text"),
+        chart("Tasks while training", "tasks", "centred", "right above chance"),
+    )
+    return section("Sets and tasks", grid(*figures))
 
 
 def _evaluation(name: str, told: dict[str, Any]) -> str:
@@ -64,7 +83,9 @@ def _curves(told: dict[str, Any]) -> str:
     contexts = []
     for i, (name, rules) in enumerate(told.get("sets", {}).items()):
         found = rules[told["rules"][-1]]["by_context"]
-        contexts.append(Series(name, [(float(group["from"]), group["loss"]) for group in found], 1 + i % 4, "dots"))
+        contexts.append(
+            Series(name, [(float(group["from"]), group["loss"]) for group in found], 1 + i % COLOURS, "dots")
+        )
     figures.append(line_chart("Loss over tokens before it", contexts, x="tokens of context, from", y="nats per token"))
     return grid(*filter(None, figures))
 
