@@ -123,6 +123,8 @@ def convert(found: Source, workdir: Path, settings: Sequence[str]) -> None:
         defaults = [f"data.tokenizer={(workdir / 'tokenizer').absolute()}"]
     if not defaults and "data.tokenizer" not in given:
         raise RecipeError(f"--kind {found.kind} does not say how text becomes tokens: add data.tokenizer=NAME_OR_FILE")
+    longest = [found.config.get(name) for name in ("max_position_embeddings", "n_positions")]
+    defaults += [f"data.seq_len={n}" for n in longest if type(n) is int and n > 1]  # what it was trained on
     numbers = sum(math.prod(value.shape) for value in found.tensors.values())
     print(f"read      {found.name}: {found.kind}, {len(found.tensors)} tensors, {numbers:,} numbers", flush=True)
     read = reader(found.kind, found.tensors, found.config)

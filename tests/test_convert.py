@@ -90,6 +90,7 @@ def test_a_folder_of_the_hub_in_and_out_again(convert, tmp_path):
     assert code == 0, said
     trained = load(find("run"))
     assert trained.recipe.data.tokenizer == str(tmp_path / "run" / "tokenizer") and trained.tokenizer.eos_id == 256
+    assert trained.recipe.data.seq_len == 512
     code, said = convert("--workdir", "run", "--export", "out", "--dtype", "bfloat16")
     assert code == 0 and "read back logits are within 0 of the run's" in said, said
     before, after = read_tensors("hub"), read_tensors("out")
@@ -97,6 +98,7 @@ def test_a_folder_of_the_hub_in_and_out_again(convert, tmp_path):
     assert all(value.tobytes() == after[name].tobytes() for name, value in before.items())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["eos_token_id"] == 256
+    assert config["max_position_embeddings"] == 512
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]["a"] == ord("a")
     code, said = convert("--workdir", "run", "--export", "out")
     assert code == 2 and "out holds files already" in said, said
