@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -208,10 +209,14 @@ class Checkpoints:
         self._say(f"warning: {problem}; training goes on")
 
     def _remove_unfinished(self) -> None:
-        """Removes what a killed or failed save left behind."""
+        """Removes what a killed or failed save left behind, also while the threads of a failed one still write."""
         if jax.process_index() == 0:
             for path in self._folder.glob(_UNFINISHED):
-                shutil.rmtree(path, ignore_errors=True)
+                for _ in range(20):
+                    shutil.rmtree(path, ignore_errors=True)
+                    if not path.exists():
+                        break
+                    time.sleep(0.1)
 
     def _last_good(self) -> str:
         steps = [step for step in self.steps() if step not in self._damaged]
