@@ -33,7 +33,18 @@ from adaptive.recipe import Recipe, load
 from adaptive.runs.platform import start_backend
 
 # Modules of adaptive/benchmarks.
-OPERATIONS = ("aot", "block_sparse_attention", "ema", "experts", "grouped_matmul", "hnet", "kernels", "peers", "ssd", "tune")
+OPERATIONS = (
+    "aot",
+    "block_sparse_attention",
+    "ema",
+    "experts",
+    "grouped_matmul",
+    "hnet",
+    "kernels",
+    "peers",
+    "ssd",
+    "tune",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
