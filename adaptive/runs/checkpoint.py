@@ -11,8 +11,8 @@ import math
 import os
 import shutil
 import sys
-import time
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
