@@ -4,10 +4,12 @@
     adaptive convert --kind KIND --tensors FILE --config FILE --workdir DIR [setting=value ...]
     adaptive convert --workdir DIR --export FOLDER [--dtype bfloat16] [--push NAME/REPOSITORY]
     adaptive convert --kind KIND --workdir DIR --export FILE.safetensors
+    adaptive convert --uptrain RUN --recipe NAME --workdir DIR [--sharing stepwise] [setting=value ...]
 
-FOLDER is one as Hugging Face's hub has it, with config.json, safetensors and a tokenizer. Settings are dotted, as those
-of training, and count where the model is trained further: `adaptive train --recipe DIR/recipe.json --workdir DIR`. Exit
-codes: 0 done, 2 something cannot work, 130 interrupted.
+FOLDER is one as Hugging Face's hub has it, with config.json, safetensors and a tokenizer. --uptrain begins the
+recursive model of a recipe as the plain model of a run. Settings are dotted, as those of training, and count where the
+model is trained further: `adaptive train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something
+cannot work, 130 interrupted.
 """
 
 if __name__ == "__main__":
@@ -27,6 +29,7 @@ from adaptive import command, versions
 from adaptive.errors import CheckpointError, RecipeError, UserError
 from adaptive.exporting import export_folder
 from adaptive.interop.source import Source, read_config, source
+from adaptive.interop.uptraining import SHARINGS, Sharing
 from adaptive.paths import local_path
 from adaptive.recipe import Recipe, name_from
 
@@ -55,6 +58,10 @@ def options() -> command.Options:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of exported weights")
     add("--shard_mb", type=command.number(int, least=1), default=5000, help="largest exported file (default 5000)")
     add("--push", default="", metavar="REPOSITORY", help="uploads the exported folder to Hugging Face's hub")
+    add("--uptrain", default="", metavar="RUN", help="the run of a plain model that a recursive one begins from")
+    add("--recipe", default="", help="with --uptrain: that of the recursive model, a name or a file")
+    add("--sharing", default="stepwise", choices=SHARINGS,
+        help="with --uptrain: which layers of the plain model the shared ones begin as (default stepwise)")  # fmt: skip
     add("--allow_pickle", action="store_true", help="read PyTorch files with torch, which runs any code in them")
     made.add_settings()
     return made
@@ -72,17 +79,24 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"'{given.settings[0]}': --export takes no settings")
     if given.source and (given.tensors or given.config or given.export):
         raise UserError("--from says where tensors and configuration are: leave out --tensors, --config and --export")
+    if given.uptrain and (given.source or given.tensors or given.config or given.export or given.kind):
+        raise UserError("--uptrain takes --recipe, --workdir, --sharing, --step and settings alone")
     file = given.export.endswith(".safetensors")
     if given.push and (file or not given.export):
         raise UserError("--push uploads a folder: give --export FOLDER")
     needed: tuple[str, ...] = ("kind", "tensors", "config", "workdir")
-    if given.source or given.export:
+    if given.uptrain:
+        needed = ("uptrain", "recipe", "workdir")
+    elif given.source or given.export:
         needed = ("source", "workdir") if given.source else ("kind", "workdir", "export")[not file :]
     if missing := [f"--{name}" for name in needed if not getattr(given, name)]:
         raise UserError(f"{', '.join(missing)} is missing (--help shows all options)")
-    paths = {name: local_path(getattr(given, name), f"--{name}") for name in needed if name != "kind"}
+    paths = {name: local_path(getattr(given, name), f"--{name}") for name in needed if name not in ("kind", "recipe")}
     print(versions.check_versions())
     start_backend()
+    if given.uptrain:
+        uptrain(paths["uptrain"], given.recipe, paths["workdir"], given.sharing, given.settings, given.step)
+        return 0
     if given.export and file:
         export(given.kind, paths["workdir"], paths["export"])
         return 0
@@ -134,6 +148,33 @@ def convert(found: Source, workdir: Path, settings: Sequence[str]) -> None:
     check_tokenizer(found, recipe)
     save(recipe, read, workdir, found)
     print(f"wrote     {workdir}: a run at step 0; generate with python -m adaptive.generate --workdir {workdir}")
+
+
+def uptrain(
+    run: Path, name: str, workdir: Path, sharing: Sharing, settings: Sequence[str], step: int | None = None
+) -> None:
+    """Makes `workdir` the folder of a run at step 0 of the recursive recipe `name`, which begins as the plain model of
+    a run, with its tokenizer. Raises UserError before anything is written where it cannot be."""
+    from adaptive.interop.uptraining import uptrained
+    from adaptive.recipe import load as load_recipe
+    from adaptive.runs.folder import RunFolder
+    from adaptive.runs.load import find, load
+
+    if RunFolder(workdir).recipe.exists():
+        raise CheckpointError(f"{workdir} holds a run already; choose another --workdir")
+    found = find(run, step, option="--uptrain")
+    given = {text.partition("=")[0] for text in settings}
+    own = {"data.tokenizer": found.recipe.data.tokenizer, "data.bos": found.recipe.data.bos}
+    recipe = load_recipe(name).with_values({path: value for path, value in own.items() if path not in given})
+    recipe = recipe.with_(*settings)
+    recipe.validate()
+    trained = load(found)
+    read = uptrained(recipe.model, found.recipe.model, trained.state, sharing, recipe.train.seed)
+    save(recipe, read, workdir)
+    print(
+        f"wrote     {workdir}: {recipe.name} at step 0, begun ({sharing}) as {found.recipe.name} at step {trained.step}"
+    )
+    print(f"train it  python -m adaptive.train --recipe {workdir}/recipe.json --workdir {workdir}")
 
 
 def check_tokenizer(found: Source, recipe: Recipe) -> None:

@@ -37,13 +37,15 @@ def steps(recipe: Recipe, count: int, warmup: int) -> Recipe:
 # Base shapes
 
 
-def layers_of(*, layers: int, heads: int, kv_heads: int, head_dim: int, hidden: int) -> stack.Settings:
+def layers_of(
+    *, layers: int, heads: int, kv_heads: int, head_dim: int, hidden: int, rope_theta: float = 1e4
+) -> stack.Settings:
     """Equal transformer blocks."""
-    mixer = attention.Settings(heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_theta=1e4)
+    mixer = attention.Settings(heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_theta=rope_theta)
     return stack.Settings((block.Settings(mixer, dense.Settings(hidden)),), repeats=layers)
 
 
-def transformer(*, vocab_size: int, width: int, **shape: int) -> language_model.Settings:
+def transformer(*, vocab_size: int, width: int, **shape: Any) -> language_model.Settings:
     """A plain transformer; shape: as of `layers_of`."""
     return language_model.Settings(vocab_size=vocab_size, width=width, body=plain.Settings(layers_of(**shape)))
 
@@ -87,9 +89,9 @@ def bench() -> Recipe:
     )
 
 
-def llama_135m(layers: int = 30) -> Recipe:
-    """30 layers of width 576 (MoR paper, table of model architectures; SmolLM-135M)."""
-    return _llama(layers=layers, width=576, heads=9, kv_heads=3, hidden=1536)
+def llama_135m(layers: int = 30, rope_theta: float = 1e4) -> Recipe:
+    """30 layers of width 576 (MoR paper, table of model architectures; SmolLM-135M; SmolLM2's has a base of 1e5)."""
+    return _llama(layers=layers, width=576, heads=9, kv_heads=3, hidden=1536, rope_theta=rope_theta)
 
 
 def llama_360m(layers: int = 32) -> Recipe:
@@ -107,11 +109,9 @@ def llama_1_7b(layers: int = 24) -> Recipe:
     return _llama(layers=layers, width=2048, heads=32, kv_heads=32, hidden=8192)
 
 
-def _llama(*, layers: int, width: int, heads: int, kv_heads: int, hidden: int) -> Recipe:
+def _llama(*, width: int, **shape: Any) -> Recipe:
     # SmolLM v1 configurations; norm_eps 1e-5, theta 1e4, tied embeddings and a standard deviation of 0.02 as well.
-    model = transformer(
-        layers=layers, width=width, heads=heads, kv_heads=kv_heads, head_dim=64, hidden=hidden, vocab_size=49152
-    )
+    model = transformer(width=width, head_dim=64, vocab_size=49152, **shape)
     model = replace(model, norm_eps=1e-5, tie_embeddings=True, init_std=0.02, embedding_std=0.02)
     return changed(
         Recipe(name="", model=model),

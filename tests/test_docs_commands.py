@@ -60,6 +60,8 @@ ELSEWHERE = {
     "sbatch": "SLURM; tests/launch/test_templates.py reads the template",
     "TPU=": "a TPU pod slice; tests/launch/test_templates.py reads the template",
     "python -m adaptive.bench peers": "torch and transformers; it fails where the two sides do not agree",
+    "python -m adaptive.convert --uptrain": "a run of SmolLM2; tests/interop/test_uptraining.py has one of its own",
+    "python -m adaptive.train --recipe runs/mor_smol": "what that makes",
     "adaptive launch --processes": "processes of their own; tests/parallel/test_two_processes.py starts some",
 }
 RELEASED = ["--kind", "hnet", "--tensors", "hnet_2stage_XL.safetensors", "--config", "hnet_2stage_XL.json"]

@@ -17,7 +17,7 @@ from adaptive.settings import nodes
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 MOR = ("vanilla", "recursive", "mor")
-PUBLISHED = [n for n in list_recipes() if not n.endswith(("_tiny", "_bench")) and n.startswith(MOR)]
+PUBLISHED = [n for n in list_recipes() if not n.endswith(("_tiny", "_bench", "_uptrain")) and n.startswith(MOR)]
 BYTES = [n for n in list_recipes() if not n.endswith(("_tiny", "_bench")) and not n.startswith(MOR)]  # H-Net paper
 
 TINY = [n for n in list_recipes() if n.endswith("_tiny")]

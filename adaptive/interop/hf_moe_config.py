@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from adaptive.errors import RecipeError
+from adaptive.interop.fields import Fields
 from adaptive.layers import stack
 from adaptive.layers.block import Settings as Block
 from adaptive.layers.feed_forwards import FeedForward, dense, experts
@@ -65,47 +66,16 @@ def config_from_transformers(kind: Kind, config: Mapping[str, Any]) -> language_
     return ours
 
 
-class _Fields:
-    """A config.json with the defaults of its kind."""
+class _Fields(Fields):
+    """A config.json with the defaults of its kind. Numbers out of range are refused by the settings they become."""
+
+    kind: Kind
 
     def __init__(self, kind: Kind, given: Mapping[str, Any]):
-        if not isinstance(given, Mapping):
-            raise RecipeError(
-                f"official {kind}: the configuration must be a dict of config.json's fields, not {given!r}"
-            )
-        self.kind, self._given = kind, given
+        super().__init__(kind, given, DEFAULTS[kind])
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field, the library's default where it is left out."""
-        return self._given.get(name, DEFAULTS[self.kind].get(name, default))
-
-    def given(self, name: str) -> Any:
-        """The value of a field, None where it is left out."""
-        return self._given.get(name)
-
-    def integer(self, name: str) -> int:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(name, "must be an integer")
-        return value
-
-    def integer_or_none(self, name: str) -> int | None:
-        return None if self.get(name) is None else self.integer(name)
-
-    def number(self, name: str) -> float:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.wrong(name, "must be a number")
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        value = self.get(name, False)
-        if value is not None and not isinstance(value, bool):
-            raise self.wrong(name, "must be true or false")
-        return bool(value)
-
-    def wrong(self, name: str, right: str) -> RecipeError:
-        return RecipeError(f"official {self.kind}: {name}={self.get(name)!r}: {right}")
+    def integer(self, name: str, *, least: int = -(2**31), most: int = 2**31 - 1) -> int:
+        return super().integer(name, least=least, most=most)
 
     def refuse_what_has_no_counterpart(self) -> None:
         """Raises RecipeError for values that would change the numbers in a way that is not built here."""
