@@ -240,7 +240,8 @@ def save(recipe: Recipe, read: Reading, workdir: Path, found: Source | None = No
         raise RecipeError(f"the settings describe another model than the tensors: {'/'.join(map(str, wrong))} differs")
 
     def place(path: Any, value: Any) -> jax.Array:
-        return jax.device_put(value.astype(wanted[path].dtype, copy=False), wanted[path].sharding)
+        # Awaited, so that the host holds one of them and not all that are on their way.
+        return jax.device_put(value.astype(wanted[path].dtype, copy=False), wanted[path].sharding).block_until_ready()
 
     params, buffers = nnx.split_state(read.state(nnx.state(shapes), place), nnx.Param, ...)
     zero, key = jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(recipe.train.seed))
