@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import sys
 import time
@@ -25,24 +24,22 @@ from rich.table import Table
 
 from adaptive.benchmarks import experts as layers
 from adaptive.benchmarks import options
+from adaptive.benchmarks.timing import Run, fastest, seconds
 from adaptive.benchmarks.train_step import TimedStep, matmul_timer, random_batch
 from adaptive.command import number
 from adaptive.data.batch import Batch
-from adaptive.errors import UserError
+from adaptive.errors import CheckpointError, UserError
 from adaptive.inference.drawing import Drawing
 from adaptive.inference.sampling import Sampler
 from adaptive.interop import to_official
+from adaptive.interop.huggingface import config_of
 from adaptive.layers.feed_forwards import experts as expert_layer
 from adaptive.layers.feed_forwards.dense import Dense
-from adaptive.layers.mixers.attention import Settings as Attention
 from adaptive.layers.moe.routers import token_choice
 from adaptive.layers.site import Site
-from adaptive.models import language_model
-from adaptive.models.bodies.plain import Settings as Plain
 from adaptive.recipe import Recipe, load
 
 PROMPT, NEW = 32, 96  # tokens of generation
-Run = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +108,10 @@ def _measured(
 
 
 def _least(case: Case, repeats: int) -> Measured:
-    least = dict.fromkeys(case.runs, math.inf)
     for run in case.runs.values():
         run()
-    for _ in range(repeats):
-        for way, run in case.runs.items():
-            begin = time.perf_counter()
-            run()
-            least[way] = min(least[way], time.perf_counter() - begin)
+    found = fastest({way: [run] for way, run in case.runs.items()}, repeats, seconds)
+    least = {way: one for way, (one,) in found.items()}
     return Measured(case.name, least, case.agree)
 
 
@@ -203,20 +196,8 @@ def llama(recipe: Recipe, model: nnx.Module) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings, attention, dense, layers = _plain(recipe)
-    config = LlamaConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.width,
-        intermediate_size=dense.hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=attention.heads,
-        num_key_value_heads=attention.groups,
-        head_dim=attention.head_dim,
-        rms_norm_eps=settings.norm_eps,
-        rope_theta=attention.rope_theta,
-        tie_word_embeddings=settings.tie_embeddings,
-        max_position_embeddings=max(recipe.data.seq_len, PROMPT + NEW),
-    )
+    longest = max(recipe.data.seq_len, PROMPT + NEW)
+    config = LlamaConfig(**config_of("llama", recipe.model) | {"max_position_embeddings": longest})
     torch.set_num_threads(os.cpu_count() or 1)
     made = LlamaForCausalLM(config)
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in to_official("llama", model).items()}
@@ -227,24 +208,14 @@ def llama(recipe: Recipe, model: nnx.Module) -> Any:
     return made.float()
 
 
-def _plain(recipe: Recipe) -> tuple[language_model.Settings, Attention, Any, int]:
-    body = recipe.model.body
-    assert isinstance(body, Plain)
-    block = body.stack.blocks[0]
-    assert isinstance(block.mixer, Attention)
-    return recipe.model, block.mixer, block.feed_forward, body.stack.repeats
-
-
 def _check(recipe: Recipe) -> None:
     """Raises UserError for a recipe that is no plain transformer of Llama's kind."""
-    body = recipe.model.body
-    if not (
-        isinstance(body, Plain)
-        and len(body.stack.blocks) == 1
-        and isinstance(body.stack.blocks[0].mixer, Attention)
-        and type(body.stack.blocks[0].feed_forward).__module__.endswith(".dense")
-    ):
-        raise UserError(f"bench peers: {recipe.name} is no plain transformer; vanilla_tiny and vanilla_bench are")
+    try:
+        config_of("llama", recipe.model)
+    except CheckpointError:
+        raise UserError(
+            f"bench peers: {recipe.name} is no plain transformer; vanilla_tiny and vanilla_bench are"
+        ) from None
 
 
 def experts(count: int, compiled: bool) -> Case:
@@ -280,16 +251,12 @@ def experts(count: int, compiled: bool) -> Case:
         "ours": layers.routed(layer, "auto"),
         "our dense layer": lambda key: Dense(Site(layers.WIDTH), layers.PER_TOKEN * layers.HIDDEN, key),
     }
-    runs: dict[str, Run] = {name: _awaited(layers.case(name, build).call) for name, build in own.items()}
+    runs: dict[str, Run] = {name: layers.case(name, build).call for name, build in own.items()}
     runs["eager"] = step(block)
     if compiled:
         runs["compiled"] = step(torch.compile(block))
     tokens = layers.SEQUENCES * layers.SEQ
     return Case(f"{count} experts, {layers.PER_TOKEN} of them for {tokens} tokens", runs, "other weights")
-
-
-def _awaited(call: Run) -> Run:
-    return lambda: jax.block_until_ready(call())
 
 
 def _machine() -> tuple[float, float]:

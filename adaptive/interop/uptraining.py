@@ -78,11 +78,15 @@ def _use(j: int, r: int, core: int, recursions: int, order: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Uptrained:
-    """A recursive model of `settings` that begins as the plain one whose state is `trained`, by path."""
+    """A recursive model of `settings` that begins as the plain one whose state is `trained`, by path.
+
+    shared  layers of the plain model that the core stands for; chosen: see `sources`
+    """
 
     settings: language_model.Settings
     trained: Mapping[Any, Any]
-    sharing: Sharing
+    shared: range
+    chosen: tuple[tuple[int, ...], ...]
     seed: int = 0
 
     def state(self, shapes: Any, place: Place) -> Any:
@@ -115,18 +119,15 @@ class Uptrained:
         if part == "norm":
             return self.trained["body", "stack", "norm", *rest]
         layers = self.trained["body", "stack", *rest]
-        before, behind = (0 if end is None else end.layers for end in (body.prelude, body.coda))
         if part == "prelude":
-            return layers[:before]
+            return layers[: self.shared.start]
         if part == "coda":
-            return layers[len(layers) - behind :]
-        shared = range(before, len(layers) - behind)
+            return layers[self.shared.stop :]
         core, passes = body.core.layers, body.recursions
-        if passes_of(variable) and core * passes == len(shared):
-            uses = [[shared[_use(j, r, core, passes, body.order)] for j in range(core)] for r in range(passes)]
+        if passes_of(variable) and core * passes == len(self.shared):
+            uses = [[self.shared[_use(j, r, core, passes, body.order)] for j in range(core)] for r in range(passes)]
             return jnp.asarray(layers)[jnp.asarray(uses)]
-        chosen = sources(self.sharing, shared, core, passes, body.order, self.seed)
-        mean = jnp.stack([jnp.asarray(layers)[jnp.asarray(of)].mean(0) for of in chosen])
+        mean = jnp.stack([jnp.asarray(layers)[jnp.asarray(of)].mean(0) for of in self.chosen])
         return jnp.broadcast_to(mean, variable.shape)
 
 
@@ -156,9 +157,9 @@ def uptrained(
     for part in (body.core, *ends):
         _compare(_block(part), _block(plainly.stack), "a block's ")
     shared = range(body.prelude.layers if body.prelude else 0, plainly.layers - (body.coda.layers if body.coda else 0))
-    sources(sharing, shared, body.core.layers, body.recursions, body.order, seed)
+    chosen = sources(sharing, shared, body.core.layers, body.recursions, body.order, seed)
     flat = {path: variable[...] for path, variable in nnx.to_flat_state(state)}
-    return Uptrained(settings, flat, sharing, seed)
+    return Uptrained(settings, flat, shared, chosen, seed)
 
 
 def _outside(settings: language_model.Settings) -> dict[str, Any]:
