@@ -4,12 +4,12 @@ A field that is left out has the library's default for the kind. Fields that can
 ignored; a field that would, in a way this package has no counterpart for, is refused by name.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from adaptive.errors import RecipeError
 from adaptive.interop.fields import Fields
+from adaptive.interop.llama_family import padding_token, patterned
 from adaptive.layers import stack
 from adaptive.layers.block import Settings as Block
 from adaptive.layers.feed_forwards import FeedForward, dense, experts
@@ -59,7 +59,7 @@ def config_from_transformers(kind: Kind, config: Mapping[str, Any]) -> language_
         width=fields.integer("hidden_size"),
         body=plain.Settings(_stack(fields)),
         norm_eps=fields.number("rms_norm_eps"),
-        padding_token=_padding_token(fields),
+        padding_token=padding_token(fields),
         tie_embeddings=fields.boolean("tie_word_embeddings"),
     )
     ours.validate()
@@ -96,11 +96,7 @@ class _Fields(Fields):
 def _stack(fields: _Fields) -> stack.Settings:
     """The layers, as the shortest pattern that repeats."""
     attention, feed_forwards = _attention(fields), _feed_forwards(fields)
-    layers = len(feed_forwards)
-    period = next((p for p in range(1, layers + 1) if feed_forwards[:p] * (layers // p) == feed_forwards), layers)
-    runs = [(feed_forward, len(list(run))) for feed_forward, run in itertools.groupby(feed_forwards[:period])]
-    blocks = tuple(Block(attention, feed_forward, repeat=count) for feed_forward, count in runs)
-    return stack.Settings(blocks, repeats=layers // max(period, 1))
+    return patterned([Block(attention, feed_forward) for feed_forward in feed_forwards])
 
 
 def _attention(fields: _Fields) -> Attention:
@@ -174,17 +170,6 @@ def _clip(fields: _Fields) -> float:
     if clip <= 0:
         raise fields.wrong("clip_qkv", "must be above 0, or null for none")
     return clip
-
-
-def _padding_token(fields: _Fields) -> int:
-    """The token whose embedding the lookup does not train, -1: none. Negative ids count from the end."""
-    token = fields.integer_or_none("pad_token_id")
-    if token is None:
-        return -1
-    vocabulary = fields.integer("vocab_size")
-    if not -vocabulary <= token < vocabulary:
-        raise fields.wrong("pad_token_id", f"must be a token below vocab_size={vocabulary}, or null for none")
-    return token % vocabulary
 
 
 def _experts(fields: _Fields) -> experts.Settings | None:

@@ -141,7 +141,7 @@ def patterned(blocks: list[Block]) -> stack.Settings:
     if len(runs) == 1:
         return stack.Settings((runs[0][0],), repeats=layers)
     return stack.Settings(
-        tuple(dataclasses.replace(block, repeat=count) for block, count in runs), repeats=layers // period
+        tuple(dataclasses.replace(block, repeat=count) for block, count in runs), repeats=layers // max(period, 1)
     )
 
 
