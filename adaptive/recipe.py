@@ -115,7 +115,7 @@ class Recipe:
         self.train.validate(self.data.seq_len)
         self.eval.validate()
         self.init.validate()
-        self.mesh.validate(self._experts())
+        self.mesh.validate(self.expert_layers())
         self._check_words()
 
     def to_json(self) -> str:
@@ -152,7 +152,7 @@ class Recipe:
         _check_name(recipe.name, f"{where}.name")
         return recipe
 
-    def _experts(self) -> list[tuple[int, bool | None]]:
+    def expert_layers(self) -> list[tuple[int, bool | None]]:
         """Of every feed-forward with experts: how many, and whether their rows are ragged (None: not known)."""
         ragged = {"capacity": False, "ragged": True}
         routed = [node for _, node in settings.nodes(self.model, "model") if isinstance(node, MoESettings)]

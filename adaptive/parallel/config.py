@@ -5,9 +5,12 @@ from collections.abc import Iterable
 from typing import Literal
 
 from adaptive.errors import RecipeError
-from adaptive.settings import divisors, ranged
+from adaptive.settings import divisors, ranged, since
 
 Strategy = Literal["expert", "gather", "data", "tensor"]
+
+# Of the mesh, from the slowest links to the fastest: neighbours along `tensor` are neighbours in the machine.
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +85,25 @@ class ExpertParallel:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes. `data=-1` takes the devices that the other axes leave.
+    """Sizes of the mesh axes. One of them may be -1: it takes the devices that the others leave.
 
-    data    replicas: the batch is split, parameters are not
-    fsdp    the batch is split, and so are parameters and optimizer state (gathered layer by layer)
-    expert  the batch is split, and so are the experts of every layer
-    tensor  heads, feed-forward and vocabulary are split
+    data     replicas: the batch is split, parameters are not
+    fsdp     the batch is split, and so are parameters and optimizer state (gathered layer by layer)
+    expert   the batch is split, and so are the experts of every layer
+    tensor   heads, feed-forward and vocabulary are split
+    context  every sequence is split, and so are parameters and optimizer state
+    stage    the layers are split into consecutive parts, which micro-batches go through (a pipeline)
+    slices   groups of devices that a slower network joins (TPU slices, nodes of GPUs). Not an axis: `data` runs across
+             them, or as much of `stage`, `fsdp`, `expert` and `context` as is needed
     """
 
     data: int = ranged(-1, least=-1, most=2**31 - 1)
-    fsdp: int = ranged(1, least=1, most=2**31 - 1)
-    expert: int = ranged(1, least=1, most=2**31 - 1)
-    tensor: int = ranged(1, least=1, most=2**31 - 1)
+    fsdp: int = ranged(1, least=-1, most=2**31 - 1)
+    expert: int = ranged(1, least=-1, most=2**31 - 1)
+    tensor: int = ranged(1, least=-1, most=2**31 - 1)
+    context: int = since(1, before=1, least=-1, most=2**31 - 1)
+    stage: int = since(1, before=1, least=-1, most=2**31 - 1)
+    slices: int = since(1, before=1, least=1, most=2**31 - 1)
     expert_parallel: ExpertParallel = ExpertParallel()
 
     def validate(self, layers: Iterable[tuple[int, bool | None]]) -> None:
@@ -101,7 +111,16 @@ class MeshConfig:
 
         layers  how many experts each kind of layer has, and whether their rows are ragged (None: not known)
         """
-        if self.data == 0:
-            raise RecipeError("mesh.data=0: must be at least 1, or -1 for the devices the other axes leave")
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if size == 0:
+                raise RecipeError(f"mesh.{axis}=0: must be at least 1, or -1 for the devices the other axes leave")
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            others = f"mesh.{' and mesh.'.join(free)}"
+            hint = "; mesh.data is -1 where it is not set: set it, to 1 for example" if "data" in free else ""
+            raise RecipeError(f"{others} are both -1; only one axis can take what is left{hint}")
+        if self.expert == -1:
+            return  # checked again when the devices are known
         for experts, ragged in list(layers) or [(0, None)]:
             self.expert_parallel.validate(devices=self.expert, experts=experts, ragged=ragged)

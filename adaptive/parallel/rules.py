@@ -22,7 +22,7 @@ class AxisRules:
     """Mesh axes over which each logical axis is split; () is replicated."""
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")  # activations [batch, seq, ...]
-    seq: tuple[str, ...] = ()  # the same; routing selects along it, so it must stay whole
+    seq: tuple[str, ...] = ("context",)  # the same
     width: tuple[str, ...] = ("fsdp",)  # parameters only: gathered before use
     heads: tuple[str, ...] = ("tensor",)  # [width, heads, head_dim] and activations [batch, seq, heads, head_dim]
     ff: tuple[str, ...] = ("tensor",)  # [width, ff] and activations [batch, seq, ff]

@@ -22,8 +22,9 @@ from adaptive.optim.build import make_optimizer
 from adaptive.optim.named import chosen
 from adaptive.parallel.cluster import meet
 from adaptive.parallel.expert_cost import ExpertLoad, settle
-from adaptive.parallel.mesh import batch_sharding, place
+from adaptive.parallel.mesh import batch_sharding, place, share_of_rows
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
+from adaptive.parallel.support import check_support, parts_of
 from adaptive.recipe import Recipe
 from adaptive.routing.types import AuxLosses, Output
 from adaptive.runs.platform import CacheHits, compute_dtype
@@ -58,6 +59,16 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
     return per_device // limit
 
 
+def check_length(seq_len: int, parts: int) -> None:
+    """Raises MeshError where sequences do not divide over the context axis."""
+    if seq_len % parts:
+        near = sorted({max(1, seq_len // parts) * parts, (seq_len // parts + 1) * parts})
+        raise MeshError(
+            f"data.seq_len={seq_len} does not divide over mesh.context={parts}; nearest that do: "
+            f"{', '.join(map(str, near))}"
+        )
+
+
 def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> ExpertLoad | None:
     """The first kind of the model's experts, for `tokens` tokens on each device, evenly loaded; None without any."""
     found = recipe.model.facts().experts
@@ -81,10 +92,8 @@ def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> Exper
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which share of the batch's rows this process feeds. Processes whose devices hold the same rows,
-    because a tensor axis runs across them, feed the same."""
-    grid = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    mine = [i for i, row in enumerate(grid) if any(d.process_index == jax.process_index() for d in row)]
-    return mine[0] // len(mine), len(grid) // len(mine)
+    because other axes than the batch's run across them, feed the same."""
+    return share_of_rows(mesh, AxisRules().batch, jax.process_index())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +150,10 @@ class Program:
         """remat: what is recomputed where the recipe leaves it to be chosen (`adaptive.training.fitting`)."""
         self.recipe, self.mesh, self.facts = recipe, mesh, recipe.model.facts()
         self.remat: Remat = remat if recipe.train.remat == "auto" else recipe.train.remat
+        # Again, now that the size of every axis is known.
+        dataclasses.replace(recipe.mesh, **mesh.shape).validate(recipe.expert_layers())
+        check_support(mesh.shape, parts_of(recipe.model))
+        check_length(recipe.data.seq_len, split(mesh, AxisRules().seq))
         self.shards = split(mesh, AxisRules().batch)
         self.accumulation = accumulation_of(recipe, self.shards)
         self.dtype = compute_dtype(recipe)
@@ -192,10 +205,15 @@ class Program:
         kinds: Any = Batch("int32", "int32", "int32", "int32", "float32", boundaries)  # type: ignore[arg-type]
         return jax.tree.map(lambda kind: jax.ShapeDtypeStruct(shape, kind, sharding=sharding), kinds)
 
-    def to_devices(self, batch: Batch) -> Batch:
-        """This process's rows as arrays over the mesh."""
+    def to_devices(self, batch: Batch, *, whole: bool = False) -> Batch:
+        """Rows as arrays over the mesh: this process's share of them, or all (`whole`)."""
         sharding = batch_sharding(self.mesh, self.rules)
-        place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))  # noqa: E731
+        shares = 1 if whole else data_shard(self.mesh)[1]
+
+        def place(a: np.ndarray) -> jax.Array:
+            shape = (a.shape[0] * shares, *a.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, np.asarray(a), shape)
+
         return jax.tree.map(place, batch)
 
     def auxiliary(self) -> list[str]:

@@ -16,7 +16,7 @@ from adaptive.evaluation.task_files import Task, read_tasks
 from adaptive.evaluation.tasks import SEEDS, evaluate_tasks
 from adaptive.recipe import Recipe
 from adaptive.runs.state import TrainState
-from adaptive.training.program import Program, data_shard
+from adaptive.training.program import Program
 
 _RESAMPLES = 2  # intervals are for `adaptive evaluate`
 
@@ -62,16 +62,14 @@ class SetsAndTasks:
 
     def _subject(self, state: TrainState) -> Subject:
         program, recipe = self._program, self._program.recipe
-        index, count = data_shard(program.mesh)
 
         def score(batch: Batch, rule: str, passes: int | None = None) -> Scores:
-            share = len(batch.tokens) // count
-            mine = jax.tree.map(lambda a: a[index * share : (index + 1) * share], batch)
             key = (rule, passes)
             if key not in self._compiled:
                 self._compiled[key] = self._jitted(rule, passes)
             with program.placed():
-                return jax.device_get(self._compiled[key](state.params, state.buffers, program.to_devices(mine)))
+                given = program.to_devices(batch, whole=True)
+                return jax.device_get(self._compiled[key](state.params, state.buffers, given))
 
         model = nnx.merge(program.graphdef, state.params, state.buffers)
         return Subject(

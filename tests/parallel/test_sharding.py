@@ -27,7 +27,7 @@ from adaptive.errors import MeshError
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import expert_choice, token_choice
 from adaptive.models.depth import token_choice as depth_token_choice
-from adaptive.parallel.config import MeshConfig
+from adaptive.parallel.config import AXES, MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, constrain, placement
 from adaptive.runs.state import fresh_state, state_shardings
@@ -112,6 +112,8 @@ def test_replicas_communicate_by_sums_alone(name):
         (MeshConfig(tensor=3), ["tensor=3", "must divide 8", "1, 2, 4, 8"]),
         (MeshConfig(data=-1, fsdp=-1), ["mesh.data and mesh.fsdp", "only one"]),
         (MeshConfig(fsdp=0), ["mesh.fsdp=0", "at least 1"]),
+        (MeshConfig(slices=3), ["mesh.slices=3", "8 devices", "1, 2, 4, 8"]),
+        (MeshConfig(tensor=4, slices=4), ["mesh.slices=4", "2 devices", "1, 2"]),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices(config, parts):
@@ -122,8 +124,10 @@ def test_sizes_that_do_not_fit_the_devices(config, parts):
 
 
 def test_sizes_that_fit():
-    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    ones = dict.fromkeys(AXES, 1)
+    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == ones | {"data": 4, "fsdp": 2}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == ones
+    assert dict(make_mesh(MeshConfig(data=1, context=-1, stage=2)).shape) == ones | {"context": 4, "stage": 2}
 
 
 def test_parameters_that_do_not_divide_are_named():
