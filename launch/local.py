@@ -1,14 +1,17 @@
 """Several processes of one run on this machine, over loopback.
 
     adaptive launch --processes 2 --devices_per_process 4 -- --recipe mor_tiny mesh.fsdp=8
+    adaptive launch --restarts 20 -- --recipe mor_tiny --workdir runs/one
 
 Each process is `python -m adaptive.train` with the arguments after `--`, and sees its own emulated CPU devices: a way
 to try a multi-process run, its data, its checkpoints and its mesh before a cluster does. (Several GPUs of one machine
 need no launcher: one process uses them all.)
 
 Every line of output carries the number of its process. When a process fails, the others are ended, the last traceback
-of the one that failed first is shown last, and its exit code is the launcher's. Ctrl-C and SIGTERM are passed on, so
-that the run can save; a second one ends everything at once.
+of the one that failed first is shown last, and its exit code is the launcher's. With --restarts, all are started again
+instead, so many times at most, and go on from the newest checkpoint of their --workdir; not where the same would happen
+again (exit codes 2, 3 and 4). Ctrl-C and SIGTERM are passed on, so that the run can save; a second one ends everything
+at once.
 """
 
 if __name__ == "__main__":
@@ -20,6 +23,7 @@ if __name__ == "__main__":
 
 import argparse
 import collections
+import contextlib
 import os
 import signal
 import socket
@@ -27,50 +31,87 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from adaptive import command
 from adaptive.command import number
+from adaptive.launch.forks import Forks
+from adaptive.parallel.cluster import LOST, PREEMPTED
 
 PREEMPTED = 75  # adaptive.train was asked to stop, and saved
 LOST = 76  # another process of the job was lost
+HOPELESS = (2, 3, 4, command.INTERRUPTED)  # what would happen again, or was wanted
 GRACE_S = 5.0  # for the others, after one process failed
 SAVING_GRACE_S = 300.0  # for the others, when they are saving
+_POLL_S = 0.02
+
+
+class Running(Protocol):
+    """A process that was started, as subprocess and `Forks` make them."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+
+class Starter:
+    """Starts processes that run `python -m module`: forked where that is safe, which costs no imports."""
+
+    def __init__(self, module: str):
+        self._module = module
+        self._forks: Forks | None = None
+
+    def start(self, arguments: Sequence[str], env: dict[str, str], output: int) -> Running:
+        if not sys.platform.startswith("linux"):  # libraries of macOS do not outlive a fork
+            each = [sys.executable, "-m", self._module, *arguments]
+            return subprocess.Popen(
+                each, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self._forks = self._forks or Forks(self._module, env)
+        return self._forks.start(arguments, env, output)
+
+    def close(self) -> None:
+        if self._forks is not None:
+            self._forks.close()
 
 
 class Process:
     """One process of the run, its output shown line by line and its last lines kept."""
 
-    def __init__(self, index: int, command: Sequence[str], env: dict[str, str]):
+    def __init__(self, index: int, starter: Starter, arguments: Sequence[str], env: dict[str, str]):
         self.index = index
         self.tail: collections.deque[str] = collections.deque(maxlen=200)
-        self.popen = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a Ctrl-C at the terminal reaches the launcher alone, which passes it on
-        )
-        self._reader = threading.Thread(target=self._show, daemon=True)
+        read, write = os.pipe()
+        try:
+            self.popen = starter.start(arguments, env, write)
+        finally:
+            os.close(write)
+        self._reader = threading.Thread(target=self._show, args=(read,), daemon=True)
         self._reader.start()
 
-    def _show(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self.tail.append(line)
-            # One write for the whole line: `print` writes its end apart, and another process's line could come between.
-            sys.stdout.write(f"[{self.index}] {line.rstrip()}\n")
-            sys.stdout.flush()
+    def _show(self, read: int) -> None:
+        with open(read, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                self.tail.append(line)
+                # One write for the whole line: `print` writes its end apart, and another's line could come between.
+                sys.stdout.write(f"[{self.index}] {line.rstrip()}\n")
+                sys.stdout.flush()
 
     def send(self, number: int) -> None:
         if self.popen.poll() is None:
-            os.killpg(self.popen.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, number)
+
+    def finish(self) -> None:
+        """Waits for the rest of the output."""
+        self._reader.join(timeout=5)
 
     def last_traceback(self) -> str:
-        self._reader.join(timeout=5)
+        self.finish()
         lines = list(self.tail)
         starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
         return "".join(lines[starts[-1] :] if starts else lines[-20:])
@@ -100,7 +141,9 @@ def wait(processes: Sequence[Process], stop: threading.Event) -> Process | None:
         if give_up is not None and time.monotonic() > give_up:
             for other in running:
                 other.send(signal.SIGKILL)
-        time.sleep(0.05)
+        time.sleep(_POLL_S)
+    for process in processes:
+        process.finish()
     return first
 
 

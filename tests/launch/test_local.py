@@ -47,6 +47,10 @@ def launch(tmp_path):
     return start
 
 
+def children(pid: int) -> list[int]:
+    return [*map(int, subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split())]
+
+
 def test_processes_join_and_their_output_is_told_apart(launch):
     job = launch("train")
     out, _ = job.communicate(timeout=120)
@@ -79,7 +83,7 @@ def test_a_signal_to_one_process_stops_all_together(launch):
         line = job.stdout.readline()
         assert line, out
         out += line
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGTERM)
+    (server,) = children(job.pid)
+    os.kill(children(server)[0], signal.SIGTERM)
     job.communicate(timeout=60)
     assert job.returncode == 75
