@@ -30,24 +30,53 @@ def make_row(tokens: np.ndarray, openings: np.ndarray, seq_len: int, filler: int
 
     openings  i64[segments] ascending, the first 0: where in `tokens` each segment begins
     """
-    used = len(tokens)
-    segments = np.zeros(seq_len + 1, np.int32)
-    segments[openings] = 1
-    segments = np.cumsum(segments, dtype=np.int32)
-    positions = np.arange(seq_len + 1) - openings[segments - 1]
-    segments[used:] = 0
-    padded = np.full(seq_len + 1, filler, np.int32)
-    padded[:used] = tokens
-    mask = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
-    inputs = segments[:-1].copy()
-    inputs[used - 1 :] = 0  # the last token of a short window has no target
+    padded = np.full((1, seq_len + 1), filler, np.int32)
+    padded[0, : len(tokens)] = tokens
+    rows = make_rows(padded, np.array([len(tokens)]), np.zeros(len(openings), np.int64), openings)
+    return row_of(rows, 0)
+
+
+def make_rows(tokens: np.ndarray, used: np.ndarray, rows: np.ndarray, openings: np.ndarray) -> Batch:
+    """Rows as a batch.
+
+    tokens          i32[batch, seq + 1]  inputs and one target more, padded at the end
+    used            i64[batch]           tokens of each row that are no padding
+    rows, openings  i64[segments]        in which row and where in it a segment begins; the first of a row always does
+    """
+    count, width = tokens.shape
+    column = np.arange(width, dtype=np.int32)
+    opens = np.zeros((count, width), bool)
+    opens[:, 0] = True
+    opens[rows, openings] = True
+    segments = np.cumsum(opens[:, :-1], axis=1, dtype=np.int32)
+    begins = np.maximum.accumulate(np.where(opens[:, :-1], column[:-1], 0), axis=1)
+    positions = column[:-1] - begins
+    counts = ~opens[:, 1:]
+    if (used < width).any():
+        predicts = column[:-1] < used[:, None] - 1  # the last token of a short row has no target
+        segments, positions, counts = segments * predicts, positions * predicts, counts & predicts
     return Batch(
-        tokens=padded[:-1],
-        targets=padded[1:],
-        positions=np.where(inputs > 0, positions[:-1], 0).astype(np.int32),
-        segment_ids=inputs,
-        mask=mask.astype(np.float32),
+        tokens=np.ascontiguousarray(tokens[:, :-1]),
+        targets=np.ascontiguousarray(tokens[:, 1:]),
+        positions=positions,
+        segment_ids=segments,
+        mask=counts.astype(np.float32),
     )
+
+
+def row_of(batch: Batch, index: int) -> Batch:
+    """One row, without the batch axis."""
+    fields: Any = (None if field is None else field[index] for field in batch)
+    return Batch(*fields)
+
+
+def joined(batches: list[Batch], at: list[np.ndarray]) -> Batch:
+    """One batch of all rows; at[k] i64[rows of batch k]: where they come to stand."""
+    if len(batches) == 1 and np.array_equal(at[0], np.arange(len(at[0]))):
+        return batches[0]
+    order = np.argsort(np.concatenate(at))
+    fields: Any = (None if field[0] is None else np.concatenate(field)[order] for field in zip(*batches, strict=True))
+    return Batch(*fields)
 
 
 def stack(rows: list[Batch]) -> Batch:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grain
 import numpy as np
 
-from adaptive.data.batch import Batch, padding_row, stack
+from adaptive.data.batch import Batch, joined, padding_row, stack
 from adaptive.data.config import DataConfig
 from adaptive.data.files import digest
 from adaptive.data.foreign import open_tokens
 from adaptive.data.huggingface import HubDocuments
+from adaptive.data.order import Order
 from adaptive.data.own import OwnDocuments
 from adaptive.data.prepare import cached_store, source_files
 from adaptive.data.shards import Shard, check_fingerprint
@@ -21,7 +23,7 @@ from adaptive.data.streaming import StreamedData
 from adaptive.data.synthetic import SyntheticRows
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.data.windows import Split, Windows
-from adaptive.data.words import row_marker
+from adaptive.data.words import Marker, batch_marker
 from adaptive.errors import DataError
 from adaptive.printable import printable
 
@@ -80,6 +82,9 @@ class RowSource(Protocol):
 
     def __getitem__(self, index: int) -> Batch: ...
 
+    def rows(self, indices: np.ndarray) -> Batch:
+        """Those of i64[rows] as a batch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -96,13 +101,33 @@ class Source:
     about: tuple[str, ...]
 
 
+class _GlobalBatches:
+    """This process's rows of every batch from sequence `start` on, by the number of the batch."""
+
+    def __init__(self, order: Order, sources: Sequence[RowSource], mark: Marker, shard: Shard, start: int):
+        self._order, self._sources, self._mark, self._shard, self._start = order, sources, mark, shard, start
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._shard.batch_size
+
+    def __repr__(self) -> str:
+        return f"batches from sequence {self._start} on"
+
+    def __getitem__(self, number: int) -> Batch:
+        first = self._start + number * self._shard.batch_size
+        mine = range(first + self._shard.index, first + self._shard.batch_size, self._shard.count)
+        source, row = self._order.rows(mine)
+        at = [np.flatnonzero(source == number) for number in range(len(self._sources))]
+        parts = [rows.rows(row[here]) for rows, here in zip(self._sources, at, strict=True) if len(here)]
+        return self._mark(joined(parts, [here for here in at if len(here)]))
+
+
 class IndexedTrainBatches:
     """See TrainBatches; the state is the number of sequences consumed."""
 
-    def __init__(self, rows: grain.MapDataset, shard: Shard, start: int, prefetch: int, fingerprint: str):
-        mine = rows[start + shard.index :: shard.count].batch(shard.rows, drop_remainder=True, batch_fn=stack)
+    def __init__(self, batches: _GlobalBatches, shard: Shard, start: int, prefetch: int, fingerprint: str):
         options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=max(prefetch, 1))
-        self._batches = iter(mine.to_iter_dataset(options))
+        self._batches = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._batch_size = shard.batch_size
         self._fingerprint = fingerprint
         self._next_index = start
@@ -137,7 +162,7 @@ class IndexedData:
         self._config = config
         self.sources = sources
         self._shard = shard
-        self._mark = row_marker(config.boundaries, tokenizer)
+        self._mark = batch_marker(config.boundaries, tokenizer)
         weights = config.weights or [float(len(source.train)) for source in sources]
         self._weights = [weight / sum(weights) for weight in weights]
         self.fingerprint = digest(
@@ -154,15 +179,11 @@ class IndexedData:
     def train(self, state: dict | None = None) -> IndexedTrainBatches:
         check_fingerprint(state, self.fingerprint)
         start = state["next_index"] if state else 0
-        return IndexedTrainBatches(self._rows(), self._shard, start, self._config.prefetch, self.fingerprint)
-
-    def _rows(self) -> grain.MapDataset:
-        parts = []
-        for i, source in enumerate(self.sources):
-            rows = grain.MapDataset.source(source.train).seed(self._config.shuffle_seed + i)
-            parts.append((rows.shuffle() if self._config.shuffle else rows).repeat())
-        rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=self._weights)
-        return rows if self._config.boundaries == "none" else rows.map(self._mark)
+        sources = [source.train for source in self.sources]
+        seed = self._config.shuffle_seed if self._config.shuffle else None
+        order = Order([len(source) for source in sources], self._weights, seed)
+        batches = _GlobalBatches(order, sources, self._mark, self._shard, start)
+        return IndexedTrainBatches(batches, self._shard, start, self._config.prefetch, self.fingerprint)
 
     def validation(self, rows: int = 0) -> Iterator[Batch]:
         ends = np.cumsum([len(source.held_out) for source in self.sources])
@@ -180,7 +201,7 @@ class IndexedData:
 
         for first in range(0, count, self._shard.batch_size):
             mine = range(first + self._shard.index, first + self._shard.batch_size, self._shard.count)
-            yield stack([self._mark(row(i)) for i in mine])
+            yield self._mark(stack([row(i) for i in mine]))
 
     def validation_passage(self, length: int) -> np.ndarray:
         held_out = next((source.held_out for source in self.sources if len(source.held_out)), ())
@@ -216,7 +237,7 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {vocab_size}: set "
             f"model.vocab_size={tokenizer.vocab_size} or more, or choose another data.tokenizer"
         )
-    row_marker(config.boundaries, tokenizer)  # a missing package is told before text is prepared
+    batch_marker(config.boundaries, tokenizer)  # a missing package is told before text is prepared
     if config.source == "huggingface":
         return StreamedData(config, tokenizer, [HubDocuments(path, config.text_key) for path in config.paths], rows)
     if config.source == "own":

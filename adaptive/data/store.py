@@ -8,6 +8,7 @@
 A store is written in a folder under a temporary name, synced and renamed, so a folder of that name is complete.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -70,13 +71,28 @@ class TokenStore:
     def __len__(self) -> int:
         return int(self._bounds[-1])
 
+    @functools.cached_property
+    def _arrays(self) -> list[tuple[int, np.ndarray]]:
+        """Where each shard begins, and its tokens as a plain array: slices of one that is mapped are slow to make."""
+        return [(int(start), np.asarray(shard)) for start, shard in zip(self._bounds, self.shards, strict=False)]
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """i32[stop - start] tokens from `start` on."""
-        first, last = np.searchsorted(self._bounds, [start, stop - 1], side="right") - 1
-        parts = [
-            self.shards[i][max(start - self._bounds[i], 0) : stop - self._bounds[i]] for i in range(first, last + 1)
-        ]
-        return np.concatenate(parts).astype(np.int32)
+        tokens = np.empty(stop - start, np.int32)
+        self.read_into(tokens, start)
+        return tokens
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fills `out` i32[tokens] with the tokens from `start` on."""
+        stop = start + len(out)
+        arrays = self._arrays
+        first = bisect.bisect_right(arrays, start, key=lambda array: array[0]) - 1 if len(arrays) > 1 else 0
+        for begin, array in arrays[first:]:
+            if begin >= stop:
+                return
+            low = max(start, begin)
+            part = array[low - begin : stop - begin]
+            out[low - start : low - start + len(part)] = part
 
     def predicted(self, start: int, stop: int) -> np.ndarray:
         """bool[stop - start]: whether each of these tokens belongs to no prompt."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive.data.batch import Batch
+from adaptive.data.batch import Batch, stack
 from adaptive.errors import DataError
 
 OPEN, ASK, FIRST_SYMBOL = 0, 1, 2
@@ -65,6 +65,10 @@ class SyntheticRows:
             segment_ids=np.ones(self._seq_len, np.int32),
             mask=np.ones(self._seq_len, np.float32) if self.name == "uniform" else (depth > 0).astype(np.float32),
         )
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """These rows as a batch."""
+        return stack([self[index] for index in indices.tolist()])
 
     def sample(self, index: int) -> Sample:
         """The row with the depth of each target."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from adaptive.data.batch import Batch, make_row
+from adaptive.data.batch import Batch, make_rows, row_of
 from adaptive.data.store import TokenStore
 
 
@@ -38,13 +38,31 @@ class Split:
         run_starts = np.flatnonzero(keep & ~np.concatenate([[False], keep[:-1]]))
         self._physical = bounds[:-1][run_starts]
         self._logical = np.concatenate([[0], np.cumsum(np.diff(bounds) * keep)])[run_starts]
+        self._shift = self._physical - self._logical
 
     def __len__(self) -> int:
         return int(self.documents[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """i32[stop - start] tokens of the stream."""
-        return np.concatenate([self.store.read(*part) for part in self._stored(start, stop)])
+        tokens = np.empty((1, stop - start), np.int32)
+        self.read_rows(np.array([start]), np.array([stop]), tokens)
+        return tokens[0]
+
+    def read_rows(self, starts: np.ndarray, stops: np.ndarray, out: np.ndarray) -> None:
+        """Puts tokens starts[i] to stops[i] of the stream at the beginning of row i of `out` i32[rows, length]."""
+        first, last = (np.searchsorted(self._logical, at, side="right") - 1 for at in (starts, stops - 1))
+        begins = (starts + self._shift[first]).tolist()
+        whole = (first == last).tolist()
+        for i, (begin, length) in enumerate(zip(begins, (stops - starts).tolist(), strict=True)):
+            if whole[i]:
+                self.store.read_into(out[i, :length], begin)
+                continue
+            filled = 0
+            for part in self._stored(int(starts[i]), int(stops[i])):
+                size = part[1] - part[0]
+                self.store.read_into(out[i, filled : filled + size], part[0])
+                filled += size
 
     def predicted(self, start: int, stop: int) -> np.ndarray:
         """bool[stop - start]: whether each of these tokens belongs to no prompt."""
@@ -56,8 +74,7 @@ class Split:
         for run in range(first, last + 1):
             begin = max(start, self._logical[run])
             end = stop if run == last else self._logical[run + 1]
-            shift = self._physical[run] - self._logical[run]
-            yield int(begin + shift), int(end + shift)
+            yield int(begin + self._shift[run]), int(end + self._shift[run])
 
 
 class Windows:
@@ -90,23 +107,34 @@ class Windows:
         return f"Windows({self._split.store.name}, {self._count} of {self._seq_len})"
 
     def __getitem__(self, index: int) -> Batch:
-        start = int(index) * self._stride
-        stop = min(start + self._seq_len + 1, len(self._split))
-        tokens = self._split.read(start, stop)
-        bounds = self._split.documents
+        return row_of(self.rows(np.array([index])), 0)
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """These windows (i64[rows]) as a batch, made together: what costs is not the row but the token."""
+        starts = indices.astype(np.int64) * self._stride
+        stops = np.minimum(starts + self._seq_len + 1, len(self._split))
+        tokens = np.full((len(indices), self._seq_len + 1), self._filler, np.int32)
+        self._split.read_rows(starts, stops, tokens)
+        batch = make_rows(tokens, stops - starts, *self._openings(starts, stops))
+        if self._split.store.prompts is None and self._stride == self._seq_len:
+            return batch
+        for row, index in enumerate(indices.tolist()):
+            again = self._seq_len - self._stride if index else 0
+            batch.mask[row, :again] = 0
+            start, stop = int(starts[row]), int(stops[row])
+            batch.mask[row, : stop - start - 1] *= self._split.predicted(start + 1, stop)
+        return batch
+
+    def _openings(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents begin within the windows: i64[documents] the row, and the place in it."""
         if self._cross_document:
-            opening = np.array([start])
-        else:
-            first = np.searchsorted(bounds, start, side="right")
-            opening = np.concatenate([[start], bounds[first : np.searchsorted(bounds, stop, side="left")]])
-        row = make_row(tokens, opening - start, self._seq_len, self._filler)
-        again = self._seq_len - self._stride if index else 0
-        if self._split.store.prompts is None and not again:
-            return row
-        mask = row.mask.copy()
-        mask[:again] = 0
-        mask[: stop - start - 1] *= self._split.predicted(start + 1, stop)
-        return row._replace(mask=mask)
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        bounds = self._split.documents
+        first, end = np.searchsorted(bounds, starts, side="right"), np.searchsorted(bounds, stops, side="left")
+        counts = end - first
+        row = np.repeat(np.arange(len(starts)), counts)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return row, bounds[first[row] + within] - starts[row]
 
     def documents(self, index: int) -> np.ndarray:
         """i64[seq_len]: the document of the split that each target of a window belongs to, whether it counts or not."""

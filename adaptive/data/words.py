@@ -23,6 +23,7 @@ from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
 
 TokenBytes = Callable[[int], bytes]
+Marker = Callable[[Batch], Batch]
 
 _REMEMBERED, _LONG = 1 << 16, 64  # pieces of text whose parts are kept, as few make up most of a text; their length
 
@@ -65,7 +66,19 @@ def word_starts(ids: np.ndarray, segments: np.ndarray, token_bytes: TokenBytes) 
     return marks
 
 
-def row_marker(boundaries: Literal["none", "words"], tokenizer: Tokenizer) -> Callable[[Batch], Batch]:
+def batch_marker(boundaries: Literal["none", "words"], tokenizer: Tokenizer) -> Marker:
+    """What gives a batch the boundaries of `data.boundaries`. Raises DataError where the package is missing."""
+    mark = row_marker(boundaries, tokenizer)
+    if boundaries == "none":
+        return mark
+    return lambda batch: batch._replace(
+        boundaries=np.stack(
+            [word_starts(*row, tokenizer.token_bytes) for row in zip(batch.tokens, batch.segment_ids, strict=True)]
+        )
+    )
+
+
+def row_marker(boundaries: Literal["none", "words"], tokenizer: Tokenizer) -> Marker:
     """What gives a row (a Batch without the batch axis) the boundaries of `data.boundaries`.
 
     Raises DataError where the package is missing.

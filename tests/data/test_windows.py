@@ -77,6 +77,22 @@ def test_targets_know_their_documents():
         np.testing.assert_array_equal(windows.documents(w)[row.mask > 0], document[row.targets[row.mask > 0]])
 
 
+def test_windows_made_together_are_those_made_apart():
+    rng = np.random.default_rng(2)
+    windows = whole(make_store(rng.integers(0, 14, 60).tolist(), [17, 40, 3]), 8)
+    chosen = rng.permutation(len(windows))
+    together = windows.rows(chosen)
+    for row, index in enumerate(chosen.tolist()):
+        for field, apart in zip(together[:5], windows[index][:5], strict=True):
+            np.testing.assert_array_equal(field[row], apart)
+
+
+def test_a_document_without_tokens_changes_nothing():
+    with_empty, without = (whole(make_store(lengths), 8) for lengths in ([3, 0, 0, 4, 9], [3, 4, 9]))
+    for field, same in zip(with_empty[0][:5], without[0][:5], strict=True):
+        np.testing.assert_array_equal(field, same)
+
+
 def test_every_token_is_a_target_once():
     windows = whole(make_store([100]), 7)
     targets = [t for i in range(len(windows)) for t, m in zip(windows[i].targets, windows[i].mask, strict=True) if m]
