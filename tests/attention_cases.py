@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.attention import delta_of
 from kernels_pallas.attention.seen import Seen
 
 
@@ -63,7 +64,7 @@ def assert_equals_formula(form, queries, keys, seen, *, atol=2e-6, soft_cap=0.0,
         (want, lse), pull = jax.vjp(lambda q, k, v: dense(q, k, v, seen, soft_cap), q, k, v)
         expected = pull((g, jnp.zeros_like(lse)))
         got, got_lse = form.forward(q, k, v, seen, soft_cap=soft_cap, **options)
-        grads = form.backward(q, k, v, seen, got, got_lse, g, soft_cap=soft_cap, **options)
+        grads = form.backward(q, k, v, seen, delta_of(got, g), got_lse, g, soft_cap=soft_cap, **options)
         lse, got_lse = (jnp.where(sees[:, None], x, 0) for x in (lse, got_lse))
         return (want, lse, *expected), (jnp.where(sees[..., None, None], got, 0), got_lse, *grads)
 

@@ -76,7 +76,7 @@ def attention(
     places = Places(q_index, k_index, q_segments, k_segments, k_valid)
     _check(q, k, v, places, window, sinks, soft_cap)
     plain = q_index is None and q_segments is None and k_valid is None and not (sinks and window) and not soft_cap
-    seen = _seen(q, k, places, window, sinks, causal)
+    seen = seen_of(q.shape[:2], k.shape[:2], places, window=window, sinks=sinks, causal=causal)
     platform, wanted, _ = active_target() or Target("")
     kernels = platform in ("gpu", "tpu") and wanted == "auto"
     short = q.shape[1] * k.shape[1] <= SHORT**2 and not kernels
@@ -84,29 +84,68 @@ def attention(
         return reference.attention(q, k, v, seen.mask(k.shape[1]), soft_cap)
     if platform == "gpu" and plain and cudnn.takes(q, k, v):
         return cudnn.attention(q, k, v, window=window, causal=causal)
-    return _attention(soft_cap, q, k, v, seen)
+    return over_seen(soft_cap, q, k, v, seen)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, soft_cap: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Attention over the keys that are `seen`, without a gradient, and f32[batch, heads, queries]: the log of the sum
+    of the exponentials of a query's scores, so that results over disjoint keys can be merged.
+
+    Of a query that sees nothing the sum is -inf or below -1e30, and the result finite.
+    """
+    tpu, cuda, default = (functools.partial(form.forward, soft_cap=soft_cap) for form in _forms(q, k))
+    return by_platform(q, k, v, seen, tpu=tpu, cuda=cuda, default=default)
+
+
+def pulled(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: Seen,
+    delta: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    soft_cap: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys contribute to the cotangents of q, k and v, in their dtypes, for `attend` over these and others.
+
+    delta, lse  f32[batch, heads, queries]: `delta_of` the whole result, and its log-sum-exp
+    """
+    tpu, cuda, default = (functools.partial(form.backward, soft_cap=soft_cap) for form in _forms(q, k))
+    return by_platform(q, k, v, seen, delta, lse, d_out, tpu=tpu, cuda=cuda, default=default)
+
+
+def delta_of(out: jax.Array, d_out: jax.Array) -> jax.Array:
+    """f32[batch, heads, queries]: the products of the result's rows [batch, queries, heads, head_dim] and their
+    cotangents."""
+    wide = jnp.promote_types(out.dtype, jnp.float32)
+    return (out.astype(wide) * d_out.astype(wide)).sum(-1).swapaxes(1, 2)
+
+
+def kept_by_name(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A result and its log-sum-exp, named KEPT for policies of jax.checkpoint."""
+    # As one matrix: TPUs lay the last dimension out in 128 lanes, of which a head fills half.
+    flat = checkpoint_name(out.reshape(*out.shape[:2], -1), KEPT)
+    return flat.reshape(out.shape), checkpoint_name(lse, KEPT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
+def over_seen(soft_cap: float, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen) -> jax.Array:
+    """The result of `attend`, with gradients of q, k and v."""
     return _forward(soft_cap, q, k, v, seen)[0]
 
 
 def _forward(soft_cap, q, k, v, seen):
-    tpu, cuda, default = (functools.partial(form.forward, soft_cap=soft_cap) for form in _forms(q, k))
-    out, lse = by_platform(q, k, v, seen, tpu=tpu, cuda=cuda, default=default)
-    # As one matrix: TPUs lay the last dimension out in 128 lanes, of which a head fills half.
-    flat = checkpoint_name(out.reshape(*out.shape[:2], -1), KEPT)
-    out, lse = flat.reshape(out.shape), checkpoint_name(lse, KEPT)
+    out, lse = kept_by_name(*attend(q, k, v, seen, soft_cap))
     return out, (q, k, v, seen, out, lse)
 
 
 def _backward(soft_cap, kept, d_out):
-    tpu, cuda, default = (functools.partial(form.backward, soft_cap=soft_cap) for form in _forms(*kept[:2]))
-    return *by_platform(*kept, d_out, tpu=tpu, cuda=cuda, default=default), None
+    q, k, v, seen, out, lse = kept
+    return *pulled(q, k, v, seen, delta_of(out, d_out), lse, d_out, soft_cap), None
 
 
-_attention.defvjp(_forward, _backward)
+over_seen.defvjp(_forward, _backward)
 
 
 def _forms(q: jax.Array, k: jax.Array) -> tuple[ModuleType, ModuleType, ModuleType]:
@@ -116,21 +155,30 @@ def _forms(q: jax.Array, k: jax.Array) -> tuple[ModuleType, ModuleType, ModuleTy
     return tpu, gpu if kernels else blocked, blocked
 
 
-def _seen(q: jax.Array, k: jax.Array, places: Places, window: int, sinks: int, causal: bool) -> Seen:
-    """The interval of key slots that each query sees, and tags for documents and keys that exist."""
+def seen_of(
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    places: Places,
+    *,
+    window: int = 0,
+    sinks: int = 0,
+    causal: bool = True,
+) -> Seen:
+    """The interval of key slots that each query sees, and tags for documents and keys that exist; the arguments of
+    `attention`, of [batch, queries] and [batch, keys]."""
     q_index, k_index, q_segments, k_segments, k_valid = places
-    keys = k.shape[1]
-    index = jnp.arange(q.shape[1], dtype=jnp.int32)[None] if q_index is None else q_index
+    count = keys[1]
+    index = jnp.arange(queries[1], dtype=jnp.int32)[None] if q_index is None else q_index
     up = None if k_index is None else jax.lax.cummax(k_index, axis=1)
 
     def before(index: jax.Array) -> jax.Array:
         """How many keys stand before the index."""
         if up is None:
-            return jnp.clip(index, 0, keys)
+            return jnp.clip(index, 0, count)
         index = jnp.broadcast_to(index, (up.shape[0], index.shape[1]))
         return jax.vmap(jnp.searchsorted)(up, index).astype(jnp.int32)
 
-    everything = jnp.full_like(index, keys)
+    everything = jnp.full_like(index, count)
     reach = before(index + window) if window else everything
     end = before(index + 1) if causal else reach
     seen = Seen(before(index - window + 1) if window else jnp.zeros_like(index), end)
@@ -138,8 +186,8 @@ def _seen(q: jax.Array, k: jax.Array, places: Places, window: int, sinks: int, c
         seen = seen._replace(sinks=jnp.minimum(before(jnp.full_like(index, sinks)), end))
     if q_segments is None and k_valid is None:
         return seen
-    q_tags = jnp.zeros(q.shape[:2], jnp.int32) if q_segments is None else q_segments
-    k_tags = jnp.zeros(k.shape[:2], jnp.int32) if k_segments is None else k_segments
+    q_tags = jnp.zeros(queries, jnp.int32) if q_segments is None else q_segments
+    k_tags = jnp.zeros(keys, jnp.int32) if k_segments is None else k_segments
     return seen._replace(q_tags=q_tags, k_tags=k_tags if k_valid is None else jnp.where(k_valid, k_tags, -1))
 
 

@@ -74,22 +74,24 @@ def backward(
     k: jax.Array,
     v: jax.Array,
     seen: Seen,
-    out: jax.Array,
+    delta: jax.Array,
     lse: jax.Array,
     d_out: jax.Array,
     *,
     soft_cap: float = 0.0,
     block: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents of q, k and v; see `forward`."""
+    """Cotangents of q, k and v for that of the result, `d_out`; see `forward`, which also gave `lse`.
+
+    delta  f32[batch, heads, queries]: sums over a row of the result times `d_out`
+    """
     block = block or sizes("attention/xla", (BLOCK,))[0]
     size_q, size_k = min(block, q.shape[1]), min(block, k.shape[1])
     kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
     keys, values = _key_blocks(k, size_k), _key_blocks(v, size_k)
     rows = _query_blocks(q, seen, size_q, kv_heads)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    delta = (out.astype(wide) * d_out.astype(wide)).sum(-1, keepdims=True)
-    per_query = lse.swapaxes(1, 2)[..., None]
+    delta, per_query = (x.swapaxes(1, 2)[..., None] for x in (delta, lse))
     cut = functools.partial(_cut, size=size_q, kv_heads=kv_heads)
 
     def one(carry: tuple[jax.Array, jax.Array], at: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

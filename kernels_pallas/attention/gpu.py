@@ -97,7 +97,7 @@ def backward(
     k: jax.Array,
     v: jax.Array,
     seen: Seen,
-    out: jax.Array,
+    delta: jax.Array,
     lse: jax.Array,
     d_out: jax.Array,
     *,
@@ -105,9 +105,8 @@ def backward(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents of q, k and v for the cotangent `d_out` of the result `out` of `forward`, which also gave `lse`."""
+    """As `blocked.backward`."""
     blocks = blocks or _blocks(q, v)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     lse, d_out = lse * LOG2E, d_out.astype(q.dtype)
 
     def inputs(plan: _Plan, by: Callable) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def backward(
     k: jax.Array,
     v: jax.Array,
     seen: Seen,
-    out: jax.Array,
+    delta: jax.Array,
     lse: jax.Array,
     d_out: jax.Array,
     *,
@@ -57,7 +57,7 @@ def backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `blocked.backward`."""
-    parts = [_backward(q, k, v, part, out, lse, d_out, soft_cap, interpret) for part in _parts(seen)]
+    parts = [_backward(q, k, v, part, delta, lse, d_out, soft_cap, interpret) for part in _parts(seen)]
     return parts[0] if len(parts) == 1 else tuple(a + b for a, b in zip(*parts, strict=True))
 
 
@@ -96,22 +96,37 @@ def _forward(q, k, v, seen, soft_cap, interpret):
     return out.swapaxes(1, 2)[:, : q.shape[1], :, : v.shape[-1]], lse[..., : q.shape[1]]
 
 
-def _backward(q, k, v, seen, out, lse, d_out, soft_cap, interpret):
+def _backward(q, k, v, seen, delta, lse, d_out, soft_cap, interpret):
     size_q, size_k, q_, k_, v_, seen = _prepared(q, k, v, seen, sizes("attention/tpu/backward", BLOCK))
-    out, d_out = (_heads_first(x, size_q) for x in (out, d_out))
-    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q_.shape[2] - lse.shape[2])))
+    d_out = _heads_first(d_out, size_q)
+    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, q_.shape[2] - x.shape[2]))) for x in (lse, delta))
     blocks = _sizes(size_q, size_k, k_.shape[2])
+    layouts = {"q_layout": blocks.q_layout, "k_layout": blocks.k_layout, "v_layout": blocks.v_layout}
+    how: dict[str, Any] = layouts | {
+        "is_mqa": False,
+        "mask_value": MASKED,
+        "attn_logits_soft_cap": soft_cap or None,
+        "mask_function": _within,
+        "interpret": interpret,
+    }
 
-    def row(q, k, v, out, lse, d_out, numbers, tags):
-        info = _tables(seen, size_q, size_k, k.shape[1], numbers)
-        turned = _tables(seen, size_q, size_k, k.shape[1], numbers, by_key=True)
-        kept = (q, k, v, tags, None, out, lse, None if blocks.use_fused_bwd_kernel else info, turned)
-        pulled = splash._splash_attention_bwd(
-            False, MASKED, False, blocks, None, _within, soft_cap or None, interpret, kept, d_out
+    def row(q, k, v, lse, d_out, delta, numbers, tags):
+        given = (q, k, v, tags, None, lse, d_out, delta)
+        d_q, d_k, d_v = splash._splash_attention_bwd_dkv(
+            *given,
+            bq=size_q,
+            bkv=size_k,
+            bkv_compute=size_k,
+            mask_info=_tables(seen, size_q, size_k, k.shape[1], numbers, by_key=True),
+            use_fused_bwd_kernel=blocks.use_fused_bwd_kernel,
+            **how,
         )
-        return pulled[3:6]
+        if not blocks.use_fused_bwd_kernel:
+            info = _tables(seen, size_q, size_k, k.shape[1], numbers)
+            d_q = splash._splash_attention_bwd_dq(*given, bq=size_q, bkv=size_k, mask_info=info, **how)
+        return d_q, d_k, d_v
 
-    d_q, d_k, d_v = _over_rows(row, seen, q_, k_, v_, out, lse, d_out)
+    d_q, d_k, d_v = _over_rows(row, seen, q_, k_, v_, lse, d_out, delta)
     scale = q.shape[-1] ** -0.5
     d_q, d_k, d_v = (d.swapaxes(1, 2) for d in (d_q, d_k, d_v))
     d_q = (d_q[:, : q.shape[1], :, : q.shape[-1]] * scale).astype(q.dtype)

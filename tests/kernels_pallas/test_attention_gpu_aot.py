@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.attention import gpu
+from kernels_pallas.attention import delta_of, gpu
 from kernels_pallas.attention.decode import decode
 from kernels_pallas.attention.seen import Seen
 
@@ -74,7 +74,7 @@ def attending(mesh, rows, queries, keys, heads, kv_heads, dim, dtype, documents,
     def program(q, k, v, d_out, *seen):
         seen = Seen(*seen[:2], None, *seen[2:])
         out, lse = gpu.forward(q, k, v, seen)
-        return out, *gpu.backward(q, k, v, seen, out, lse, d_out)
+        return out, *gpu.backward(q, k, v, seen, delta_of(out, d_out), lse, d_out)
 
     q, k = ((rows, queries, heads, dim), dtype), ((rows, keys, kv_heads, dim), dtype)
     marks = [((rows, queries), jnp.int32)] * (3 if documents else 2) + [((rows, keys), jnp.int32)] * documents
