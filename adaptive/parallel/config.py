@@ -8,6 +8,7 @@ from adaptive.errors import RecipeError
 from adaptive.settings import divisors, ranged, since
 
 Strategy = Literal["expert", "gather", "data", "tensor"]
+ContextSchedule = Literal["auto", "ring", "both_ways", "token_ring", "gather"]
 
 # Of the mesh, from the slowest links to the fastest: neighbours along `tensor` are neighbours in the machine.
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
@@ -84,6 +85,18 @@ class ExpertParallel:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContextParallel:
+    """How attention is computed over the mesh's `context` axis.
+
+    schedule  `MeshConfig.context_schedule`
+    nodes     groups of the axis's devices that a slower network joins
+    """
+
+    schedule: ContextSchedule = "auto"
+    nodes: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes. One of them may be -1: it takes the devices that the others leave.
 
@@ -104,6 +117,10 @@ class MeshConfig:
     context: int = since(1, before=1, least=-1, most=2**31 - 1)
     stage: int = since(1, before=1, least=-1, most=2**31 - 1)
     slices: int = since(1, before=1, least=1, most=2**31 - 1)
+    # How attention reads the rest of the sequence. ring: keys and values go around; both_ways: half of their heads in
+    # each direction; token_ring: queries go around, results return; gather: every device gets all keys and values;
+    # auto: what moves least, by `adaptive.parallel.context.choice`. None changes a result.
+    context_schedule: ContextSchedule = since("auto", before="auto")
     expert_parallel: ExpertParallel = ExpertParallel()
 
     def validate(self, layers: Iterable[tuple[int, bool | None]]) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adaptive.errors import MeshError
-from adaptive.parallel.config import AXES, MeshConfig
+from adaptive.parallel.config import AXES, ContextParallel, MeshConfig
 from adaptive.parallel.rules import AxisRules
 from adaptive.settings import divisors
 
@@ -34,6 +34,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     numbers = np.arange(config.slices).reshape([across[axis] for axis in AXES])
     blocks = np.vectorize(parts.__getitem__, otypes=[object])(numbers)
     return Mesh(np.block(blocks.tolist()), AXES)
+
+
+def context_parallel(config: MeshConfig, mesh: Mesh) -> ContextParallel:
+    """How attention is computed over the mesh's context axis."""
+    across = _across_slices(dict(mesh.shape), config.slices)
+    return ContextParallel(config.context_schedule, across["context"])
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

@@ -20,11 +20,11 @@ from adaptive.layers.rope_scalings import Scaling
 from adaptive.layers.site import Site, normal_param, param
 from adaptive.layers.state import Within
 from adaptive.layers.where import Where
-from adaptive.parallel.shard import sharded
+from adaptive.parallel.context import attention
 from adaptive.routing.chunks import numbered
 from adaptive.routing.rows import take_rows
 from adaptive.settings import divisors, ranged, since, spelt
-from kernels_pallas.attention import Places, attention
+from kernels_pallas.attention import Places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +158,10 @@ class Attention(MixerModule):
         if state is not None:
             out = _read(q, after, where, **how)
         elif s.window:
-            out = _attention(q, own.k, own.v, own.index, own.index, own.segments, own.segments, where.exists, **how)
+            places = Places(own.index, own.index, own.segments, own.segments, where.exists)
+            out = attention(q, own.k, own.v, places, **how)
         else:  # order alone tells what is earlier, but not how much earlier
-            out = _attention(q, own.k, own.v, None, None, own.segments, own.segments, where.exists, **how)
+            out = attention(q, own.k, own.v, Places(None, None, own.segments, own.segments, where.exists), **how)
         o = use(self.o, x.dtype)
         out = times(out.reshape(*out.shape[:2], -1), o.reshape(-1, o.shape[-1]))
         if self.o_bias is not None:
@@ -187,20 +188,6 @@ class Attention(MixerModule):
         return jnp.clip(out, -clip, clip) if clip else out
 
 
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None, **how: Any) -> jax.Array:
-    """`kernels_pallas.attention`, each device computing its own heads of its own rows.
-
-    given  the fields of `Places`, of all heads; how: window, causal and soft_cap
-    """
-    split = ("batch", "seq", "heads")
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None) -> jax.Array:
-        return attention(q, k, v, **Places(*given)._asdict(), **how)
-
-    names = [split, split, split, *(None if value is None else ("batch",) for value in given)]
-    return sharded(local, names, split)(q, k, v, *given)
-
-
 def _read(q: jax.Array, state: KeyValues | Within, where: Where, **how: Any) -> jax.Array:
     """Attention of queries at `where` over what a state holds, by slots."""
     sizes = counts(state, q.shape[1]) if how["causal"] else counts(state, q.shape[1])[-1:]
@@ -208,8 +195,8 @@ def _read(q: jax.Array, state: KeyValues | Within, where: Where, **how: Any) -> 
     def over(size: int) -> Callable[..., jax.Array]:
         def form(q: jax.Array, state: KeyValues | Within, where: Where) -> jax.Array:
             keys = first(state, size)
-            given = where.index, None, where.segments, keys.segments, keys.index >= 0
-            return _attention(q, keys.k, keys.v, *given, **how)
+            places = Places(where.index, None, where.segments, keys.segments, keys.index >= 0)
+            return attention(q, keys.k, keys.v, places, **how)
 
         return form
 
