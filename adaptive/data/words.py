@@ -10,10 +10,10 @@ Needs the package `regex` (`pip install 'adaptive-lm[words]'`), which knows Unic
 """
 
 import codecs
-import enum
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+import string
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,18 +28,36 @@ Marker = Callable[[Batch], Batch]
 _REMEMBERED, _LONG = 1 << 16, 64  # pieces of text whose parts are kept, as few make up most of a text; their length
 
 
-class _Kind(enum.Enum):
-    SPACE = enum.auto()
-    BLANKS = enum.auto()
-    PUNCTUATION = enum.auto()
-    WORD = enum.auto()
-
-
+# Kinds of parts of words.
+_SPACE, _BLANKS, _PUNCTUATION, _WORD = range(4)
 # What joins a group that ends in what; anything else begins a group.
-_JOINS = frozenset(
-    [(_Kind.SPACE, _Kind.WORD)]
-    + [(before, _Kind.PUNCTUATION) for before in (_Kind.SPACE, _Kind.WORD, _Kind.PUNCTUATION)]
-)
+_JOINS = frozenset([(_SPACE, _WORD)] + [(before, _PUNCTUATION) for before in (_SPACE, _WORD, _PUNCTUATION)])
+
+
+class _Table(NamedTuple):
+    """The bytes of tokens, looked up for many at once.
+
+    flat     u8[bytes]     those of all tokens, one after the other
+    starts   i64[tokens]   where in `flat` each begins
+    lengths  i64[tokens]
+    """
+
+    flat: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def text(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """u8[bytes] of the tokens `ids` i[tokens], of each its first `lengths` i64[tokens]."""
+        if self.lengths.max() <= 1:  # most H-Nets read bytes
+            return self.flat[self.starts[ids[lengths > 0]]]
+        ends = np.cumsum(lengths)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        return self.flat[np.repeat(self.starts[ids], lengths) + within]
+
+
+def _table(parts: Sequence[bytes]) -> _Table:
+    lengths = np.array([len(part) for part in parts], np.int64)
+    return _Table(np.frombuffer(b"".join(parts), np.uint8), np.cumsum(lengths) - lengths, lengths)
 
 
 def word_starts(ids: np.ndarray, segments: np.ndarray, token_bytes: TokenBytes) -> np.ndarray:
@@ -54,28 +72,34 @@ def word_starts(ids: np.ndarray, segments: np.ndarray, token_bytes: TokenBytes) 
     are there. So no mark depends on what comes later: in `can't` the word `t` is marked at its letter, and a mark that
     later text makes wrong stays. Padding is not marked, but for the first token of a row.
     """
-    marks = np.zeros(len(ids), bool)
-    table = {token: token_bytes(token) for token in np.unique(ids).tolist()}
-    openings = np.flatnonzero(np.diff(segments, prepend=segments[:1] - 1)).tolist()
-    for start, stop in zip(openings, [*openings[1:], len(ids)], strict=True):
-        marks[start] = segments[start] > 0 or start == 0
-        if segments[start] > 0:
-            parts = [table[token] for token in ids[start:stop].tolist()]
-            ends = np.cumsum([len(part) for part in parts])  # bytes that have arrived with each token
-            marks[start + np.searchsorted(ends, _arrivals(b"".join(parts)), side="right")] = True
+    known, inverse = np.unique(ids, return_inverse=True)
+    return _row_starts(inverse[None], segments[None], _table([token_bytes(token) for token in known.tolist()]))[0]
+
+
+def _row_starts(ids: np.ndarray, segments: np.ndarray, table: _Table) -> np.ndarray:
+    """bool[rows, n]: the marks of `word_starts` for rows of tokens that `table` knows."""
+    opens = np.ones(ids.shape, bool)
+    opens[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    marks = opens & (segments > 0)
+    marks[:, 0] = True
+    lengths = np.where(segments > 0, table.lengths[ids], 0).reshape(-1)
+    data = table.text(ids.reshape(-1), lengths)
+    if len(data):
+        token = np.repeat(np.arange(ids.size), lengths)  # that each byte comes with
+        begins = (np.cumsum(lengths) - lengths)[opens.reshape(-1)]
+        first = np.zeros(len(data), bool)
+        first[begins[begins < len(data)]] = True
+        marks.reshape(-1)[token[_begins(data, first)]] = True
     return marks
 
 
 def batch_marker(boundaries: Literal["none", "words"], tokenizer: Tokenizer) -> Marker:
     """What gives a batch the boundaries of `data.boundaries`. Raises DataError where the package is missing."""
-    mark = row_marker(boundaries, tokenizer)
     if boundaries == "none":
-        return mark
-    return lambda batch: batch._replace(
-        boundaries=np.stack(
-            [word_starts(*row, tokenizer.token_bytes) for row in zip(batch.tokens, batch.segment_ids, strict=True)]
-        )
-    )
+        return lambda batch: batch
+    _patterns()
+    table = functools.cache(lambda: _table([tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]))
+    return lambda batch: batch._replace(boundaries=_row_starts(batch.tokens, batch.segment_ids, table()))
 
 
 def row_marker(boundaries: Literal["none", "words"], tokenizer: Tokenizer) -> Marker:
@@ -132,6 +156,75 @@ class _LastWord:
         self._latest -= cut
 
 
+# Kinds of ASCII characters. A blank behind another one is of its own kind, so that what follows knows of both.
+_OTHER, _LOWER, _UPPER, _DIGIT, _MARK, _BLANK, _WHITE, _RETURN, _NEWLINE, _BLANK_AGAIN, _BEYOND = range(11)
+
+
+def _ascii_kinds() -> np.ndarray:
+    """i8[256]: the kind of every byte."""
+    kinds = np.full(256, _BEYOND, np.uint8)
+    kinds[:128] = _OTHER
+    for kind, characters in (
+        (_LOWER, string.ascii_lowercase),
+        (_UPPER, string.ascii_uppercase),
+        (_DIGIT, string.digits),
+        (_MARK, "!\"#%&'()*,-./:;?@[\\]_{}"),
+        (_BLANK, " "),
+        (_WHITE, "\t\v\f"),
+        (_RETURN, "\r"),
+        (_NEWLINE, "\n"),
+    ):
+        kinds[list(characters.encode())] = kind
+    return kinds
+
+
+def _ascii_rule() -> np.ndarray:
+    """bool[256]: whether a word begins with a character of kind k behind one of kind j, at 16 j + k."""
+    rule = np.ones((16, 16), bool)
+    of_words = (_LOWER, _UPPER, _DIGIT)
+    for before in of_words:
+        rule[before, of_words] = False
+    rule[_LOWER, _UPPER] = True
+    rule[_BLANK, (_OTHER, *of_words)] = False
+    rule[(_OTHER, *of_words, _MARK, _BLANK), _MARK] = False
+    rule[(_BLANK, _BLANK_AGAIN), _BLANK_AGAIN] = False
+    rule[_RETURN, _NEWLINE] = False
+    return rule.reshape(-1)
+
+
+_KINDS, _RULE = _ascii_kinds(), _ascii_rule()
+
+
+def _begins(data: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """i64[marks] ascending: the bytes of `data` u8[n] with which the marked characters are complete; first: bool[n]
+    where documents begin.
+
+    Of ASCII the rule needs the character before alone, so it is looked up for all bytes at once. What else there is is
+    cut out, from a blank behind ASCII to another, where whatever is before and behind makes no difference.
+    """
+    kinds = _KINDS[data]
+    blank = kinds == _BLANK
+    again = np.zeros(len(data), bool)
+    again[1:] = blank[1:] & blank[:-1] & ~first[1:]
+    kinds[again] = _BLANK_AGAIN
+    before = np.empty_like(kinds)
+    before[0], before[1:] = _OTHER, kinds[:-1]
+    begins = _RULE[before << 4 | kinds] | first
+    beyond = kinds == _BEYOND
+    if not beyond.any():
+        return np.flatnonzero(begins)
+    cuts = np.flatnonzero(first | ((kinds == _BLANK) & (before != _BEYOND)))
+    ends = np.append(cuts[1:], len(data))
+    touched = np.logical_or.reduceat(beyond, cuts)
+    # Neighbours are looked through together, but for those of two documents.
+    alone = touched & np.concatenate([[True], ~touched[:-1] | first[cuts[1:]]])
+    last = touched & np.concatenate([~touched[1:] | first[cuts[1:]], [True]])
+    for start, stop in zip(cuts[alone].tolist(), ends[last].tolist(), strict=True):
+        begins[start:stop] = False
+        begins[start + _arrivals(data[start:stop].tobytes())] = True
+    return np.flatnonzero(begins)
+
+
 def _arrivals(data: bytes) -> np.ndarray:
     """i64[marks] ascending: the bytes with which the marked characters are complete."""
     try:
@@ -181,19 +274,19 @@ def _starts(pieces: Iterable[str]) -> list[int]:
     return starts
 
 
-def _parts(piece: str) -> tuple[tuple[int, _Kind], ...]:
+def _parts(piece: str) -> tuple[tuple[int, int], ...]:
     """Length and kind of the parts of a word of UAX #29."""
     patterns = _patterns()
     parts = []
     for part in patterns.cut.split(piece):
         if part == " ":
-            kind = _Kind.SPACE
+            kind = _SPACE
         elif patterns.blanks.fullmatch(part):
-            kind = _Kind.BLANKS
+            kind = _BLANKS
         elif patterns.punctuation.fullmatch(part):
-            kind = _Kind.PUNCTUATION
+            kind = _PUNCTUATION
         else:
-            kind = _Kind.WORD
+            kind = _WORD
         if part:
             parts.append((len(part), kind))
     return tuple(parts)

@@ -129,6 +129,21 @@ def test_marks_are_those_of_their_definition(seed):
         assert marks(text.encode()).tolist() == by_definition(text), text
 
 
+@pytest.mark.parametrize("alphabet", ["".join(map(chr, range(128))), " aB1.,'\n\r_$"])
+def test_marks_of_ascii_are_where_the_rule_cuts(alphabet):
+    """Looked up for all characters at once, beside the rule as it is written."""
+    text = "".join(random.Random(2).choices(alphabet, k=4000))
+    begins = itertools.accumulate(map(len, split_words(text)[:-1]), initial=0)
+    assert np.flatnonzero(marks(text.encode())).tolist() == list(begins)
+
+
+def test_marks_of_long_mixed_texts_are_those_of_their_tokens_one_by_one():
+    for text in random_texts(10, 400, 4):
+        text = " and then some ".join(text[i : i + 5] for i in range(0, len(text), 5))
+        marker = WordMarker(BYTES.token_bytes)
+        assert [marker.push(byte) for byte in text.encode()] == marks(text.encode()).tolist()
+
+
 def test_a_mark_that_proves_wrong_stays_and_the_next_word_is_marked():
     text = "1\u20442 x"  # a fraction: one word, but its stroke begins a word until the 2 has come
     assert split_words("1\u2044") == ["1", "\u2044"] and split_words(text) == ["1\u20442", " x"]
