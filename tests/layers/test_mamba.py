@@ -176,28 +176,32 @@ def test_a_slow_decay_survives_bfloat16():
     np.testing.assert_allclose(after.ssm, 1000 * np.exp(-1e-3 * SEQ), rtol=1e-5)
 
 
-def test_sharded_equals_unsharded():
-    """Rows over data, heads over tensor; gradients too, of parameters that are split and of those that are not."""
+@pytest.mark.parametrize("mesh", [MeshConfig(tensor=4), MeshConfig(context=4, tensor=2)], ids=["whole", "split"])
+def test_sharded_equals_unsharded(mesh):
+    """Rows over data, heads over tensor, the sequence with documents that cross its parts over context; gradients too,
+    of parameters that are split and of those that are not, and of the state before."""
     module = layer(dataclasses.replace(OPTIONS, head_dim=3), width=12)
-    x, target = inputs(batch=4), inputs(2, batch=4)
-    segments = jnp.concatenate([SEGMENTS, SEGMENTS])
+    x, target = inputs(batch=4, seq=24), inputs(2, batch=4, seq=24)
+    ends = jnp.concatenate([SEGMENTS, SEGMENTS])
+    segments = jnp.concatenate([ends, jnp.broadcast_to(ends[:, -1:], (4, 3))], axis=1)
+    before = jax.tree.map(lambda a: jax.random.normal(jax.random.key(3), a.shape), module.empty(4, 0, x.dtype))
 
-    def loss(module, x, target):
-        update, state, _ = module(x, Where.whole(x.shape[:2], None, segments), Call(keep=True), None)
-        return (update * target).mean() + 0.1 * (state.ssm**2).mean()
+    def loss(both, x, target):
+        module, before = both
+        update, state, _ = module(x, Where.whole(x.shape[:2], None, segments), Call(keep=True), before)
+        return (update * target).mean() + 0.1 * (state.ssm**2).mean() + 0.1 * (state.conv**2).mean()
 
-    plain = jax.jit(nnx.value_and_grad(loss))(module, x, target)
-    mesh, rules = make_mesh(MeshConfig(data=2, tensor=4)), AxisRules()
-    with placement(mesh, rules):
+    plain = jax.jit(nnx.value_and_grad(loss))((module, before), x, target)
+    with placement(make_mesh(mesh), AxisRules()):
 
         @jax.jit
-        def placed(module, x, target):
-            nnx.update(module, constrain_state(nnx.state(module)))
-            value, grads = nnx.value_and_grad(loss)(module, x, target)
-            return value, constrain_state(grads)
+        def placed(both, x, target):
+            nnx.update(both[0], constrain_state(nnx.state(both[0])))
+            value, grads = nnx.value_and_grad(loss)(both, x, target)
+            return value, (constrain_state(grads[0]), grads[1])
 
-        split = placed(module, x, target)
-    assert "tensor" in str(split[1]["out"][...].sharding.spec)
+        split = placed((module, before), x, target)
+    assert "tensor" in str(split[1][0]["out"][...].sharding.spec)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), split, plain)
 
 

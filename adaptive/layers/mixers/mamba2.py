@@ -18,11 +18,11 @@ from adaptive.layers.linear import projected, times, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.site import Site, normal_param, param
 from adaptive.layers.where import Where
+from adaptive.parallel.context import convolved, ssd
 from adaptive.parallel.rules import constrain
-from adaptive.parallel.shard import sharded
 from adaptive.routing.boundaries import gather, scatter
 from adaptive.settings import ranged
-from kernels_pallas.ssd import plain_blocks, ssd
+from kernels_pallas.ssd import plain_blocks
 
 DT_RANGE, DT_FLOOR = (1e-3, 1e-1), 1e-4  # the step sizes that dt_bias starts with: log-uniform, then at least the floor
 A_RANGE = (1.0, 16.0)  # the decay rates -a: uniform
@@ -170,29 +170,21 @@ class Mamba2(MixerModule):
     ) -> tuple[jax.Array, jax.Array]:
         """The inputs [batch, n, heads, head_dim] and [batch, n, 2 * d_state] after the convolution that mixes them."""
         x, bc = inputs
-        same = _same_segment(segments, self.settings.d_conv) if segments is not None else None
         before_x, before_bc = jnp.split(before[:, 1:].astype(x.dtype), [x.shape[2] * x.shape[3]], axis=-1)
         before_x = before_x.reshape(*before_x.shape[:2], *x.shape[2:])
-        x = _convolution(x, before_x, use(self.conv_x, jnp.float32), use(self.conv_x_bias, jnp.float32), same)
-        bc = _convolution(bc, before_bc, use(self.conv_bc, jnp.float32), use(self.conv_bc_bias, jnp.float32), same)
+        taps, bias = use(self.conv_x, jnp.float32), use(self.conv_x_bias, jnp.float32)
+        x = convolved(_convolution, x, before_x, taps, bias, segments, ("heads", None))
+        taps, bias = use(self.conv_bc, jnp.float32), use(self.conv_bc_bias, jnp.float32)
+        bc = convolved(_convolution, bc, before_bc, taps, bias, segments, (None,))
         return constrain(x, "batch", "seq", "heads", None), constrain(bc, "batch", "seq", None)
 
     def _scanned(
         self, x: jax.Array, dt: jax.Array, bc: jax.Array, segments: jax.Array | None, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """y like x and the last state, each device computing its own heads of its own rows."""
-        rows, split = ("batch",), ("batch", "seq", "heads")
-        carried = ("batch", "heads")
-
-        def local(
-            x: jax.Array, dt: jax.Array, a: jax.Array, bc: jax.Array, state: jax.Array, segments: jax.Array | None
-        ) -> tuple[jax.Array, jax.Array]:
-            b, c = jnp.split(bc, 2, axis=-1)
-            return ssd(x, dt, a, b, c, segments=segments, state=state, block=self.settings.block)
-
+        """y like x and the last state."""
+        b, c = jnp.split(bc, 2, axis=-1)
         a = -jnp.exp(use(self.a_log, jnp.float32))
-        names = [split, split, ("heads",), rows, carried, None if segments is None else rows]
-        return sharded(local, names, (split, carried))(x, dt, a, bc, state, segments)
+        return ssd(x, dt, a, b, c, segments=segments, state=state, block=self.settings.block)
 
     def empty(self, rows: int, slots: int, dtype: Any) -> MambaState:
         heads, dim = self.norm.shape[-2:]
@@ -202,37 +194,36 @@ class Mamba2(MixerModule):
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _convolution(
-    x: jax.Array, before: jax.Array, weight: jax.Array, bias: jax.Array, same: tuple[jax.Array, ...] | None
-) -> jax.Array:
-    """silu(causal depthwise convolution of x), in float32, returned in x's dtype.
+def _convolution(inputs: jax.Array, weight: jax.Array, bias: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """silu(causal depthwise convolution), in float32, returned in the inputs' dtype: [batch, n, *channels].
 
-    x       [batch, n, *channels]
-    before  [batch, taps - 1, *channels]: what came before it
-    weight  [taps, *channels], the newest input's last; bias [*channels]
-    same    bool[batch, n] for each tap: whether it is of the position's segment, newest first; None: all are
+    inputs    [batch, taps - 1 + n, *channels]: those of n positions, after those before them
+    weight    [taps, *channels], the newest input's last; bias [*channels]
+    segments  i32[batch, taps - 1 + n]: nothing passes from one to another; None: all are of one
     """
-    taps, n = weight.shape[0], x.shape[1]
-    inputs = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
-    total = jnp.broadcast_to(bias, x.shape)
+    taps = weight.shape[0]
+    n, dtype = inputs.shape[1] - taps + 1, inputs.dtype
+    inputs = inputs.astype(jnp.float32)
+    same = None if segments is None else _same_segment(segments, taps)
+    total = jnp.broadcast_to(bias, (inputs.shape[0], n, *inputs.shape[2:]))
     for ago in range(taps):
         first = taps - 1 - ago
         tap = inputs[:, first : first + n]
         if same is not None:
-            tap = jnp.where(same[ago].reshape(*x.shape[:2], *(1,) * (x.ndim - 2)), tap, 0)
+            tap = jnp.where(same[ago].reshape(*tap.shape[:2], *(1,) * (tap.ndim - 2)), tap, 0)
         total += weight[first] * tap
-    return jax.nn.silu(total).astype(x.dtype)
+    return jax.nn.silu(total).astype(dtype)
 
 
 def _same_segment(segments: jax.Array, taps: int) -> tuple[jax.Array, ...]:
     """For each tap, newest first, bool[batch, n]: no segment begins between it and the position.
 
-    What was carried in is of the first position's segment.
+    segments  i32[batch, taps - 1 + n]
     """
     changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
     runs = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    past = jnp.pad(runs, ((0, 0), (taps - 1, 0)))
-    return tuple(past[:, taps - 1 - ago :][:, : runs.shape[1]] == runs for ago in range(taps))
+    n = runs.shape[1] - taps + 1
+    return tuple(runs[:, taps - 1 - ago :][:, :n] == runs[:, taps - 1 :] for ago in range(taps))
 
 
 def _extended(segments: jax.Array, valid: jax.Array) -> jax.Array:

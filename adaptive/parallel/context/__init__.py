@@ -1,15 +1,20 @@
 """Operations along the sequence, wherever it is: on one device, or split over the mesh's context axis."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adaptive.parallel.context import attention as over_shards
+from adaptive.parallel.context import dense, recurrent
 from adaptive.parallel.context.axis import active_context
+from adaptive.parallel.context.halo import extended
+from adaptive.parallel.rules import along
 from adaptive.parallel.shard import sharded
+from kernels_pallas import attention as attention_on_one
+from kernels_pallas import ssd as ssd_on_one
 from kernels_pallas.attention import Places
-from kernels_pallas.attention import attention as on_one
 
 LATER = 2**30  # index of keys that are added: after every query
 
@@ -26,9 +31,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, **how: A
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array | None) -> jax.Array:
         places = Places(*given)
         return (
-            over_shards.attention(context, q, k, v, places, **how)
+            dense.attention(context, q, k, v, places, **how)
             if over
-            else on_one(q, k, v, **places._asdict(), **how)
+            else attention_on_one.attention(q, k, v, **places._asdict(), **how)
         )
 
     queries, names = q.shape[1], ("batch", "seq" if over else None)
@@ -37,6 +42,68 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, **how: A
     arrays = (*names, "heads")
     given = [arrays] * 3 + [None if x is None else names for x in places]
     return sharded(local, given, arrays)(q, k, v, *places)[:, :queries]
+
+
+def ssd(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    *,
+    segments: jax.Array | None,
+    state: jax.Array,
+    block: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`kernels_pallas.ssd.ssd`, each device computing its own heads of its own rows, and its own part of the sequence
+    where that divides over the context axis."""
+    context, seq = active_context(), along(x.shape[1])
+
+    def local(
+        x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, state: jax.Array, segments: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        how = {"segments": segments, "state": state, "block": block}
+        if context.parts == 1 or seq is None:
+            return ssd_on_one.ssd(x, dt, a, b, c, **how)
+        return recurrent.ssd(context, x, dt, a, b, c, **how)
+
+    rows, split, carried = ("batch", seq), ("batch", seq, "heads"), ("batch", "heads")
+    given = [split, split, ("heads",), rows, rows, carried, None if segments is None else rows]
+    return sharded(local, given, (split, carried))(x, dt, a, b, c, state, segments)
+
+
+def convolved(
+    local: Callable[..., jax.Array],
+    x: jax.Array,
+    before: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    segments: jax.Array | None,
+    channels: tuple[str | None, ...],
+) -> jax.Array:
+    """local(inputs, weight, bias, segments), a convolution that reads `taps` - 1 earlier positions, of the part of the
+    sequence that each device has; result [batch, seq, *channels].
+
+    x, before  [batch, seq, *channels], and the positions before it [batch, taps - 1, *channels]; the inputs are those
+               of both together
+    segments   i32[batch, seq], which it gets with those of the earlier positions, too; before the first they are as
+               the first's
+    channels   logical names of the dimensions of the weights [taps, *channels]
+    """
+    context, seq, reach = active_context(), along(x.shape[1]), before.shape[1]
+    over = context.parts > 1 and seq is not None and x.shape[1] >= context.parts * reach
+
+    def part(x: jax.Array, before: jax.Array, weight: jax.Array, bias: jax.Array, segments: Any) -> jax.Array:
+        past = functools.partial(extended, axis=context.axis, parts=context.parts, reach=reach)
+        edge = None if segments is None else jnp.broadcast_to(segments[:, :1], (segments.shape[0], reach))
+        return local(past(x, first=before), weight, bias, None if segments is None else past(segments, first=edge))
+
+    if not over:
+        edges = None if segments is None else jnp.pad(segments, ((0, 0), (reach, 0)), mode="edge")
+        return local(jnp.concatenate([before, x], axis=1), weight, bias, edges)
+    whole, rows = ("batch", None, *channels), ("batch", "seq")
+    given = [(*rows, *channels), whole, (None, *channels), channels, None if segments is None else rows]
+    return sharded(part, given, (*rows, *channels))(x, before, weight, bias, segments)
 
 
 def _filled(
