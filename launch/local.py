@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from adaptive import command
@@ -39,8 +39,6 @@ from adaptive.command import number
 from adaptive.launch.forks import Forks
 from adaptive.parallel.cluster import LOST, PREEMPTED
 
-PREEMPTED = 75  # adaptive.train was asked to stop, and saved
-LOST = 76  # another process of the job was lost
 HOPELESS = (2, 3, 4, command.INTERRUPTED)  # what would happen again, or was wanted
 GRACE_S = 5.0  # for the others, after one process failed
 SAVING_GRACE_S = 300.0  # for the others, when they are saving
@@ -172,6 +170,8 @@ def options(about: str) -> command.Options:
     emulated = "emulated CPU devices of each (default 1)"
     made.add_argument("--devices_per_process", type=number(int, least=1, most=1000), default=1, help=emulated)
     made.add_argument("--module", default="adaptive.train", help="what each runs, as in python -m MODULE")
+    again = "how often all are started again after a failure that this may mend (default 0)"
+    made.add_argument("--restarts", type=number(int, least=0, most=1_000_000), default=0, help=again)
     return made
 
 
@@ -191,9 +191,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def launch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Runs the processes, each with the arguments; the exit code."""
-    port = free_port()
-    each = [sys.executable, "-m", given.module, *arguments]
+    """Runs the processes, each with the arguments, again after failures where that is asked for; the exit code."""
     processes: list[Process] = []
     stop = threading.Event()
 
@@ -206,13 +204,20 @@ def launch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGHUP, pass_on)
-    for index in range(given.processes):
-        env = environment(index, given.processes, given.devices_per_process, port)
-        processes.append(Process(index, each, env))
-    first = wait(processes, stop)
-    if first is None:
-        return 0
-    code = exit_code(first.popen.returncode)
-    print(f"\nprocess {first.index} ended first, with exit code {code}; the end of its output:", flush=True)
-    print(first.last_traceback(), end="", flush=True)
+    with contextlib.closing(Starter(given.module)) as starter:
+        for restarts in range(given.restarts + 1):
+            port = free_port()
+            for index in range(given.processes):
+                env = environment(index, given.processes, given.devices_per_process, port)
+                processes.append(Process(index, starter, arguments, env))
+            first = wait(processes, stop)
+            if first is None:
+                return 0
+            code = exit_code(first.popen.returncode or 0)
+            print(f"\nprocess {first.index} ended first, with exit code {code}; the end of its output:", flush=True)
+            print(first.last_traceback(), end="", flush=True)
+            if stop.is_set() or code in HOPELESS or restarts == given.restarts:
+                break
+            print(f"\nall start again, for the {restarts + 1}. time of {given.restarts}", flush=True)
+            processes.clear()
     return code

@@ -8,7 +8,7 @@ from adaptive import __main__
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-INLINE = r"\./scripts/train|python -m adaptive|adaptive [a-z]|pip install|sbatch |[A-Z]+=\S+ .*launch/|\.venv/bin/"
+INLINE = r"\./scripts/train|python -m adaptive|adaptive [a-z]|pip install|sbatch |\.venv/bin/"
 FENCED = r"^```(\w*)\n(.*?)^```$"
 
 

@@ -104,6 +104,10 @@ COMMANDS = {
     "data train-bpe": (data.main, ["train-bpe", "--source=text.txt", "--vocab_size=258", "--out=t.json"]),
     "data show": (data.main, ["show", "--source=text.txt"]),
     "launch": (launcher.main, ["--processes=2"]),
+    "launch slurm": (launcher.main, ["slurm", "--module=one.of_mine"]),
+    "launch gke": (launcher.main, ["gke", "--module=one.of_mine", "--image=one"]),
+    "launch tpu": (launcher.main, ["tpu", "--module=one.of_mine", "--accelerator=v5e-8", "--zone=z"]),
+    "launch skypilot": (launcher.main, ["skypilot", "--module=one.of_mine", "--accelerator=h100"]),
     "doctor": (doctor.main, []),
 }
 
@@ -118,6 +122,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "as_json", lambda *measured: "")
     monkeypatch.setattr(train_step, "table", lambda *measured: "")
     monkeypatch.setattr(launcher, "launch", lambda given, rest: 0)
+    monkeypatch.setattr(launcher, "start", lambda rendered: 0)
     (tmp_path / "text.txt").write_text("One text.\n" * 20)
     return tmp_path
 

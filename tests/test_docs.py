@@ -164,7 +164,8 @@ def check_options(name: str, arguments: list[str]) -> None:
         name += ".__main__"
     source = inspect.getsource(importlib.import_module(name))
     if name == "adaptive.launch.__main__":
-        source += inspect.getsource(importlib.import_module("adaptive.launch.local"))
+        for each in ("local", "job", *importlib.import_module(name).TARGETS):
+            source += inspect.getsource(importlib.import_module(f"adaptive.launch.{each}"))
     if name == "adaptive.bench" and arguments and arguments[0] != "train":
         assert arguments[0] in importlib.import_module(name).OPERATIONS
         source = inspect.getsource(importlib.import_module(f"adaptive.benchmarks.{arguments[0]}"))

@@ -6,7 +6,7 @@ The environment describes the job. These variables come first, and fill in or re
     ADAPTIVE_PROCESSES     how many processes
     ADAPTIVE_PROCESS       which one this is, from 0
     ADAPTIVE_HOSTS         over how many machines (default: one per process)
-    ADAPTIVE_CLUSTER=tpu   a Cloud TPU pod slice: JAX asks the machine's metadata for all of these
+    ADAPTIVE_CLUSTER=tpu   a Cloud TPU slice, or several: the machine's metadata say all of these
     ADAPTIVE_START_LIMIT   seconds for all processes to be there (600)
 
 Then a SLURM step (srun), Open MPI (mpirun), and the variables that GKE sets on TPU nodes. None of them: one process.
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from adaptive.errors import ClusterError
-from adaptive.parallel import rollcall
+from adaptive.parallel import pods, rollcall
 from adaptive.parallel.backend import find_devices
 from adaptive.parallel.lifeline import Lifeline
 
@@ -40,7 +40,7 @@ class Cluster:
     """One job of several processes, as this process sees it."""
 
     how: str  # what described the job
-    coordinator: str  # host:port of process 0; empty: known to JAX alone
+    coordinator: str  # host:port of process 0; empty: not known
     processes: int
     index: int
     hosts: int
@@ -55,8 +55,9 @@ def describe(env: Mapping[str, str]) -> Cluster | None:
     if not explicit and env.get("ADAPTIVE_CLUSTER"):
         if env["ADAPTIVE_CLUSTER"] != "tpu":
             raise ClusterError(f"ADAPTIVE_CLUSTER={env['ADAPTIVE_CLUSTER']}: expected tpu")
-        return Cluster("ADAPTIVE_CLUSTER", "", 0, 0, 0)
-    job = _slurm(env) or _open_mpi(env) or _gke_tpu(env)
+        job = _of_pod("ADAPTIVE_CLUSTER=tpu", pods.of_cloud_tpu())
+    else:
+        job = _slurm(env) or _open_mpi(env) or (None if explicit else _gke_tpu(env))
     if explicit:
         job = _overlay(job, explicit, env)
     if job is None or job.processes == 1:
@@ -152,10 +153,13 @@ def _share_of_gpus(env: Mapping[str, str], local_index: int, local_processes: in
 
 
 def _gke_tpu(env: Mapping[str, str]) -> Cluster | None:
-    workers = [name for name in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    if len(workers) * _number(env, "MEGASCALE_NUM_SLICES", 1) <= 1:
+    if not env.get("TPU_WORKER_HOSTNAMES"):
         return None
-    return Cluster("TPU_WORKER_HOSTNAMES", "", 0, 0, 0)
+    return _of_pod("TPU_WORKER_HOSTNAMES", pods.of_gke(env))
+
+
+def _of_pod(how: str, pod: pods.Pod) -> Cluster:
+    return Cluster(how, pod.coordinator, pod.processes, pod.index, pod.processes)
 
 
 def start_limit(env: Mapping[str, str] = os.environ) -> float:
@@ -194,23 +198,19 @@ def join(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the training loop
     deadline = time.monotonic() + (limit_s or start_limit(env))
-    if job.coordinator:
-        address = rollcall.resolve(job.coordinator, job.hosts, deadline)
-        say(f"job: process {job.index} of {job.processes} on {job.hosts} host(s), from {job.how}")
-        say(f"job: coordinator {job.coordinator} = {address}, {_visible(job, env)}")
-        _Job.hosts, _Job.line = _line(address, job, deadline, say)
-        arguments: dict[str, Any] = {
-            "coordinator_address": address,
-            "num_processes": job.processes,
-            "process_id": job.index,
-            "local_device_ids": job.gpus,
-            "cluster_detection_method": "deactivate",
-        }
-    else:
-        say(f"job: from {job.how}; JAX finds the coordinator")
-        arguments = {}
+    address = rollcall.resolve(job.coordinator, job.hosts, deadline)
+    say(f"job: process {job.index} of {job.processes} on {job.hosts} host(s), from {job.how}")
+    say(f"job: coordinator {job.coordinator} = {address}, {_visible(job, env)}")
+    _Job.hosts, _Job.line = _line(address, job, deadline, say)
     with _countdown(deadline, say):
-        jax.distributed.initialize(**arguments, initialization_timeout=max(1, int(deadline - time.monotonic())))
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=job.processes,
+            process_id=job.index,
+            local_device_ids=job.gpus,
+            cluster_detection_method="deactivate",
+            initialization_timeout=max(1, int(deadline - time.monotonic())),
+        )
     _exit_at_once_on_errors()
     find_devices()
     job = dataclasses.replace(job, processes=jax.process_count(), index=jax.process_index())

@@ -4,6 +4,7 @@ Process 0 listens at the coordinator's address; each of the others connects and 
 the time is up, every process that came is told who is absent; then the port is free again for JAX.
 """
 
+import contextlib
 import ipaddress
 import json
 import socket
@@ -81,7 +82,10 @@ def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]
                 )
                 break
             if now > remind:
-                say(f"job: waiting for process {_names(absent)}, {deadline - now:.0f} s left")
+                text = f"waiting for process {_names(absent)}, {deadline - now:.0f} s left"
+                say(f"job: {text}")
+                for peer, _ in present.values():
+                    _tell(peer, text)
                 remind = now + _REMIND_S
             try:
                 peer, _ = server.accept()
@@ -116,6 +120,11 @@ def _greet(peer: socket.socket, present: dict[int, tuple[socket.socket, str]], p
     return problem
 
 
+def _tell(peer: socket.socket, line: str) -> None:
+    with contextlib.suppress(OSError):  # it has gone: it is missed, or comes again
+        peer.sendall(f"{line}\n".encode())
+
+
 def _dismiss(peer: socket.socket, word: str) -> None:
     """Sends the last word and lets the other side close first, so that no port stays reserved on this one."""
     with peer:
@@ -145,7 +154,7 @@ def _answer(host: str, port: int, processes: int, index: int, deadline: float, s
                 name = socket.gethostname().encode("ascii", "replace").decode() or "?"
                 caller.sendall(f"adaptive {index} {processes} {name[:255]}".encode())
                 caller.settimeout(max(1.0, deadline - time.monotonic() + 5))
-                word = b"".join(iter(lambda: caller.recv(256), b"")).decode()
+                word = _last_word(caller, say)
         except OSError:
             time.sleep(0.3)
             continue
@@ -154,6 +163,16 @@ def _answer(host: str, port: int, processes: int, index: int, deadline: float, s
         if word:
             raise ClusterError(word)
         time.sleep(0.3)  # the caller went away: it may be starting again
+
+
+def _last_word(caller: socket.socket, say: Callable[[str], None]) -> str:
+    """What process 0 says last; what it says before is who is missing."""
+    with caller.makefile("r", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.startswith("waiting "):
+                return line.rstrip("\n")
+            say(f"job: {line.rstrip()}")
+    return ""
 
 
 def _names(indices: list[int]) -> str:

@@ -1,39 +1,99 @@
-"""The launcher's command: templates, and what it refuses."""
+"""The launcher's command: targets, files, and what it refuses."""
 
-import stat
+import sys
 
 import pytest
 
 from adaptive.launch import __main__ as launcher
 from adaptive.launch import local
-from adaptive.shipped import folder
+from adaptive.launch.job import OPTIONS
+
+TRAINING = ["--", "--recipe", "mor_tiny", "--workdir", "gs://bucket/run"]
+OF_TARGET = {
+    "slurm": ["--nodes", "2"],
+    "gke": ["--accelerator", "v5e-16", "--image", "here/adaptive:1"],
+    "tpu": ["--accelerator", "v5e-16", "--zone", "us-west4-a"],
+    "skypilot": ["--accelerator", "h200"],
+}
 
 
-@pytest.mark.parametrize("name", launcher.TEMPLATES)
-def test_a_template_is_written_once(tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("target", launcher.TARGETS)
+def test_a_target_is_printed_written_and_started(target, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert launcher.main(["--write", name]) == 0
+    words = [target, *OF_TARGET[target], "--name", "one"]
+    assert launcher.main([*words, *TRAINING]) == 0
+    text = capsys.readouterr().out
+    assert "--recipe" in text and not [*tmp_path.iterdir()]
+    assert launcher.main([*words, "--write", *TRAINING]) == 0
     (written,) = tmp_path.iterdir()
-    source = folder("launch") / written.name
-    assert written.read_text() == source.read_text()
-    assert stat.S_IMODE(written.stat().st_mode) == stat.S_IMODE(source.stat().st_mode)
-    assert written.name in capsys.readouterr().out
+    assert written.read_text() == text and written.name in capsys.readouterr().out
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launcher.main([*words, "--start", *TRAINING]) == 2
+    program, *rest = launcher.commands_of(launcher.Rendered(written.name, "", start_of(target)))[0]
+    assert f"{program} is not installed here" in capsys.readouterr().err and written.name in rest
+    (tmp_path / program).write_text(
+        f'#!{sys.executable}\nimport sys\nopen("said", "w").write(" ".join(sys.argv[1:]))\nexit(7)\n'
+    )
+    (tmp_path / program).chmod(0o755)
+    assert launcher.main([*words, "--start", *TRAINING]) == 7
+    assert (tmp_path / "said").read_text() == " ".join(rest)
     written.write_text("mine")
-    assert launcher.main(["--write", name]) == 2
+    assert launcher.main([*words, "--write", *TRAINING]) == 2
     assert "is there already" in capsys.readouterr().err and written.read_text() == "mine"
 
 
-def test_every_template_can_be_written():
-    files = {path.name for path in folder("launch").iterdir() if path.is_file() and path.suffix != ".py"}
-    assert files == set(launcher.TEMPLATES.values())
+def start_of(target):
+    return {
+        "slurm": (("sbatch", "FILE"),),
+        "gke": (("kubectl", "apply", "-f", "FILE"),),
+        "tpu": (("bash", "FILE", "up"),),
+        "skypilot": (("sky", "jobs", "launch", "--yes", "FILE"),),
+    }[target]
 
 
-def test_arguments_after_the_dashes_are_those_of_each_process(capsys):
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["slrum"], "did you mean slurm?"),
+        (["slurm", "--image", "x", *TRAINING], "--image: slurm does not use it (it reads --env, --folder"),
+        (["slurm", "--name", "Mine", *TRAINING], "--name Mine: expected letters"),
+        (["slurm", "--env", "A", *TRAINING], "--env A: expected NAME=VALUE"),
+        (["slurm", "--folder", "/a\nb", *TRAINING], "--folder: '/a\\nb' holds characters"),
+        (["slurm", *TRAINING, "a=\0"], "after --: 'a=\\x00' holds characters"),
+        (["slurm", "--process_per", "core", *TRAINING], "--process_per core: expected node or gpu"),
+        (["slurm", "--nodes", "0", *TRAINING], "--nodes: 0: must be at least 1"),
+        (["slurm", "--", "--recipe", "mor_tiny"], "none is given: after --, say a folder that all machines see"),
+        (["slurm", "--", "--workdir", "/x"], "which recipe?"),
+        (["slurm", *TRAINING, "train.stepz=1"], "train.steps"),  # as training itself would, after the queue
+        (["--processes", "0"], "--processes: 0: must be at least 1"),
+        (["--recipe", "mor_tiny"], "'--recipe' is no option"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, why, capsys):
+    assert launcher.main(words) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_recipe_of_the_cluster_alone_is_left_to_it(capsys):
+    assert launcher.main(["slurm", "--", "--recipe", "/shared/mine.py", "--workdir=/shared/one", "any.thing=1"]) == 0
+    assert "--recipe /shared/mine.py" in capsys.readouterr().out
+
+
+def test_every_option_is_read_by_a_target_and_every_target_reads_options():
+    modules = [__import__(f"adaptive.launch.{target}", fromlist=["READS"]) for target in launcher.TARGETS]
+    assert set().union(*(module.READS for module in modules)) == set(OPTIONS)
+
+
+def test_arguments_after_the_dashes_are_those_of_each_process():
     assert local.split(["--processes", "3", "--", "--recipe", "a", "--", "b"]) == (
         ["--processes", "3"], ["--recipe", "a", "--", "b"],
     )  # fmt: skip
     assert local.split(["--processes", "3"]) == (["--processes", "3"], [])
-    assert launcher.main(["--processes", "0"]) == 2
-    assert "--processes: 0: must be at least 1" in capsys.readouterr().err
-    assert launcher.main(["--recipe", "mor_tiny"]) == 2
-    assert "'--recipe' is no option" in capsys.readouterr().err
+
+
+def test_local_is_the_target_where_none_is_said(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launcher, "launch", lambda given, rest: asked.append((given.processes, rest)) or 0)
+    assert launcher.main(["--processes", "3", "--", "--recipe", "a"]) == 0
+    assert launcher.main(["local", "--processes", "3", "--", "--recipe", "a"]) == 0
+    assert asked == [(3, ["--recipe", "a"])] * 2

@@ -1,5 +1,7 @@
 """Who is in the job: what each environment says, what is refused, and who is missed at the roll call."""
 
+import contextlib
+import re
 import socket
 import sys
 import threading
@@ -9,7 +11,7 @@ import jax
 import pytest
 
 from adaptive.errors import ClusterError, UserError
-from adaptive.parallel import rollcall
+from adaptive.parallel import cluster, pods, rollcall
 from adaptive.parallel.cluster import describe, join
 
 EXPLICIT = {"ADAPTIVE_COORDINATOR": "10.0.0.1:1234", "ADAPTIVE_PROCESSES": "4", "ADAPTIVE_PROCESS": "3"}
@@ -106,10 +108,45 @@ def test_a_platform_that_is_not_there_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # joining replaces it
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **about: None)
+    monkeypatch.setattr(cluster, "_line", lambda *job: ([], None))
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     with pytest.raises(UserError, match=r"^JAX_PLATFORMS=tpu does not work here: backend 'tpu': no libtpu\. Unset it"):
-        join(limit_s=1, env={"ADAPTIVE_CLUSTER": "tpu"}, say=lambda line: None)
+        join(limit_s=1, env=EXPLICIT, say=lambda line: None)
+
+
+# Slices of TPUs
+
+GKE = {"TPU_WORKER_HOSTNAMES": "one-slice-0-0.one,one-slice-0-1.one", "TPU_WORKER_ID": "1"}
+SECOND = {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2", "MEGASCALE_COORDINATOR_ADDRESS": "one-slice-0-0.one"}
+
+
+def test_pods_of_gke():
+    job = describe(GKE)
+    assert (job.coordinator, job.processes, job.index, job.hosts) == (f"one-slice-0-0.one:{pods.PORT}", 2, 1, 2)
+    several = describe(GKE | SECOND)
+    assert (several.coordinator, several.processes, several.index) == (f"one-slice-0-0.one:{pods.PORT}", 6, 5)
+    assert describe({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
+    with pytest.raises(ClusterError, match=r"this one \(none\)"):
+        describe({"TPU_WORKER_HOSTNAMES": "a,b"})
+
+
+@pytest.mark.parametrize("workers", ["t1v-n-w-0,t1v-n-w-1", "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"])
+def test_machines_of_cloud_tpu(monkeypatch, workers):
+    metadata = {"worker-network-endpoints": workers, "agent-worker-number": "1", "tpu-env": "TYPE: 'V5LITE_POD'\n"}
+    monkeypatch.setattr(pods, "_attribute", metadata.__getitem__)
+    first = workers.split(",")[0].split(":")[-1]
+    job = describe({"ADAPTIVE_CLUSTER": "tpu"})
+    assert (job.coordinator, job.processes, job.index, job.hosts) == (f"{first}:{pods.PORT}", 2, 1, 2)
+    metadata["tpu-env"] += "\n".join(f"{name}: '{value}'" for name, value in SECOND.items())
+    job = describe({"ADAPTIVE_CLUSTER": "tpu"})
+    assert (job.coordinator, job.processes, job.index) == (f"one-slice-0-0.one:{pods.PORT}", 6, 5)
+
+
+def test_a_machine_without_metadata_is_told(monkeypatch):
+    monkeypatch.setattr(pods.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(ClusterError, match=r"asks the metadata of a Cloud TPU machine .*no route"):
+        describe({"ADAPTIVE_CLUSTER": "tpu"})
 
 
 def free_port() -> int:
@@ -147,6 +184,24 @@ def test_roll_call_and_the_port_is_free_afterwards():
 def test_all_who_came_learn_who_is_missing():
     ended = call(free_port(), 5, [0, 1, 3], limit_s=1.5)
     assert all("process 2, 4 of 5 did not connect" in text for text in ended), ended
+
+
+def test_who_came_is_told_the_time_left_and_who_is_missing(monkeypatch):
+    monkeypatch.setattr(rollcall, "_REMIND_S", 0.2)
+    heard: dict[int, list[str]] = {0: [], 2: []}
+    address, deadline = f"127.0.0.1:{free_port()}", time.monotonic() + 1.5
+
+    def one(index: int) -> None:
+        with contextlib.suppress(ClusterError):
+            rollcall.gather(address, 3, index, deadline, heard[index].append)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in heard]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    for lines in heard.values():
+        assert any(re.fullmatch(r"job: waiting for process 1, \d+ s left", line) for line in lines), heard
 
 
 def test_nobody_at_the_coordinator():
