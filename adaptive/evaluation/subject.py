@@ -14,7 +14,7 @@ from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import RecipeError
 from adaptive.models.language_model import Selecting
 from adaptive.objectives.cross_entropy import chunk_length, predicted
-from adaptive.parallel.rules import batch_shards, device_kind, narrowed
+from adaptive.parallel.rules import batch_shards, device_kind, narrowed, seq_shards
 from adaptive.recipe import Recipe
 from adaptive.runs.load import Trained
 from kernels_pallas.choice import here
@@ -102,7 +102,7 @@ def make_score_step(
         )
         weight = narrowed(model.head_weight(), out.hidden.dtype)
         rows, seq = batch.tokens.shape
-        chunk = chunk_length(seq, rows // batch_shards(), weight.shape[0], device_kind())
+        chunk = chunk_length(seq // seq_shards(), rows // batch_shards(), weight.shape[0], device_kind())
         said = predicted(out.hidden, weight, jnp.asarray(batch.targets), chunk, model.settings.logit_soft_cap)
         counts = [(stage.boundary_mask & stage.valid).sum().astype(jnp.float32) for stage in out.trace.stages]
         chunks = jnp.stack(counts) if counts else jnp.zeros(0, jnp.float32)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.layers.rope import Rope, Rotary, rope_at
+from adaptive.parallel.rows import take_rows
 from adaptive.routing.chunks import numbered
-from adaptive.routing.rows import take_rows
 from adaptive.routing.types import Selection
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adaptive.parallel.rules import batch_shards, constrain
+from adaptive.parallel.rules import batch_shards, constrain, seq_shards
 from adaptive.parallel.shard import sum_of_parts
 from adaptive.peaks import memory_of
 from adaptive.settings import divisors
@@ -37,7 +37,7 @@ def cross_entropy_sum(
     weight   [vocab, width] output matrix
     targets  i32[batch, seq]
     mask     f32[batch, seq] weight of each position in the sum
-    chunk    positions of each sequence whose logits exist at once; divides seq
+    chunk    positions of each part of a sequence whose logits exist at once; divides seq over the parts
     cap      logits are cap * tanh(logits / cap); 0: as they are
 
     The gradient is computed with the loss, chunk by chunk, so logits are neither kept nor computed twice: three matmuls
@@ -88,9 +88,9 @@ def capped(logits: jax.Array, cap: float) -> jax.Array:
 
 
 def _forward(hidden, weight, targets, mask, chunk, cap):
-    """Loss and gradients together. Each batch shard sums its own share of the weight's gradient over the chunks, so
-    that the sum over devices happens once, after the loop."""
-    shards, width = batch_shards(), hidden.shape[-1]
+    """Loss and gradients together. Each part of the batch and of sequences sums its own share of the weight's gradient
+    over the chunks, so that the sum over devices happens once, after the loop."""
+    parts = batch_shards() * seq_shards()
     weight = constrain(weight, "vocab", None)
 
     def body(d_weight, args):
@@ -101,11 +101,10 @@ def _forward(hidden, weight, targets, mask, chunk, cap):
         p = p * (1 - jnp.square(logits / cap)) if cap else p
         d_logits = (p * m[..., None]).astype(h.dtype)
         d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, weight)
-        per_shard = (d_logits.reshape(shards, -1, p.shape[-1]), h.reshape(shards, -1, width))
-        step = jnp.einsum("nsv,nsd->nvd", *per_shard, preferred_element_type=jnp.float32)
-        return constrain(d_weight + step, "batch", "vocab", None), (nll, d_hidden)
+        step = jnp.einsum("nsv,nsd->nvd", _parts(d_logits), _parts(h), preferred_element_type=jnp.float32)
+        return constrain(d_weight + step, "tokens", "vocab", None), (nll, d_hidden)
 
-    zero = constrain(jnp.zeros((shards, *weight.shape), jnp.float32), "batch", "vocab", None)
+    zero = constrain(jnp.zeros((parts, *weight.shape), jnp.float32), "tokens", "vocab", None)
     d_weight, (nll, d_hidden) = jax.lax.scan(body, zero, _chunks(hidden, targets, mask, chunk=chunk))
     nll = _join(nll)
     return ((nll * mask).sum(), nll), (_join(d_hidden), sum_of_parts(d_weight, weight.dtype))
@@ -121,10 +120,35 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _chunks(*arrays: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
-    """Each [batch, seq, ...] as [seq / chunk, batch, chunk, ...]: the batch stays where it is sharded."""
-    return tuple(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1) for a in arrays)
+    """Each [batch, seq, ...] as [chunks, batch, parts * chunk, ...], a chunk of every part of the sequence at a time:
+    what a device has stays with it."""
+    parts = seq_shards()
+
+    def cut(a: jax.Array) -> jax.Array:
+        if parts == 1:
+            return a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1)
+        own = jnp.moveaxis(a.reshape(a.shape[0], parts, -1, chunk, *a.shape[2:]), 2, 0)
+        joined = own.reshape(*own.shape[:2], parts * chunk, *a.shape[2:])
+        return constrain(joined, None, "batch", "seq", *(None,) * (a.ndim - 2))
+
+    return tuple(map(cut, arrays))
 
 
 def _join(a: jax.Array) -> jax.Array:
-    a = a.swapaxes(0, 1)
-    return a.reshape(a.shape[0], -1, *a.shape[3:])
+    """[chunks, batch, parts * chunk, ...] -> [batch, seq, ...]."""
+    parts = seq_shards()
+    if parts == 1:
+        a = a.swapaxes(0, 1)
+        return a.reshape(a.shape[0], -1, *a.shape[3:])
+    own = jnp.moveaxis(a.reshape(*a.shape[:2], parts, -1, *a.shape[3:]), 0, 2)
+    joined = own.reshape(own.shape[0], -1, *a.shape[3:])
+    return constrain(joined, "batch", "seq", *(None,) * (joined.ndim - 2))
+
+
+def _parts(a: jax.Array) -> jax.Array:
+    """[batch, parts * chunk, ...] -> [parts of the batch * parts of the sequence, positions of each, ...]."""
+    rows, columns = batch_shards(), seq_shards()
+    if columns == 1:
+        return a.reshape(rows, -1, a.shape[-1])
+    own = a.reshape(rows, a.shape[0] // rows, columns, -1, a.shape[-1]).swapaxes(1, 2)
+    return own.reshape(rows * columns, -1, a.shape[-1])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from adaptive.objectives import Inputs, Loss, Objective
 from adaptive.objectives.cross_entropy import chunk_length, cross_entropy_sum
-from adaptive.parallel.rules import batch_shards, device_kind, narrowed
+from adaptive.parallel.rules import batch_shards, device_kind, narrowed, seq_shards
 from adaptive.routing.types import Output
 
 
@@ -25,7 +25,8 @@ class Settings(Objective):
     def loss(self, model: Any, out: Output, inputs: Inputs, chunk: int) -> Loss:
         rows, seq = inputs.tokens.shape
         weight = narrowed(model.head_weight(), out.hidden.dtype)
-        chunk = chunk or chunk_length(seq, rows // batch_shards(), weight.shape[0], device_kind())
+        parts = seq_shards()
+        chunk = chunk or chunk_length(seq // parts, rows // batch_shards(), weight.shape[0], device_kind())
         cap = model.settings.logit_soft_cap
         main, nll = cross_entropy_sum(out.hidden, weight, inputs.targets, inputs.weights, chunk, cap)
         total, apart = main, {}

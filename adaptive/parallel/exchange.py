@@ -1,4 +1,5 @@
-"""Collectives over the mesh's expert axis, for code inside `sharded`. With one device on the axis they do nothing."""
+"""Collectives over an axis of the mesh, the experts' if no other is named, for code inside `sharded`. With one device
+on the axis they do nothing."""
 
 import dataclasses
 import functools
@@ -16,10 +17,11 @@ EXPERT = "expert"
 
 @dataclasses.dataclass(frozen=True)
 class Communicator:
-    """size    devices on the expert axis
+    """size    devices on the axis
     nodes   that they are on, devices of a node being neighbours; above 1, an all-to-all goes within nodes, then between
-    batch   mesh axes that split the batch
-    hidden  mesh axes besides `expert` that split the experts' hidden units, and the number of parts
+    batch   mesh axes that split the batch's tokens
+    hidden  mesh axes besides `axis` that split the experts' hidden units, and the number of parts
+    axis    of the mesh, or several as one
     """
 
     size: int = 1
@@ -27,31 +29,32 @@ class Communicator:
     batch: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     hidden_parts: int = 1
+    axis: str | tuple[str, ...] = EXPERT
 
     def index(self) -> jax.Array | int:
         """This device's number on the axis."""
-        return lax.axis_index(EXPERT) if self.size > 1 else 0
+        return lax.axis_index(self.axis) if self.size > 1 else 0
 
     def gather(self, x: jax.Array) -> jax.Array:
         """[n, ...] of each device -> [size * n, ...], all of them."""
-        return lax.all_gather(x, EXPERT, tiled=True) if self.size > 1 else x
+        return lax.all_gather(x, self.axis, tiled=True) if self.size > 1 else x
 
     def scatter_sum(self, x: jax.Array) -> jax.Array:
         """[size * n, ...] -> this device's [n, ...] of the sum over devices."""
-        return lax.psum_scatter(x, EXPERT, tiled=True) if self.size > 1 else x
+        return lax.psum_scatter(x, self.axis, tiled=True) if self.size > 1 else x
 
     def all_to_all(self, x: jax.Array) -> jax.Array:
         """[size, ...], a part for each device -> [size, ...], the part that each device had for this one."""
         if self.size == 1:
             return x
         if self.nodes == 1:
-            return lax.all_to_all(x, EXPERT, 0, 0, tiled=True)
+            return lax.all_to_all(x, self.axis, 0, 0, tiled=True)
         nodes, local = self.nodes, self.size // self.nodes
         within = [[node * local + i for i in range(local)] for node in range(nodes)]
         between = [[node * local + i for node in range(nodes)] for i in range(local)]
         grid = x.reshape(nodes, local, *x.shape[1:])
-        grid = lax.all_to_all(grid, EXPERT, 1, 1, tiled=True, axis_index_groups=within)
-        grid = lax.all_to_all(grid, EXPERT, 0, 0, tiled=True, axis_index_groups=between)
+        grid = lax.all_to_all(grid, self.axis, 1, 1, tiled=True, axis_index_groups=within)
+        grid = lax.all_to_all(grid, self.axis, 0, 0, tiled=True, axis_index_groups=between)
         return grid.reshape(x.shape)
 
     def sum_hidden(self, x: jax.Array) -> jax.Array:
@@ -68,10 +71,10 @@ def communicator() -> Communicator:
     current = active_placement()
     if current is None or current.mesh.size == 1:
         return Communicator()
-    mesh, rules, experts = current
+    mesh, rules, experts, _ = current
     hidden = tuple(axis for axis in rules.expert_ff if axis != EXPERT)
     nodes = experts.nodes if experts.exchange == "hierarchical" else 1
-    batch = tuple(axis for axis in rules.batch if mesh.shape[axis] > 1)  # those that `sharded` names
+    batch = tuple(axis for axis in rules.tokens if mesh.shape[axis] > 1)  # those that `sharded` names
     return Communicator(mesh.shape[EXPERT], nodes, batch, hidden, split(mesh, hidden))
 
 
@@ -130,7 +133,7 @@ def ragged_all_to_all(
     back  the opposite way, which gradients take
     most  bound on the rows between any two devices
     """
-    ragged = functools.partial(_ragged, output_rows=output_rows)
+    ragged = functools.partial(_ragged, output_rows=output_rows, comm=comm)
     padded = functools.partial(_padded, output_rows=output_rows, most=most, comm=comm)
     # XLA has no ragged all-to-all on CPU.
     return lax.platform_dependent(rows, way, tpu=ragged, cuda=ragged, default=padded)
@@ -148,9 +151,9 @@ def _bwd(operand_rows, output_rows, most, comm, kept, g):
 ragged_all_to_all.defvjp(_fwd, _bwd)
 
 
-def _ragged(rows: jax.Array, way: Route, output_rows: int) -> jax.Array:
+def _ragged(rows: jax.Array, way: Route, output_rows: int, comm: Communicator) -> jax.Array:
     output = jnp.zeros((output_rows, *rows.shape[1:]), rows.dtype)
-    return lax.ragged_all_to_all(rows, output, way.start, way.size, way.put, way.come, axis_name=EXPERT)
+    return lax.ragged_all_to_all(rows, output, way.start, way.size, way.put, way.come, axis_name=comm.axis)
 
 
 def _padded(rows: jax.Array, way: Route, output_rows: int, most: int, comm: Communicator) -> jax.Array:

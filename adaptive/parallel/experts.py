@@ -4,6 +4,7 @@ Slots are pairs padded to a capacity for each expert, [experts, capacity, D]; ro
 group sizes. Strategies are those of `ExpertParallel`; with one device on the expert axis all are the local code.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 from adaptive.parallel.config import ExpertParallel
 from adaptive.parallel.exchange import Communicator, by_expert, communicator, ragged_all_to_all, routes, truncated
 from adaptive.parallel.pairs import before, combine, every, permute, segments, strided, take
-from adaptive.parallel.rules import TOKENS_TRAVEL, active_placement
+from adaptive.parallel.rows import added, taken
+from adaptive.parallel.rules import TOKENS_TRAVEL, active_placement, along, even, seq_shards
 from adaptive.parallel.shard import Lent, lent, sharded
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots
+from adaptive.routing.dispatch import by_expert as dispatched_by_expert
 
 Weights = dict[str, jax.Array]
 Done = tuple[jax.Array, jax.Array | None]  # a device's outputs [T, D], and the pairs it lost where any can be lost
@@ -67,8 +70,14 @@ def run(
     if settings.strategy == "auto":
         raise ValueError("the strategy of the active placement is auto; settle it first")
 
+    whole, position = x, None
+    if dispatch.by == "expert" and along(x.shape[1]) and seq_shards() > 1:
+        repeats = dispatch.experts
+        position, dispatch = _spread(dispatch)
+        x = taken(x, position, repeats)
+
     def local(x: jax.Array, dispatch: Dispatch, weights: Weights) -> tuple[jax.Array, jax.Array]:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens, dispatch = x.reshape(-1, x.shape[-1]), dispatch.of_part(x.shape[1])
         own = {name: w[0] for name, w in weights.items()}
         task = Task(tokens, dispatch, own, feed_forward, comm, settings)
         strategy = settings.strategy if comm.size > 1 else "data"
@@ -85,7 +94,32 @@ def run(
     names = {name: axes[name][-w.ndim :] for name, w in weights.items()}
     copies = {name: lent(w, names[name]) for name, w in weights.items()}
     where = {name: Lent(own) for name, own in names.items()}
-    return sharded(local, [("batch",), ("batch",), where], (("batch",), ()))(x, dispatch, copies)
+    rows = ("batch", along(x.shape[1]))
+    pairs = ("batch", None, rows[1]) if dispatch.by == "expert" else rows
+    y, lost = sharded(local, [rows, _names(dispatch, pairs, rows), where], (rows, ()))(x, dispatch, copies)
+    if position is not None:
+        y = added(jnp.zeros(whole.shape, jnp.float32), position, y, repeats)
+    return y, lost
+
+
+def _names(dispatch: Dispatch, pairs: tuple[str | None, ...], tokens: tuple[str | None, ...]) -> Dispatch:
+    """Logical names of a dispatch's arrays: those by pair, and that by token."""
+    return dataclasses.replace(dispatch, index=pairs, weights=pairs, valid=pairs, zero_weights=tokens)  # type: ignore[arg-type]
+
+
+def _spread(dispatch: Dispatch) -> tuple[jax.Array, Dispatch]:
+    """Of experts that take positions of split sequences: the position i32[batch, slots] of every slot, of which each
+    device has as many of each expert, and the dispatch of these slots as tokens."""
+    parts, (batch, experts, capacity) = seq_shards(), dispatch.index.shape
+    each = even(capacity) // parts
+    absent = ((0, 0), (0, 0), (0, each * parts - capacity))
+    fill = lambda a, nothing: jnp.pad(a, absent, constant_values=nothing)  # noqa: E731
+    index = fill(jnp.where(dispatch.valid, dispatch.index, dispatch.seq), dispatch.seq)
+    position = index.reshape(batch, experts, parts, each).swapaxes(1, 2).reshape(batch, -1)
+    slot = jnp.arange(experts, dtype=jnp.int32)[:, None] * each + jnp.arange(each, dtype=jnp.int32)
+    index = jnp.broadcast_to(jnp.tile(slot, (1, parts)), (batch, experts, each * parts))
+    weights, valid = fill(dispatch.weights, 0.0), fill(dispatch.valid, False)
+    return position, dispatched_by_expert(index, weights, valid, position.shape[1])
 
 
 class Task(NamedTuple):

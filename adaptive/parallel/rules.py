@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adaptive.parallel.config import ExpertParallel
+from adaptive.parallel.config import ContextParallel, ExpertParallel
 from kernels_pallas.choice import Kernels, target
 
 
@@ -23,21 +23,27 @@ class AxisRules:
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")  # activations [batch, seq, ...]
     seq: tuple[str, ...] = ("context",)  # the same
-    width: tuple[str, ...] = ("fsdp",)  # parameters only: gathered before use
+    width: tuple[str, ...] = ("fsdp", "context")  # parameters only: gathered before use
     heads: tuple[str, ...] = ("tensor",)  # [width, heads, head_dim] and activations [batch, seq, heads, head_dim]
     ff: tuple[str, ...] = ("tensor",)  # [width, ff] and activations [batch, seq, ff]
     vocab: tuple[str, ...] = ("tensor",)  # [vocab, width]
     experts: tuple[str, ...] = ("expert",)  # parameters [experts, ...]
     expert_ff: tuple[str, ...] = ("tensor",)  # parameters [experts, width, expert_ff]
     layers: tuple[str, ...] = ()  # of parameters of several layers, which a scan runs over
+    stages: tuple[str, ...] = ("stage",)  # the same, where a pipeline splits them; of its activations the first
     uses: tuple[str, ...] = ()  # of parameters that each pass of a recursion has of its own
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Of parts of the batch and, in each, of sequences."""
+        return (*self.batch, *self.seq)
 
     def spec(self, *names: str | None) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names (None: replicated).
 
         Raises ValueError for an unknown name and for a mesh axis that would split two dimensions.
         """
-        known = {f.name for f in dataclasses.fields(self)}
+        known = {f.name for f in dataclasses.fields(self)} | {"tokens"}
         unknown = sorted({n for n in names if n} - known)
         if unknown:
             raise ValueError(f"logical axes {unknown} are not in the table; it has {sorted(known)}")
@@ -65,11 +71,12 @@ TOKENS_TRAVEL = ExpertParallel(strategy="expert")
 
 
 class Placement(NamedTuple):
-    """What logical names mean: a mesh, the table, and how experts are computed."""
+    """What logical names mean: a mesh, the table, and how experts and split sequences are computed."""
 
     mesh: Mesh
     rules: AxisRules
     experts: ExpertParallel
+    context: ContextParallel
 
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
@@ -81,7 +88,11 @@ def active_placement() -> Placement | None:
 
 @contextlib.contextmanager
 def placement(
-    mesh: Mesh, rules: AxisRules, experts: ExpertParallel = TOKENS_TRAVEL, kernels: Kernels = "auto"
+    mesh: Mesh,
+    rules: AxisRules,
+    experts: ExpertParallel = TOKENS_TRAVEL,
+    kernels: Kernels = "auto",
+    context: ContextParallel = ContextParallel(),  # noqa: B008 - immutable
 ) -> Iterator[None]:
     """Within it, logical names mean axes of `mesh`; outside, annotations are void. Jitted code is traced inside.
 
@@ -90,7 +101,7 @@ def placement(
     """
     if ("expert" in rules.expert_ff) != (experts.strategy == "tensor"):
         raise ValueError(f"the table splits expert_ff over {rules.expert_ff}, which is not strategy={experts.strategy}")
-    token = _placement.set(Placement(mesh, rules, experts))
+    token = _placement.set(Placement(mesh, rules, experts, context))
     try:
         device = mesh.devices.flat[0]
         with target(device.platform, kernels, device.device_kind):
@@ -104,7 +115,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     current = _placement.get()
     if current is None:
         return x
-    mesh, rules, _ = current
+    mesh, rules = current.mesh, current.rules
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(*names)))
 
 
@@ -114,6 +125,30 @@ def batch_shards() -> int:
     if current is None:
         return 1
     return split(current.mesh, current.rules.batch)
+
+
+def seq_shards() -> int:
+    """Into how many parts the active placement splits every sequence (1 without one)."""
+    current = _placement.get()
+    return 1 if current is None else split(current.mesh, current.rules.seq)
+
+
+def along(length: int) -> str | None:
+    """The logical name of a dimension with so many positions of each row: "seq" where it divides over the parts of a
+    sequence, else None, as of single positions of generation."""
+    return "seq" if length % seq_shards() == 0 else None
+
+
+def even(length: int) -> int:
+    """The least length from this one on that divides over the parts of a sequence."""
+    parts = seq_shards()
+    return -(-length // parts) * parts
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """[batch, n, ...], numbers that say which positions are taken: whole on every device that has a part of the row, as
+    what compares all positions of a row needs them. Of numbers by position alone, not of activations."""
+    return x if seq_shards() == 1 else constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def device_kind() -> str:

@@ -63,8 +63,8 @@ def _mapped(fn: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Ca
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def lent(value: jax.Array, names: Names) -> jax.Array:
-    """A parameter that is ready for use, once for each part of the batch that has all of it: [n, ...]. Its gradients
-    are summed by `sum_of_parts`; those of an argument of `sharded` would be by an all-reduce.
+    """A parameter that is ready for use, once for each part of the batch and of sequences that has all of it: [n, ...].
+    Its gradients are summed by `sum_of_parts`; those of an argument of `sharded` would be by an all-reduce.
 
     names  of the dimensions as it is stored. What `sharded` is to be told of the result is `Lent(names)`
     """
@@ -88,9 +88,9 @@ lent.defvjp(lambda value, names: (lent(value, names), None), _returned)
 def sum_of_parts(
     parts: jax.Array, dtype: jax.typing.DTypeLike, names: Names = ("vocab", "width"), deal: bool = True
 ) -> jax.Array:
-    """[n, ...], of which each of the n parts of the batch has its own -> [...]: their sum in `dtype`, where a parameter
-    of these axes is stored. Over the axes that split it a device receives its share of the sum alone: half of what an
-    all-reduce moves.
+    """[n, ...], of which each of the n parts of the batch and of sequences has its own -> [...]: their sum in `dtype`,
+    where a parameter of these axes is stored. Over the axes that split it a device receives its share of the sum alone:
+    half of what an all-reduce moves.
 
     deal  hand out another dimension than the width at first, if one can be: compilers for TPUs make an all-reduce of a
           reduce-scatter along the last dimension whose share is no multiple of 128
@@ -98,12 +98,12 @@ def sum_of_parts(
     current = active_placement()
     if current is None or current.mesh.size == 1:
         return parts.sum(0).astype(dtype)
-    mesh, rules, _ = current
+    mesh, rules = current.mesh, current.rules
     spec = _spec(Lent(names), current)
-    batch = _long(mesh, spec[0] or ())
+    parts_over = _long(mesh, spec[0] or ())
     width = _long(mesh, rules.width) if "width" in names else ()
-    apart = tuple(axis for axis in batch if axis not in width)
-    assert set(width) <= set(batch), "parameters are stored along the batch"
+    apart = tuple(axis for axis in parts_over if axis not in width)
+    assert set(width) <= set(parts_over), "parameters are stored along the tokens"
 
     def summed(part: jax.Array) -> jax.Array:
         total = part[0]
@@ -129,7 +129,7 @@ def _spec(names: "Names | Lent", current: Placement) -> P:
         return current.rules.spec(*names)
     rest = current.rules.spec(*whole(names.names))
     used = {axis for part in rest for axis in ((part,) if isinstance(part, str) else part or ())}
-    return P(tuple(axis for axis in current.rules.batch if axis not in used), *rest)
+    return P(tuple(axis for axis in current.rules.tokens if axis not in used), *rest)
 
 
 def _are_names(node: Any) -> bool:

@@ -20,10 +20,7 @@ class Unsupported(NamedTuple):
     reason: str
 
 
-UNSUPPORTED = (
-    Unsupported("stage", EVERY, "pipelines are not there yet; use fsdp, tensor or context"),
-    Unsupported("context", EVERY, "sequences cannot be split yet; use fsdp or tensor"),
-)
+UNSUPPORTED = (Unsupported("stage", EVERY, "pipelines are not there yet; use fsdp, tensor or context"),)
 
 
 def parts_of(model: Any) -> set[str]:

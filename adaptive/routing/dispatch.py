@@ -82,6 +82,19 @@ class Dispatch:
         """The most tokens that one expert can have in `batch` of the sequences."""
         return min(batch * self.most_per_sequence, self.most_per_batch)
 
+    def of_part(self, seq: int) -> "Dispatch":
+        """Its arrays are of `seq` of each sequence's tokens: bounds that hold of these."""
+        if seq == self.seq:
+            return self
+        of_expert, last = self.by == "expert", self.index.shape[-1]
+        pairs = last * (self.experts if of_expert else seq)
+        return dataclasses.replace(
+            self,
+            seq=seq,
+            most_per_sequence=min(last if of_expert else seq, self.most_per_sequence),
+            pairs_per_sequence=min(pairs, self.pairs_per_sequence),
+        )
+
     def _dense(self, values: jax.Array) -> jax.Array:
         if self.by == "expert":
             put = lambda i, v: jax.vmap(lambda i, v: jnp.zeros(self.seq, jnp.float32).at[i].add(v))(i, v).T  # noqa: E731

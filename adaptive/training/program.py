@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from adaptive.optim.build import make_optimizer
 from adaptive.optim.named import chosen
 from adaptive.parallel.cluster import meet
 from adaptive.parallel.expert_cost import ExpertLoad, settle
-from adaptive.parallel.mesh import batch_sharding, place, share_of_rows
+from adaptive.parallel.mesh import batch_sharding, context_parallel, place, share_of_rows
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.parallel.support import check_support, parts_of
 from adaptive.recipe import Recipe
@@ -59,13 +59,22 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
     return per_device // limit
 
 
-def check_length(seq_len: int, parts: int) -> None:
-    """Raises MeshError where sequences do not divide over the context axis."""
+def check_length(recipe: Recipe, parts: int) -> None:
+    """Raises MeshError where sequences, or the positions whose logits exist at once, do not divide over the context
+    axis."""
+    seq_len, chunk = recipe.data.seq_len, recipe.train.loss_chunk
     if seq_len % parts:
         near = sorted({max(1, seq_len // parts) * parts, (seq_len // parts + 1) * parts})
         raise MeshError(
             f"data.seq_len={seq_len} does not divide over mesh.context={parts}; nearest that do: "
             f"{', '.join(map(str, near))}"
+        )
+    own = seq_len // parts
+    if chunk and own % chunk:
+        fits = min(divisors(own), key=lambda d: abs(d - chunk))
+        raise MeshError(
+            f"train.loss_chunk={chunk} does not divide the {own} positions of a sequence that each device of "
+            f"mesh.context={parts} has; nearest that does: {fits}"
         )
 
 
@@ -153,7 +162,7 @@ class Program:
         # Again, now that the size of every axis is known.
         dataclasses.replace(recipe.mesh, **mesh.shape).validate(recipe.expert_layers())
         check_support(mesh.shape, parts_of(recipe.model))
-        check_length(recipe.data.seq_len, split(mesh, AxisRules().seq))
+        check_length(recipe, split(mesh, AxisRules().seq))
         self.shards = split(mesh, AxisRules().batch)
         self.accumulation = accumulation_of(recipe, self.shards)
         self.dtype = compute_dtype(recipe)
@@ -187,7 +196,8 @@ class Program:
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """Where the model's code is to be traced."""
-        return placement(self.mesh, self.rules, self.experts, self.recipe.train.kernels)
+        context = context_parallel(self.recipe.mesh, self.mesh)
+        return placement(self.mesh, self.rules, self.experts, self.recipe.train.kernels, context)
 
     def fresh_state(self) -> TrainState:
         key = jax.random.key(self.recipe.train.seed)
@@ -286,14 +296,20 @@ class Program:
         return call
 
 
+class Saved(Protocol):
+    """Steps that were compiled before, by the step (from 0) that their phase begins with."""
+
+    def load(self, program: Program, begin: int) -> Compiled | None: ...
+
+
 class Steps:
     """The train step of each phase of a run: routers may warm up first, and capacities may change, in programs of their
     own. The first is compiled at once, each other when it is due (`prepare`)."""
 
-    def __init__(self, program: Program):
-        self._program = program
-        model = program.recipe.model
-        self._begins = sorted({0, model.warmup_steps(), *model.changes()})
+    def __init__(self, program: Program, saved: Saved | None = None):
+        """saved: steps that were compiled before, which are loaded."""
+        self._program, self._saved = program, saved
+        self._begins = self.phases_of(program)
         self._compiled: dict[int, Compiled] = {}
         self.first = self.prepare(0)
 
@@ -308,8 +324,16 @@ class Steps:
             self._compiled[begin] = self._compile(begin)
         return self._compiled[begin]
 
+    @staticmethod
+    def phases_of(program: Program) -> list[int]:
+        """The steps (from 0) that phases begin with."""
+        model = program.recipe.model
+        return sorted({0, model.warmup_steps(), *model.changes()})
+
     def _compile(self, begin: int) -> Compiled:
         try:
+            if self._saved is not None and (found := self._saved.load(self._program, begin)):
+                return found
             return self._program.compile_train_step(begin)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

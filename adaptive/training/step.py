@@ -275,4 +275,4 @@ def _micro_batches(a: jax.Array, n: int) -> jax.Array:
     shards = batch_shards()
     parts = a.reshape(shards, n, a.shape[0] // (shards * n), *a.shape[1:]).swapaxes(0, 1)
     parts = parts.reshape(n, -1, *a.shape[1:])
-    return constrain(parts, None, "batch", *(None,) * (a.ndim - 1))
+    return constrain(parts, None, "batch", "seq", *(None,) * (a.ndim - 2))

@@ -13,9 +13,11 @@ from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
+from adaptive.parallel.rows import add_rows, take_rows
+from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing import expert_choice
 from adaptive.routing.losses import mean_over, together
-from adaptive.routing.rows import add_rows, membership, take_rows
+from adaptive.routing.rows import membership
 from adaptive.routing.scores import passes as passes_threshold
 from adaptive.routing.scores import scores_of
 from adaptive.routing.types import Aux, AuxLosses, Selection, Summed, Trace
@@ -108,19 +110,23 @@ class ExpertChoice(DepthModule):
         counts = None if where.exists is None else where.counts()
         out, stream, positions, candidates = x, x, None, exists
         log, each = _Log(s, n, x.shape[:2]), []
-        for r, capacity in enumerate((seq,) * n if warming else capacities(shares, seq)):
-            logits = self.routers[r](stream)[..., 0]
-            limit = None
+        for r, most in enumerate((seq,) * n if warming else capacities(shares, seq)):
+            logits, capacity = whole_rows(self.routers[r](stream)[..., 0]), even(most)
+            limit: Any = None
             if step is not None and warming:
                 limit = expert_choice.capacity_limit(shares[r], seq, step, s.capacity_warmup_steps)
             if counts is not None:
                 limit = expert_choice.limit_of_counts(shares[r], counts, seq, limit)
+            elif limit is None and capacity > most:
+                limit = most
             gates, ranking = scores_of(logits, s.activation, s.alpha), None
             if s.random:
                 key = call.key if call.key is not None else jax.random.key(0)
                 ranking = jax.random.uniform(jax.random.fold_in(key, r), logits.shape)
                 gates = 0.1 * ranking
-            decision = self.aux_routers[r](jax.lax.stop_gradient(stream))[..., 0] if self.aux_routers else None
+            decision = None
+            if self.aux_routers:
+                decision = whole_rows(self.aux_routers[r](jax.lax.stop_gradient(stream))[..., 0])
             choice = expert_choice.choose(
                 logits, gates, capacity, ranking=ranking, decision=decision, candidates=candidates, limit=limit
             )

@@ -18,9 +18,11 @@ from adaptive.layers.call import Call
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone
+from adaptive.parallel.rows import add_rows, take_rows
+from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing.expert_choice import chosen_of, limit_of_counts
 from adaptive.routing.losses import mean_over, of_calls, sampling_loss
-from adaptive.routing.rows import add_rows, membership, take_rows
+from adaptive.routing.rows import membership
 from adaptive.routing.select import select_top
 from adaptive.routing.types import Aux, AuxLosses, Selection, Trace
 from adaptive.settings import ranged
@@ -77,8 +79,8 @@ class MixtureOfDepths(DepthModule):
                 x, carried, own = core(number * s.every + i, x, where, call, carried)
                 told.append(own)
             r = number * s.every + s.every - 1
-            logits = (x.astype(jnp.float32) @ router)[..., 0]
-            decision = (jax.lax.stop_gradient(x).astype(jnp.float32) @ predictor)[..., 0]
+            logits = whole_rows((x.astype(jnp.float32) @ router)[..., 0])
+            decision = whole_rows((jax.lax.stop_gradient(x).astype(jnp.float32) @ predictor)[..., 0])
             x, state, own, selection, stats = routed(core, r, x, where, call, carried, logits, decision)
             depth = depth + s.every - 1 + membership(selection, x.shape[1])
             return (x, depth, carried._replace(state=state)), ([*told, own], selection, stats)
@@ -101,9 +103,13 @@ class MixtureOfDepths(DepthModule):
     ) -> tuple[jax.Array, Any, Any, Selection, dict[str, Any]]:
         """The best of the row, computed among themselves."""
         n, exists, share = x.shape[1], where.present(), self.settings.share
-        limit = None if where.exists is None else limit_of_counts(share, where.counts(), n, None)
+        most = max(1, int(share * n))
+        capacity = even(most)
+        limit: Any = most if capacity > most else None
+        if where.exists is not None:
+            limit = limit_of_counts(share, where.counts(), n, None)
         ranking = logits if exists is None else jnp.where(exists, logits, -jnp.inf)
-        selection = select_top(ranking, jax.nn.sigmoid(logits), max(1, int(share * n)), limit)
+        selection = select_top(ranking, jax.nn.sigmoid(logits), capacity, limit)
         h = take_rows(x, selection.indices)
         partial = None if exists is None and limit is None else selection.valid
         new, after, told = core(r, h, where.take(selection.indices, partial), call, carried)

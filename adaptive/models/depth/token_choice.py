@@ -12,10 +12,12 @@ from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Buffer, Site
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
+from adaptive.parallel.rows import add_rows, take_rows
+from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing import token_choice
 from adaptive.routing.expert_choice import limit_of_counts
 from adaptive.routing.losses import mean_over, updated_bias
-from adaptive.routing.rows import add_rows, membership, take_rows
+from adaptive.routing.rows import membership
 from adaptive.routing.scores import scores_of
 from adaptive.routing.select import select_first
 from adaptive.routing.types import Aux, AuxLosses, Selection, Trace
@@ -154,10 +156,12 @@ class TokenChoice(DepthModule):
         wants, h, reached = decided.depth, x, jnp.zeros(x.shape[:2], jnp.int32)
         present = jnp.ones(x.shape[:2], bool) if exists is None else exists
         selections, overflow, each = [], jnp.zeros((), jnp.float32), []
-        for r, capacity in enumerate(capacities(shares, seq)):
-            asked = present & (wants >= r) & (reached == r)
-            limit = None if counts is None else limit_of_counts(shares[r], counts, seq, None)
-            selection = select_first(asked, decided.gate, capacity, limit)
+        for r, most in enumerate(capacities(shares, seq)):
+            asked, capacity = whole_rows(present & (wants >= r) & (reached == r)), even(most)
+            limit: Any = most if capacity > most else None
+            if counts is not None:
+                limit = limit_of_counts(shares[r], counts, seq, None)
+            selection = select_first(asked, whole_rows(decided.gate), capacity, limit)
             got = membership(selection, seq)
             before = take_rows(h, selection.indices)
             new, carried, told = core(r, before, where.take(selection.indices, selection.valid), call, carried)
