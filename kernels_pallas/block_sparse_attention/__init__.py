@@ -86,28 +86,52 @@ def block_sparse_attention(
     _check(rule, q, k, v, lists)
     if checking():
         _check_lists(rule, table, counts)
-    if table.shape[1] not in (1, k.shape[2]):
-        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    k, v = (shared_by(table, x, q.shape[2]) for x in (k, v))
     leaves, form = jax.tree.flatten((q, k, v, lists))
     out, lse = _attention(rule, *jax.tree.unflatten(form, alike(*leaves)))
     return (out, lse) if with_lse else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists) -> tuple[jax.Array, jax.Array]:
+def attend(rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists) -> tuple[jax.Array, jax.Array]:
+    """The result and its log-sum-exp, without a gradient; k and v as of `shared_by`."""
     of = lambda form: functools.partial(form.forward, rule)  # noqa: E731
     return by_platform(q, k, v, lists, tpu=of(tpu), cuda=of(gpu), default=of(blocks))
 
 
+def pulled(
+    rule: Rule,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: Lists,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys contribute to the cotangents of q, k and v, for `attend` over these and others.
+
+    out, lse, d_out, d_lse  of all of them: the result, its log-sum-exp, and the cotangents of both
+    """
+    of = lambda form: functools.partial(form.backward, rule)  # noqa: E731
+    return by_platform(q, k, v, lists, out, lse, d_out, d_lse, tpu=of(tpu), cuda=of(gpu), default=of(blocks))
+
+
+def shared_by(table: jax.Array, x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values [batch, keys, kv_heads, d], once for each query head if these have lists of their own."""
+    return x if table.shape[1] in (1, x.shape[2]) else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+_attention = jax.custom_vjp(attend, nondiff_argnums=(0,))
+
+
 def _attention_forward(rule, q, k, v, lists):
-    out, lse = _attention(rule, q, k, v, lists)
+    out, lse = attend(rule, q, k, v, lists)
     return (out, lse), (q, k, v, lists, out, lse)
 
 
 def _attention_backward(rule, kept, cotangents):
-    of = lambda form: functools.partial(form.backward, rule)  # noqa: E731
-    pulled = by_platform(*kept, *cotangents, tpu=of(tpu), cuda=of(gpu), default=of(blocks))
-    return *pulled, None
+    return *pulled(rule, *kept, *cotangents), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -92,12 +92,38 @@ def from_choices(chosen: jax.Array, query_block: int, slots: int) -> tuple[Block
     table, _ = from_map(votes > 0, slots, scores)
     mine = jnp.take_along_axis(chosen, table.blocks[..., None, :], axis=-1)
     mine = mine & (jnp.arange(slots, dtype=jnp.int32) < table.counts[..., None])[..., None, :]
-    words = -(-slots // WORD)
-    bits = jnp.pad(mine, [*none, (0, 0), (0, 0), (0, words * WORD - slots)])
-    bits = bits.reshape(*bits.shape[:-1], words, WORD).astype(jnp.uint32)
-    packed = (bits << jnp.arange(WORD, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
     dropped = votes.sum(-1) - mine.sum((-2, -1), dtype=jnp.int32)
-    return table, packed, dropped
+    return table, _packed(mine), dropped
+
+
+def part_of(
+    table: jax.Array, counts: jax.Array, row_bits: jax.Array | None, place: jax.Array, key_blocks: int
+) -> tuple[BlockTable, jax.Array | None]:
+    """The table, and `row_bits`, for some of the key blocks that it lists: the same order, fewer entries.
+
+    place       i32, as table: the number of each entry's key block among them, ascending with the entries, or -1
+    key_blocks  how many they are, at least 1; the lists have as many slots, or those of the table if these are fewer
+    """
+    kept = (place >= 0) & (jnp.arange(table.shape[-1], dtype=jnp.int32) < counts[..., None])
+    order = jnp.argsort(~kept, axis=-1, stable=True)[..., : min(table.shape[-1], key_blocks)]
+    counts = kept.sum(-1, dtype=jnp.int32)
+    slot = jnp.arange(order.shape[-1], dtype=jnp.int32)
+    last = jnp.minimum(slot, jnp.maximum(counts[..., None] - 1, 0))
+    blocks = jnp.maximum(jnp.take_along_axis(place, jnp.take_along_axis(order, last, axis=-1), axis=-1), 0)
+    if row_bits is None:
+        return BlockTable(blocks, counts), None
+    bits = (row_bits[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
+    bits = bits.reshape(*row_bits.shape[:-1], row_bits.shape[-1] * WORD)
+    return BlockTable(blocks, counts), _packed(jnp.take_along_axis(bits, order[..., None, :], axis=-1) > 0)
+
+
+def _packed(bits: jax.Array) -> jax.Array:
+    """u32[..., words] of bool[..., slots]."""
+    slots = bits.shape[-1]
+    words = -(-slots // WORD)
+    bits = jnp.pad(bits, [*[(0, 0)] * (bits.ndim - 1), (0, words * WORD - slots)])
+    bits = bits.reshape(*bits.shape[:-1], words, WORD).astype(jnp.uint32)
+    return (bits << jnp.arange(WORD, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
 
 
 def to_map(table: jax.Array, counts: jax.Array, key_blocks: int) -> jax.Array:
