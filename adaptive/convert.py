@@ -169,7 +169,7 @@ def uptrain(
     recipe = recipe.with_(*settings)
     recipe.validate()
     trained = load(found)
-    read = uptrained(recipe.model, found.recipe.model, trained.state, sharing, recipe.train.seed)
+    read = uptrained(recipe.model, trained.recipe.model, trained.state, sharing, recipe.train.seed)
     save(recipe, read, workdir)
     print(
         f"wrote     {workdir}: {recipe.name} at step 0, begun ({sharing}) as {found.recipe.name} at step {trained.step}"

@@ -23,10 +23,11 @@ def export_folder(
 
     check_kind(kind)
     found = find(workdir, step)
-    plan = planned(found.recipe.model, kind)
+    settings = found.recipe.model.summed()
+    plan = planned(settings, kind)
     api = hub() if repository else None
     trained = load(found)
-    shapes = nnx.eval_shape(lambda: found.recipe.model.build(jax.random.key(0)))
+    shapes = nnx.eval_shape(lambda: settings.build(jax.random.key(0)))
     model = nnx.merge(nnx.graphdef(shapes), trained.state)  # computes in float32, whatever training did
     tokenizer, card = trained.tokenizer, model_card(found.recipe, workdir, found.step, plan.kind, dtype)
     longest = found.recipe.data.seq_len

@@ -22,6 +22,7 @@ from adaptive.account.papers import paper_flops_per_byte, paper_flops_per_token
 from adaptive.errors import RecipeError
 from adaptive.layers.cost import Cost, Taken
 from adaptive.layers.remat import Remat
+from adaptive.models import low_rank
 from adaptive.models.language_model import Settings
 
 __all__ = [
@@ -111,9 +112,10 @@ _PARTS = ("projections", "attention", "attention_useful", "state_space", "feed_f
 def parameters(model: Settings) -> Parameters:
     """Numbers of parameters that a model of these settings has."""
     routers, table = model.body.router_parameters(model.width), model.vocab_size * model.width
+    added = 0 if model.low_rank is None else low_rank.parameters(model.low_rank, model.body, model.site)
     return Parameters(
-        unique=model.body.parameters(model.width) - routers,
-        effective=model.body.unrolled_parameters(model.width) - routers,
+        unique=model.body.parameters(model.width) - routers + added,
+        effective=model.body.unrolled_parameters(model.width) - routers + added,
         embedding=table + model.positions * model.width,
         head=0 if model.tie_embeddings else table,
         routers=routers,

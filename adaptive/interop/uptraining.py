@@ -24,7 +24,8 @@ from adaptive.errors import RecipeError
 from adaptive.interop.tensors import Path, Place
 from adaptive.layers import stack as stacks
 from adaptive.layers.site import passes_of
-from adaptive.models import language_model
+from adaptive.layers.stack import Making
+from adaptive.models import language_model, low_rank
 from adaptive.models.bodies import plain, recursive
 from adaptive.settings import leaf_values
 
@@ -91,18 +92,21 @@ class Uptrained:
 
     def state(self, shapes: Any, place: Place) -> Any:
         """The model's state, each parameter made by itself and put where `place` says."""
-        drawn: dict[Any, Any] = dict(nnx.to_flat_state(self._drawn(shapes)))
+        added = self._additions()
+        drawn: dict[Any, Any] = dict(nnx.to_flat_state(self._drawn(shapes, added)))
 
         def made(path: Path, variable: nnx.Variable) -> nnx.Variable:
-            value = drawn[path][...] if path in drawn else self._value(path, variable)
+            value = drawn[path][...] if path in drawn else added.get(path)
+            value = self._value(path, variable) if value is None else value
             return variable.replace(place(path, np.asarray(value, np.float32)))
 
         flat = nnx.to_flat_state(shapes)
         return nnx.from_flat_state([(path, made(path, variable)) for path, variable in flat])
 
-    def _drawn(self, shapes: Any) -> Any:
-        """What the plain model does not have: the routers."""
-        ours = {path for path, _ in nnx.to_flat_state(shapes) if path[:2] == ("body", "depth")}
+    def _drawn(self, shapes: Any, added: Mapping[Path, Any]) -> Any:
+        """What the plain model does not have: the routers, and additions of low rank other than those."""
+        paths = [path for path, _ in nnx.to_flat_state(shapes)]
+        ours = {p for p in paths if p[:2] == ("body", "depth") or (p[0] == "low_rank" and p not in added)}
 
         def draw(key: jax.Array) -> Any:
             flat = nnx.to_flat_state(nnx.state(self.settings.build(key)))
@@ -110,9 +114,41 @@ class Uptrained:
 
         return jax.jit(draw)(jax.random.key(self.seed)) if ours else nnx.State({})
 
+    def _additions(self) -> dict[Path, np.ndarray]:
+        """Additions that make each pass nearest to the layers that it stands for, where it stands for some."""
+        body, own = self._body, self.settings.low_rank
+        if own is None or not own.per_pass or not self._one_for_each_use:
+            return {}
+        shapes = low_rank.chosen(own, body, self.settings.site, Making(jnp.dtype(jnp.float32)))
+        added: dict[Path, np.ndarray] = {}
+        for path, shape in shapes.items():
+            layers = self.trained["body", "stack", *path[1:]]
+            residual = self._each_use(layers) - self._mean(layers)
+            a, b = low_rank.nearest(np.asarray(residual), shape, own.rank)
+            name = ("low_rank", *map(str, path))
+            added |= {(*name, "a"): a, (*name, "b"): b / own.scale}
+        return added
+
+    @property
+    def _body(self) -> recursive.Settings:
+        assert isinstance(self.settings.body, recursive.Settings)
+        return self.settings.body
+
+    @property
+    def _one_for_each_use(self) -> bool:
+        return self._body.core.layers * self._body.recursions == len(self.shared)
+
+    def _each_use(self, layers: Any) -> jax.Array:
+        """[passes, core, ...]: of the plain model's layers those that each use stands for."""
+        core, passes = self._body.core.layers, self._body.recursions
+        uses = [[self.shared[_use(j, r, core, passes, self._body.order)] for j in range(core)] for r in range(passes)]
+        return jnp.asarray(layers)[jnp.asarray(uses)]
+
+    def _mean(self, layers: Any) -> jax.Array:
+        """[core, ...]: what the shared layers begin as."""
+        return jnp.stack([jnp.asarray(layers)[jnp.asarray(of)].mean(0) for of in self.chosen])
+
     def _value(self, path: Path, variable: nnx.Variable) -> Any:
-        body = self.settings.body
-        assert isinstance(body, recursive.Settings)
         if path[0] != "body":
             return self.trained[path]
         part, rest = path[1], path[2:]
@@ -123,12 +159,9 @@ class Uptrained:
             return layers[: self.shared.start]
         if part == "coda":
             return layers[self.shared.stop :]
-        core, passes = body.core.layers, body.recursions
-        if passes_of(variable) and core * passes == len(self.shared):
-            uses = [[self.shared[_use(j, r, core, passes, body.order)] for j in range(core)] for r in range(passes)]
-            return jnp.asarray(layers)[jnp.asarray(uses)]
-        mean = jnp.stack([jnp.asarray(layers)[jnp.asarray(of)].mean(0) for of in self.chosen])
-        return jnp.broadcast_to(mean, variable.shape)
+        if passes_of(variable) and self._one_for_each_use:
+            return self._each_use(layers)
+        return jnp.broadcast_to(self._mean(layers), variable.shape)
 
 
 def uptrained(
@@ -163,7 +196,7 @@ def uptrained(
 
 
 def _outside(settings: language_model.Settings) -> dict[str, Any]:
-    found = leaf_values(dataclasses.replace(settings, body=plain.Settings()))
+    found = leaf_values(dataclasses.replace(settings, body=plain.Settings(), low_rank=None))
     return {path: value for path, value in found.items() if not path.startswith("body") and path not in _OF_TRAINING}
 
 

@@ -16,6 +16,7 @@ from adaptive.layers.site import Buffer, Site, normal_param
 from adaptive.layers.stack import Making
 from adaptive.layers.state import State
 from adaptive.layers.where import Where
+from adaptive.models import low_rank as lora
 from adaptive.models.bodies import Body, BodyModule, plain
 from adaptive.models.facts import Facts, facts_of
 from adaptive.parallel.rules import constrain, gathered
@@ -40,6 +41,7 @@ class Settings:
     embedding_scale: float = since(1.0, before=1.0, above=0)  # of the embeddings as they are looked up (Gemma)
     logit_soft_cap: float = since(0.0, before=0.0, least=0)  # cap * tanh(logits / cap) (Gemma 2); 0: as they are
     positions: int = since(0, before=0, least=0)  # places with learned embeddings beside the tokens' (GPT-2); 0: none
+    low_rank: lora.Settings | None = since(None, before=None)  # additions to the body's matrices (LoRA)
 
     def validate(self, at: str = "model") -> None:
         """Raises RecipeError for the first setting that cannot work, with what would."""
@@ -49,6 +51,19 @@ class Settings:
                 f"{at}.padding_token={self.padding_token}: must be a token, 0 to {self.vocab_size - 1}, or -1 for none"
             )
         self.body.check(self.width, f"{at}.body")
+        if self.low_rank is not None:
+            self.low_rank.check(self.body, f"{at}.low_rank")
+
+    @property
+    def site(self) -> Site:
+        """Where the body stands."""
+        return Site(self.width, self.init_std, norm_eps=self.norm_eps)
+
+    def summed(self) -> "Settings":
+        """Those of the model whose matrices are the sums with their additions of low rank."""
+        if self.low_rank is None:
+            return self
+        return dataclasses.replace(self, low_rank=None, body=self.low_rank.summed(self.body))
 
     def facts(self) -> Facts:
         """What evaluation, alarms and reports need to know."""
@@ -98,8 +113,10 @@ class LanguageModel(nnx.Module):
                 table.set_metadata(rate=s.body.outer_rate())
         places = (s.positions, s.width)
         self.positions = normal_param(next(keys), places, (None, "width"), s.embedding_std) if s.positions else None
-        site = Site(s.width, s.init_std, norm_eps=s.norm_eps)
-        self.body: BodyModule = s.body.build(site, keys, making)
+        self.body: BodyModule = s.body.build(s.site, keys, making)
+        self.making = making
+        added = s.low_rank
+        self.low_rank = None if added is None else lora.additions(added, s.body, s.site, making, next(keys))
 
     def __call__(
         self,
@@ -139,6 +156,40 @@ class LanguageModel(nnx.Module):
                        many tokens of a sequence or chunk, up to its `most_per_token`; None: as the settings say
         logits         False leaves them out, for a loss that computes them in chunks from `hidden` and `head_weight`
         """
+        where, call = self.asked(
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            valid=valid,
+            boundaries=boundaries,
+            deterministic=deterministic,
+            selection=selection,
+            sees=sees,
+            step=step,
+            key=key,
+            passes=passes,
+            experts_per_token=experts_per_token,
+        )
+        through = self._computed_with()(self.embedded(tokens, where), where, call)
+        return self._output(through.hidden, through.aux, through.trace, logits)
+
+    def asked(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        boundaries: jax.Array | None = None,
+        deterministic: bool = True,
+        selection: Selecting = "topk",
+        sees: Literal["past", "all"] = "past",
+        step: jax.Array | None = None,
+        key: jax.Array | None = None,
+        passes: int | jax.Array | None = None,
+        experts_per_token: jax.Array | None = None,
+    ) -> tuple[Where, Call]:
+        """The positions of a forward pass, and what it is about; arguments as of a call."""
         if valid is not None:
             segment_ids = valid.astype(jnp.int32) if segment_ids is None else jnp.where(valid, segment_ids, 0)
         given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
@@ -156,9 +207,7 @@ class LanguageModel(nnx.Module):
         shape = (tokens.shape[0], tokens.shape[1])
         if positions is None and not self.settings.body.counts_documents():
             positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-        where = Where.whole(shape, positions, segment_ids)
-        through = self.body(self._embed(tokens, where), where, call)
-        return self._output(through.hidden, through.aux, through.trace, logits)
+        return Where.whole(shape, positions, segment_ids), call
 
     def head_weight(self) -> jax.Array:
         """The output matrix [vocab, width], in float32."""
@@ -229,7 +278,7 @@ class LanguageModel(nnx.Module):
         given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
         where = Where.after(cache["seen"][0], tokens.shape[1], valid)
         call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows)
-        through = self.body(self._embed(tokens, where), where, call, cache["body"])
+        through = self._computed_with()(self.embedded(tokens, where), where, call, cache["body"])
         after = {"seen": cache["seen"] + where.counts(), "body": through.state}
         return self._output(through.hidden, through.aux, through.trace, True), after
 
@@ -242,7 +291,22 @@ class LanguageModel(nnx.Module):
 
     # Parts
 
-    def _embed(self, tokens: jax.Array, where: Where) -> jax.Array:
+    def summed(self) -> "LanguageModel":
+        """The model whose matrices are the sums with their additions of low rank; itself without any."""
+        if self.low_rank is None:
+            return self
+        model = nnx.clone(self)
+        model.settings, model.body, model.low_rank = self.settings.summed(), self._computed_with(), None
+        return model
+
+    def _computed_with(self) -> BodyModule:
+        """The body, additions of low rank included."""
+        s = self.settings
+        if s.low_rank is None:
+            return self.body
+        return lora.summed(s.low_rank, s.body, s.site, self.making, self.body, self.low_rank)
+
+    def embedded(self, tokens: jax.Array, where: Where) -> jax.Array:
         """[rows, n, width]; NaN at places that have no embedding."""
         table = gathered(self.embedding[...], ("vocab", "width"), self.dtype)
         x = table[tokens]
@@ -263,7 +327,7 @@ class LanguageModel(nnx.Module):
         return use(self.positions, self.dtype).at[where.number].get(mode="fill", fill_value=jnp.nan)
 
     def _output(self, hidden: jax.Array, aux: AuxLosses, trace: Any, logits: bool) -> Output:
-        losses = AuxLosses({**aux, **self._expert_losses(trace.told)})
+        losses = AuxLosses({**aux, **self.expert_losses(trace.told)})
         return Output(hidden, self._logits(hidden) if logits else None, losses, trace)
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
@@ -272,7 +336,7 @@ class LanguageModel(nnx.Module):
         cap = self.settings.logit_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def _expert_losses(self, told: dict[str, Told]) -> AuxLosses:
+    def expert_losses(self, told: dict[str, Told]) -> AuxLosses:
         """Losses of routed feed-forwards, those of one kind over all their calls together; of a second kind under names
         with its path."""
         kinds: dict[Any, tuple[str, FeedForwardModule, list[Told]]] = {}

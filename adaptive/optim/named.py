@@ -1,7 +1,6 @@
-"""Parameters by their paths, such as embedding or body/inner/depth/router/out."""
+"""Choosing parameters by their paths, such as embedding or body/inner/depth/router/out."""
 
 import difflib
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.layers.named import matches
 
 
 def chosen(params: Any, patterns: Sequence[str], at: str) -> Any:
@@ -19,19 +19,10 @@ def chosen(params: Any, patterns: Sequence[str], at: str) -> Any:
     """
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)]
     for pattern in patterns:
-        if not any(_matches(path, pattern) for path in paths):
+        if not any(matches(path, (pattern,)) for path in paths):
             near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
             raise RecipeError(f"{at}={pattern}: no parameter is called so; nearest: {', '.join(near)}")
     flags = [matches(path, patterns) for path in paths]
     leaves, tree = jax.tree.flatten(params)
     assert len(leaves) == len(flags), "every parameter is one array"
     return jax.tree.unflatten(tree, flags)
-
-
-def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns is this path, or what it begins with."""
-    return any(_matches(path, pattern) for pattern in patterns)
-
-
-def _matches(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern.rstrip('/')}/*")

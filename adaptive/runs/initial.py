@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 
 from adaptive.errors import CheckpointError, RecipeError
-from adaptive.optim.named import chosen, matches
-from adaptive.paths import local_path
+from adaptive.layers.named import matches
+from adaptive.optim.named import chosen
+from adaptive.paths import absolute, bucket_scheme, local_path
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import read_part, steps_in
 from adaptive.runs.config import InitConfig
@@ -30,7 +31,7 @@ def settings_of(text: str, workdir: Path | None) -> list[str]:
     name, step = text, None
     if found := re.fullmatch(r"(.+)@(\d{1,18})", text):
         name, step = found[1], int(found[2])
-    run = local_path(name, "--init_from").absolute()
+    run = name if bucket_scheme(name) else local_path(name, "--init_from").absolute()
     before = _begun(workdir, str(run))
     if before is None or step not in (None, before.step):
         step = find(run, step).step
@@ -84,7 +85,7 @@ def begun(init: InitConfig, state: TrainState) -> TrainState:
     return state._replace(**read)
 
 
-def weights_alone(folder: Path) -> bool:
+def weights_alone(folder: Any) -> bool:
     """Whether the newest checkpoint in a run's folder of them is of step 0 and has no state of an optimizer, as
     converted weights are kept."""
     steps = steps_in(folder)
@@ -93,7 +94,7 @@ def weights_alone(folder: Path) -> bool:
     import orbax.checkpoint as ocp
 
     try:
-        about = ocp.JsonCheckpointHandler().restore(folder.absolute() / "0" / "about")
+        about = ocp.JsonCheckpointHandler().restore(absolute(folder) / "0" / "about")
         return not any(name.startswith("opt/") for name in about["arrays"])
     except Exception:  # damaged files show as errors of many kinds; reading it whole tells which
         return False

@@ -1,5 +1,6 @@
 """A trained model out of the folder of its run: recipe, parameters and tokenizer, on one device."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,6 @@ from flax import nnx
 
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.errors import CheckpointError
-from adaptive.paths import local_path
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import read_part, steps_in
 from adaptive.runs.folder import RunFolder
@@ -17,7 +17,8 @@ from adaptive.runs.state import abstract_model
 
 
 class Trained(NamedTuple):
-    """A model as training left it at `step`: nnx.merge(graphdef, state) is the module."""
+    """A model as training left it at `step`: nnx.merge(graphdef, state) is the module. Additions of low rank are in the
+    matrices, as the recipe's settings of the model then say."""
 
     recipe: Recipe
     step: int
@@ -31,7 +32,7 @@ class Found(NamedTuple):
     """A run with a checkpoint to read, and the steps of all it has."""
 
     recipe: Recipe
-    checkpoints: Path
+    checkpoints: Any
     step: int
     steps: tuple[int, ...]
 
@@ -44,23 +45,23 @@ def find(workdir: str | Path, step: int | None = None, *, option: str = "--workd
     Raises CheckpointError where there is no run or no such checkpoint, RecipeError for a recipe that cannot be read,
     UserError for what is no path.
     """
-    folder = RunFolder(local_path(str(workdir), option))
+    folder = RunFolder.at(str(workdir), option)
     if not folder.path.is_dir():
-        raise CheckpointError(f"{option} {folder.path}: there is no such folder; give that of a run")
+        raise CheckpointError(f"{option} {folder}: there is no such folder; give that of a run")
     try:
         text = folder.recipe.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{option} {folder.path} holds no run: {folder.recipe.name}: {why}") from None
+        raise CheckpointError(f"{option} {folder} holds no run: {folder.recipe.name}: {why}") from None
     recipe = Recipe.from_json(text, where=str(folder.recipe))
     steps = steps_in(folder.checkpoints)
     if not steps:
         raise CheckpointError(
-            f"{folder.path} has no checkpoint yet; training saves every checkpoint.every={recipe.checkpoint.every} "
+            f"{folder} has no checkpoint yet; training saves every checkpoint.every={recipe.checkpoint.every} "
             "steps, when it is stopped and at its end"
         )
     if step is not None and step not in steps:
-        raise CheckpointError(f"{folder.path} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     return Found(recipe, folder.checkpoints, steps[-1] if step is None else step, tuple(steps))
 
 
@@ -91,4 +92,8 @@ def load(found: Found, *, ema: bool = False) -> Trained:
         others = ", ".join(f"--step {step}" for step in found.steps if step != found.step)
         raise CheckpointError(f"{error}{f'; there are also {others}' if others else ''}") from None
     state = nnx.merge_state(read[weights], read.get("buffers", buffers))
+    if recipe.model.low_rank is not None:
+        model = nnx.jit(lambda model: model.summed())(nnx.merge(graphdef, state))
+        graphdef, state = nnx.split(model)
+        recipe = dataclasses.replace(recipe, model=recipe.model.summed())
     return Trained(recipe, found.step, graphdef, state, tokenizer, refuse)

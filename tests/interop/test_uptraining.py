@@ -11,6 +11,7 @@ from flax import nnx
 from adaptive import convert
 from adaptive.errors import RecipeError
 from adaptive.interop.uptraining import sources, uptrained
+from adaptive.models import low_rank
 from adaptive.models.bodies import recursive
 from adaptive.models.depth import expert_choice
 from adaptive.recipe import Recipe
@@ -140,3 +141,13 @@ def test_another_model_is_refused(settings, wrong):
 def test_a_run_of_another_kind_is_refused():
     with pytest.raises(RecipeError, match="begins from a plain model"):
         uptrained(recursion(), recursion(), nnx.State({}), "stepwise")
+
+
+@pytest.mark.compiles
+def test_passes_with_additions_of_full_rank_are_the_plain_model():
+    state = nnx.state(PLAIN.build(jax.random.key(0)))
+    near = {}
+    for rank in (2, 24):
+        relaxed = replace(recursion(), low_rank=low_rank.Settings(rank=rank, scale=0.5, on=("core/*",), per_pass=True))
+        near[rank] = logits(relaxed, begun(relaxed, state, "average")) - logits(PLAIN, state)
+    assert abs(near[24]).max() < 1e-4 < abs(near[2]).max()
