@@ -54,7 +54,8 @@ def run(arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"there is no command '{name}'; {hint} (adaptive --help)")
-    return command.imported(module_of(name)).main(rest)
+    stopped = 75 if name == "train" else None
+    return command.imported(module_of(name), stopped=stopped).main(rest)
 
 
 def help_of(name: str) -> str:

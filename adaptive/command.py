@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from adaptive.errors import NonFiniteError, UserError
+from adaptive.errors import StopError, UserError
 from adaptive.printable import printable
 
 INTERRUPTED = 130
@@ -25,15 +25,15 @@ NO_READER = 141  # whoever read the output has had enough; a shell's code for a 
 Run = Callable[[Sequence[str]], int]
 
 
-def start(module: str) -> int:
+def start(module: str, *, stopped: int | None = None) -> int:
     """The exit code of the module's `main` with the arguments of this process: all that `python -m` does.
 
     Its imports happen in here, and Ctrl-C ends them like all that follows. Text that the terminal cannot show is
-    replaced rather than an error.
+    replaced rather than an error. stopped: see `imported`.
     """
     _make_streams_safe()
     try:
-        code = exit_code(lambda arguments: imported(module).main(arguments), sys.argv[1:])
+        code = exit_code(lambda arguments: imported(module, stopped=stopped).main(arguments), sys.argv[1:])
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -42,11 +42,15 @@ def start(module: str) -> int:
         return NO_READER
 
 
-def imported(module: str) -> Any:
+def imported(module: str, *, stopped: int | None = None) -> Any:
     """The module. Ctrl-C while it is imported ends the process at once: there are packages that would go on.
+
+    stopped  the exit code after a SIGTERM meanwhile; None: that of any process
 
     Raises UserError where a package is not installed.
     """
+    if default := stopped is not None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(stopped))
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
         signal.signal(signal.SIGINT, _leave)
@@ -60,6 +64,8 @@ def imported(module: str) -> Any:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if default:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(number: int, frame: object) -> None:
@@ -77,7 +83,7 @@ def exit_code(run: Run, arguments: Sequence[str], *, interrupted: str = "interru
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.code
-    except NonFiniteError as error:
+    except StopError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:

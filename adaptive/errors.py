@@ -31,7 +31,19 @@ class ClusterError(UserError):
     """The processes of one job cannot find each other, or disagree about the job."""
 
 
-class NonFiniteError(RuntimeError):
+class StopError(RuntimeError):
+    """A run cannot go on; the message says why."""
+
+    code = 1
+
+
+class NonFiniteError(StopError):
     """Too many consecutive steps had a non-finite loss or gradient."""
 
     code = 3
+
+
+class CorruptionError(StopError):
+    """The same step, computed twice from the same state, gave different results."""
+
+    code = 4

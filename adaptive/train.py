@@ -11,17 +11,18 @@ if __name__ == "__main__":
 
     from adaptive import command
 
-    sys.exit(command.start("adaptive.train"))
+    sys.exit(command.start("adaptive.train", stopped=75))
 
 import contextlib
 import logging
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from adaptive import command, versions
 from adaptive.errors import UserError
@@ -46,7 +47,23 @@ def options() -> command.Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return cluster.leave(command.exit_code(run, arguments))
+    with stopped_early():
+        return cluster.leave(command.exit_code(run, arguments))
+
+
+@contextlib.contextmanager
+def stopped_early() -> Iterator[None]:
+    """SIGTERM before training begins, which hears signals itself, unwinds what was begun and ends with 75."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        cluster.stopped()
+        raise SystemExit(cluster.PREEMPTED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -82,7 +99,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     """Trains `recipe` in `workdir` from the beginning, or from its newest checkpoint; the exit code.
 
     workdir    None: nothing is kept, and all stops before the first step
-    arguments  of the command, for advice
+    arguments  of the command, for advice; with some, all the time of this process is counted as the run's
     """
     import jax
 
@@ -90,14 +107,16 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     from adaptive.runs.folder import RunFolder
     from adaptive.runs.origin import record_start
     from adaptive.runs.platform import keep_compilations
+    from adaptive.training.goodput import Account, process_began
     from adaptive.training import plan as plans
     from adaptive.training import sets_and_tasks
     from adaptive.training.fitting import fitted
     from adaptive.training.program import Program, data_shard
     from adaptive.training.stopping import StopRequest
     from adaptive.training.waiting import waiting
-    from adaptive.training.watchdog import COMPILE_S, Watchdog
+    from adaptive.training.watchdog import Watchdog
 
+    account = Account(process_began() if arguments else None)
     primary = jax.process_index() == 0
     say = print_now if primary else lambda text: None
     with contextlib.ExitStack() as at_exit:
@@ -122,7 +141,8 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         watchdog, stop = Watchdog(), at_exit.enter_context(StopRequest(say))
         say(f"compiling the train step ({compilations})")
         shown = waiting("compiling", say) if primary else contextlib.nullcontext()
-        with watchdog.limit("compiling", COMPILE_S), stop.at_once(folder.close if folder else lambda: None), shown:
+        limit, at_once = recipe.train.start_timeout_s, stop.at_once(folder.close if folder else lambda: None)
+        with watchdog.limit("compiling", limit), at_once, shown, account.of("compile"):
             fit = fitted(program)
         cluster.meet("the train step is compiled")
         program, steps = fit.program, fit.steps
@@ -137,7 +157,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
 
         from adaptive.training.loop import Loop
 
-        loop = Loop(program, steps, data, plan, folder, watchdog, stop, say)
+        loop = Loop(program, steps, data, plan, folder, watchdog, stop, account, say)
         return loop.run()
 
 

@@ -33,6 +33,7 @@ from adaptive.recipe import Recipe, setting_kinds
 from adaptive.runs import initial
 from adaptive.runs.checkpoint import Checkpoints
 from adaptive.runs.state import TrainState
+from adaptive.training import continuation as continuations
 from adaptive.training import loop as loops
 from adaptive.training import program as programs
 from adaptive.training import tracking as dashboards
@@ -40,6 +41,7 @@ from adaptive.training.evaluation import Evaluator
 from adaptive.training.loop import Loop
 from adaptive.training.report.schema import PlanRecord
 from adaptive.training.step import make_train_step
+from adaptive.training.stopping import Agreed
 from kernels_pallas.choice import active_target
 
 pytestmark = pytest.mark.compiles
@@ -177,29 +179,51 @@ def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         yield
 
     bad = jax.tree.map(jnp.asarray, {"skipped": 1, "loss": np.nan, "grad_norm": 1.0})
+    clock = iter(range(10**6))
+    patch.setattr(loops.time, "monotonic", lambda: next(clock))
+    patch.setattr(loops, "repeated", lambda call, *given: did.append("repeated") or call(*given))
     meter = types.SimpleNamespace(
+        steps=1,
         waited=lambda s: None,
         add=lambda m, at: None,
-        paused=contextlib.nullcontext,
         row=lambda n, **columns: (n, columns),
     )
+    spent = types.SimpleNamespace(goodput=None)
+    account = types.SimpleNamespace(waited=lambda s: None, note=lambda done: None, spent=lambda: spent)
     loop: Any = types.SimpleNamespace(
         recipe=recipe, meter=meter, watchdog=types.SimpleNamespace(limit=limit), late=loops.OneStepLate(),
         folder=types.SimpleNamespace(profile=folder, path=folder), first_row=True, bad_in_row=0, say=lambda line: None,
-        steps=lambda number, state, batch: (state, bad), program=types.SimpleNamespace(to_devices=lambda batch: batch),
-        progress=types.SimpleNamespace(step=lambda done: None), stop=types.SimpleNamespace(agreed=lambda: False),
-        save=lambda done, *rest: did.append(("save", done)),
-        evaluate=lambda state, done: did.append(("evaluate", done)), prepare=lambda number: None,
-        checkpoints=types.SimpleNamespace(rate=lambda done, loss: True),
+        steps=lambda number, state, batch: (state, bad), program=types.SimpleNamespace(for_training=lambda batch: batch),
+        progress=types.SimpleNamespace(step=lambda done: None), account=account, primary=True, saved_at=0, settles=True,
+        stop=types.SimpleNamespace(agree=lambda *, save: Agreed(False, save), check=None),
+        save=lambda done, *rest: did.append(("save", done)), aside=lambda kind: contextlib.nullcontext(),
+        evaluate=lambda state, done, go_on: did.append(("evaluate", done)), prepare=lambda *given: None,
+        checkpoints=types.SimpleNamespace(rate=lambda done, loss: True), evaluator=types.SimpleNamespace(compiled=True),
         record=lambda row: did.append(row), schedule=lambda number: 0.0,
     )  # fmt: skip
-    for name in ("absorb", "profile", "not_finite", "evaluation_due"):
+    for name in ("absorb", "profile", "not_finite", "evaluation_due", "next_batch", "take", "save_due", "write_row",
+                 "evaluate_and_rate"):  # fmt: skip
         setattr(loop, name, types.MethodType(getattr(Loop, name), loop))
     state = types.SimpleNamespace(state=dict)
     try:
         Loop.train(loop, state, 0, Endless())
     except NonFiniteError as error:
         did.append(str(error))
+    return did
+
+
+def limits(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """How long what is no step may take."""
+    did: list[Any] = []
+    watchdog = types.SimpleNamespace(limit=lambda *given: did.append(given) or contextlib.nullcontext())
+    loop: Any = types.SimpleNamespace(
+        recipe=recipe, watchdog=watchdog, settles=False, settled=contextlib.nullcontext, absorb=lambda *given, row: None,
+        late=loops.OneStepLate(), aside=lambda kind: contextlib.nullcontext(), say=lambda line: None,
+        steps=types.SimpleNamespace(due=lambda step: True, prepare=lambda step: types.SimpleNamespace(seconds=1.0)),
+        run_tracked=lambda: 0, tracker=types.SimpleNamespace(finish=lambda: None),
+    )  # fmt: skip
+    Loop.prepare(loop, 1, None, None)
+    Loop.run(loop)
     return did
 
 
@@ -245,12 +269,11 @@ def beginning(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
 def sampling(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     """What a continuation is asked for."""
     asked: list[Any] = []
-    patch.setattr(loops, "sample", lambda g, s, prompt, count, key, **rest: asked.append((list(prompt), count)) or [])
-    loop: Any = types.SimpleNamespace(
-        recipe=recipe, data=types.SimpleNamespace(tokenizer=load_tokenizer("bytes")), say=lambda line: None,
-        program=types.SimpleNamespace(refuse_generation="", graphdef=None),
-    )  # fmt: skip
-    Loop.sample(loop, types.SimpleNamespace(params=nnx.State({}), buffers=nnx.State({})))
+    written = lambda g, s, prompt, count, key, **rest: asked.append((list(prompt), count)) or []  # noqa: E731
+    patch.setattr(continuations, "sample", written)
+    program: Any = types.SimpleNamespace(recipe=recipe, refuse_generation="", graphdef=None)
+    state: Any = types.SimpleNamespace(params=nnx.State({}), buffers=nnx.State({}))
+    continuations.continuation(program, load_tokenizer("bytes"), state, print)
     return asked
 
 
@@ -286,7 +309,7 @@ LOOKS: dict[str, tuple[Callable[..., Any], ...]] = {
     "optimizer": (updates,),
     "schedule": (updates,),
     "mesh": (step,),
-    "train": (updates, running, forms, step),
+    "train": (updates, running, limits, forms, step),
     "eval": (running, evaluating),
     "checkpoint": (running, kept),
     "init": (beginning,),

@@ -201,6 +201,7 @@ def join(
     address = rollcall.resolve(job.coordinator, job.hosts, deadline)
     say(f"job: process {job.index} of {job.processes} on {job.hosts} host(s), from {job.how}")
     say(f"job: coordinator {job.coordinator} = {address}, {_visible(job, env)}")
+    _Job.index = job.index
     _Job.hosts, _Job.line = _line(address, job, deadline, say)
     with _countdown(deadline, say):
         jax.distributed.initialize(
@@ -222,6 +223,8 @@ def join(
 class _Job:
     """Of this process's job: the host of every process, and the line to the others."""
 
+    index: int = 0
+    stopped: bool = False  # whether this process was asked to stop before the others were
     hosts: list[str] = []  # noqa: RUF012  # of the process, set once
     line: Lifeline | None = None
 
@@ -243,13 +246,22 @@ def _line(address: str, job: Cluster, deadline: float, say: Callable[[str], None
     return hosts, None
 
 
-def _end(who: str) -> None:
-    """Ends this process because another one was lost: it would wait for it in a collective."""
+def _end(who: str, stopped: bool) -> None:
+    """Ends this process because another one was lost, or stopped at once: it would wait for it in a collective."""
     if " on " not in who and _Job.hosts:
         who = f"{who} on {_Job.hosts[0]}"
-    print(f"job: {who} ended before the others; this process ends, too", file=sys.stderr, flush=True)
+    what = "was asked to stop, with nothing to save" if stopped else "ended before the others"
+    print(f"job: {who} {what}; this process ends, too", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(LOST)
+    os._exit(PREEMPTED if stopped else LOST)
+
+
+def stopped() -> None:
+    """Tells the others of the job, if this process is in one, that it was asked to stop and is about to end: they end
+    as well, with the same code."""
+    _Job.stopped = True
+    if _Job.line is not None:
+        _Job.line.close(stopped=f"process {_Job.index}")
 
 
 def meet(what: str) -> None:
@@ -350,7 +362,7 @@ def leave(code: int) -> int:
     """
     import jax
 
-    if code in (0, PREEMPTED) or not jax.distributed.is_initialized():
+    if (code in (0, PREEMPTED) and not _Job.stopped) or not jax.distributed.is_initialized():
         if _Job.line is not None:
             _Job.line.close()
         return code

@@ -2,7 +2,8 @@
 
 Process 0 listens; every other one keeps a connection to it and says goodbye before it ends in order. A connection that
 breaks without goodbye tells who was lost, and process 0 tells the others. Collectives would say it too, later, in words
-that name nobody.
+that name nobody. A process that was asked to stop, and ends there and then, says that instead, so that the others end
+as it does.
 """
 
 import contextlib
@@ -11,15 +12,16 @@ import threading
 from collections.abc import Callable, Iterator
 
 _GOODBYE = "goodbye"
+_STOPPED = "stopped "  # and who
 
 
 class Lifeline:
-    """`lost` is called once, from a thread, with who has gone: "process 2 on host-b".
+    """`lost` is called once, from a thread, with who has gone, "process 2 on host-b", and whether that was asked to stop.
 
     Make it with `listen` on process 0 and with `connect` on the others.
     """
 
-    def __init__(self, lost: Callable[[str], None]):
+    def __init__(self, lost: Callable[[str, bool], None]):
         self._lost = lost
         self._lock = threading.Lock()
         self._peers: dict[int, socket.socket] = {}
@@ -29,7 +31,7 @@ class Lifeline:
         self.told = threading.Event()  # set when `lost` was called
 
     @classmethod
-    def listen(cls, lost: Callable[[str], None], processes: int) -> "tuple[Lifeline, int]":
+    def listen(cls, lost: Callable[[str, bool], None], processes: int) -> "tuple[Lifeline, int]":
         """The line of process 0, and the port that the others connect to."""
         line = cls(lost)
         line._server = socket.create_server(("", 0), backlog=processes)
@@ -37,7 +39,7 @@ class Lifeline:
         return line, line._server.getsockname()[1]
 
     @classmethod
-    def connect(cls, lost: Callable[[str], None], host: str, port: int, index: int) -> "Lifeline":
+    def connect(cls, lost: Callable[[str, bool], None], host: str, port: int, index: int) -> "Lifeline":
         """The line of process `index`. Raises OSError where process 0 cannot be reached at the port."""
         line = cls(lost)
         peer = socket.create_connection((host, port), timeout=5)
@@ -48,13 +50,14 @@ class Lifeline:
         threading.Thread(target=line._read, args=(peer,), name="lifeline", daemon=True).start()
         return line
 
-    def close(self) -> None:
-        """Says goodbye: this process ends in order."""
+    def close(self, stopped: str = "") -> None:
+        """Says goodbye: this process ends in order. stopped: who this is, where it was asked to stop and the others,
+        which have not been, are to end with it."""
         with self._lock:
             self._ended = True
             peers = list(self._peers.values())
         for peer in peers:
-            _send(peer, _GOODBYE)
+            _send(peer, f"{_STOPPED}{stopped}" if stopped else _GOODBYE)
         if self._server is not None:
             self._server.close()
 
@@ -80,8 +83,10 @@ class Lifeline:
             gone = self._gone
         if gone:
             _send(peer, gone)
-        if next(lines, "") != _GOODBYE:
-            self._tell(f"process {index} on {host}", int(index))
+        word = next(lines, "")
+        if word != _GOODBYE:
+            who = f"process {index} on {host}"
+            self._tell(f"{_STOPPED}{who}" if word.startswith(_STOPPED) else who, int(index))
 
     def _read(self, peer: socket.socket) -> None:
         word = next(_lines(peer), "")
@@ -97,7 +102,7 @@ class Lifeline:
         for peer in peers:
             _send(peer, who)
         self.told.set()
-        self._lost(who)
+        self._lost(who.removeprefix(_STOPPED), who.startswith(_STOPPED))
 
 
 def _keep_alive(peer: socket.socket) -> None:

@@ -31,6 +31,7 @@ class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
     every: int = ranged(100, least=0)  # steps; 0: only at the end
+    every_s: float = since(0.0, before=0.0, least=0)  # also so many seconds after the one before; 0: by steps alone
     keep_last: int = ranged(2, least=1)
     keep_every: int = ranged(0, least=0)  # also keep each checkpoint whose step is a multiple; 0: none
     # Also keep so many with the lowest held-out loss (eval/loss), which are saved when they are evaluated.

@@ -22,12 +22,18 @@ def digest(tree: Any) -> str:
     depends neither on the sharding nor on the order of the sum. For comparing runs and finding damage; it is no
     cryptographic hash.
     """
+    found = sums(tree)
+    rows = [f"{name} {a.dtype.name} {a.shape} {found[name]}" for name, a in named(tree).items()]
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
+
+
+def sums(tree: Any) -> dict[str, int]:
+    """Of every array by its name, what its bits and their places sum to, modulo 2^32; see `digest`."""
     arrays = named(tree)
     seeds = np.array([zlib.crc32(name.encode()) for name in arrays], np.uint32)
     leaves = list(arrays.values())
-    sums = _sums_here(leaves, seeds) if _here(leaves) else jax.device_get(_sums(leaves, seeds))
-    rows = [f"{name} {a.dtype.name} {a.shape} {total}" for (name, a), total in zip(arrays.items(), sums, strict=True)]
-    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
+    totals = _sums_here(leaves, seeds) if _here(leaves) else jax.device_get(_sums(leaves, seeds))
+    return {name: int(total) for name, total in zip(arrays, totals, strict=True)}
 
 
 def _here(leaves: list[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ class Evaluator:
         counts = data.tokenizer.byte_counts()
         self.selection = modes[0]  # how the passage and the counted routing are selected
         self._others = SetsAndTasks(program, data.tokenizer)
+        self.compiled = False  # whether all programs are
         self._steps = {mode: program.eval_step(counts, mode) for mode in modes}  # type: ignore[arg-type]
 
     @functools.cached_property
@@ -46,8 +48,11 @@ class Evaluator:
         shown = facts.depth != "none" or bool(facts.chunking or facts.experts)
         return classes_of(self._data.tokenizer) if shown else None
 
-    def __call__(self, state: TrainState) -> tuple[Row, RoutingCounter]:
-        """(columns "eval/..." of a metrics row, what routing did under the first way of selecting)."""
+    def __call__(self, state: TrainState, go_on: Callable[[], None] | None = None) -> tuple[Row, RoutingCounter]:
+        """(columns "eval/..." of a metrics row, what routing did under the first way of selecting).
+
+        go_on  called before each batch, and raises where the evaluation is to be given up
+        """
         facts = self._facts
         row: Row = {}
         first = None
@@ -64,6 +69,8 @@ class Evaluator:
             scalars: list[dict[str, float]] = []
             parts = PartSums(facts.experts)
             for number, batch in enumerate(self._data.validation(self._recipe.eval.rows)):
+                if go_on:
+                    go_on()
                 out = jax.device_get(step(evaluated, batch, number))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
                 present = _everywhere(batch.segment_ids) > 0
@@ -85,7 +92,10 @@ class Evaluator:
             if first is None:
                 first = counter
                 row |= counter.scalars()
+        if go_on:
+            go_on()
         row |= self._others(state)
+        self.compiled = True
         return row, first or RoutingCounter("none", 1)
 
     def passage(self, state: TrainState) -> tuple[TokenRecord, ...]:

@@ -13,11 +13,9 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from flax import nnx
 
 from adaptive.data.pipeline import Data
 from adaptive.errors import CheckpointError, NonFiniteError
-from adaptive.inference.sampling import marker_of, prompt_tokens, sample
 from adaptive.optim.schedule import make_schedule
 from adaptive.parallel.cluster import anywhere, meet
 from adaptive.printable import printable
@@ -28,22 +26,24 @@ from adaptive.runs.folder import RunFolder
 from adaptive.runs.origin import starts
 from adaptive.runs.state import TrainState
 from adaptive.training.alarms import alarms, health_warnings
+from adaptive.training.continuation import continuation
 from adaptive.training.evaluation import Evaluator
+from adaptive.training.goodput import Account
 from adaptive.training.log import MetricsLog, WorkdirLostError, is_evaluation, read_rows, shown_gaps, steps_without_row
 from adaptive.training.metrics import Measured, Meter, OneStepLate
 from adaptive.training.plan import cost_of
 from adaptive.training.program import Program, Steps, profiled
 from adaptive.training.progress import Progress
+from adaptive.training.repeat import repeated
 from adaptive.training.report.page import write_report
 from adaptive.training.report.passage import print_chunks, print_passage
 from adaptive.training.report.schema import PlanRecord, RoutingRecord, SampleRecord, save_record
-from adaptive.training.stopping import PREEMPTED, StopRequest
+from adaptive.training.stopping import PREEMPTED, GivenUpError, StopRequest
 from adaptive.training.tracking import About, Several, Tracker, start_tracking
-from adaptive.training.watchdog import COMPILE_S, Watchdog
+from adaptive.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
 FAILED = 1
-SHUTDOWN_S = 1500.0
 TOLD = (  # of the plan, to dashboards
     "family", "unique_parameters", "embedding_parameters", "flops_per_step", "dense_flops_per_step", "tokens_per_step",
     "device_kind", "devices", "processes", "mesh", "compute_dtype", "peak_flops_per_s",
@@ -62,10 +62,13 @@ class Loop:
         folder: RunFolder,
         watchdog: Watchdog,
         stop: StopRequest,
+        account: Account,
         say: Say,
     ):
         self.program, self.recipe, self.steps, self.data = program, program.recipe, steps, data
         self.plan, self.folder, self.watchdog, self.stop = plan, folder, watchdog, stop
+        self.account = account
+        self.saved_at = time.monotonic()
         self.primary = jax.process_index() == 0
         self.say = say
         self.evaluator = Evaluator(program, data)
@@ -86,14 +89,17 @@ class Loop:
         try:
             return self.run_tracked()
         finally:
-            self.tracker.finish()
+            with self.watchdog.limit("ending the dashboards", self.recipe.train.shutdown_timeout_s):
+                self.tracker.finish()
 
     def run_tracked(self) -> int:
         recipe = self.recipe
         resolved = json.loads(recipe.to_json())
         self.checkpoints = Checkpoints(self.folder.checkpoints, recipe.checkpoint, resolved, say=self.say)
         with self.stop.at_once(self.folder.close):
-            state, begin, data_state = self.restore_or_start()
+            with self.account.of("restore"):
+                state, begin, data_state = self.restore_or_start()
+            self.account.begins_at(begin, self.folder.path if self.primary else None)
             if begin >= recipe.train.steps and not anywhere(self.primary and self.folder.finished < begin):
                 self.say(f"this run is complete at step {begin}; a new --workdir starts another")
                 return 0
@@ -111,19 +117,25 @@ class Loop:
             self.say = self.progress.say
             if self.primary:
                 self.tracker = start_tracking(recipe.log, self.about(resolved, begin), self.say)
-            self.catch_up(state, begin)
+            with self.stop.at_once(self.folder.close):
+                self.catch_up(state, begin)
+            self.account.becomes("step")
             stopped, state, step = self.train(state, begin, batches)
-            with self.watchdog.limit("saving the last checkpoint", SHUTDOWN_S):
+            limit = recipe.train.shutdown_timeout_s
+            with self.watchdog.limit("saving the last checkpoint", limit), self.account.of("save"):
                 self.checkpoints.close()
             self.note_saved()
+        self.account.becomes("end")
+        self.account.note(step, stopped=True)
         if anywhere(self.failure is not None):
             return self.failed(step)
         if stopped:
             kept = f"saved at step {step}" if not self.checkpoints.failed else f"step {step} could not be saved"
-            again = f"run the same command with --workdir {self.folder.path} to resume"
+            again = f"run the same command with --workdir {self.folder} to resume"
             self.last_words(f"stopped on request, {kept}; {again}")
             return PREEMPTED
-        self.finish(state, step)
+        with self.watchdog.limit("the report of the run", recipe.train.shutdown_timeout_s):
+            self.finish(state, step)
         if anywhere(self.failure is not None):
             return self.failed(step)
         return FAILED if self.checkpoints.failed else 0
@@ -145,24 +157,25 @@ class Loop:
     def restore_or_start(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """(state, step, position in the data): of the newest whole checkpoint of this folder, or of the beginning."""
         if initial.weights_alone(self.folder.checkpoints):
-            state = initial.begun(InitConfig(run=str(self.folder.path)), self.program.fresh_state())
-            self.say(f"resuming  {self.folder.path} from step 0, with a new optimizer's state")
+            state = initial.begun(InitConfig(run=str(self.folder)), self.program.fresh_state())
+            self.say(f"resuming  {self.folder} from step 0, with a new optimizer's state")
             return state, 0, None
-        with self.watchdog.limit("restoring", SHUTDOWN_S):
+        with self.watchdog.limit("restoring", self.recipe.train.start_timeout_s):
             restored = self.checkpoints.restore(self.program.abstract_state())
         if restored is not None:
             rows = max((row["step"] for row in read_rows(self.folder.path)), default=0) if self.primary else 0
             lost = f" ({rows - restored.step} later steps are repeated)" if rows > restored.step else ""
-            self.say(f"resuming  {self.folder.path} from step {restored.step}{lost}")
+            self.say(f"resuming  {self.folder} from step {restored.step}{lost}")
             return restored.state, restored.step, restored.data_state or None  # {}: converted weights have read nothing
         self.refuse_lost_checkpoints()
-        state, init, source = self.program.fresh_state(), self.recipe.init, ""
-        meet("parameters are drawn")
+        with self.watchdog.limit("drawing parameters", self.recipe.train.start_timeout_s):
+            state, init, source = self.program.fresh_state(), self.recipe.init, ""
+            meet("parameters are drawn")
         if init.run:
             state = initial.begun(init, state)
             what = "weights and the optimizer's state" if init.optimizer else "weights"
             source = f" with the {what} of {init.run} at step {init.step}"
-        self.say(f"starting  {self.folder.path}{source}, state digest {digest(state)}")
+        self.say(f"starting  {self.folder}{source}, state digest {digest(state)}")
         return state, 0, None
 
     def refuse_lost_checkpoints(self) -> None:
@@ -206,7 +219,7 @@ class Loop:
         made = any(is_evaluation(row) and row["step"] == begin for row in self.log.kept)
         missing = anywhere(self.primary and not made)
         if begin and self.evaluation_due(begin) and (missing or begin >= self.recipe.train.steps):
-            with self.meter.paused():
+            with self.aside("evaluation"):
                 self.checkpoints.rate(begin, self.evaluate(state, begin, recorded=missing))
 
     def evaluation_due(self, done: int) -> bool:
@@ -217,39 +230,102 @@ class Loop:
         """(whether it was asked to stop, state, step)."""
         recipe, total = self.recipe, self.recipe.train.steps
         for step in range(begin, total):
-            self.prepare(step)
+            self.prepare(step, state, batches)
             with self.watchdog.limit(f"step {step + 1}", recipe.train.step_timeout_s), self.profile(step, begin):
-                begin_wait = time.perf_counter()
-                batch = next(batches)
-                self.meter.waited(time.perf_counter() - begin_wait)
-                state, metrics = self.steps(step, state, self.program.to_devices(batch))
+                batch = self.next_batch(batches)
+                state, metrics = self.take(step, state, batch)
                 self.absorb(self.late.swap(step + 1, metrics))
             done = step + 1
             self.progress.step(done)
-            stopping = self.stop.agreed()
+            stopping, save_due = self.stop.agree(save=self.save_due())
             last = done == total
             evaluate = self.evaluation_due(done) and (last or not stopping)
-            save = last or stopping or bool(recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
+            keep = recipe.checkpoint
+            # The first evaluation compiles, and hears no signal meanwhile: all is saved before.
+            save = save_due or last or stopping or (evaluate and self.settles and not self.evaluator.compiled)
+            save = save or bool(keep.every and done % keep.every == 0)
             if evaluate or save:
                 # Rows on disk reach as far as any checkpoint.
-                self.absorb(self.late.flush(), row=save or bool(evaluate and recipe.checkpoint.keep_best))
-                with self.meter.paused():
-                    if save:
-                        self.save(done, state, batches)
-                    if evaluate:
-                        loss = self.evaluate(state, done)
-                        if recipe.checkpoint.keep_best and self.checkpoints.rate(done, loss):
-                            self.save(done, state, batches)
+                self.absorb(self.late.flush(), row=save or bool(evaluate and keep.keep_best))
+                if save:
+                    self.save(done, state, batches)
+                stopping = (evaluate and self.evaluate_and_rate(done, state, batches)) or stopping
+            self.account.note(done)
             if stopping and not last:
                 return True, state, done
         return False, state, total
 
-    def prepare(self, step: int) -> None:
+    def next_batch(self, batches: Any) -> Any:
+        begin = time.perf_counter()
+        batch = next(batches)
+        now = time.perf_counter()
+        self.meter.waited(now - begin)
+        if (idle := self.late.idle_since(begin)) is not None:
+            self.account.waited(now - idle)
+        return batch
+
+    def take(self, step: int, state: TrainState, batch: Any) -> Any:
+        """(state, metrics) after a step; now and then it is computed twice and compared."""
+        call = functools.partial(self.steps, step)
+        every = self.recipe.train.repeat_every
+        given = self.program.for_training(batch)
+        return repeated(call, state, given) if every and (step + 1) % every == 0 else call(state, given)
+
+    def save_due(self) -> bool:
+        """Whether process 0 finds that a checkpoint is due by the clock."""
+        every = self.recipe.checkpoint.every_s
+        if not (self.primary and every and time.monotonic() - self.saved_at >= every):
+            return False
+        self.saved_at = time.monotonic()
+        return True
+
+    def evaluate_and_rate(self, done: int, state: TrainState, batches: Any) -> bool:
+        """Evaluates, and saves what is among the best; whether the run is to stop, which may end an evaluation."""
+        last = done >= self.recipe.train.steps
+        try:
+            compiles = contextlib.nullcontext() if self.evaluator.compiled or last else self.settled()
+            with compiles, self.aside("evaluation"):
+                loss = self.evaluate(state, done, go_on=None if last else self.stop.check)
+        except GivenUpError:
+            self.write_row(done)
+            self.save(done, state, batches)
+            return True
+        if self.recipe.checkpoint.keep_best and self.checkpoints.rate(done, loss):
+            self.save(done, state, batches)
+        return False
+
+    @property
+    def settles(self) -> bool:
+        """Whether the run saves before what compiles in its middle."""
+        return bool(self.recipe.checkpoint.every or self.recipe.checkpoint.every_s)
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around what hears no signals for long: waits for the save before it, so that a signal ends the run."""
+        if not self.settles:
+            yield
+            return
+        with self.aside("save"):
+            self.checkpoints.wait()
+        self.note_saved()
+        with contextlib.nullcontext() if self.checkpoints.failed else self.stop.at_once(self.folder.close):
+            yield
+
+    @contextlib.contextmanager
+    def aside(self, kind: str) -> Iterator[None]:
+        """Around what is no training step: its time counts as of this kind."""
+        with self.meter.paused(), self.account.of(kind):
+            yield
+
+    def prepare(self, step: int, state: TrainState, batches: Any) -> None:
         """Compiles the program of a new phase of the run, where one begins."""
         if not self.steps.due(step):
             return
-        self.absorb(self.late.flush())
-        with self.meter.paused(), self.watchdog.limit("compiling", COMPILE_S):
+        self.absorb(self.late.flush(), row=self.settles)
+        if self.settles:
+            self.save(step, state, batches)
+        limit = self.watchdog.limit("compiling", self.recipe.train.start_timeout_s)
+        with self.settled(), self.aside("compile"), limit:
             compiled = self.steps.prepare(step)
         meet(f"the program of step {step + 1} is compiled")
         self.say(f"step {step + 1} begins a new phase of the run: compiled its program in {compiled.seconds:.1f} s")
@@ -265,7 +341,9 @@ class Loop:
             self.fail(error)
         if anywhere(isinstance(self.failure, WorkdirLostError)):
             return
-        self.checkpoints.save(step, state, batches.state())
+        with self.aside("save"):
+            self.checkpoints.save(step, state, batches.state())
+        self.saved_at = time.monotonic()
         self.note_saved()
 
     def note_saved(self) -> None:
@@ -290,9 +368,15 @@ class Loop:
             self.say(f"step {step} skipped: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}")
         first, self.first_row = self.first_row, False
         if row or first or step % self.recipe.log.every == 0 or step == self.recipe.train.steps:
-            self.record(self.meter.row(step, learning_rate=float(self.schedule(step - 1))))
+            self.write_row(step)
         if self.bad_in_row >= self.recipe.train.max_bad_steps:
             raise NonFiniteError(self.not_finite(step, metrics))
+
+    def write_row(self, step: int) -> None:
+        """Logs the steps since the row before, if there are any."""
+        if self.meter.steps:
+            rate, goodput = float(self.schedule(step - 1)), self.account.spent().goodput
+            self.record(self.meter.row(step, learning_rate=rate, goodput=goodput))
 
     def record(self, row: Mapping[str, Any]) -> None:
         try:
@@ -316,7 +400,7 @@ class Loop:
         """The run's folder cannot be written: a run that keeps nothing must not go on."""
         if self.failure is None:
             self.failure = error
-            self.say(f"error: cannot write to {self.folder.path}: {error.strerror or error}; stopping after this step")
+            self.say(f"error: cannot write to {self.folder}: {error.strerror or error}; stopping after this step")
             self.stop.ask()
 
     def failed(self, step: int) -> int:
@@ -324,7 +408,7 @@ class Loop:
         steps = [] if anywhere(isinstance(self.failure, WorkdirLostError)) else self.checkpoints.steps()
         kept = f"the last checkpoint is of step {steps[-1]}" if steps else "no checkpoint is there"
         why = f": {self.failure.strerror or self.failure}" if self.failure else ""
-        self.last_words(f"stopped at step {step}, because {self.folder.path} could not be written{why}; {kept}")
+        self.last_words(f"stopped at step {step}, because {self.folder} could not be written{why}; {kept}")
         return FAILED
 
     def last_words(self, text: str) -> None:
@@ -338,16 +422,18 @@ class Loop:
         shown = ", ".join(f"{name} {float(value):g}" for name, value in bad)
         return (
             f"{self.bad_in_row} steps in a row were not finite, the last at step {step} ({shown}). Parameters are "
-            f"those of step {step - self.bad_in_row}; checkpoints of {self.folder.path} are whole. Lower "
+            f"those of step {step - self.bad_in_row}; checkpoints of {self.folder} are whole. Lower "
             "optimizer.learning_rate, or look at the rows of metrics.jsonl before it"
         )
 
-    def evaluate(self, state: TrainState, step: int, *, recorded: bool = True) -> float | None:
+    def evaluate(
+        self, state: TrainState, step: int, *, recorded: bool = True, go_on: Callable[[], None] | None = None
+    ) -> float | None:
         """Held-out loss, what routing did, and a passage for the report; the loss, None where nothing is held out.
-        recorded: whether it becomes a row."""
+        recorded: whether it becomes a row; go_on: see Evaluator."""
         self.progress.doing("evaluating")
         with self.watchdog.limit("evaluating", self.recipe.train.step_timeout_s):
-            columns, counter = self.evaluator(state)
+            columns, counter = self.evaluator(state, go_on)
             self.passage = self.evaluator.passage(state)
         row = {**self.meter.position(step), **columns}
         if recorded:
@@ -379,10 +465,10 @@ class Loop:
 
     def finish(self, state: TrainState, step: int) -> None:
         """A sample, the report, and where everything is."""
-        continuation = self.sample(state)
+        written = continuation(self.program, self.data.tokenizer, state, self.say)
         if not self.primary:
             return
-        self.keep(self.routing_record(step, continuation))
+        self.keep(self.routing_record(step, written))
         try:
             report = write_report(self.folder.path)
             self.folder.note(finished=step)
@@ -393,34 +479,12 @@ class Loop:
         for title, show in self.passages():
             print(f"\n{title}:\n")
             show(sys.stdout)
-        if continuation is not None:
-            text = printable(continuation.prompt + continuation.text)
-            print(f"\na continuation of {continuation.prompt!r}:\n\n{text}")
+        if written is not None:
+            text = printable(written.prompt + written.text)
+            print(f"\na continuation of {written.prompt!r}:\n\n{text}")
             self.tracker.text("continuation", step, text)
-        print(f"\nworkdir      {self.folder.path}")
-        print(f"report       {report}")
-        print(f"metrics      {self.folder.metrics}")
+        print(f"\nworkdir      {self.folder}")
+        print(f"report       {self.folder}/{report.name}")
+        print(f"metrics      {self.folder}/{self.folder.metrics.name}")
         best = f"; best by held-out loss: {', '.join(map(str, found))}" if (found := self.checkpoints.best()) else ""
         print(f"checkpoints  {self.folder.checkpoints} (steps {', '.join(map(str, self.checkpoints.steps()))}{best})")
-
-    def sample(self, state: TrainState) -> SampleRecord | None:
-        """A continuation of the recipe's prompt, or None where the model has no cached generation."""
-        log = self.recipe.log
-        if not log.sample_tokens or jax.process_count() > 1:
-            return None
-        if reason := self.program.refuse_generation:
-            self.say(f"no sample: {reason}")
-            return None
-        tokenizer = self.data.tokenizer
-        params, buffers = jax.device_put((state.params, state.buffers), jax.local_devices()[0])
-        ids = sample(
-            self.program.graphdef,
-            nnx.merge_state(params, buffers),
-            prompt_tokens(tokenizer, log.sample_prompt),
-            log.sample_tokens,
-            jax.random.key(self.recipe.train.seed),
-            vocab=tokenizer.vocab_size,
-            end=tokenizer.eos_id,
-            marker=marker_of(self.recipe, tokenizer),
-        )
-        return SampleRecord(log.sample_prompt, tokenizer.decode(ids))

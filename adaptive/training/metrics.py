@@ -94,6 +94,10 @@ class _Completion:
         self._thread.join()
         return self._at
 
+    def known(self) -> float | None:
+        """The same where it is known already."""
+        return None if self._thread.is_alive() else self._at
+
 
 class OneStepLate:
     """Hands metrics to the host a step late, so that the device never waits for a print.
@@ -112,6 +116,11 @@ class OneStepLate:
             leaf.copy_to_host_async()
         before, self._held = self._held, (step, metrics, _Completion(metrics, self._clock))
         return _measured(before)
+
+    def idle_since(self, begin: float) -> float | None:
+        """Since when, from `begin` on, the devices have had nothing to do; None where the step held is not done yet."""
+        done = begin if self._held is None else self._held[2].known()
+        return None if done is None else max(begin, done)
 
     def flush(self) -> Measured | None:
         """The same of what is still held, if anything; waits for it."""

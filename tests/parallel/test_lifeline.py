@@ -2,15 +2,18 @@
 
 import threading
 
+import pytest
+
 from adaptive.parallel.lifeline import Lifeline
 
 
 class Heard:
     def __init__(self):
-        self.who, self.event = [], threading.Event()
+        self.who, self.stopped, self.event = [], [], threading.Event()
 
-    def __call__(self, who):
+    def __call__(self, who, stopped):
         self.who.append(who)
+        self.stopped.append(stopped)
         self.event.set()
 
 
@@ -33,7 +36,19 @@ def test_one_that_is_lost_is_named_to_all_others():
     broken(lines[1])
     for listener in (heard[0], heard[2]):
         assert listener.event.wait(30) and listener.who[0].startswith("process 1 on ")
-    assert not heard[1].who and lines[0].told.is_set()
+    assert not heard[1].who and lines[0].told.is_set() and heard[2].stopped == [False]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_that_was_asked_to_stop_ends_the_others_as_that(which):
+    heard, lines = job()
+    while len(lines[0]._peers) < 2:
+        threading.Event().wait(0.01)
+    lines[which].close(stopped=f"process {which}")
+    for listener in (heard[1 - which], heard[2]):
+        assert listener.event.wait(30) and listener.who[0].startswith(f"process {which}")
+        assert listener.stopped == [True]
+    assert not heard[which].who
 
 
 def test_one_that_comes_later_is_told_as_well():

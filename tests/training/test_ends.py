@@ -54,16 +54,22 @@ def test_a_hang_up_asks_to_stop_unless_it_was_to_be_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+class Folder(types.SimpleNamespace):
+    def __str__(self):
+        return str(self.path)
+
+
 def loop_of(tmp_path, **more):
     """A loop of as much as the parts under test touch."""
     said = []
     loop = types.SimpleNamespace(
-        folder=types.SimpleNamespace(
+        folder=Folder(
             path=tmp_path, metrics=tmp_path / "metrics.jsonl", checkpoints=tmp_path / "checkpoints", saved=0
         ),
         primary=True, failure=None, said=said, say=said.append, stop=StopRequest(), alarms=(),
         progress=types.SimpleNamespace(row=lambda row: None), tracker=types.SimpleNamespace(log=lambda row: None),
-        checkpoints=types.SimpleNamespace(steps=lambda: [4], save=lambda *given: said.append("save")), **more,
+        checkpoints=types.SimpleNamespace(steps=lambda: [4], save=lambda *given: said.append("save")),
+        aside=lambda kind: contextlib.nullcontext(), **more,
     )  # fmt: skip
     for name in ("record", "fail", "failed", "last_words", "save", "note_saved", "refuse_lost_checkpoints", "catch_up",
                  "evaluation_due", "opened_log"):  # fmt: skip
@@ -124,7 +130,7 @@ def test_an_evaluation_that_was_not_made_is_made_up(tmp_path, begin, rows, made)
     recipe = types.SimpleNamespace(
         eval=types.SimpleNamespace(every=4), train=types.SimpleNamespace(steps=9)
     )  # fmt: skip
-    loop = loop_of(tmp_path, recipe=recipe, meter=types.SimpleNamespace(paused=contextlib.nullcontext))
+    loop = loop_of(tmp_path, recipe=recipe)
     loop.evaluate = lambda state, step, recorded: did.append((step, recorded))
     loop.log, loop.checkpoints = types.SimpleNamespace(kept=rows), types.SimpleNamespace(rate=lambda step, loss: False)
     loop.catch_up(None, begin)
