@@ -16,6 +16,7 @@ import numpy as np
 
 from adaptive.data.corpus import embedded_file
 from adaptive.data.huggingface import hub_tokenizer
+from adaptive.data.pieces import Pieces, cutting
 from adaptive.data.token_texts import TokenTexts, token_texts
 from adaptive.data.tokenizer_files import CONFIG, TokenizerFiles, explained, read_tokenizer
 from adaptive.errors import DataError
@@ -210,7 +211,7 @@ class JsonTokenizer(Tokenizer):
         return self._encoded([text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._delimit(ids) for ids in self._encoded(texts)]
+        return [self._delimit(ids) for ids in self._encoded(texts, self._pieces)]
 
     def token_bytes(self, token: int) -> bytes:
         return self._texts.inside.get(token, b"")
@@ -263,10 +264,18 @@ class JsonTokenizer(Tokenizer):
     def byte_counts(self) -> ByteCounts:
         return self._byte_counts
 
-    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """i32[tokens] of each text. Raises DataError where the tokenizer has no token for what a text holds."""
+    @functools.cached_property
+    def _pieces(self) -> Pieces | None:
+        pattern = cutting(self._files.encoder)
+        return pattern and Pieces(self._files.encoder, pattern)
+
+    def _encoded(self, texts: Sequence[str], pieces: Pieces | None = None) -> list[np.ndarray]:
+        """i32[tokens] of each text, by `pieces` where there are such. Raises DataError where the tokenizer has no token
+        for what a text holds."""
         cleaned = [_clean(text) for text in texts]
         with explained(f"{self.name} cannot encode some of the text"):
+            if pieces is not None:
+                return pieces.encode(cleaned)
             encodings = self._files.encoder.encode_batch_fast(cleaned, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
