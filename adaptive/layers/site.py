@@ -3,7 +3,7 @@
 A parameter's metadata says what it is; nobody guesses from names:
 
 axes   logical name of every dimension (adaptive/parallel/rules.py). Leading "uses" tells a recursion's passes apart,
-       "layers" the layers that a scan runs over
+       "layers" the layers that a scan runs over, "stages" those that a pipeline can split
 role   matrix, kernel (of a convolution of each channel alone), scale (of a norm, or a temperature), gated_scale (of
        Mamba-2's norm), bias or vector (one number per head or channel, stacked or not): what weight decay and the
        optimizer ask
@@ -19,7 +19,7 @@ from flax import nnx
 
 Role = Literal["matrix", "kernel", "scale", "gated_scale", "bias", "vector"]
 Axes = tuple[str | None, ...]
-STACKING = ("uses", "layers", "experts")  # axes that tell apart what is stacked, and are no dimension of it
+STACKING = ("uses", "layers", "stages", "experts")  # axes that tell apart what is stacked, and are no dimension of it
 
 
 class Buffer(nnx.Variable):
@@ -111,6 +111,13 @@ def passes_of(value: nnx.Variable) -> bool:
     """Whether a variable of a recursion's shared block has a leading axis for its passes."""
     axes: Axes = value.get_metadata().get("axes") or ()
     return bool(axes) and axes[0] == "uses"
+
+
+def name_layers(module: nnx.Module, name: str) -> None:
+    """Gives the axis "layers" of every parameter and buffer below `module` another name."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Variable) and (axes := node.get_metadata().get("axes")):
+            node.set_metadata(axes=tuple(name if axis == "layers" else axis for axis in axes))
 
 
 def scale_rates(module: nnx.Module, by: float) -> None:

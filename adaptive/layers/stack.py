@@ -15,11 +15,11 @@ from adaptive.layers.call import Call, Tales
 from adaptive.layers.cost import Cost, Span
 from adaptive.layers.norm import make_norm, norm_size
 from adaptive.layers.remat import Remat, recomputed
-from adaptive.layers.site import Site, is_variable, passes_of
+from adaptive.layers.site import Site, is_variable, name_layers, passes_of
 from adaptive.layers.state import State, Within, repeated
 from adaptive.layers.where import Where
 from adaptive.parallel.rules import gathered
-from adaptive.settings import ranged
+from adaptive.settings import divisors, ranged
 
 Shared = Literal["all", "mixers", "none"]
 
@@ -54,6 +54,23 @@ class Settings:
         return tuple(
             first + i * self.pattern + before + j for i in range(self.repeats) for j in range(self.blocks[of].repeat)
         )
+
+    def refuse_stages(self, stages: int, groups: int, at: str) -> str:
+        """Why the layers cannot be split into so many parts, and which numbers can be; empty where they can."""
+        if self.units % (stages * groups) == 0:
+            return ""
+        what = "layers" if len(self.blocks) == 1 else f"repeats of its pattern of {self.pattern} layers"
+        fits = [d // groups for d in divisors(self.units) if d % groups == 0]
+        return (
+            f"mesh.stage={stages}"
+            + (f" with mesh.pipeline.groups={groups}" if groups > 1 else "")
+            + f" does not divide the {self.units} {what} of {at}; it can be {', '.join(map(str, fits)) or 'none'}"
+        )
+
+    @property
+    def units(self) -> int:
+        """What can be split over stages: layers of one kind, or repeats of the pattern."""
+        return self.layers if len(self.blocks) == 1 else self.repeats
 
     def check(self, width: int, at: str) -> None:
         if not self.blocks:
@@ -110,10 +127,11 @@ class Stack(nnx.Module):
         passes: int = 1,
         shared: Shared = "all",
         norm: bool = False,
+        staged: bool = False,
     ):
         """keys: one per block of the pattern; first: number of the first layer in the unrolled network, of which
         site.depth is the depth; passes: of a recursion that runs the stack, and what they share; norm: whether one
-        follows."""
+        follows; staged: whether a pipeline can split its layers."""
         self.settings, self.making = settings, making
         blocks = []
         for i, (one, key) in enumerate(zip(settings.blocks, keys, strict=True)):
@@ -125,6 +143,8 @@ class Stack(nnx.Module):
             feed_forward = apart if shared != "all" and passes > 1 else together
             blocks.append(Block(one, mixer, feed_forward, key, making.dtype))
         self.blocks = nnx.List(blocks)
+        if staged:
+            name_layers(self.blocks, "stages")
         self.norm = make_norm(settings.blocks[-1].norm, site.width, site.norm_eps) if norm else None
 
     def __call__(
@@ -194,15 +214,16 @@ class Stack(nnx.Module):
         self, states: list[Any], x: jax.Array, where: Where, call: Call, state: State | None
     ) -> tuple[jax.Array, State | None, Tales, jax.Array | None]:
         """The blocks with these states on the residual stream x, without the norm; result as of a call, in the stream's
-        dtype."""
+        dtype. States may be those of whole repeats of the pattern, fewer than the stack has."""
         where = self.prepared(where)
         x = x.astype(self.stream)
         before = [None] * len(states) if state is None else list(state)
         start = (x, self.first_previous(x, call), call.layer)
-        if self._rounds == 1:
+        rounds = self._rounds(states)
+        if rounds == 1:
             (x, previous, _), (kept, told) = self._pattern(start, states, before, where, call)
         else:
-            fold = lambda a: a.reshape(self._rounds, -1, *a.shape[1:])  # noqa: E731
+            fold = lambda a: a.reshape(rounds, -1, *a.shape[1:])  # noqa: E731
             unfold = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
 
             def body(carry: Any, scanned: Any) -> Any:
@@ -214,18 +235,16 @@ class Stack(nnx.Module):
             kept, told = jax.tree.map(unfold, outs)
         return x, tuple(kept) if call.keep or state is not None else None, told, previous
 
-    @property
-    def _rounds(self) -> int:
+    def _rounds(self, states: list[Any]) -> int:
         """Rounds of the outer scan; none of a pattern of one block, whose layers are one scan."""
-        return self.settings.repeats if len(self.blocks) > 1 else 1
+        return _layers_of(states[0]) // self.settings.blocks[0].repeat if len(self.blocks) > 1 else 1
 
     def _pattern(self, carry: Any, states: list[Any], before: list[Any], where: Where, call: Call) -> Any:
         """All blocks once: carry (stream, logits of the router below, number of the next layer)."""
         kept: list[Any] = []
         told: Tales = {}
         for i, own in enumerate(self.blocks):
-            count = len(self.settings.numbers(i)) // self._rounds
-            carry, (after, tales) = self._layers(own, count, carry, states[i], before[i], where, call)
+            carry, (after, tales) = self._layers(own, _layers_of(states[i]), carry, states[i], before[i], where, call)
             kept.append(after)
             told |= {f"blocks/{i}/{path}": tale for path, tale in tales.items()}
         return carry, (kept, told)
@@ -271,3 +290,8 @@ class Stack(nnx.Module):
         if call.previous is not None and call.previous.shape[:2] == x.shape[:2]:
             return call.previous
         return jnp.zeros((*x.shape[:2], choices), jnp.float32)
+
+
+def _layers_of(state: Any) -> int:
+    """How many layers the state of a block is of."""
+    return jax.tree.leaves(state)[0].shape[0]

@@ -16,6 +16,7 @@ from adaptive.routing.stages import StageView, at_bytes
 from adaptive.routing.types import AuxLosses, Output, Told
 from adaptive.runs.state import TrainState
 from adaptive.training.config import AuxiliaryOver
+from adaptive.training.pipelined import Pipeline, Task, computed
 
 Metrics = dict[str, jax.Array]
 
@@ -32,6 +33,7 @@ def make_train_step(
     loss_chunk: int = 0,
     warmup: bool = False,
     segmented: bool = True,
+    pipeline: Pipeline | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics); jit it with the state donated. Metrics are f32[], but for
     "told/PATH:NAME" f32[calls, ...], the sums of every call of the part at that path (`told_metrics`).
@@ -44,6 +46,7 @@ def make_train_step(
     loss_chunk    positions whose logits exist at once; 0: chosen from the vocabulary and the device
     warmup        the program for steps within a router's warm-up
     segmented     False: each row is one document, whatever the batch says (attention needs no document mask)
+    pipeline      how layers are split over stages, whose micro-batches are those of `accumulation`; None: not at all
 
     The loss is the sum over all targets divided by their number, and auxiliary losses are formed of sums over the whole
     batch, so that accumulation and packing do not change them. A step whose loss or gradient is not finite leaves
@@ -80,8 +83,14 @@ def make_train_step(
         def sums_of(micro: Batch, key: jax.Array) -> AuxLosses:
             return through(state.params, state.buffers, micro, state.step, key)[2].aux
 
-        first = sums_of if auxiliary_over == "batch" else None
-        grads, loss, aux, scalars, sums = _accumulated(grads_of, first, batch, keys)
+        joint = auxiliary_over == "batch"
+        if pipeline is None:
+            grads, loss, aux, scalars, sums = _accumulated(grads_of, sums_of if joint else None, batch, keys)
+        else:
+            micro = jax.tree.map(lambda a: _micro_batches(a, accumulation), batch)
+            options = {"step": state.step if warmup else None}
+            given = graphdef, state.params, state.buffers, aim, micro, keys, count, options, segmented, loss_chunk
+            grads, loss, aux, scalars, sums = computed(pipeline, Task(*given, joint))
         loss, grads = loss + aux.total(), _moving(grads, frozen)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)

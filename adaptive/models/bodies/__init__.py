@@ -2,16 +2,16 @@
 `Body` and the module that it builds."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 
-from adaptive.layers.call import Call
+from adaptive.layers.call import Call, Tales
 from adaptive.layers.cost import CAPACITIES, Cost, Taken
 from adaptive.layers.site import Site
-from adaptive.layers.stack import Making
+from adaptive.layers.stack import Making, Stack
 from adaptive.layers.state import State
 from adaptive.layers.where import Where
 from adaptive.routing.types import AuxLosses, Trace
@@ -101,6 +101,11 @@ class Body(Member):
         """Whether positions that are not given are counted from where each document begins."""
         return False
 
+    def refuse_stages(self, stages: int, groups: int) -> str:
+        """Why its layers cannot be split over so many stages of a pipeline, each with a part of every group of layers,
+        and what can be; empty where they can."""
+        return f"{self.title()}: its layers cannot be split over stages; mesh.stage must be 1"
+
     def family(self) -> str:
         """What the model is called in a plan."""
         return self.kind()
@@ -120,6 +125,25 @@ class Through(NamedTuple):
     trace: Trace
 
 
+class Line(NamedTuple):
+    """A body as a pipeline has it: a stack whose layers are split over stages, and what is before and behind it.
+
+    name    of the stack in the body
+    stack   positions go through it `passes` times, all of them
+    first   number of its first layer in the unrolled network
+    enter   (x, where, call) -> (the stream that enters the stack, logits of the last router of experts before it where
+            the stack's first one reads them, what was done)
+    leave   (x, those of the stack's last, where, call) -> (hidden after the body's norm, what was done)
+    """
+
+    name: str
+    stack: Stack
+    passes: int
+    first: int
+    enter: Callable[[jax.Array, Where, Call], tuple[jax.Array, jax.Array | None, Tales]]
+    leave: Callable[[jax.Array, jax.Array | None, Where, Call], tuple[jax.Array, Tales]]
+
+
 class BodyModule(nnx.Module):
     """A body's network."""
 
@@ -129,6 +153,10 @@ class BodyModule(nnx.Module):
 
     def empty(self, rows: int, slots: int) -> State:
         """The state before the first position, with room for `slots` of each row; leaves [layers, rows, ...]."""
+        raise NotImplementedError
+
+    def line(self) -> Line:
+        """The network as a pipeline has it; `Body.refuse_stages` says where there is none."""
         raise NotImplementedError
 
     def update(self, load: jax.Array | None) -> None:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.layers import stack as stacks
-from adaptive.layers.call import Call, below
+from adaptive.layers.call import Call, Tales, below
 from adaptive.layers.cost import CAPACITIES, Cost, Span, Taken
 from adaptive.layers.site import Site
 from adaptive.layers.stack import Making, Stack
 from adaptive.layers.state import State
 from adaptive.layers.where import Where
-from adaptive.models.bodies import Body, BodyModule, Through
+from adaptive.models.bodies import Body, BodyModule, Line, Through
 from adaptive.routing.types import AuxLosses, Trace
 
 
@@ -29,6 +29,9 @@ class Settings(Body):
 
     def check(self, width: int, at: str) -> None:
         self.stack.check(width, f"{at}.stack")
+
+    def refuse_stages(self, stages: int, groups: int) -> str:
+        return self.stack.refuse_stages(stages, groups, "model.body.stack")
 
     def parameters(self, width: int) -> int:
         return self.stack.parameters(width) + self.stack.norm_size(width)
@@ -57,12 +60,26 @@ class Plain(BodyModule):
     def __init__(self, settings: Settings, site: Site, keys: Iterator[jax.Array], making: Making, additions: int):
         self.settings = settings
         site = scaled(site._replace(depth=settings.layers), settings.stack, additions + settings.stack.additions)
-        self.stack = Stack(settings.stack, site, [next(keys) for _ in settings.stack.blocks], making, norm=True)
+        self.stack = Stack(
+            settings.stack, site, [next(keys) for _ in settings.stack.blocks], making, norm=True, staged=True
+        )
 
     def __call__(self, x: jax.Array, where: Where, call: Call, state: State | None = None) -> Through:
         hidden, state, told, _ = self.stack(x, where, call, state)
         trace = Trace(jnp.ones(where.shape, jnp.int32), told=below("stack", told))
         return Through(hidden, state, AuxLosses(), trace)
+
+    def line(self) -> Line:
+        stack = self.stack
+
+        def enter(x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, jax.Array | None, Tales]:
+            return x.astype(stack.stream), stack.first_previous(x, call), {}
+
+        def leave(x: jax.Array, _: jax.Array | None, where: Where, call: Call) -> tuple[jax.Array, Tales]:
+            assert stack.norm is not None
+            return stack.norm(x).astype(stack.making.dtype), {}
+
+        return Line("stack", stack, 1, 0, enter, leave)
 
     def empty(self, rows: int, slots: int) -> State:
         return self.stack.empty(rows, slots)

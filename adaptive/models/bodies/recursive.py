@@ -21,7 +21,7 @@ from adaptive.layers.site import Site, is_variable, passes_of
 from adaptive.layers.stack import Making, Shared, Stack
 from adaptive.layers.state import State, layers, with_layers
 from adaptive.layers.where import Where
-from adaptive.models.bodies import Body, BodyModule, Through
+from adaptive.models.bodies import Body, BodyModule, Line, Through
 from adaptive.models.bodies.plain import scaled
 from adaptive.models.depth import Carried, Depth, DepthModule
 from adaptive.models.depth import all as all_tokens
@@ -101,6 +101,21 @@ class Settings(Body):
                 "attention and no experts; use order=cycle"
             )
         self.depth.check(self, f"{at}.depth")
+
+    def refuse_stages(self, stages: int, groups: int) -> str:
+        if not self.depth.equal_passes:
+            return (
+                f"model.body.depth={self.depth.kind()}: its passes compute different numbers of positions, and stages "
+                "compute passes at the same time; mesh.stage must be 1"
+            )
+        if self.order == "sequence":
+            return "model.body.order=sequence repeats layers in place; mesh.stage must be 1, or order=cycle"
+        if self.keys_values != "per_recursion":
+            return (
+                f"model.body.keys_values={self.keys_values}: stages do not keep the first pass's keys and values of "
+                "micro-batches; mesh.stage must be 1, or keys_values=per_recursion"
+            )
+        return self.core.refuse_stages(stages, groups, "model.body.core")
 
     def check_first_capacity(self, first: float, name: str, at: str) -> None:
         """Raises RecipeError where later passes read keys and values that a first pass did not compute."""
@@ -207,7 +222,7 @@ class Recursive(BodyModule):
 
         before = s.prelude.layers if s.prelude is not None else 0
         self.prelude = part(s.prelude, 0)
-        core = part(s.core, before, passes=s.recursions, shared=s.shared)
+        core = part(s.core, before, passes=s.recursions, shared=s.shared, staged=True)
         assert core is not None
         self.core = core
         self.coda = part(s.coda, before + s.recursions * s.core.layers)
@@ -247,6 +262,27 @@ class Recursive(BodyModule):
         keep = call.keep or state is not None
         x = self.norm(x).astype(self.making.dtype)
         return Through(x, after if keep else None, aux, trace._replace(told=told))
+
+    def line(self) -> Line:
+        s, first = self.settings, 0 if self.prelude is None else self.prelude.settings.layers
+
+        def enter(x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, jax.Array | None, Tales]:
+            told: Tales = {}
+            if self.prelude is not None:
+                x, _, own, previous = self.prelude(x, where, call)
+                told, call = below("prelude", own), call.replace(previous=previous)
+            x = x.astype(self.core.stream)
+            return x, self.core.first_previous(x, call), told
+
+        def leave(x: jax.Array, previous: jax.Array | None, where: Where, call: Call) -> tuple[jax.Array, Tales]:
+            told: Tales = {}
+            if self.coda is not None:
+                call = call.replace(previous=previous, layer=first + s.recursions * s.core.layers)
+                x, _, own, _ = self.coda(x, where, call)
+                told = below("coda", own)
+            return self.norm(x).astype(self.making.dtype), told
+
+        return Line("core", self.core, s.recursions, first, enter, leave)
 
     def _allowed(self, x: jax.Array, call: Call) -> tuple[jax.Array, Call]:
         """The stream, where the network has the call's number of passes, and the call. Raises RecipeError where it has
