@@ -87,11 +87,12 @@ def run(arguments: Sequence[str]) -> int:
 def compare(given: argparse.Namespace) -> int:
     from adaptive.evaluation.files import kept
     from adaptive.evaluation.table import compared
+    from adaptive.runs.folder import RunFolder
 
     if given.checkpoint:
         raise UserError("--compare reads what is kept of runs, and --checkpoint evaluates one: give one of them")
-    runs = [local_path(text, "--compare") for text in given.compare]
-    print("\n".join(compared({str(run): kept(run, given.name) for run in runs})))
+    runs = [RunFolder.at(text, "--compare") for text in given.compare]
+    print("\n".join(compared({str(run): kept(run.path, given.name) for run in runs})))
     return 0
 
 
@@ -106,17 +107,20 @@ def evaluate(given: argparse.Namespace) -> None:
     from adaptive.evaluation.subject import check_objective, subject_of
     from adaptive.evaluation.table import lines_of
     from adaptive.evaluation.task_files import read_tasks
+    from adaptive.runs.folder import RunFolder
     from adaptive.runs.load import load
+    from adaptive.runs.mirror import place_of
     from adaptive.runs.platform import keep_compilations, start_backend
 
-    folder, found = locate(local_path(given.checkpoint, "--checkpoint"), given.step)
+    place, found = locate(place_of(given.checkpoint, "--checkpoint"), given.step)
+    folder = RunFolder.at(str(place), "--checkpoint")
     recipe = found.recipe
     if given.text_key:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, text_key=given.text_key))
     check_objective(recipe)
     if given.depths:
         check_depths(recipe, given.depths)
-    path = files.file_for(folder, found.step, given.name, ema=given.ema)
+    path = files.file_for(folder.path, found.step, given.name, ema=given.ema)
     tasks = read_tasks(given.tasks, given.shots)
     tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
     if given.harness:
@@ -144,8 +148,9 @@ def evaluate(given: argparse.Namespace) -> None:
     if given.harness:
         told["harness"] = harness(given, trained)
     files.write(path, told)
+    folder.push()
     print("\n".join(lines_of(told)))
-    print(f"\nkept in {path}")
+    print(f"\nkept in {folder}/{path.relative_to(folder.path)}")
 
 
 def measured(given: argparse.Namespace, subject: Any, sets: Sequence[Any], tasks: Sequence[Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def generate(given: argparse.Namespace, begin: float) -> int:
     from adaptive.runs.load import find, load
     from adaptive.runs.platform import keep_compilations, start_backend
 
-    found = find(local_path(given.workdir, "--workdir"), given.step)
+    found = find(given.workdir, given.step)
     texts = prompts or [found.recipe.log.sample_prompt]
     stages = len(found.recipe.model.facts().chunking)
     if not stages and (given.rows is not None or given.show_chunks):

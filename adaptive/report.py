@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from adaptive import command
 from adaptive.errors import UserError
-from adaptive.paths import local_path
+from adaptive.runs.folder import RunFolder
 from adaptive.training.report.page import write_report
 
 
@@ -29,12 +29,14 @@ def run(arguments: Sequence[str]) -> int:
     options.add_argument("--compare", nargs="+", default=[], metavar="WORKDIR", help="runs to show against it")
     options.add_argument("--open", action="store_true", help="open the page in a browser")
     given = options.read(arguments)
-    workdir, others = local_path(given.workdir, "WORKDIR"), [local_path(text, "--compare") for text in given.compare]
+    folder = RunFolder.at(given.workdir, "WORKDIR")
+    others = [RunFolder.at(text, "--compare").path for text in given.compare]
     try:
-        path = write_report(workdir, others)
+        path = write_report(folder.path, others)
+        folder.push()
     except OSError as error:
         raise UserError(f"cannot write the report: {error}") from None
-    print(path)
+    print(f"{folder}/{path.name}")
     if given.open:
         webbrowser.open(path.resolve().as_uri())
     return 0

@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 from adaptive import command, versions
 from adaptive.errors import UserError
 from adaptive.parallel import cluster
-from adaptive.paths import local_path
 from adaptive.recipe import Recipe, describe, filed_of, list_recipes, load
 from adaptive.runs.claim import claim
+from adaptive.runs.mirror import place_of
 
 
 def options() -> command.Options:
@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     if not given.recipe:
         raise UserError(f"which recipe? --recipe NAME, one of: {', '.join(list_recipes())}")
     recipe = load(given.recipe).with_(*given.settings)
-    workdir = local_path(given.workdir, "--workdir") if given.workdir else None
+    workdir = place_of(given.workdir, "--workdir") if given.workdir else None
     if given.init_from:
         from adaptive.runs.initial import settings_of
 
@@ -107,6 +107,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     from adaptive.runs.folder import RunFolder
     from adaptive.runs.origin import record_start
     from adaptive.runs.platform import keep_compilations
+    from adaptive.runs.shared import check_shared
     from adaptive.training.goodput import Account, process_began
     from adaptive.training import plan as plans
     from adaptive.training import sets_and_tasks
@@ -130,8 +131,11 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         # Claimed only now, so that a run that cannot work leaves no folder behind.
         opened = RunFolder.open(workdir, recipe, primary=primary, say=say) if workdir else None
         folder = at_exit.enter_context(opened) if opened else None
-        if folder and primary:
-            record_start(folder.path)
+        if folder:
+            if primary:
+                record_start(folder.path)
+            cluster.meet("the workdir is open")
+            check_shared(folder.place)
         text = (data.tokenizer.token_byte_lengths(), data.validation_passage(4096)) if data else None
         plan = plans.make_plan(program, text)
         about = map("data      {}".format, data.describe()) if data else []

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from adaptive import command
 from adaptive.command import number
+from adaptive.data import fetch
 from adaptive.data.bpe import train_bpe
 from adaptive.data.config import DataConfig
 from adaptive.data.documents import Document
@@ -154,7 +155,7 @@ def _training(corpora: list[Found], text_key: str, every: int) -> Iterator[Docum
 
 
 def _holds_tokens(source: str) -> bool:
-    path = local_path(source, "--source")
+    path = fetch.here(source, "--source")
     if path.is_dir():
         return (path / "index.json").exists() or any(file.suffix in TOKEN_SUFFIXES for file in path.iterdir())
     return path.suffix in TOKEN_SUFFIXES

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from adaptive.errors import RecipeError
-from adaptive.paths import is_address, local_path
+from adaptive.paths import bucket_path, bucket_scheme, is_address, local_path
 from adaptive.settings import ranged, show, since
 
 
@@ -61,10 +61,10 @@ class DataConfig:
         self._check_paths()
 
     def _check_paths(self) -> None:
-        """Raises UserError for addresses of other places, where only paths on this machine work."""
+        """Raises UserError for addresses that cannot be read: of hosts, and of buckets whose package is missing."""
         for path in self.paths:
             if self.source in ("files", "tokens"):
-                local_path(path, "data.paths")
+                (bucket_path if bucket_scheme(path) else local_path)(path, "data.paths")
             elif self.source == "huggingface" and is_address(path):
                 raise RecipeError(f"data.paths: {path}: name a data set of the hub as owner/name or owner/name:config")
         local_path(self.tokenizer, "data.tokenizer")

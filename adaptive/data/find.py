@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from adaptive.data import compressed
+from adaptive.data import compressed, fetch
 from adaptive.errors import DataError
-from adaptive.paths import local_path
 
 TEXTS = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json")
@@ -36,14 +35,15 @@ class Found(NamedTuple):
         return f"{count} ({_listed(Counter(map(_suffix, self.files)))}){over}"
 
 
-def find(path: str, suffixes: tuple[str, ...] = SUFFIXES) -> Found:
+def find(path: str, suffixes: tuple[str, ...] = SUFFIXES, cache: str = "") -> Found:
     """The files `path` means: itself, what a glob matches, or every file below a folder with one of `suffixes`.
 
     Suffixes count in any case of letters. Below a folder, whatever is hidden (its name begins with a dot) is left out,
-    links are followed, and a file that is reached twice is read once. Raises DataError when there is no file, for a
+    links are followed, and a file that is reached twice is read once. What is in a bucket is copied into the folder
+    `cache` first. Raises DataError when there is no file, for a
     named one that is of another kind or empty, and where the disk refuses.
     """
-    here = local_path(path, "data.paths")
+    here = fetch.here(path, "data.paths", cache)
     try:
         if here.is_dir():
             found, other = _sorted_out(_below(here), suffixes)

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adaptive.data import fetch
 from adaptive.data.files import ELSEWHERE, cache_dir, digest, explained, write_atomically
 from adaptive.data.sources import find_files
 from adaptive.data.store import TokenStore, file_identity, open_store
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
-from adaptive.paths import local_path
 
 TOKEN_SUFFIXES = (".bin", ".npy")
 _LLM_C: dict[int, np.dtype] = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}  # magic -> type of the tokens
@@ -50,10 +50,10 @@ def open_tokens(path: str, tokenizer: Tokenizer, token_dtype: str, cache: str = 
     A file of another program is read once from end to end, for its document bounds and its largest id; the cache
     folder remembers them. Raises DataError naming the file for anything missing, malformed or of another vocabulary.
     """
-    folder = local_path(path, "data.paths")
+    folder = fetch.here(path, "data.paths", cache)
     if (folder / "index.json").is_file():
         return open_store(folder, tokenizer)
-    files = [file for file in find_files(path, TOKEN_SUFFIXES) if file.stat().st_size]
+    files = [file for file in find_files(str(folder), TOKEN_SUFFIXES) if file.stat().st_size]
     if not files:
         raise DataError(f"data.paths: {path}: every token file is empty")
     shards = [_open(file, tokenizer, np.dtype(token_dtype), cache) for file in files]

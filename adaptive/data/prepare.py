@@ -59,4 +59,4 @@ def source_files(source: str, path: str, cache: str = "") -> Found:
         return Found([embedded_corpus(path, cache)], {})
     if path in CORPORA and not Path(path).exists():
         raise DataError(f"data.paths: no file {path}; for the embedded corpus of that name set data.source=embedded")
-    return find(path)
+    return find(path, cache=cache)

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from adaptive.data import fetch
 from adaptive.data.batch import Batch
 from adaptive.data.config import DataConfig
 from adaptive.data.corpus import CORPORA
@@ -17,7 +18,6 @@ from adaptive.data.tokenizers import Tokenizer
 from adaptive.data.windows import Split, Windows
 from adaptive.data.words import row_marker
 from adaptive.errors import DataError
-from adaptive.paths import local_path
 from adaptive.recipe import Recipe, name_from
 
 OWN = "validation"  # the run's own held-out data
@@ -99,19 +99,19 @@ def _named(text: str, recipe: Recipe, tokenizer: Tokenizer, stride: int, option:
         held_out = dataclasses.replace(config, source="embedded", validation_every=config.validation_every or 20)
         yield _stored(name or path, held_out, path, tokenizer, stride, "validation")
         return
-    local = local_path(path, option)
+    local = fetch.here(path, option, config.cache_dir)
     source = "tokens" if (local / "index.json").is_file() or local.suffix in (".bin", ".npy") else "files"
     if source == "files" and not local.exists() and not any(c in path for c in "*?["):
         raise DataError(
             f"{option} {text}: there is no such file or folder, and no set of that name: {OWN}, {', '.join(CORPORA)}"
         )
     whole = dataclasses.replace(config, source=source, validation_every=0)  # type: ignore[arg-type]
-    yield _stored(name_from(name) if name else _name_of(local), whole, path, tokenizer, stride, "train")
+    yield _stored(name_from(name) if name else _name_of(path), whole, path, tokenizer, stride, "train")
 
 
-def _name_of(path: Path) -> str:
+def _name_of(path: str) -> str:
     """What a set is called by its path: its last part that has letters or digits, without what follows a dot."""
-    parts = (part.split(".")[0] for part in reversed(path.absolute().parts))
+    parts = (part.split(".")[0] for part in reversed(Path(path).absolute().parts))
     return next((name_from(part) for part in parts if re.search(r"\w", part)), "set")
 
 
@@ -129,7 +129,7 @@ def _own(recipe: Recipe, tokenizer: Tokenizer, stride: int) -> Iterator[Evaluati
         if not config.validation_every:
             raise DataError("data.validation_every=0: the run holds nothing out; name sets with --data")
         for path in config.paths:
-            name = path if config.source == "embedded" else _name_of(Path(path))
+            name = path if config.source == "embedded" else _name_of(path)
             yield _stored(name, config, path, tokenizer, stride, "validation")
         return
     if stride:

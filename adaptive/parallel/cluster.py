@@ -55,7 +55,7 @@ def describe(env: Mapping[str, str]) -> Cluster | None:
     if not explicit and env.get("ADAPTIVE_CLUSTER"):
         if env["ADAPTIVE_CLUSTER"] != "tpu":
             raise ClusterError(f"ADAPTIVE_CLUSTER={env['ADAPTIVE_CLUSTER']}: expected tpu")
-        job = _of_pod("ADAPTIVE_CLUSTER=tpu", pods.of_cloud_tpu())
+        job: Cluster | None = _of_pod("ADAPTIVE_CLUSTER=tpu", pods.of_cloud_tpu())
     else:
         job = _slurm(env) or _open_mpi(env) or (None if explicit else _gke_tpu(env))
     if explicit:
@@ -286,10 +286,15 @@ def meet(what: str) -> None:
         if named is None:
             raise
         absent = [int(number) for number in re.findall(r"\d+", named[1])]
-        who = ", ".join(f"process {i}" + (f" on {_Job.hosts[i]}" if i < len(_Job.hosts) else "") for i in absent)
+        who = ", ".join(f"process {i}{host_of(i)}" for i in absent)
         raise ClusterError(
             f"{what}: {who} did not come within {limit:g} s of the others (ADAPTIVE_START_LIMIT sets how many)"
         ) from None
+
+
+def host_of(index: int) -> str:
+    """" on HOST" of a process of this job; empty where it is not known."""
+    return f" on {_Job.hosts[index]}" if index < len(_Job.hosts) else ""
 
 
 def _visible(job: Cluster, env: Mapping[str, str]) -> str:

@@ -4,10 +4,10 @@ GKE sets variables in every pod; Cloud TPU keeps the same in the metadata of eac
 the machines of the first come first.
 """
 
+import dataclasses
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from adaptive.errors import ClusterError
 
@@ -15,7 +15,8 @@ PORT = 8482  # of process 0, as JAX uses it on TPUs
 _ANSWER_S = 10.0
 
 
-class Pod(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Pod:
     """The machines of a job: where the first is, how many there are, and which one this is."""
 
     coordinator: str

@@ -5,6 +5,7 @@ says what they are (`about`). The arrays have a digest there, and all of it a ch
 when complete, and older ones are removed only after that. Reading never changes a folder.
 """
 
+import contextlib
 import errno
 import logging
 import math
@@ -23,6 +24,7 @@ import numpy as np
 import adaptive
 from adaptive.errors import CheckpointError
 from adaptive.parallel.cluster import anywhere
+from adaptive.paths import absolute, bucket_scheme
 from adaptive.runs.config import CheckpointConfig
 from adaptive.runs.digest import checksum, digest, named
 from adaptive.runs.state import TrainState
@@ -33,6 +35,7 @@ SAVE_LIMIT_S = 1200  # for one save to end on all processes; one that fails keep
 _GRACE_S = 60  # after that, for the threads that wait to say so
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # how Orbax names what it has not finished
+COMMITTED = "commit_success.txt"  # Orbax's mark of a finished checkpoint in a bucket, where nothing can be renamed
 _ORBAX = f"orbax{os.sep}checkpoint"  # in the path of its modules
 
 Say = Callable[[str], None]
@@ -65,8 +68,8 @@ class Checkpoints:
     All processes call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, recipe_json: Mapping[str, Any], *, say: Say = print):
-        self._folder, self._config, self._recipe, self._say = Path(folder).absolute(), config, dict(recipe_json), say
+    def __init__(self, folder: Any, config: CheckpointConfig, recipe_json: Mapping[str, Any], *, say: Say = print):
+        self._folder, self._config, self._recipe, self._say = absolute(folder), config, dict(recipe_json), say
         self._orbax: Any = None  # opened at first use: a fresh run starts without waiting for its import
         self._opened = 0
         self._pending: int | None = None  # the step of the save now under way
@@ -211,12 +214,20 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """Removes what a killed or failed save left behind, also while the threads of a failed one still write."""
         if jax.process_index() == 0:
-            for path in self._folder.glob(_UNFINISHED):
+            for path in self._unfinished():
                 for _ in range(20):
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
                     if not path.exists():
                         break
                     time.sleep(0.1)
+
+    def _unfinished(self) -> list[Any]:
+        if not bucket_scheme(str(self._folder)):
+            return [*self._folder.glob(_UNFINISHED)]
+        if not self._folder.exists():
+            return []
+        done = self.steps()
+        return [path for path in self._folder.iterdir() if path.name.isdecimal() and int(path.name) not in done]
 
     def _last_good(self) -> str:
         steps = [step for step in self.steps() if step not in self._damaged]
@@ -230,7 +241,7 @@ class Checkpoints:
             for step in self._damaged:
                 aside = self._folder / f"{step}.unreadable"
                 try:
-                    shutil.rmtree(aside, ignore_errors=True)
+                    _remove(aside)
                     (self._folder / str(step)).rename(aside)
                 except OSError as error:
                     self._say(f"warning: cannot rename {self._folder / str(step)}: {error.strerror or error}")
@@ -239,10 +250,22 @@ class Checkpoints:
         self._manager().reload()
 
 
-def steps_in(folder: Path) -> list[int]:
+def _remove(path: Any) -> None:
+    """Removes a folder as far as that can be done."""
+    if bucket_scheme(str(path)):
+        with contextlib.suppress(Exception):
+            path.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def steps_in(folder: Any) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending, readable or not."""
-    names = (entry.name for entry in folder.glob("*") if entry.is_dir())
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    if bucket_scheme(str(folder)):
+        entries = [path for path in folder.iterdir() if (path / COMMITTED).exists()] if folder.exists() else []
+    else:
+        entries = [path for path in folder.glob("*") if path.is_dir()]
+    return sorted(int(path.name) for path in entries if path.name.isdecimal() and path.name == str(int(path.name)))
 
 
 # Names
@@ -273,7 +296,7 @@ def _key_implementation() -> str:
 # Orbax
 
 
-def _open_manager(folder: Path, config: CheckpointConfig, best: Callable[[], list[int]], *, barriers: str) -> Any:
+def _open_manager(folder: Any, config: CheckpointConfig, best: Callable[[], list[int]], *, barriers: str) -> Any:
     _silence()
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as keep
@@ -348,7 +371,7 @@ def _write(manager: Any, step: int, arrays: Mapping[str, Any], about: Mapping[st
     manager.save(step, args=items, force=True)
 
 
-def _read(manager: Any, folder: Path, step: int, abstract: TrainState) -> Restored:
+def _read(manager: Any, folder: Any, step: int, abstract: TrainState) -> Restored:
     """Raises CheckpointError for a checkpoint that is whole but not for this run, other errors for a damaged one."""
     import orbax.checkpoint as ocp
 
@@ -366,7 +389,7 @@ def _read(manager: Any, folder: Path, step: int, abstract: TrainState) -> Restor
     return Restored(state, step, about["data_state"], about["recipe"], found)
 
 
-def read_part(folder: Path, step: int, part: Any, leave: Callable[[str], bool] = lambda name: False) -> Any:
+def read_part(folder: Any, step: int, part: Any, leave: Callable[[str], bool] = lambda name: False) -> Any:
     """Some fields of the TrainState of a checkpoint, the others left unread: parameters without optimizer states.
 
     part   {field: tree of ShapeDtypeStructs with shardings, or of arrays}; the same with arrays is returned
@@ -378,7 +401,7 @@ def read_part(folder: Path, step: int, part: Any, leave: Callable[[str], bool] =
     _silence()
     import orbax.checkpoint as ocp
 
-    where, leaves = Path(folder).absolute() / str(step), named(part)
+    where, leaves = absolute(folder) / str(step), named(part)
     wanted = {name: a for name, a in leaves.items() if not leave(name)}
     try:
         about = ocp.JsonCheckpointHandler().restore(where / "about")

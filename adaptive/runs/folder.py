@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,14 +18,15 @@ import numpy as np
 from adaptive.data.files import write_text_atomically
 from adaptive.errors import CheckpointError, RecipeError
 from adaptive.optim.schedule import make_schedule
+from adaptive.paths import bucket_scheme, local_path
 from adaptive.recipe import Recipe, difference, identity_difference
 from adaptive.runs.checkpoint import steps_in
+from adaptive.runs.mirror import CHECKPOINTS, LOCK_FILE, Mirror
 from adaptive.settings import parse_json
 
 RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
-LOCK_FILE = "run.lock"
 
 BEAT_S = 5.0  # how often a running process renews its claim
 SILENCE_S = 20.0  # a claim from another host that is not renewed for so long has lost its process
@@ -35,10 +37,37 @@ Say = Callable[[str], None]
 class RunFolder:
     """The workdir of a run. `RunFolder(path)` only names its files; `RunFolder.open` claims it for this process."""
 
-    def __init__(self, path: str | Path, *, about: "_About | None" = None, lock: "_Lock | None" = None):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        about: "_About | None" = None,
+        lock: "_Lock | None" = None,
+        mirror: Mirror | None = None,
+    ):
         self.path = Path(path)
         self._about = about
         self._lock = lock
+        self._mirror = mirror
+
+    @classmethod
+    def at(cls, text: str, option: str) -> "RunFolder":
+        """The folder of a run that a user named, by its path or its address in a bucket, whose files are then copied
+        here. Raises UserError for what is neither, CheckpointError where the bucket cannot be read."""
+        if not bucket_scheme(text):
+            return cls(local_path(text, option))
+        mirror = Mirror(text, option)
+        mirror.pull()
+        return cls(mirror.local, mirror=mirror)
+
+    @property
+    def place(self) -> Any:
+        """What all processes of a job share: the folder, or an `etils.epath.Path` of the one in a bucket."""
+        return self._mirror.remote if self._mirror else self.path
+
+    def __str__(self) -> str:
+        """As the user names it."""
+        return str(self.place)
 
     @property
     def run_id(self) -> str:
@@ -68,8 +97,9 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Any:
+        """Its path; of a run in a bucket an `etils.epath.Path`."""
+        return self._mirror.checkpoints if self._mirror else self.path / CHECKPOINTS
 
     @property
     def profile(self) -> Path:
@@ -86,12 +116,17 @@ class RunFolder:
         Raises CheckpointError where the folder cannot be made or written, holds something else, holds a run of another
         recipe (with the differences), or is in use.
         """
-        path = Path(workdir).expanduser()
+        mirror = Mirror(str(workdir)) if bucket_scheme(str(workdir)) else None
+        path = mirror.local if mirror else Path(workdir).expanduser()
         if not primary:
-            return cls(path)
+            return cls(path, mirror=mirror)
+        if mirror:
+            mirror.pull()
+        shown = str(workdir) if mirror else str(path)
         saved = _look(path)
         if saved is not None:
-            _refuse_another(path, saved, recipe)
+            steps = steps_in(mirror.checkpoints if mirror else path / CHECKPOINTS)
+            _refuse_another(shown, path / RECIPE_FILE, saved, recipe, steps)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _Lock(path / LOCK_FILE)
@@ -99,16 +134,23 @@ class RunFolder:
             raise _unwritable(path, error) from None
         lock.take(say)
         try:
+            if mirror:
+                mirror.claim(say)
             about = _about(path)
             if saved != recipe:
                 write_text_atomically(path / RECIPE_FILE, recipe.to_json())
+            if mirror:
+                mirror.push()
+        except CheckpointError:
+            lock.release()
+            raise
         except OSError as error:
             lock.release()
-            raise _unwritable(path, error) from None
+            raise _unwritable(shown, error) from None
         changes = difference(saved, recipe) if saved is not None else []
         if changes:
-            say(f"{path}: settings changed since the last start: {'; '.join(changes)}")
-        return cls(path, about=about, lock=lock)
+            say(f"{shown}: settings changed since the last start: {'; '.join(changes)}")
+        return cls(path, about=about, lock=lock, mirror=mirror)
 
     def note(self, *, saved: int | None = None, finished: int | None = None) -> None:
         """Keeps them with the run. Does nothing where the folder was not opened. Raises OSError."""
@@ -120,12 +162,24 @@ class RunFolder:
         if about != self._about:
             self._about = about
             write_text_atomically(self.path / RUN_FILE, json.dumps(about._asdict()) + "\n")
+            self.push()
+
+    def push(self) -> None:
+        """Copies what has changed to where the run is kept, which is elsewhere for one in a bucket. Raises OSError."""
+        if self._mirror is not None:
+            self._mirror.push()
 
     def close(self) -> None:
         """Gives the claim back. May be called twice."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        if self._lock is None:
+            return
+        if self._mirror is not None:
+            try:
+                self._mirror.release()
+            except OSError as error:
+                print(f"warning: {error}; what is newer is in {self.path}", file=sys.stderr, flush=True)
+        self._lock.release()
+        self._lock = None
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -134,7 +188,7 @@ class RunFolder:
         self.close()
 
 
-def _unwritable(path: Path, error: OSError) -> CheckpointError:
+def _unwritable(path: Path | str, error: OSError) -> CheckpointError:
     return CheckpointError(f"cannot write to {path}: {error.strerror or error}; choose another --workdir")
 
 
@@ -163,9 +217,9 @@ def _look(path: Path) -> Recipe | None:
         raise CheckpointError(f"{error}; to train {path}'s recipe anew, choose another --workdir") from None
 
 
-def _refuse_another(path: Path, saved: Recipe, recipe: Recipe) -> None:
+def _refuse_another(path: str, file: Path, saved: Recipe, recipe: Recipe, steps: list[int]) -> None:
     lines = identity_difference(saved, recipe)
-    taken = max(steps_in(path / "checkpoints"), default=0)
+    taken = max(steps, default=0)
     if [line.partition(":")[0] for line in lines] == ["train.steps"]:
         if (other := _other_rate(saved, recipe, taken)) is None:
             return  # of the steps that were taken nothing changes
@@ -184,7 +238,7 @@ def _refuse_another(path: Path, saved: Recipe, recipe: Recipe) -> None:
                     f"{path} holds a run of another recipe; saved there -> asked for:",
                     *shown,
                     f"To train what was asked for, choose another --workdir; --init_from {path} begins it with the "
-                    f"weights of that run. To continue that run: --recipe {path / RECIPE_FILE} --workdir {path}",
+                    f"weights of that run. To continue that run: --recipe {file} --workdir {path}",
                 ]
             )
         )

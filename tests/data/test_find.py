@@ -143,7 +143,8 @@ def test_a_comma_in_a_path(tmp_path, at):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"paths": ("gs://bucket/texts",)}, r"data\.paths: gs://bucket/texts is an address"),
+        ({"paths": ("gs://bucket/texts",)}, r"data\.paths: gs://bucket/texts needs the package gcsfs: pip install"),
+        ({"paths": ("hf://datasets/a/b",)}, r"data\.paths: hf://datasets/a/b is an address"),
         ({"paths": ("https://host/a.jsonl",), "source": "tokens"}, r"data\.paths: https://host/a\.jsonl is an address"),
         ({"paths": ("hf://datasets/a/b",), "source": "huggingface"}, "as owner/name or owner/name:config"),
         ({"cache_dir": "s3://bucket/cache"}, r"data\.cache_dir: s3://bucket/cache is an address"),

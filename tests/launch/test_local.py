@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,21 @@ if sys.argv[1] == "raise":
     time.sleep(60)
 if sys.argv[1] == "refuse":
     sys.exit(cluster.leave(2 + job.index * 50) if job.index == 1 else time.sleep(60))
+if sys.argv[1] == "elsewhere":  # a relative workdir, and the second process is in another folder
+    import os, pathlib
+    from adaptive.errors import CheckpointError
+    from adaptive.runs import shared
+    folder = pathlib.Path("here")
+    folder.mkdir(exist_ok=True)
+    shared.check_shared(folder)
+    shared.LOOK_S = 0.1
+    pathlib.Path(str(job.index)).mkdir()
+    os.chdir(str(job.index))
+    folder.mkdir()
+    try:
+        shared.check_shared(folder)
+    except CheckpointError as error:
+        print(error, "left", list(folder.iterdir()), flush=True)
 if sys.argv[1] == "stop":
     print("running", flush=True)
     while not cluster.anywhere(bool(stopped)):
@@ -42,7 +58,7 @@ def launch(tmp_path):
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "launch.local", "--devices_per_process", "2", "--module", "program", "--"]
-        return subprocess.Popen([*command, *arguments], env=env, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*command, *arguments], env=env, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
 
     return start
 
@@ -74,6 +90,14 @@ def test_the_exit_code_of_the_first_failure_is_kept(launch):
     job = launch("refuse")
     job.communicate(timeout=120)
     assert job.returncode == 52
+
+
+def test_a_workdir_that_is_not_shared_is_noticed_by_all(launch):
+    job = launch("elsewhere")
+    out, _ = job.communicate(timeout=120)
+    host = socket.gethostname()
+    said = f"process 1 on {host} cannot see what process 0 on {host} wrote there"
+    assert out.count(said) == 2 and out.count("left []") == 2, out
 
 
 def test_a_signal_to_one_process_stops_all_together(launch):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from adaptive.paths import absolute
 from adaptive.training.tracking.base import About, Say, distributions, scalars
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -124,7 +125,7 @@ class WandbTracker:
     def checkpoint(self, path: Path, step: int) -> None:
         def send(run: Any) -> None:
             artifact = _wandb().Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
-            artifact.add_reference(path.absolute().as_uri(), checksum=False)
+            artifact.add_reference(absolute(path).as_uri(), checksum=False)
             run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
         self._put(send)
