@@ -111,6 +111,7 @@ class Recipe:
         settings.check_ranges(self)
         self._check_sizes()
         self.model.validate()
+        self.objective.check(self.model.vocab_size)
         self.data.validate()
         self.train.validate(self.data.seq_len)
         self.eval.validate()

@@ -98,7 +98,7 @@ class TimedStep:
         self.program = fitted(program).program if recipe.train.remat == "auto" else program
         self.compiled = self.program.compile_train_step()
         self._state = self.program.fresh_state()
-        self._batch = self.program.to_devices(random_batch(recipe))
+        self._batch = self.program.for_training(random_batch(recipe))
         self.seconds(1)  # the first run touches memory for the first time
 
     def seconds(self, steps: int) -> float:

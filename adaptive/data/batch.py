@@ -15,6 +15,7 @@ class Batch(NamedTuple):
     segment_ids  i32[batch, seq]   which document of the row, from 1; 0 is padding
     mask         f32[batch, seq]   1 where the target counts: no padding, of its input's document and of no prompt
     boundaries   bool[batch, seq]  where chunks begin, as a splitter decides (data.boundaries); None: undecided
+    taught       what a teacher expects, where a run has one; made on the devices
     """
 
     tokens: np.ndarray
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray
     mask: np.ndarray
     boundaries: np.ndarray | None = None
+    taught: Any = None
 
 
 def make_row(tokens: np.ndarray, openings: np.ndarray, seq_len: int, filler: int) -> Batch:

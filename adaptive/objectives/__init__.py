@@ -16,11 +16,13 @@ class Inputs(NamedTuple):
     tokens   i32[batch, seq] that the model reads
     targets  i32[batch, seq], each predicted at its position
     weights  f32[batch, seq] of each target in the sum
+    taught   what a teacher expects there; None: there is none
     """
 
     tokens: jax.Array
     targets: jax.Array
     weights: jax.Array
+    taught: Any = None
 
 
 class Loss(NamedTuple):
@@ -44,6 +46,9 @@ class Objective(Member):
     door: ClassVar[str] = __name__
     causal: ClassVar[bool] = True
     cost_factor: ClassVar[float] = 1.0
+
+    def check(self, vocab: int) -> None:
+        """Raises RecipeError for settings that cannot work with so many tokens."""
 
     def inputs(self, batch: Any, key: jax.Array | None) -> Inputs:
         """What to read and to predict; key: of noise, in training and in evaluation."""

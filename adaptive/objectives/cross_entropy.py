@@ -44,8 +44,8 @@ def cross_entropy_sum(
     of batch * seq * width * vocab in all. Only the sum is differentiable.
     """
     weight = constrain(weight, "vocab", None)
-    nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight, cap)[0], _chunks(hidden, targets, chunk=chunk))
-    nll = _join(nll)
+    nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight, cap)[0], chunks(hidden, targets, chunk=chunk))
+    nll = joined(nll)
     return (nll * mask).sum(), nll
 
 
@@ -68,7 +68,7 @@ def predicted(
         nll, logits, log_z = _nll(part[0], part[1], weight, cap)
         return Predicted(nll, jnp.exp(logits.max(-1) - log_z), jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
-    return Predicted(*map(_join, jax.lax.map(of, _chunks(hidden, targets, chunk=chunk))))
+    return Predicted(*map(joined, jax.lax.map(of, chunks(hidden, targets, chunk=chunk))))
 
 
 def _nll(
@@ -105,9 +105,9 @@ def _forward(hidden, weight, targets, mask, chunk, cap):
         return constrain(d_weight + step, "tokens", "vocab", None), (nll, d_hidden)
 
     zero = constrain(jnp.zeros((parts, *weight.shape), jnp.float32), "tokens", "vocab", None)
-    d_weight, (nll, d_hidden) = jax.lax.scan(body, zero, _chunks(hidden, targets, mask, chunk=chunk))
-    nll = _join(nll)
-    return ((nll * mask).sum(), nll), (_join(d_hidden), sum_of_parts(d_weight, weight.dtype))
+    d_weight, (nll, d_hidden) = jax.lax.scan(body, zero, chunks(hidden, targets, mask, chunk=chunk))
+    nll = joined(nll)
+    return ((nll * mask).sum(), nll), (joined(d_hidden), sum_of_parts(d_weight, weight.dtype))
 
 
 def _backward(chunk, cap, residuals, cotangents):
@@ -119,7 +119,7 @@ def _backward(chunk, cap, residuals, cotangents):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _chunks(*arrays: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
+def chunks(*arrays: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
     """Each [batch, seq, ...] as [chunks, batch, parts * chunk, ...], a chunk of every part of the sequence at a time:
     what a device has stays with it."""
     parts = seq_shards()
@@ -128,21 +128,21 @@ def _chunks(*arrays: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
         if parts == 1:
             return a.reshape(a.shape[0], -1, chunk, *a.shape[2:]).swapaxes(0, 1)
         own = jnp.moveaxis(a.reshape(a.shape[0], parts, -1, chunk, *a.shape[2:]), 2, 0)
-        joined = own.reshape(*own.shape[:2], parts * chunk, *a.shape[2:])
-        return constrain(joined, None, "batch", "seq", *(None,) * (a.ndim - 2))
+        taken = own.reshape(*own.shape[:2], parts * chunk, *a.shape[2:])
+        return constrain(taken, None, "batch", "seq", *(None,) * (a.ndim - 2))
 
     return tuple(map(cut, arrays))
 
 
-def _join(a: jax.Array) -> jax.Array:
+def joined(a: jax.Array) -> jax.Array:
     """[chunks, batch, parts * chunk, ...] -> [batch, seq, ...]."""
     parts = seq_shards()
     if parts == 1:
         a = a.swapaxes(0, 1)
         return a.reshape(a.shape[0], -1, *a.shape[3:])
     own = jnp.moveaxis(a.reshape(*a.shape[:2], parts, -1, *a.shape[3:]), 0, 2)
-    joined = own.reshape(own.shape[0], -1, *a.shape[3:])
-    return constrain(joined, "batch", "seq", *(None,) * (joined.ndim - 2))
+    whole = own.reshape(own.shape[0], -1, *a.shape[3:])
+    return constrain(whole, "batch", "seq", *(None,) * (whole.ndim - 2))
 
 
 def _parts(a: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from adaptive.data.batch import Batch
 from adaptive.data.tokenizers import ByteCounts
 from adaptive.errors import MeshError, NoRoomError, RecipeError
+from adaptive.objectives import distillation
+from adaptive.objectives.distillation import Taught
 from adaptive.optim.build import make_optimizer
 from adaptive.optim.named import chosen
 from adaptive.parallel.cluster import meet
@@ -32,6 +34,7 @@ from adaptive.runs.state import TrainState, abstract_model, abstract_state, fres
 from adaptive.settings import divisors
 from adaptive.training.config import Remat
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
+from adaptive.training.teacher import Teacher, teacher_of
 
 # Layers up to which a CPU's loops over them are written out. Inside a loop XLA cuts a layer's arrays out of stacks
 # again for every number of a fused operation, which costs a twentieth of a step (dense layers) to half of it (experts).
@@ -188,6 +191,7 @@ class Program:
         self._shapes = abstract_state(self.graphdef, shapes, self.tx, ema=self.ema)
         self.shardings = place(self._shapes, mesh, self.rules)
         self._segmented = not recipe.data.cross_document
+        self._teaching = teacher_of(recipe)
 
     def build(self, key: jax.Array, step: int = -1) -> Any:
         """The model with the settings that hold at a step (-1: at the last)."""
@@ -213,7 +217,12 @@ class Program:
         sharding = batch_sharding(self.mesh, self.rules)
         boundaries = None if self.recipe.data.boundaries == "none" else "bool"
         kinds: Any = Batch("int32", "int32", "int32", "int32", "float32", boundaries)  # type: ignore[arg-type]
-        return jax.tree.map(lambda kind: jax.ShapeDtypeStruct(shape, kind, sharding=sharding), kinds)
+        batch = jax.tree.map(lambda kind: jax.ShapeDtypeStruct(shape, kind, sharding=sharding), kinds)
+        if isinstance(aim := self.recipe.objective, distillation.Settings):
+            several = (*shape, aim.kept)
+            taught: Any = [jax.ShapeDtypeStruct(several, kind, sharding=sharding) for kind in ("int32", "float32")]
+            batch = batch._replace(taught=Taught(*taught))
+        return batch
 
     def to_devices(self, batch: Batch, *, whole: bool = False) -> Batch:
         """Rows as arrays over the mesh: this process's share of them, or all (`whole`)."""
@@ -225,6 +234,16 @@ class Program:
             return jax.make_array_from_process_local_data(sharding, np.asarray(a), shape)
 
         return jax.tree.map(place, batch)
+
+    @functools.cached_property
+    def _teacher(self) -> Teacher | None:
+        found = self._teaching
+        return None if found is None else Teacher(found, self.recipe, self.mesh, self.rules, self.placed)
+
+    def for_training(self, batch: Batch) -> Batch:
+        """This process's share of rows as arrays over the mesh, with what the teacher expects where there is one."""
+        given = self.to_devices(batch)
+        return given if self._teacher is None else given._replace(taught=self._teacher(given))
 
     def auxiliary(self) -> list[str]:
         """Names of the auxiliary losses that are trained."""
