@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "continue texts with a trained model",
     "evaluate": "losses, depths and tasks of a checkpoint, with intervals",
     "report": "make the report of a run",
+    "study": "a sweep of runs, and a page on what follows",
     "convert": "released weights to a run, and back",
     "bench": "measure what a recipe or an operation costs",
     "data": "prepare tokens, train tokenizers, look at sources",

@@ -18,6 +18,8 @@ FLOORS = (
     {"evaluation"},
     {"training"},
     {"benchmarks"},
+    {"sweeps"},
+    {"studies"},
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
