@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "make the report of a run",
     "study": "a sweep of runs, and a page on what follows",
     "convert": "released weights to a run, and back",
+    "compile": "whether a recipe fits machines that are not here, and what a step would take",
     "bench": "measure what a recipe or an operation costs",
     "data": "prepare tokens, train tokenizers, look at sources",
     "launch": "several processes of one run here; templates for clusters",

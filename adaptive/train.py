@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from adaptive import command, versions
 from adaptive.errors import UserError
 from adaptive.parallel import cluster
+from adaptive.paths import local_path
 from adaptive.recipe import Recipe, describe, filed_of, list_recipes, load
 from adaptive.runs.claim import claim
 from adaptive.runs.mirror import place_of
@@ -39,6 +40,8 @@ def options() -> command.Options:
     made.add_argument("--workdir", default="", help=where)
     begin = "RUN[@STEP]: begin a new run with the weights of another, of its newest checkpoint or that of STEP"
     made.add_argument("--init_from", default="", help=begin)
+    kept = "folder of `adaptive compile --save`: its step is loaded where it is for this run, instead of compiled"
+    made.add_argument("--compiled", default="", help=kept)
     made.add_argument("--list_recipes", action="store_true", help="name all recipes and end")
     made.add_argument("--print_recipe", action="store_true", help="print the recipe, fully resolved, and end")
     made.add_argument("--dry_run", action="store_true", help="do all up to and including compilation, and end")
@@ -89,17 +92,21 @@ def run(arguments: Sequence[str]) -> int:
     cluster.make_room_for_emulated_devices()
     cluster.join()
     start_backend()
+    compiled = local_path(given.compiled, "--compiled") if given.compiled else None
     if given.dry_run:
-        return train(recipe, None, arguments)
+        return train(recipe, None, arguments, compiled)
     with contextlib.nullcontext(workdir) if workdir else new_workdir(recipe.name) as folder:
-        return train(recipe, folder, arguments)
+        return train(recipe, folder, arguments, compiled)
 
 
-def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -> int:
+def train(
+    recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = (), compiled: Path | None = None
+) -> int:  # fmt: skip
     """Trains `recipe` in `workdir` from the beginning, or from its newest checkpoint; the exit code.
 
     workdir    None: nothing is kept, and all stops before the first step
     arguments  of the command, for advice; with some, all the time of this process is counted as the run's
+    compiled   folder of steps that `adaptive compile --save` made
     """
     import jax
 
@@ -108,11 +115,12 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
     from adaptive.runs.origin import record_start
     from adaptive.runs.platform import keep_compilations
     from adaptive.runs.shared import check_shared
-    from adaptive.training.goodput import Account, process_began
     from adaptive.training import plan as plans
     from adaptive.training import sets_and_tasks
     from adaptive.training.fitting import fitted
+    from adaptive.training.goodput import Account, process_began
     from adaptive.training.program import Program, data_shard
+    from adaptive.training.saved import saved_steps
     from adaptive.training.stopping import StopRequest
     from adaptive.training.waiting import waiting
     from adaptive.training.watchdog import Watchdog
@@ -124,6 +132,7 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
         compilations = keep_compilations()
         mesh = make_mesh(recipe.mesh)
         program = Program(recipe, mesh)
+        saved, why_not = saved_steps(compiled, program) if compiled else (None, "")
         show_data_progress(say)
         data = open_data(recipe, data_shard(mesh), arguments, say if workdir is None else None)
         if data:
@@ -143,15 +152,18 @@ def train(recipe: Recipe, workdir: Path | None, arguments: Sequence[str] = ()) -
             say(line)
 
         watchdog, stop = Watchdog(), at_exit.enter_context(StopRequest(say))
+        if why_not:
+            say(f"compiled  anew, not taken from {compiled}: {why_not}")
         say(f"compiling the train step ({compilations})")
         shown = waiting("compiling", say) if primary else contextlib.nullcontext()
         limit, at_once = recipe.train.start_timeout_s, stop.at_once(folder.close if folder else lambda: None)
         with watchdog.limit("compiling", limit), at_once, shown, account.of("compile"):
-            fit = fitted(program)
+            fit = fitted(program, saved)
         cluster.meet("the train step is compiled")
         program, steps = fit.program, fit.steps
         plan = plans.with_compiled(plan, fit)
-        say(f"compiled  in {steps.first.seconds:.1f} s{', from the cache' if steps.first.kept else ''}")
+        origin = f", from {compiled}" if saved else ", from the cache" if steps.first.kept else ""
+        say(f"{'loaded   ' if saved else 'compiled '} in {steps.first.seconds:.1f} s{origin}")
         if fit.why:
             say(f"remat     {fit.why}")
         say(plans.memory_line(plan.memory))

@@ -20,7 +20,7 @@ KERNEL = {name: "__gpu$xla.gpu.triton" if name == "h200" else "tpu_custom_call" 
 
 def devices(target: str) -> list:
     """Four devices of the target, to compile for."""
-    return targets.devices(target, 4)
+    return targets.devices_of(targets.Topology(target, 4))
 
 
 def run(script: str, target: str) -> str:

@@ -104,7 +104,9 @@ def test_a_step_that_does_not_fit_is_a_result(message, needs):
 def published(name, **settings):
     recipe = load(name)
     rows = recipe.train.device_batch_size or recipe.train.batch_size
-    return recipe.with_(f"train.batch_size={rows * 8}", *(f"train.{key}={value}" for key, value in settings.items()))
+    return recipe.with_(
+        "mesh.fsdp=8", f"train.batch_size={rows * 8}", *(f"train.{key}={value}" for key, value in settings.items())
+    )
 
 
 def test_the_estimate_is_the_arithmetic_that_it_says():

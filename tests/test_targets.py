@@ -27,7 +27,7 @@ def test_the_compiler_knows_every_topology_and_as_much_memory(target):
 
 def main(target):
     sizes = targets.TARGETS[target].topologies
-    devices = {count: targets.devices(target, count) for count in sizes}
+    devices = {count: targets.devices_of(targets.Topology(target, count)) for count in sizes}
     facts = {"devices": {count: [len(all_), all_[0].device_kind] for count, all_ in devices.items()}}
     if target != "h200":
         where = SingleDeviceSharding(devices[min(sizes)][0])

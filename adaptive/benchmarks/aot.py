@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive import command, targets
+from adaptive.benchmarks import traffic
 from adaptive.benchmarks.estimate import PARTS, RATES, estimate
 from adaptive.command import number
 from adaptive.errors import UserError
 from adaptive.recipe import Recipe, load
+from adaptive.targets import Topology
 from adaptive.training.program import accumulation_of
 
 GIB = 2**30
@@ -40,13 +42,20 @@ ABORTS = ("v7x",)  # whose compiler fails at little effort
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One train step to compile: a recipe as it is compiled, for so many devices of a target."""
+    """One train step to compile: a recipe as it is compiled, for devices of a target."""
 
     source: str
     recipe: Recipe
     settings: tuple[str, ...]
-    target: str
-    devices: int
+    topology: Topology
+
+    @property
+    def target(self) -> str:
+        return self.topology.target
+
+    @property
+    def devices(self) -> int:
+        return self.topology.devices
 
     @property
     def kernels(self) -> str:
@@ -76,20 +85,25 @@ def steps(names: Sequence[str], given: argparse.Namespace) -> Iterator[Step]:
             recipe = published.with_(*settings)
             recipe.validate()
             accumulation_of(recipe, given.devices // recipe.mesh.tensor)
-            yield Step(name, recipe, settings, given.target, given.devices)
+            yield Step(name, recipe, settings, Topology(given.target, given.devices))
 
 
-def compiled(step: Step, effort: float) -> dict[str, Any]:
-    """What the compiler tells of a step, beside what it was told. Raises UserError where it cannot be asked."""
+def compiled(step: Step, effort: float, save: str = "") -> dict[str, Any]:
+    """What the compiler tells of a step, beside what it was told. Raises UserError where it cannot be asked.
+
+    save  folder that the compiled steps are kept in; empty: they are not
+    """
     order = {
         "recipe": step.source,
         "settings": step.settings,
-        "target": step.target,
-        "devices": step.devices,
+        "topology": dataclasses.asdict(step.topology),
         "effort": effort,
+        "save": save,
     }
     run = [sys.executable, "-m", "adaptive.benchmarks.aot_program", json.dumps(order)]
-    env = targets.environment() | {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ}
+    env = targets.environment(step.devices if step.target == "cpu" else 0)
+    if step.target != "cpu" and "XLA_FLAGS" in os.environ:
+        env["XLA_FLAGS"] = os.environ["XLA_FLAGS"]
     done = subprocess.run(run, env=env, capture_output=True, text=True)
     if done.returncode:
         if done.returncode == UserError.code:
@@ -106,7 +120,7 @@ def record(step: Step, effort: float, facts: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a compiled step, as JSON; facts say which `remat` was chosen where it was to be."""
     remat = facts.get("remat", step.recipe.train.remat)
     train = dataclasses.replace(step.recipe.train, remat=remat)
-    guess = estimate(dataclasses.replace(step.recipe, train=train), step.target, step.devices)
+    recipe = dataclasses.replace(step.recipe, train=train)
     return {
         "recipe": step.recipe.name,
         "target": step.target,
@@ -119,10 +133,21 @@ def record(step: Step, effort: float, facts: dict[str, Any]) -> dict[str, Any]:
         "effort": effort,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions(),
-        "device_memory": targets.TARGETS[step.target].memory,
+        "device_memory": None if step.target == "cpu" else targets.TARGETS[step.target].memory,
         **facts,
-        "estimated": {**dataclasses.asdict(guess), "step": guess.step},
+        "estimated": None if step.target == "cpu" else estimated(recipe, step.topology, facts),
     }
+
+
+def estimated(recipe: Recipe, topology: Topology, facts: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step and of its parts, and the utilisation, without communication, which is told beside them where
+    the compiler told what there is."""
+    guess = estimate(recipe, topology.target, topology.devices)
+    found = {**dataclasses.asdict(guess), "step": guess.step}
+    if "received" in facts:
+        moved = sum((traffic.Received(**one) for one in facts["received"].values()), start=traffic.Received())
+        found["communication"] = moved.seconds(targets.TARGETS[topology.target])
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -261,12 +286,7 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join(map(json.dumps, found)) if given.json else markdown(found))
         return 0
     todo = list(steps(given.recipe, given))
-    if not targets.can_compile(given.target):
-        package, folder = targets.TARGETS[given.target].package[1], targets.COMPILERS
-        raise UserError(
-            f"compiling for {given.target} needs {package}, of the version that jax names: ./scripts/test installs it, "
-            f"or pip install --no-deps --target {folder} {package}==VERSION"
-        )
+    targets.refuse_without_compiler(given.target)
     effort = 0.0 if given.full_effort or given.target in ABORTS else EFFORT
     found = []
     with console.status("") as status:

@@ -8,18 +8,23 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
 from adaptive import targets
+from adaptive.benchmarks import traffic
 from adaptive.benchmarks.compiled_text import Text
+from adaptive.benchmarks.scopes import Scopes
 from adaptive.errors import NoRoomError, UserError
 from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe, load
+from adaptive.runs.platform import start_backend
 from adaptive.training.fitting import fitted
-from adaptive.training.program import Program
+from adaptive.training.program import Compiled, Program, Steps
+from adaptive.training.saved import save
 
 LARGEST = 5  # temporaries that are told
 
@@ -28,37 +33,68 @@ _OVERFLOW = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|\(([\d.]+)([KMG
 _SIZES = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def facts(recipe: Recipe, target: str, devices: int) -> dict[str, Any]:
-    """What the compiled step needs and holds; of one that does not fit, how much it would need."""
-    program = Program(recipe, make_mesh(recipe.mesh, targets.devices(target, devices)))
+def facts(recipe: Recipe, topology: targets.Topology, folder: Path | None = None) -> dict[str, Any]:
+    """What the compiled step of the last phase needs and holds; of one that does not fit, how much it would need.
+
+    folder  the steps of all phases are kept there; None: nothing is
+    """
+    program = Program(recipe, make_mesh(recipe.mesh, targets.devices_of(topology)))
+    of_program = {
+        "mesh": dict(program.mesh.shape),
+        "accumulation": program.accumulation,
+        "least": [part._asdict() for part in traffic.least(program)],
+    }
     try:
         if recipe.train.remat == "auto":
             program, steps, _ = fitted(program)
-            compiled = steps.first
+            phase, compiled = 0, steps.first
         else:
-            compiled = program.compile_train_step()
+            phase = Steps.phases_of(program)[-1]
+            compiled = program.compile_train_step(phase)
     except jax.errors.JaxRuntimeError as error:
-        return {"fits": False, **overflow(str(error))}
+        return {"fits": False, **of_program, **overflow(str(error))}
     except NoRoomError as error:
-        return {"fits": False, "needs": None, "says": str(error)}
-    memory, needs = compiled.call.memory_analysis(), compiled.needs()
-    text = Text(compiled.call.as_text())
+        return {"fits": False, **of_program, "needs": None, "says": str(error)}
+    if folder is not None:
+        keep(folder, program, {phase: compiled})
+    return of_program | of_compiled(recipe, program, compiled, topology)
+
+
+def of_compiled(recipe: Recipe, program: Program, compiled: Compiled, topology: targets.Topology) -> dict[str, Any]:
+    """What a compiled step needs and holds."""
+    memory, needs, written = compiled.call.memory_analysis(), compiled.needs(), compiled.call.as_text()
+    text, scopes = Text(written), Scopes(written)
     rows = recipe.train.batch_size // (program.shards * program.accumulation)
     square = text.largest_square(positions(recipe), parameters(program), recipe.model.vocab_size, rows)
+    room = None if topology.target == "cpu" else targets.TARGETS[topology.target].memory
+    slices = traffic.slices_of(program.mesh, topology.slices)
     return {
-        "fits": needs <= targets.TARGETS[target].memory,
+        "fits": room is None or needs <= room,
         "needs": needs,
         "remat": program.remat,
         "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "in_place": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "compile_s": round(compiled.seconds, 1),
         "collectives": {kind: dataclasses.asdict(count) for kind, count in text.collectives().items()},
+        "received": {kind: one._asdict() for kind, one in traffic.received(text.exchanges(), slices).items()},
         "custom_calls": {kind: dataclasses.asdict(count) for kind, count in text.kernels().items()},
-        "largest": [{"array": str(array), "bytes": array.bytes, "number": n} for array, n in text.largest(LARGEST)],
+        "largest": [
+            {"array": str(array), "bytes": array.bytes, "number": len(lines), "scope": scopes.of(lines)}
+            for array, lines in text.writers(LARGEST).items()
+        ],
         "square": square and {"array": str(square), "bytes": square.bytes},
         "unknown_loops": text.unknown_loops,
     }
+
+
+def keep(folder: Path, program: Program, compiled: dict[int, Compiled]) -> None:
+    """Writes the steps of all phases; compiled: those that are, by the step that their phase begins with."""
+    for begin in Steps.phases_of(program):
+        save(folder, program, begin, compiled.get(begin) or program.compile_train_step(begin))
 
 
 def overflow(message: str) -> dict[str, Any]:
@@ -84,9 +120,14 @@ def parameters(program: Program) -> list[tuple[int, ...]]:
 
 
 def main(order: dict[str, Any]) -> None:
-    jax.config.update("jax_exec_time_optimization_effort", float(order["effort"]))
+    topology = targets.Topology(**order["topology"])
+    if topology.target == "cpu":
+        start_backend()
+    else:
+        jax.config.update("jax_exec_time_optimization_effort", float(order["effort"]))
     recipe = load(order["recipe"]).with_(*order["settings"])
-    print(json.dumps(facts(recipe, order["target"], order["devices"])))
+    folder = Path(order["save"]) if order["save"] else None
+    print(json.dumps(facts(recipe, topology, folder)))
 
 
 if __name__ == "__main__":

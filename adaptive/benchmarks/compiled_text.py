@@ -8,6 +8,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
@@ -32,6 +35,14 @@ LANES = 128  # what kernels and TPUs make lengths a multiple of
 # Name the memory that something else made, or none.
 _VIEWS = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant", "iota"}
 _BITS = re.compile(r"\d+")
+
+# Who takes part in a collective, in the three ways in which compilers write it: groups one by one, an array of all
+# devices that is transposed and cut into rows, axes (or parts of axes) of a mesh.
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_ROWS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
+_PARTITIONS = re.compile(r"num_partitions=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +87,34 @@ class Count:
         return Count(self.number + other.number, self.runs + other.runs, self.bytes + other.bytes)
 
 
+class Exchange(NamedTuple):
+    """A collective.
+
+    kind    one of COLLECTIVES
+    bytes   of a device before it is cut or after it is joined: what a gather gives, a scatter or a sum takes
+    result  bytes that the text says it gives
+    runs    how often it runs in one execution of the program
+    groups  i64[groups, devices]: who exchanges with whom; (from, to) of a permutation
+    """
+
+    kind: str
+    bytes: int
+    result: int
+    runs: int
+    groups: np.ndarray
+
+
 class Text:
     """A compiled program's text, taken apart.
 
     unknown_loops  loops whose trip count the text does not tell; their bodies count once
+    partitions     devices that the program is for
     """
 
     def __init__(self, text: str):
         self._bodies: dict[str, list[Instruction]] = {}
+        stated = _PARTITIONS.search(text.partition("\n")[0])
+        self.partitions = int(stated[1]) if stated else 1
         self._entry = inside = ""
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):
@@ -99,9 +130,16 @@ class Text:
         self._visit(self._entry, 1, True)
 
     def collectives(self) -> dict[str, Count]:
-        """By kind. Compilers for TPUs write some reduce-scatters as an all-reduce in a computation that is named after
-        it: their bytes are those before the share is taken."""
+        """By kind. Bytes of a reduce-scatter that a compiler writes as an all-reduce are those before the share is
+        taken."""
         found: dict[str, Count] = collections.defaultdict(Count)
+        for one in self.exchanges():
+            found[one.kind] += Count(1, one.runs, one.runs * one.result)
+        return dict(sorted(found.items()))
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """Every collective. Compilers for TPUs write some reduce-scatters as an all-reduce in a computation that is
+        named after it."""
         for one in self._all():
             kind = one.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
@@ -109,11 +147,25 @@ class Text:
             results = [array for array in one.results if array.dtype != "u32" or array.shape]
             if one.opcode.endswith("-start") and len(results) > 1:  # operands come first, then results
                 results = results[len(results) // 2 :]
+            size, groups = sum(array.bytes for array in results), self._groups(one.line)
+            whole = size * groups.shape[1] if kind == "reduce-scatter" else size
             if kind == "all-reduce" and one.inside.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            runs = self._runs[one.inside]
-            found[kind] += Count(1, runs, runs * sum(array.bytes for array in results))
-        return dict(sorted(found.items()))
+            yield Exchange(kind, whole, size, self._runs[one.inside], groups)
+
+    def _groups(self, line: str) -> np.ndarray:
+        everyone = np.arange(self.partitions)
+        if found := _LISTED.search(line):
+            rows = re.findall(r"\{([\d, ]+)\}", found[1])
+            return np.array([[int(n) for n in row.split(",")] for row in rows])
+        if found := _ROWS.search(line):
+            sizes = [int(n) for n in found[3].split(",")]
+            ids = np.arange(math.prod(sizes)).reshape(sizes)
+            ids = ids.transpose([int(n) for n in found[4].split(",")]) if found[4] else ids
+            return ids.reshape(int(found[1]), int(found[2]))
+        if found := _AXES.search(line):
+            return _along_axes(found[1], found[2])
+        return everyone[None]
 
     def kernels(self) -> dict[str, Count]:
         """Custom calls of kernels by their target, so that annotations and XLA's own are left out."""
@@ -127,16 +179,22 @@ class Text:
 
     def largest(self, count: int) -> list[tuple[Array, int]]:
         """The largest kinds of arrays that are written to memory, and how many instructions write one."""
-        found = collections.Counter(self.written())
-        return sorted(found.items(), key=lambda item: -item[0].bytes)[:count]
+        return [(array, len(lines)) for array, lines in self.writers(count).items()]
 
-    def written(self) -> Iterator[Array]:
+    def writers(self, count: int) -> dict[Array, list[str]]:
+        """The largest kinds of arrays that are written to memory, and the lines that write one."""
+        found: dict[Array, list[str]] = collections.defaultdict(list)
+        for array, line in self._written():
+            found[array].append(line)
+        return dict(sorted(found.items(), key=lambda item: -item[0].bytes)[:count])
+
+    def _written(self) -> Iterator[tuple[Array, str]]:
         """Results that lie in the device's memory: of instructions outside of fusions, which write nothing but their
         last result."""
         for name in self._in_memory:
             for one in self._bodies[name]:
                 if one.opcode not in _VIEWS and not one.opcode.endswith("-done"):
-                    yield from (array for array in one.results if not array.fast)
+                    yield from ((array, one.line) for array in one.results if not array.fast)
 
     def largest_square(
         self, positions: Iterable[int], parameters: Iterable[tuple[int, ...]], vocab: int, rows: int
@@ -165,7 +223,8 @@ class Text:
                 return False
             return all(any(size % n == 0 for n in known) for size in pair)
 
-        return max(filter(is_square, set(self.written())), key=lambda array: array.bytes, default=None)
+        squares = filter(is_square, {array for array, _ in self._written()})
+        return max(squares, key=lambda array: array.bytes, default=None)
 
     def _all(self) -> Iterator[Instruction]:
         for name in self._runs:
@@ -196,6 +255,26 @@ class Text:
             return bounds[0]
         self.unknown_loops += 1
         return 1
+
+
+def _along_axes(mesh: str, along: str) -> np.ndarray:
+    """Groups along axes of a mesh: 'x'=4,'y'=2 and 'y', or 'x':(2)2 for a part of two, behind another of two."""
+    cuts: dict[str, list[int]] = {name: [int(size)] for name, size, _, _ in _AXIS.findall(mesh)}
+    chosen: list[tuple[str, int, int]] = []
+    for name, _, before, size in _AXIS.findall(along):
+        whole = cuts[name][0]
+        chosen.append((name, int(before or 1), int(size or whole)))
+        if size:
+            cuts[name] = [int(before), int(size), whole // (int(before) * int(size))]
+    sizes = [size for parts in cuts.values() for size in parts]
+    places, at = {}, 0
+    for name, parts in cuts.items():
+        places[name] = at + (1 if len(parts) > 1 else 0)
+        at += len(parts)
+    last = [places[name] for name, _, _ in chosen]
+    order = [*(i for i in range(len(sizes)) if i not in last), *last]
+    ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+    return ids.reshape(-1, math.prod(size for _, _, size in chosen))
 
 
 def _arrays(text: str) -> Iterator[Array]:

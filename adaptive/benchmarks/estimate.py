@@ -6,11 +6,13 @@ where each number has its source; everything else is counted from the recipe (`a
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from adaptive.account import account, parameters
 from adaptive.layers.cost import Cost, Span
 from adaptive.objectives.cross_entropy import chunk_length
+from adaptive.parallel.mesh import axis_sizes
 from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe
 from adaptive.settings import nodes
@@ -133,11 +135,17 @@ def estimate(recipe: Recipe, target: str, devices: int) -> Estimate:
         head=max(3 * rows * head.head / flops, _head_bytes(recipe, rows, chip.kind) / memory),
         elementwise=rows * moved / memory,
         routing=rows * routed / (chip.bandwidth * BYTES.routed_share),
-        optimizer=BYTES.parameter * parameters(model).total / devices / memory,
+        optimizer=BYTES.parameter * parameters(model).total / _holders(recipe, devices) / memory,
         utilisation=0.0,
     )
     useful = rows * seq * cost.train_flops_per_token
     return dataclasses.replace(step, utilisation=useful / (step.step * peak))
+
+
+def _holders(recipe: Recipe, devices: int) -> int:
+    """Devices that share one copy of the parameters."""
+    sizes = axis_sizes(recipe.mesh, devices)
+    return math.prod(sizes[axis] for axis in ("fsdp", "expert", "tensor", "stage"))
 
 
 def head_dim(recipe: Recipe) -> int:

@@ -9,6 +9,7 @@ from adaptive.parallel.cluster import anywhere
 from adaptive.peaks import memory_of
 from adaptive.training.config import POLICIES, Remat
 from adaptive.training.program import Program, Steps, advice
+from adaptive.training.saved import SavedSteps
 
 SPARE = 0.05  # of the memory: for batches on their way and what evaluation keeps
 
@@ -32,12 +33,18 @@ class Fitted(NamedTuple):
     why: str
 
 
-def fitted(program: Program) -> Fitted:
+def fitted(program: Program, saved: SavedSteps | None = None) -> Fitted:
     """With train.remat=auto the program that recomputes least of those whose first step fits a device: "none",
     "attention", "dots", "layer" are compiled in turn. Where the memory is not known, as on CPUs, nothing is recomputed.
 
+    saved  steps of this program that were compiled before: nothing is, and they say what is recomputed
+
     Raises NoRoomError where no step fits.
     """
+    if saved is not None:
+        same = program if program.remat == saved.remat else Program(program.recipe, program.mesh, saved.remat)
+        chosen = program.recipe.train.remat == "auto"
+        return Fitted(same, Steps(same, saved), f"{saved.remat}: as it was compiled" if chosen else "")
     if program.recipe.train.remat != "auto":
         return Fitted(program, Steps(program), "")
     kind = program.mesh.devices.flat[0].device_kind
