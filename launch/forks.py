@@ -149,6 +149,8 @@ def _become(module: str, request: dict[str, Any], output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    # The streams of the server know the place of a file; these lead to a pipe.
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = [module, *request["arguments"]]

@@ -10,8 +10,8 @@ need no launcher: one process uses them all.)
 Every line of output carries the number of its process. When a process fails, the others are ended, the last traceback
 of the one that failed first is shown last, and its exit code is the launcher's. With --restarts, all are started again
 instead, so many times at most, and go on from the newest checkpoint of their --workdir; not where the same would happen
-again (exit codes 2, 3 and 4). Ctrl-C and SIGTERM are passed on, so that the run can save; a second one ends everything
-at once.
+again (exit codes 2, 3 and 4, and 1 three times in a row). Ctrl-C and SIGTERM are passed on, so that the run can save; a
+second one ends everything at once.
 """
 
 if __name__ == "__main__":
@@ -31,15 +31,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from adaptive import command
 from adaptive.command import number
 from adaptive.launch.forks import Forks
+from adaptive.launch.job import FINAL
 from adaptive.parallel.cluster import LOST, PREEMPTED
 
-HOPELESS = (2, 3, 4, command.INTERRUPTED)  # what would happen again, or was wanted
+HOPELESS = (*FINAL, command.INTERRUPTED)  # what would happen again, or was wanted
+MOST_ERRORS = 3  # of code 1 in a row, after which another start will not help
 GRACE_S = 5.0  # for the others, after one process failed
 SAVING_GRACE_S = 300.0  # for the others, when they are saving
 _POLL_S = 0.02
@@ -164,8 +166,8 @@ def environment(index: int, processes: int, devices: int, port: int) -> dict[str
     return env
 
 
-def options(about: str) -> command.Options:
-    made = command.Options("launch", about)
+def options(about: str, name: str = "launch") -> command.Options:
+    made = command.Options(name, about)
     made.add_argument("--processes", type=number(int, least=1, most=1000), default=2, help="how many (default 2)")
     emulated = "emulated CPU devices of each (default 1)"
     made.add_argument("--devices_per_process", type=number(int, least=1, most=1000), default=1, help=emulated)
@@ -190,34 +192,50 @@ def run(arguments: Sequence[str]) -> int:
     return launch(options(__doc__ or "").read(own), rest)
 
 
-def launch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Runs the processes, each with the arguments, again after failures where that is asked for; the exit code."""
-    processes: list[Process] = []
+def launch(given: argparse.Namespace, arguments: Sequence[str], running: list[Process] | None = None) -> int:
+    """Runs the processes, each with the arguments, again after failures where that is asked for; the exit code.
+
+    running  is made to hold the processes of the newest start, for who watches them from another thread
+    """
+    running = [] if running is None else running
+    with passing_on(running) as stop, contextlib.closing(Starter(given.module)) as starter:
+        errors = 0
+        for restart in range(1, given.restarts + 2):
+            running[:] = started(given, arguments, starter)
+            first = wait(running, stop)
+            if first is None:
+                return 0
+            code = exit_code(first.popen.returncode or 0)
+            errors = errors + 1 if code == 1 else 0
+            who = f"process {first.index} ended first, with exit code {code}"
+            if stop.is_set() or code in HOPELESS or errors == MOST_ERRORS or restart > given.restarts:
+                print(f"\n{who}; the end of its output:", flush=True)
+                print(first.last_traceback(), end="", flush=True)
+                return code
+            print(f"job: {who}; restart {restart} of {given.restarts}, from the newest checkpoint", flush=True)
+    raise AssertionError
+
+
+def started(given: argparse.Namespace, arguments: Sequence[str], starter: Starter) -> list[Process]:
+    port = free_port()
+    envs = [environment(i, given.processes, given.devices_per_process, port) for i in range(given.processes)]
+    return [Process(index, starter, arguments, env) for index, env in enumerate(envs)]
+
+
+@contextlib.contextmanager
+def passing_on(running: list[Process]) -> Iterator[threading.Event]:
+    """While the block runs, signals are passed on to the processes, and the event tells that one came."""
     stop = threading.Event()
 
     def pass_on(number: int, _frame: object) -> None:
         again = stop.is_set()
         stop.set()
-        for process in processes:
+        for process in running:
             process.send(signal.SIGKILL if again else number)
 
-    signal.signal(signal.SIGINT, pass_on)
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGHUP, pass_on)
-    with contextlib.closing(Starter(given.module)) as starter:
-        for restarts in range(given.restarts + 1):
-            port = free_port()
-            for index in range(given.processes):
-                env = environment(index, given.processes, given.devices_per_process, port)
-                processes.append(Process(index, starter, arguments, env))
-            first = wait(processes, stop)
-            if first is None:
-                return 0
-            code = exit_code(first.popen.returncode or 0)
-            print(f"\nprocess {first.index} ended first, with exit code {code}; the end of its output:", flush=True)
-            print(first.last_traceback(), end="", flush=True)
-            if stop.is_set() or code in HOPELESS or restarts == given.restarts:
-                break
-            print(f"\nall start again, for the {restarts + 1}. time of {given.restarts}", flush=True)
-            processes.clear()
-    return code
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
