@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.errors import RecipeError
-from adaptive.layers import block
+from adaptive.layers import block, staged
 from adaptive.layers.block import Block
 from adaptive.layers.call import Call, Tales
 from adaptive.layers.cost import Cost, Span
@@ -18,7 +18,7 @@ from adaptive.layers.remat import Remat, recomputed
 from adaptive.layers.site import Site, is_variable, name_layers, passes_of
 from adaptive.layers.state import State, Within, repeated
 from adaptive.layers.where import Where
-from adaptive.parallel.rules import gathered
+from adaptive.parallel.rules import axis_size, gathered
 from adaptive.settings import divisors, ranged
 
 Shared = Literal["all", "mixers", "none"]
@@ -55,17 +55,15 @@ class Settings:
             first + i * self.pattern + before + j for i in range(self.repeats) for j in range(self.blocks[of].repeat)
         )
 
-    def refuse_stages(self, stages: int, groups: int, at: str) -> str:
+    def refuse_stages(self, stages: int, groups: int) -> str:
         """Why the layers cannot be split into so many parts, and which numbers can be; empty where they can."""
         if self.units % (stages * groups) == 0:
             return ""
         what = "layers" if len(self.blocks) == 1 else f"repeats of its pattern of {self.pattern} layers"
         fits = [d // groups for d in divisors(self.units) if d % groups == 0]
-        return (
-            f"mesh.stage={stages}"
-            + (f" with mesh.pipeline.groups={groups}" if groups > 1 else "")
-            + f" does not divide the {self.units} {what} of {at}; it can be {', '.join(map(str, fits)) or 'none'}"
-        )
+        given = f"mesh.stage={stages}" + (f" with mesh.stage_groups={groups}" if groups > 1 else "")
+        which = f"it can be {', '.join(map(str, fits))}" if fits else "no number of stages does"
+        return f"{given} does not divide the {self.units} {what} that stages share; {which}"
 
     @property
     def units(self) -> int:
@@ -127,12 +125,12 @@ class Stack(nnx.Module):
         passes: int = 1,
         shared: Shared = "all",
         norm: bool = False,
-        staged: bool = False,
+        in_stages: bool = False,
     ):
         """keys: one per block of the pattern; first: number of the first layer in the unrolled network, of which
         site.depth is the depth; passes: of a recursion that runs the stack, and what they share; norm: whether one
-        follows; staged: whether a pipeline can split its layers."""
-        self.settings, self.making = settings, making
+        follows; in_stages: whether a pipeline can split its layers."""
+        self.settings, self.making, self.in_stages = settings, making, in_stages
         blocks = []
         for i, (one, key) in enumerate(zip(settings.blocks, keys, strict=True)):
             numbers = settings.numbers(i, first)
@@ -143,7 +141,7 @@ class Stack(nnx.Module):
             feed_forward = apart if shared != "all" and passes > 1 else together
             blocks.append(Block(one, mixer, feed_forward, key, making.dtype))
         self.blocks = nnx.List(blocks)
-        if staged:
+        if in_stages:
             name_layers(self.blocks, "stages")
         self.norm = make_norm(settings.blocks[-1].norm, site.width, site.norm_eps) if norm else None
 
@@ -154,7 +152,7 @@ class Stack(nnx.Module):
 
         state   what the same rows left behind (`empty`); None: nothing. Returned if one was given or with `call.keep`
         """
-        x, state, told, previous = self.run(self.states(), x, where, call, state)
+        x, state, told, previous = self.through(self.states(), x, where, call, state)
         if self.norm is not None:
             x = self.norm(x)
         return x.astype(self.making.dtype), state, told, previous
@@ -209,6 +207,17 @@ class Stack(nnx.Module):
             )
 
         return [jax.tree.map(at, state, is_leaf=is_variable) for state in states]
+
+    def through(
+        self, states: list[Any], x: jax.Array, where: Where, call: Call, state: State | None
+    ) -> tuple[jax.Array, State | None, Tales, jax.Array | None]:
+        """As `run`, with states of all layers; where the layers are split over stages, these compute them."""
+        stages = axis_size("stage") if self.in_stages and state is None and not call.keep else 1
+        if stages == 1:
+            return self.run(states, x, where, call, state)
+        where, x = self.prepared(where), x.astype(self.stream)
+        x, told, previous = staged.forward(self.run, states, stages, x, where, call, self.first_previous(x, call))
+        return x, None, told, previous
 
     def run(
         self, states: list[Any], x: jax.Array, where: Where, call: Call, state: State | None

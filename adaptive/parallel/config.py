@@ -1,6 +1,7 @@
 """The device mesh, and how experts use it: plain data."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -26,6 +27,8 @@ class ExpertParallel:
     """
 
     strategy: Literal["auto", "expert", "gather", "data", "tensor"] = "auto"
+    # Mesh axes that split the experts, `expert` among them: attention may use the others its own way.
+    over: tuple[str, ...] = since(("expert",), before=("expert",))
     exchange: Literal["flat", "hierarchical"] = (
         "flat"  # all-to-all at once, or within nodes first and then between them
     )
@@ -35,32 +38,40 @@ class ExpertParallel:
     overlap: int = ranged(1, least=1)  # parts in which tokens travel: one is computed while the next is under way
     buffer_factor: float = -1.0  # rows that a device receives at most, over those it sends; -1: all that can ever come
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """`over` in the order of the mesh."""
+        return tuple(axis for axis in AXES if axis in self.over)
+
     def validate(self, *, devices: int, experts: int = 0, ragged: bool | None = None) -> None:
         """Raises RecipeError for settings that do not fit the axis, the experts, or each other, with what would.
 
-        devices  on the expert axis
+        devices  that the experts are split over: of the expert axis, or of several together
         experts  of each layer; 0: the model has none
         ragged   whether rows are sorted by expert, in groups of any size, or padded to a capacity; None: not known
         """
         name = "mesh.expert_parallel"
+        self._check_axes(f"{name}.over")
         if not experts:
             if devices > 1:
-                raise RecipeError(f"mesh.expert={devices}: the model has no experts to split; it must be 1")
+                raise RecipeError(f"{self._axis()}={devices}: the model has no experts to split; it must be 1")
             return
         if experts % devices and self.strategy != "tensor":
             fits = divisors(experts)
             raise RecipeError(
-                f"mesh.expert={devices} does not divide the {experts} experts; it can be one of "
+                f"{self._axis()}={devices} does not divide the {experts} experts; it can be one of "
                 f"{', '.join(map(str, fits))}, or {name}.strategy=tensor splits each expert's hidden units instead"
             )
         travels = self.strategy in ("auto", "expert")
         if devices % self.nodes:
             fits = divisors(devices)
             raise RecipeError(
-                f"{name}.nodes={self.nodes} does not divide mesh.expert={devices}; it can be one of "
+                f"{name}.nodes={self.nodes} does not divide {self._axis()}={devices}; it can be one of "
                 f"{', '.join(map(str, fits))}"
             )
         if self.exchange == "hierarchical":
+            if len(self.over) > 1:
+                raise RecipeError(f"{name}.exchange=hierarchical is for one axis; use exchange=flat, or over=expert")
             if self.nodes in (1, devices):
                 raise RecipeError(
                     f"{name}.exchange=hierarchical with nodes={self.nodes} of {devices} devices has one level only: "
@@ -82,6 +93,16 @@ class ExpertParallel:
                 raise RecipeError(
                     f"{name}.buffer_factor bounds ragged rows; slots of a fixed capacity need none: use -1"
                 )
+
+    def _axis(self) -> str:
+        return " * ".join(f"mesh.{axis}" for axis in self.axes)
+
+    def _check_axes(self, at: str) -> None:
+        can = AXES[1:]
+        if "expert" not in self.over or len({*self.over}) < len(self.over) or not {*self.over} <= {*can}:
+            raise RecipeError(
+                f"{at}={','.join(self.over)}: must be expert, and may have others of {', '.join(can)}, each once"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +129,8 @@ class MeshConfig:
     stage    the layers are split into consecutive parts, which micro-batches go through (a pipeline)
     slices   groups of devices that a slower network joins (TPU slices, nodes of GPUs). Not an axis: `data` runs across
              them, or as much of `stage`, `fsdp`, `expert` and `context` as is needed
+    stage_groups  groups of consecutive layers of which every stage holds a part: 1 is the schedule 1F1B, more are the
+             circular one, in which stages wait less and hand on more
     """
 
     data: int = ranged(-1, least=-1, most=2**31 - 1)
@@ -117,6 +140,7 @@ class MeshConfig:
     context: int = since(1, before=1, least=-1, most=2**31 - 1)
     stage: int = since(1, before=1, least=-1, most=2**31 - 1)
     slices: int = since(1, before=1, least=1, most=2**31 - 1)
+    stage_groups: int = since(1, before=1, least=1, most=10_000)
     # How attention reads the rest of the sequence. ring: keys and values go around; both_ways: half of their heads in
     # each direction; token_ring: queries go around, results return; gather: every device gets all keys and values;
     # auto: what moves least, by `adaptive.parallel.context.choice`. None changes a result.
@@ -137,7 +161,9 @@ class MeshConfig:
             others = f"mesh.{' and mesh.'.join(free)}"
             hint = "; mesh.data is -1 where it is not set: set it, to 1 for example" if "data" in free else ""
             raise RecipeError(f"{others} are both -1; only one axis can take what is left{hint}")
-        if self.expert == -1:
-            return  # checked again when the devices are known
-        for experts, ragged in list(layers) or [(0, None)]:
-            self.expert_parallel.validate(devices=self.expert, experts=experts, ragged=ragged)
+        over = [sizes.get(axis, 1) for axis in self.expert_parallel.over]
+        known = -1 not in over  # else checked again when the devices are
+        layers = list(layers)
+        devices = math.prod(over) if known and layers else max(1, self.expert)
+        for experts, ragged in layers or [(0, None)]:
+            self.expert_parallel.validate(devices=devices if known else 1, experts=experts, ragged=ragged)

@@ -23,11 +23,12 @@ class AxisRules:
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")  # activations [batch, seq, ...]
     seq: tuple[str, ...] = ("context",)  # the same
-    width: tuple[str, ...] = ("fsdp", "context")  # parameters only: gathered before use
+    width: tuple[str, ...] = ("fsdp", "context")  # parameters only, by axes that split no other dimension: gathered
     heads: tuple[str, ...] = ("tensor",)  # [width, heads, head_dim] and activations [batch, seq, heads, head_dim]
     ff: tuple[str, ...] = ("tensor",)  # [width, ff] and activations [batch, seq, ff]
     vocab: tuple[str, ...] = ("tensor",)  # [vocab, width]
     experts: tuple[str, ...] = ("expert",)  # parameters [experts, ...]
+    expert_seq: tuple[str, ...] = ("context",)  # as seq, of activations that experts compute
     expert_ff: tuple[str, ...] = ("tensor",)  # parameters [experts, width, expert_ff]
     layers: tuple[str, ...] = ()  # of parameters of several layers, which a scan runs over
     stages: tuple[str, ...] = ("stage",)  # the same, where a pipeline splits them; of its activations the first
@@ -43,28 +44,39 @@ class AxisRules:
 
         Raises ValueError for an unknown name and for a mesh axis that would split two dimensions.
         """
-        known = {f.name for f in dataclasses.fields(self)} | {"tokens"}
-        unknown = sorted({n for n in names if n} - known)
-        if unknown:
-            raise ValueError(f"logical axes {unknown} are not in the table; it has {sorted(known)}")
-        parts = [getattr(self, n) if n else () for n in names]
+        parts = self.axes_of(*names)
         used = [axis for part in parts for axis in part]
         twice = sorted({a for a in used if used.count(a) > 1})
         if twice:
             raise ValueError(f"{names}: mesh axis {twice} would split two dimensions; change one rule")
         return P(*(None if not part else part[0] if len(part) == 1 else part for part in parts))
 
+    def axes_of(self, *names: str | None) -> list[tuple[str, ...]]:
+        """The mesh axes that split each dimension of an array. Raises ValueError for an unknown name."""
+        known = {f.name for f in dataclasses.fields(self)} | {"tokens"}
+        unknown = sorted({n for n in names if n} - known)
+        if unknown:
+            raise ValueError(f"logical axes {unknown} are not in the table; it has {sorted(known)}")
+        others = {axis for n in names if n and n != "width" for axis in getattr(self, n)}
+        left = tuple(axis for axis in self.width if axis not in others)
+        return [left if n == "width" else getattr(self, n) if n else () for n in names]
 
-def axis_rules(experts: ExpertParallel) -> AxisRules:
-    """The table for a way to compute experts: `tensor` splits their hidden units where the others split the experts.
+
+def axis_rules(experts: ExpertParallel, vocab: tuple[str, ...] = ("tensor",)) -> AxisRules:
+    """The table for a way to compute experts: `tensor` splits their hidden units where the others split the experts. If
+    experts are split over the axis `tensor`, so are the tokens that they compute. vocab: axes that split the
+    vocabulary.
 
     Raises ValueError for the strategy "auto", which is to be settled first (`expert_cost.settled`).
     """
     if experts.strategy == "auto":
         raise ValueError("where parameters live depends on the strategy; settle it first")
+    over = experts.axes
+    hidden = () if "tensor" in over else ("tensor",)
+    seq = ("context", "tensor") if "tensor" in over else ("context",)
     if experts.strategy == "tensor":
-        return AxisRules(experts=(), expert_ff=("expert", "tensor"))
-    return AxisRules()
+        return AxisRules(experts=(), expert_ff=(*over, *hidden), expert_seq=seq, vocab=vocab)
+    return AxisRules(experts=over, expert_ff=hidden, expert_seq=seq, vocab=vocab)
 
 
 TOKENS_TRAVEL = ExpertParallel(strategy="expert")
@@ -99,7 +111,7 @@ def placement(
     Operations have the forms for the mesh's devices, and with kernels="reference" those of XLA.
     Raises ValueError for a table that places experts otherwise than their strategy needs (`axis_rules` gives one).
     """
-    if ("expert" in rules.expert_ff) != (experts.strategy == "tensor"):
+    if (set(experts.over) <= set(rules.expert_ff)) != (experts.strategy == "tensor"):
         raise ValueError(f"the table splits expert_ff over {rules.expert_ff}, which is not strategy={experts.strategy}")
     token = _placement.set(Placement(mesh, rules, experts, context))
     try:
@@ -127,10 +139,10 @@ def batch_shards() -> int:
     return split(current.mesh, current.rules.batch)
 
 
-def seq_shards() -> int:
-    """Into how many parts the active placement splits every sequence (1 without one)."""
+def seq_shards(name: str = "seq") -> int:
+    """Into how many parts the active placement splits every sequence (1 without one); name: of its logical axis."""
     current = _placement.get()
-    return 1 if current is None else split(current.mesh, current.rules.seq)
+    return 1 if current is None else split(current.mesh, getattr(current.rules, name))
 
 
 def along(length: int) -> str | None:
@@ -139,9 +151,9 @@ def along(length: int) -> str | None:
     return "seq" if length % seq_shards() == 0 else None
 
 
-def even(length: int) -> int:
+def even(length: int, name: str = "seq") -> int:
     """The least length from this one on that divides over the parts of a sequence."""
-    parts = seq_shards()
+    parts = seq_shards(name)
     return -(-length // parts) * parts
 
 
@@ -155,6 +167,12 @@ def device_kind() -> str:
     """What jax calls the devices that programs are made for: those of the active placement, or of this machine."""
     current = _placement.get()
     return (jax.devices()[0] if current is None else current.mesh.devices.flat[0]).device_kind
+
+
+def axis_size(axis: str) -> int:
+    """Devices of the active placement along a mesh axis (1 without one)."""
+    current = _placement.get()
+    return 1 if current is None else current.mesh.shape.get(axis, 1)
 
 
 def split(mesh: Mesh, axes: Iterable[str]) -> int:

@@ -12,7 +12,7 @@ from adaptive import versions
 from adaptive.optim.schedule import make_schedule, phases
 from adaptive.peaks import peak_of
 from adaptive.recipe import Recipe
-from adaptive.training import unread
+from adaptive.training import replicated, unread
 from adaptive.training.fitting import Fitted
 from adaptive.training.metrics import StepCost
 from adaptive.training.program import Program
@@ -76,7 +76,7 @@ def cost_of(plan: PlanRecord) -> StepCost:
 def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     """What a user should know before the wait for the compiler."""
     recipe, facts = program.recipe, program.facts
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "data=1"
     body = plan.unique_parameters - plan.embedding_parameters
     lines = [
         f"model     {plan.family}, {_count(plan.unique_parameters)} parameters ({_count(body)} without embeddings); "
@@ -93,6 +93,7 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     lines += [
         f"mesh      {mesh} on {plan.devices} x {plan.device_kind}, {plan.compute_dtype}"
         + (f", {program.accumulation} micro-batches" if program.accumulation > 1 else ""),
+        *(f"pipeline  {line}" for line in program.pipeline_lines),
         *_accumulated(program),
         f"training  {plan.steps:,} steps of {recipe.train.batch_size} x {plan.seq_len} = "
         f"{_count(plan.steps * plan.tokens_per_step)} tokens; {_schedule(recipe)}",
@@ -105,7 +106,7 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
     if program.frozen is not None:
         flags = jax.tree.leaves(program.frozen)
         lines.append(f"frozen    {sum(flags)} of {len(flags)} parameter arrays")
-    lines += [f"note      {line}" for line in unread.lines_of(program)]
+    lines += [f"note      {line}" for line in (*unread.lines_of(program), *replicated.lines_of(program))]
     if plan.peak_flops_per_s is None:
         lines.append(f"MFU       not shown: {peak_of(plan.device_kind, plan.compute_dtype).why}")
     return lines

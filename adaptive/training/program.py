@@ -33,6 +33,7 @@ from adaptive.runs.platform import CacheHits, compute_dtype
 from adaptive.runs.state import TrainState, abstract_model, abstract_state, fresh_state
 from adaptive.settings import divisors
 from adaptive.training.config import Remat
+from adaptive.training.pipelined import Pipeline
 from adaptive.training.step import Evaluation, Metrics, make_eval_step, make_train_step
 from adaptive.training.teacher import Teacher, teacher_of
 
@@ -41,8 +42,11 @@ from adaptive.training.teacher import Teacher, teacher_of
 UNROLLED = 12
 
 
-def accumulation_of(recipe: Recipe, shards: int) -> int:
-    """Micro-batches per step for a batch that is split over `shards` devices; MeshError where it does not divide."""
+def accumulation_of(recipe: Recipe, shards: int, stages: int = 1) -> int:
+    """Micro-batches per step for a batch that is split over `shards` devices; MeshError where it does not divide.
+
+    stages  of a pipeline that micro-batches go through: without train.device_batch_size there are up to 4 for each
+    """
     rows, limit = recipe.train.batch_size, recipe.train.device_batch_size
     if rows % shards:
         near = sorted({max(1, rows // shards) * shards, (rows // shards + 1) * shards})
@@ -51,6 +55,8 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
             f"nearest that do: {', '.join(map(str, near))}"
         )
     per_device = rows // shards
+    if limit == 0 and stages > 1:
+        return max(d for d in divisors(per_device) if d <= 4 * stages)
     if limit == 0 or per_device <= limit:
         return 1
     if per_device % limit:
@@ -60,6 +66,25 @@ def accumulation_of(recipe: Recipe, shards: int) -> int:
             f"(train.batch_size={rows} over {shards}); the largest below it that does is {fits[-1]}"
         )
     return per_device // limit
+
+
+def in_stages(recipe: Recipe, shards: int, stages: int) -> tuple[int, Pipeline | None, tuple[str, ...]]:
+    """(micro-batches of a step, the pipeline where forward and backward go by turns, what there is to say). Raises
+    MeshError where the layers do not divide over the stages."""
+    body, groups = recipe.model.body, recipe.mesh.stage_groups
+    if reason := body.refuse_stages(stages, groups):
+        raise MeshError(reason)
+    if not body.lines_up():
+        return accumulation_of(recipe, shards), None, (f"{stages} stages, forward and backward apart",)
+    pipeline = Pipeline(stages, groups, accumulation_of(recipe, shards, stages))
+    schedule, n = pipeline.schedule(body.passes), pipeline.micro_batches
+    kind = "1F1B" if schedule.rounds == 1 else f"circular, {schedule.rounds} rounds"
+    lines = [f"{stages} stages, {kind}, {n} micro-batches: stages are idle for {schedule.idle():.0%} of the time"]
+    if n < stages:
+        lines.append(f"there are fewer micro-batches than stages: raise train.batch_size to {shards * stages} or more")
+    elif schedule.rounds > 1 and n % stages:
+        lines.append(f"rounds take {stages} micro-batches at a time, of which the last group has {n % stages}")
+    return n, pipeline, tuple(lines)
 
 
 def check_length(recipe: Recipe, parts: int) -> None:
@@ -86,7 +111,7 @@ def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> Exper
     found = recipe.model.facts().experts
     if not found:
         return None
-    moe = found[0].settings
+    moe, over = found[0].settings, recipe.mesh.expert_parallel.over
     pairs = tokens * moe.router.per_token()
     return ExpertLoad(
         tokens=tokens,
@@ -95,8 +120,8 @@ def expert_load(recipe: Recipe, mesh: Mesh, tokens: int, itemsize: int) -> Exper
         experts=moe.experts,
         width=recipe.model.width,
         hidden=moe.expert_size,
-        devices=mesh.shape["expert"],
-        tensor=mesh.shape["tensor"],
+        devices=split(mesh, over),
+        tensor=1 if "tensor" in over else mesh.shape["tensor"],
         matrices=moe.matrices(),
         itemsize=itemsize,
     )
@@ -152,6 +177,8 @@ class Program:
     frozen                 tree of bool like its parameters: which are not trained; None: all are
     remat                  what the backward pass recomputes
     unroll                 whether the loops over layers are written out
+    pipeline               how layers are split over stages; None: they are not, or forward and backward are apart
+    pipeline_lines         the same for people; none with one stage
     experts, expert_lines  how experts are computed on the mesh, the strategy settled, and why; no lines without experts
     experts_described      each kind of routed feed-forward in a few words
     selections             the ways of selecting that the model can evaluate and that differ
@@ -167,14 +194,21 @@ class Program:
         check_support(mesh.shape, parts_of(recipe.model))
         check_length(recipe, split(mesh, AxisRules().seq))
         self.shards = split(mesh, AxisRules().batch)
+        self.pipeline: Pipeline | None = None
+        self.pipeline_lines: tuple[str, ...] = ()
         self.accumulation = accumulation_of(recipe, self.shards)
+        if (stages := mesh.shape["stage"]) > 1:
+            self.accumulation, self.pipeline, self.pipeline_lines = in_stages(recipe, self.shards, stages)
         self.dtype = compute_dtype(recipe)
         on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
         self.unroll = on_cpu and recipe.model.body.layers <= UNROLLED
-        tokens = recipe.train.batch_size // (self.shards * self.accumulation) * recipe.data.seq_len
+        over = ("context", *({"tensor"} & {*recipe.mesh.expert_parallel.over}))  # that split the tokens of experts
+        tokens = recipe.train.batch_size // (self.shards * self.accumulation) * recipe.data.seq_len // split(mesh, over)
         load = expert_load(recipe, mesh, tokens, self.dtype.itemsize)
         self.experts, self.expert_lines = settle(recipe.mesh.expert_parallel, load)
-        self.rules = axis_rules(self.experts)
+        spread = mesh.shape["stage"] * mesh.shape["tensor"]
+        fits = recipe.model.vocab_size % spread == 0
+        self.rules = axis_rules(self.experts, ("stage", "tensor") if fits else ("tensor",))
         self.tx = make_optimizer(recipe.optimizer, recipe.schedule, recipe.train.steps)
         self.graphdef, shapes = abstract_model(self.build)
         model = nnx.merge(self.graphdef, shapes)
@@ -275,6 +309,7 @@ class Program:
             loss_chunk=self.recipe.train.loss_chunk,
             warmup=0 <= at < model.warmup_steps(),
             segmented=self._segmented,
+            pipeline=self.pipeline,
         )
         begin = time.perf_counter()
         with self.placed():

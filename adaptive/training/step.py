@@ -11,7 +11,8 @@ from flax import nnx
 from adaptive.data.batch import Batch
 from adaptive.data.tokenizers import ByteCounts
 from adaptive.objectives import Inputs, Objective, next_token
-from adaptive.parallel.rules import batch_shards, constrain, constrain_state
+from adaptive.parallel.micro_batches import dealt
+from adaptive.parallel.rules import constrain_state
 from adaptive.routing.stages import StageView, at_bytes
 from adaptive.routing.types import AuxLosses, Output, Told
 from adaptive.runs.state import TrainState
@@ -87,7 +88,7 @@ def make_train_step(
         if pipeline is None:
             grads, loss, aux, scalars, sums = _accumulated(grads_of, sums_of if joint else None, batch, keys)
         else:
-            micro = jax.tree.map(lambda a: _micro_batches(a, accumulation), batch)
+            micro = jax.tree.map(lambda a: dealt(a, accumulation), batch)
             options = {"step": state.step if warmup else None}
             given = graphdef, state.params, state.buffers, aim, micro, keys, count, options, segmented, loss_chunk
             grads, loss, aux, scalars, sums = computed(pipeline, Task(*given, joint))
@@ -140,7 +141,7 @@ def _accumulated(
     # Both are used twice: for shapes and in a loop. Under jit they are traced once; inlined, the program is the same.
     grads_of = jax.jit(grads_of, inline=True)
     sums_of = None if sums_of is None else jax.jit(sums_of, inline=True)
-    micro = jax.tree.map(lambda a: _micro_batches(a, len(keys)), batch)
+    micro = jax.tree.map(lambda a: dealt(a, len(keys)), batch)
     one = jax.tree.map(lambda a: a[0], micro)
     others = None
     if sums_of is not None and any(a.coefficient for a in jax.eval_shape(sums_of, one, keys[0]).values()):
@@ -277,11 +278,3 @@ def _routing(out: Output) -> Metrics:
 
 def _scaled(scalars: Metrics, by: jax.Array) -> Metrics:
     return {name: value * by for name, value in scalars.items()}
-
-
-def _micro_batches(a: jax.Array, n: int) -> jax.Array:
-    """[batch, ...] -> [n, batch / n, ...]; every device's rows are dealt to all micro-batches, so none move."""
-    shards = batch_shards()
-    parts = a.reshape(shards, n, a.shape[0] // (shards * n), *a.shape[1:]).swapaxes(0, 1)
-    parts = parts.reshape(n, -1, *a.shape[1:])
-    return constrain(parts, None, "batch", "seq", *(None,) * (a.ndim - 2))

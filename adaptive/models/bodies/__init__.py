@@ -104,7 +104,15 @@ class Body(Member):
     def refuse_stages(self, stages: int, groups: int) -> str:
         """Why its layers cannot be split over so many stages of a pipeline, each with a part of every group of layers,
         and what can be; empty where they can."""
+        inner = self.stages()[-1]
+        if inner is not self:
+            return inner.refuse_stages(stages, groups)
         return f"{self.title()}: its layers cannot be split over stages; mesh.stage must be 1"
+
+    def lines_up(self) -> bool:
+        """Whether all positions go through all of its layers one after another, so that stages can go forward and
+        backward by turns (`BodyModule.line`)."""
+        return False
 
     def family(self) -> str:
         """What the model is called in a plan."""
@@ -156,7 +164,7 @@ class BodyModule(nnx.Module):
         raise NotImplementedError
 
     def line(self) -> Line:
-        """The network as a pipeline has it; `Body.refuse_stages` says where there is none."""
+        """The network as a pipeline has it, where `Body.lines_up`."""
         raise NotImplementedError
 
     def update(self, load: jax.Array | None) -> None:

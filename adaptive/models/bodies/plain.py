@@ -31,7 +31,10 @@ class Settings(Body):
         self.stack.check(width, f"{at}.stack")
 
     def refuse_stages(self, stages: int, groups: int) -> str:
-        return self.stack.refuse_stages(stages, groups, "model.body.stack")
+        return self.stack.refuse_stages(stages, groups)
+
+    def lines_up(self) -> bool:
+        return True
 
     def parameters(self, width: int) -> int:
         return self.stack.parameters(width) + self.stack.norm_size(width)
@@ -61,7 +64,7 @@ class Plain(BodyModule):
         self.settings = settings
         site = scaled(site._replace(depth=settings.layers), settings.stack, additions + settings.stack.additions)
         self.stack = Stack(
-            settings.stack, site, [next(keys) for _ in settings.stack.blocks], making, norm=True, staged=True
+            settings.stack, site, [next(keys) for _ in settings.stack.blocks], making, norm=True, in_stages=True
         )
 
     def __call__(self, x: jax.Array, where: Where, call: Call, state: State | None = None) -> Through:

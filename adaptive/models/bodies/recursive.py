@@ -103,19 +103,17 @@ class Settings(Body):
         self.depth.check(self, f"{at}.depth")
 
     def refuse_stages(self, stages: int, groups: int) -> str:
-        if not self.depth.equal_passes:
-            return (
-                f"model.body.depth={self.depth.kind()}: its passes compute different numbers of positions, and stages "
-                "compute passes at the same time; mesh.stage must be 1"
-            )
         if self.order == "sequence":
-            return "model.body.order=sequence repeats layers in place; mesh.stage must be 1, or order=cycle"
+            return "order=sequence repeats layers in place: mesh.stage must be 1, or order=cycle"
         if self.keys_values != "per_recursion":
             return (
-                f"model.body.keys_values={self.keys_values}: stages do not keep the first pass's keys and values of "
-                "micro-batches; mesh.stage must be 1, or keys_values=per_recursion"
+                f"keys_values={self.keys_values}: stages do not keep the first pass's keys and values of every "
+                "micro-batch: mesh.stage must be 1, or keys_values=per_recursion"
             )
-        return self.core.refuse_stages(stages, groups, "model.body.core")
+        return self.core.refuse_stages(stages, groups)
+
+    def lines_up(self) -> bool:
+        return self.depth.equal_passes
 
     def check_first_capacity(self, first: float, name: str, at: str) -> None:
         """Raises RecipeError where later passes read keys and values that a first pass did not compute."""
@@ -222,7 +220,7 @@ class Recursive(BodyModule):
 
         before = s.prelude.layers if s.prelude is not None else 0
         self.prelude = part(s.prelude, 0)
-        core = part(s.core, before, passes=s.recursions, shared=s.shared, staged=True)
+        core = part(s.core, before, passes=s.recursions, shared=s.shared, in_stages=True)
         assert core is not None
         self.core = core
         self.coda = part(s.coda, before + s.recursions * s.core.layers)
@@ -359,7 +357,7 @@ class _Core:
         call = call.replace(layer=self._first + r * self._layers, previous=carried.previous)
         states = self._stack.at_pass(self._states, r) if self._passes > 1 else self._states
         state, keep, call = self._before(r, call, carried.state)
-        x, after, told, previous = self._stack.run(states, x, where, call, state)
+        x, after, told, previous = self._stack.through(states, x, where, call, state)
         return x, Carried(self._after(r, carried.state, after) if keep else carried.state, previous), told
 
     def _before(self, r: Any, call: Call, state: State | None) -> tuple[State | None, bool, Call]:
