@@ -72,8 +72,8 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(failed, int):
         return failed
     left = [run.name for run in sweep.due(workdir, planned)]
-    if given.only and (left or failed):
-        print(f"{len(left)} of {len(planned)} runs are left" if left else "")
+    if given.only and left:
+        print(f"{len(left)} of {len(planned)} runs are left")
         return NonFiniteError.code if failed else 0
     return make_page(study, form, workdir, planned, failed)
 

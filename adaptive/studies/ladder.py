@@ -119,7 +119,7 @@ QUICK = Size(
     variants=("vanilla", "recursive2", "recursive4", "mor3", "moe_ec"),
     amounts={"vanilla": (0.5, 1.0)},
     controls=(),
-    more_seeds=(1, 1),
+    more_seeds=(2, 1),
 )
 
 

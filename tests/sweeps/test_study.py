@@ -58,13 +58,13 @@ def test_finished_runs_are_not_made_again(tmp_path, trained, capsys):
     assert "ended with code 75" in capsys.readouterr().err
     first = list(trained)
     assert study.main(command) == 0
-    assert trained[3] == third and len(set(trained)) == 13 and trained[:3] == first and len(trained) == 14
+    assert trained[3] == third and len(set(trained)) == 14 and trained[:3] == first and len(trained) == 15
     shown = capsys.readouterr()
     assert "100%" in shown.err and "the page is" in shown.out and "φ of recursive models" in shown.out
     text = (tmp_path / "s" / "ladder.md").read_text()
     assert "quick form" in text and (tmp_path / "s" / "ladder" / "phi.svg").exists()
     assert "loss 2.0" in (tmp_path / "s" / "runs" / third / "log.txt").read_text()
-    assert study.main(command) == 0 and len(trained) == 14
+    assert study.main(command) == 0 and len(trained) == 15
 
 
 def test_runs_one_by_one_as_a_scheduler_makes_them(tmp_path, trained, capsys):
@@ -73,7 +73,7 @@ def test_runs_one_by_one_as_a_scheduler_makes_them(tmp_path, trained, capsys):
     assert study.main(["ladder", "--quick", "--workdir", folder, "--list_runs"]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert len(lines) == 13 and "13 of 13 runs are due" in shown.err
+    assert len(lines) == 14 and "14 of 14 runs are due" in shown.err
     assert lines[0] == f"adaptive study ladder --workdir {folder} --quick --only vanilla-w16-x0.5-s0"
     for line in lines:
         assert study.main(line.split()[2:]) == 0
@@ -88,7 +88,7 @@ def test_a_run_that_is_not_finite_stops_no_other(tmp_path, trained, capsys):
     ends = trained.pop()
     ends["mor3-w16-x1-s0"] = NonFiniteError("5 steps in a row")
     assert study.main(["ladder", "--quick", "--workdir", str(tmp_path)]) == NonFiniteError.code
-    assert len(trained) == 13 and "not finite" in capsys.readouterr().err
+    assert len(trained) == 14 and "not finite" in capsys.readouterr().err
     assert "left out: mor3-w16-x1-s0" in (tmp_path / "ladder.md").read_text()
 
 
