@@ -62,8 +62,11 @@ def bucket_path(text: str, option: str) -> Any:
     package, extra = BUCKETS[scheme]
     if not importlib.util.find_spec(package):
         raise UserError(f"{option}: {text[:_SHOWN]} needs the package {package}: pip install 'adaptive-lm[{extra}]'")
+    import fsspec
     from etils import epath
 
+    for name in (scheme, package):  # what other processes write is to be seen at once
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     return epath.Path(f"{scheme}://{text.partition('://')[2].rstrip('/')}")
 
 

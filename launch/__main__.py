@@ -42,6 +42,9 @@ def run(arguments: Sequence[str]) -> int:
     own, rest = split(arguments)
     target = own.pop(0) if own and not own[0].startswith("-") else "local"
     if target == "local":
+        if any(word.startswith("--write") for word in own):
+            now = "adaptive launch slurm --write -- --recipe NAME --workdir DIR"
+            raise UserError(f"--write belongs to a cluster, whose name comes first and whose file is rendered: {now}")
         return launch(local_options(__doc__ or "").read(own), rest)
     if target not in TARGETS:
         near = difflib.get_close_matches(target, (*TARGETS, "local"), n=1)

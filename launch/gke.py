@@ -8,6 +8,7 @@ pods anew, which counts against --restarts where it is said to.
     76, another process was lost    ignored: the one that was lost decides
     2 or 3, what no restart mends   the JobSet fails
     anything else                   the job fails, counted
+    --hours are over                the JobSet fails, after the save that SIGTERM asks for
 """
 
 from typing import Any
@@ -104,6 +105,8 @@ def _failure_policy(job: Job) -> dict[str, Any]:
 
     again = "RestartJobSetAndIgnoreMaxRestarts"
     rules = [rule("preempted", again, 0), rule("saved", again, 1), rule("final", "FailJobSet", 3)]
+    if job.hours:
+        rules.append({"name": "late", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]})
     return {"maxRestarts": job.restarts, "rules": rules}
 
 
@@ -125,7 +128,7 @@ def _job(job: Job, tpu: Slice | None) -> dict[str, Any]:
         "parallelism": hosts,
         "completions": hosts,
         "backoffLimit": 0,
-        "activeDeadlineSeconds": round(job.hours * 3600),
+        **({"activeDeadlineSeconds": round(job.hours * 3600)} if job.hours else {}),
         "podFailurePolicy": _pod_failure_policy(),
         "template": {"spec": _pod(job, tpu)},
     }

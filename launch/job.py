@@ -46,7 +46,7 @@ class Job:
     image: str = option("", "container image with this package")
     folder: str = option("", "where this repository is: of the machines, or here where it is copied from")
     python: str = option(".venv/bin/python", "the interpreter, within the folder or by its whole path")
-    hours: float = option(24.0, "time limit", number(float, above=0, most=10_000))
+    hours: float = option(0.0, "time limit (default: 24 for slurm, else none)", number(float, above=0, most=10_000))
     grace_s: int = option(300, "seconds from the request to stop to the end, for saving", number(int, least=30))
     restarts: int = option(
         10, "after failures; a run that was asked to stop and saved is not counted", number(int, least=0)
@@ -117,7 +117,7 @@ def add_options(parser: argparse.ArgumentParser, reads: frozenset[str]) -> None:
             known["action"] = "append"
         else:
             known["type"] = field.metadata["read"]
-            if field.default not in ("", None):
+            if field.default not in ("", 0.0):
                 known["help"] += f" (default {field.default})"
         if name not in reads:
             known["help"] = argparse.SUPPRESS
@@ -164,7 +164,8 @@ def require_workdir(job: Job, outlives: tuple[str, ...] | None = None) -> None:
 
 
 def check_recipe(job: Job) -> None:
-    """Reads the recipe and its settings here, so that mistakes are not found after hours in a queue.
+    """Reads the recipe and its settings here, and lays its mesh over the job's devices, so that mistakes are not found
+    after hours in a queue.
 
     A recipe that is a file of the cluster alone is left to the cluster. Raises UserError as `adaptive train` does.
     """
@@ -173,6 +174,7 @@ def check_recipe(job: Job) -> None:
     import os
 
     from adaptive import train
+    from adaptive.parallel.mesh import axis_sizes
     from adaptive.recipe import load
 
     given = train.options().read(job.arguments)
@@ -182,3 +184,9 @@ def check_recipe(job: Job) -> None:
         return
     recipe = load(given.recipe).with_(*given.settings)
     recipe.validate()
+    axis_sizes(recipe.mesh, job.devices())
+    if recipe.mesh.slices != job.slices and job.slices > 1:
+        raise UserError(
+            f"--slices {job.slices}: say mesh.slices={job.slices} after --, so that what crosses the network between "
+            f"them is little (it is {recipe.mesh.slices})"
+        )

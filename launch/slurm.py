@@ -43,7 +43,7 @@ def render(job: Job) -> Rendered:
         f"#SBATCH --ntasks-per-node={per_node}",
         f"#SBATCH --gpus-per-node={job.gpus_per_node}",
         "#SBATCH --exclusive",
-        f"#SBATCH --time={_time(job.hours)}",
+        f"#SBATCH --time={_time(job.hours or 24)}",
         f"#SBATCH --signal=TERM@{job.grace_s}",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",

@@ -190,7 +190,7 @@ def test_lists_are_pinned_and_agree(lock):
 def test_lists_hold_what_the_package_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    of_platform = {name: [*optional[name], *optional["hf"]] for name in ("gpu", "cuda12", "tpu")}
+    of_platform = {name: [*optional[name], *optional["hf"], *optional["gcs"]] for name in ("gpu", "cuda12", "tpu")}
     for lock, wanted in {"cpu": [], "dev": optional["dev"], **of_platform}.items():
         held = {name for name, _ in pins(lock)}
         for requirement in [*project["dependencies"], *wanted]:

@@ -10,7 +10,7 @@ from adaptive.launch.job import OPTIONS
 
 TRAINING = ["--", "--recipe", "mor_tiny", "--workdir", "gs://bucket/run"]
 OF_TARGET = {
-    "slurm": ["--nodes", "2"],
+    "slurm": ["--nodes", "2", "--gpus_per_node", "4"],
     "gke": ["--accelerator", "v5e-16", "--image", "here/adaptive:1"],
     "tpu": ["--accelerator", "v5e-16", "--zone", "us-west4-a"],
     "skypilot": ["--accelerator", "h200"],
@@ -65,6 +65,9 @@ def start_of(target):
         (["slurm", "--", "--recipe", "mor_tiny"], "none is given: after --, say a folder that all machines see"),
         (["slurm", "--", "--workdir", "/x"], "which recipe?"),
         (["slurm", *TRAINING, "train.stepz=1"], "train.steps"),  # as training itself would, after the queue
+        (["slurm", *TRAINING, "mesh.fsdp=3"], "does not fit 8 devices"),
+        (["tpu", *OF_TARGET["tpu"], "--slices=2", *TRAINING, "mesh.fsdp=32"], "say mesh.slices=2 after --"),
+        (["--write", "slurm"], "adaptive launch slurm --write"),
         (["--processes", "0"], "--processes: 0: must be at least 1"),
         (["--recipe", "mor_tiny"], "'--recipe' is no option"),
     ],

@@ -160,6 +160,14 @@ def test_what_the_end_of_a_pod_means(end, outcome):
     assert spec["failurePolicy"]["maxRestarts"] == 4
 
 
+def test_a_time_limit_is_for_good():
+    spec = validated(gke.render(Job(ARGUMENTS, accelerator="v5e-16", image="i", hours=1.5)).text)["spec"]
+    assert spec["replicatedJobs"][0]["template"]["spec"]["activeDeadlineSeconds"] == 5400
+    late = {"name": "late", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]}
+    assert spec["failurePolicy"]["rules"][-1] == late
+    assert "#SBATCH --time=1:30:00\n" in slurm.render(Job(ARGUMENTS, hours=1.5)).text
+
+
 def test_a_volume_is_mounted_where_the_workdir_is():
     job = Job(("--recipe", "a", "--workdir", "/runs/one"), image="i", volume="claim")
     pod = validated(gke.render(job).text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
