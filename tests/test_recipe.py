@@ -22,7 +22,7 @@ from adaptive.recipe import (
     load,
     setting_kinds,
 )
-from adaptive.settings import expected, is_choice, leaf_kinds, parse, read, show
+from adaptive.settings import expected, hints, is_choice, leaf_kinds, nodes, parse, read, show
 
 TINY = load("mor_tiny")
 
@@ -280,6 +280,15 @@ def test_what_a_recipe_did_not_say_before_it_could_is_what_was_done():
         del tree["train"]["auxiliary_over"], tree["train"]["frozen"], tree["init"]
 
     assert Recipe.from_json(_changed(older)) == TINY.with_("train.auxiliary_over=micro_batch")
+
+
+@pytest.mark.parametrize("name", ["mor_tiny", "moe_tc_tiny", "hnet_mor_tiny"])
+def test_what_recipes_had_before_can_be_read(name):
+    for path, node in nodes(load(name), "recipe"):
+        kinds = hints(type(node))
+        for field in dataclasses.fields(node):
+            if "before" in field.metadata:
+                read(kinds[field.name], field.metadata["before"], where=f"{path}.{field.name}")
 
 
 def test_malformed_json_names_file_and_line():

@@ -28,7 +28,7 @@ class ExpertParallel:
 
     strategy: Literal["auto", "expert", "gather", "data", "tensor"] = "auto"
     # Mesh axes that split the experts, `expert` among them: attention may use the others its own way.
-    over: tuple[str, ...] = since(("expert",), before=("expert",))
+    over: tuple[str, ...] = since(("expert",), before=["expert"])
     exchange: Literal["flat", "hierarchical"] = (
         "flat"  # all-to-all at once, or within nodes first and then between them
     )
