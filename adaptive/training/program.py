@@ -74,7 +74,7 @@ def in_stages(recipe: Recipe, shards: int, stages: int) -> tuple[int, Pipeline |
     body, groups = recipe.model.body, recipe.mesh.stage_groups
     if reason := body.refuse_stages(stages, groups):
         raise MeshError(reason)
-    if not body.lines_up():
+    if not body.lines_up() or recipe.model.low_rank is not None:
         return accumulation_of(recipe, shards), None, (f"{stages} stages, forward and backward apart",)
     pipeline = Pipeline(stages, groups, accumulation_of(recipe, shards, stages))
     schedule, n = pipeline.schedule(body.passes), pipeline.micro_batches
