@@ -1,6 +1,6 @@
 """What the data room hands on: rows of tokens, and documents of a stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -114,3 +114,6 @@ class DocumentStream(Protocol):
 
     def groups(self, position: dict | None) -> Iterator[Group]:
         """Groups from `position` (None: the beginning) to the end of the data set."""
+
+    def parts(self) -> Sequence["DocumentStream"]:
+        """Streams that together have the documents of this one, and can be read apart; or this one."""

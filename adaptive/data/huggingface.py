@@ -18,6 +18,7 @@ from adaptive.errors import DataError
 
 _REACH_WITHIN_S = 4.0
 _GROUP = 1024  # documents fetched, shuffled and tokenised at once
+_MOST_PARTS = 8  # each keeps a file open, and a group of its rows
 
 log = logging.getLogger("adaptive.data")
 
@@ -98,6 +99,17 @@ class HubDocuments:
         self._text_key = text_key
         require_hub(f"the data set {repo}")
         self._dataset = _load(repo)
+
+    def parts(self) -> list["HubDocuments"]:
+        """Its files by as many readers as they allow, a power of two and at most eight; each has neighbouring files."""
+        files = getattr(self._dataset, "num_shards", 1)
+        count = 1 << (min(files, _MOST_PARTS).bit_length() - 1)
+        if count == 1:
+            return [self]
+        found = [copy.copy(self) for _ in range(count)]
+        for index, part in enumerate(found):
+            part._dataset = self._dataset.shard(num_shards=count, index=index)
+        return found
 
     def groups(self, position: dict | None) -> Iterator[Group]:
         position = position or {"documents": 0, "dataset": None}

@@ -33,6 +33,9 @@ class OwnDocuments:
             yield Group({"documents": seen}, seen, texts)
             seen += len(texts)
 
+    def parts(self) -> list["OwnDocuments"]:
+        return [self]
+
     def _read(self, documents: Iterator[Any], seen: int) -> list[str]:
         with own.told(self.name):
             texts = list(itertools.islice(documents, _GROUP))

@@ -43,7 +43,8 @@ class TrainBatches(Protocol):
     def __next__(self) -> Batch: ...
 
     def state(self) -> dict:
-        """JSON that `Data.train` continues from, just after the last batch returned; equal on every process."""
+        """JSON of where this process is, just after the last batch returned. `Data.train` continues from what
+        `streaming.whole_position` makes of the states of all processes."""
 
     def close(self) -> None:
         """Stops the background threads."""

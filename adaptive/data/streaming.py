@@ -1,128 +1,37 @@
 """Training rows from documents that arrive in order and cannot be looked up: tokenised, joined and cut on the way.
 
-Every process reads the same documents and makes the same rows, and keeps those of its own index. So global batches and
-the saved position do not depend on the number of processes; the price is that each process tokenises everything.
+Row i belongs to lane i modulo the number of lanes, and each lane makes its rows of the documents that are dealt to it
+(`lanes`). There are as many lanes as rows in the first batch, so that those of a process are its own: it encodes its
+share of the text, and global batches do not depend on how many processes there are. A position is the number of rows,
+with where each lane is in its documents; every process knows of its own lanes, and `whole_position` puts them together.
 """
 
 import itertools
-from collections import deque
+import math
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
-from adaptive.data.batch import Batch, DocumentStream, Group, make_row, padding_row, stack
+from adaptive.data.ahead import Ahead
+from adaptive.data.batch import Batch, DocumentStream, make_row, make_rows, padding_row, stack
 from adaptive.data.config import DataConfig
 from adaptive.data.files import digest
+from adaptive.data.lanes import Lanes, wanted
+from adaptive.data.packing import Packer
 from adaptive.data.shards import Shard, check_fingerprint
 from adaptive.data.tokenizers import Tokenizer
-from adaptive.data.words import row_marker
+from adaptive.data.words import batch_marker, row_marker
 from adaptive.errors import DataError
 
 HELD_OUT_DOCUMENTS = 4096  # the first documents of a stream; later ones would take long to reach at each start
-
-
-class Packer:
-    """Endless windows of seq_len + 1 tokens of one stream, each sharing one token with the next.
-
-    Documents of a group are shuffled by `seed` (None: kept in order). The held-out documents are the first
-    `held_out` of the stream: `held_out_only` gives those, once; otherwise the others, over and over.
-    """
-
-    def __init__(
-        self,
-        stream: DocumentStream,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        held_out: int,
-        held_out_only: bool = False,
-        seed: int | None = None,
-        state: dict | None = None,
-    ):
-        self._stream = stream
-        self._tokenizer = tokenizer
-        self._seq_len = seq_len
-        self._held_out = held_out
-        self._held_out_only = held_out_only
-        self._seed = seed
-        self._start = state or {"epoch": 0, "position": None, "document": 0, "offset": 0}
-        self._epoch = self._start["epoch"]
-        self._offset = self._start["offset"]  # first token wanted, of the first piece held
-        self._pieces: deque[tuple[dict, np.ndarray]] = deque()  # where a document is, and its tokens
-        self._held = 0
-        self._source = self._documents(self._start["position"], self._start["document"])
-
-    def next(self) -> tuple[np.ndarray, np.ndarray]:
-        """i32[seq_len + 1] tokens and i64[segments] where each document or rest of one begins among them.
-
-        The last window of held-out documents may be shorter; after it, StopIteration.
-        """
-        while self._held - self._offset < self._seq_len + 1:
-            piece = next(self._source, None)
-            if piece is None:
-                break
-            self._pieces.append(piece)
-            self._held += len(piece[1])
-        if self._held - self._offset < 2:
-            raise StopIteration
-        parts, openings, length = [], [], 0
-        for _, document in self._pieces:
-            if length == self._seq_len + 1:
-                break
-            openings.append(length)
-            parts.append(document[0 if length else self._offset :][: self._seq_len + 1 - length])
-            length += len(parts[-1])
-        self._advance()
-        return np.concatenate(parts), np.array(openings)
-
-    def state(self) -> dict:
-        """JSON from which an equal Packer continues with the next window."""
-        return {**self._pieces[0][0], "offset": self._offset} if self._pieces else self._start
-
-    def _advance(self) -> None:
-        self._offset += self._seq_len
-        while self._pieces and self._offset >= len(self._pieces[0][1]):
-            dropped = len(self._pieces.popleft()[1])
-            self._offset -= dropped
-            self._held -= dropped
-
-    def _documents(self, position: dict | None, skip: int) -> Iterator[tuple[dict, np.ndarray]]:
-        while True:
-            empty = position is None
-            for group in self._stream.groups(position):
-                chosen = self._order(group)
-                encoded = self._tokenizer.encode_documents([group.texts[i] for i in chosen[skip:]])
-                for number, tokens in enumerate(encoded, skip):
-                    empty = False
-                    yield {"epoch": self._epoch, "position": group.position, "document": number}, tokens
-                skip = 0
-                if self._held_out_only and group.first + len(group.texts) >= self._held_out:
-                    return
-            if self._held_out_only:
-                return
-            if empty:
-                raise DataError(
-                    f"{self._stream.name} leaves nothing to train on: its first {self._held_out} documents are held "
-                    "out. Save it as files (data.source=files), or set data.validation_every=0"
-                )
-            position, self._epoch = None, self._epoch + 1
-
-    def _order(self, group: Group) -> list[int]:
-        """Which documents of the group are wanted, in the order wanted."""
-        indices = np.arange(len(group.texts))
-        held_out = group.first + indices < self._held_out
-        wanted = [int(i) for i in indices[held_out == self._held_out_only] if group.texts[i]]
-        if self._seed is None:
-            return wanted
-        order = np.random.default_rng([self._seed, self._epoch, group.first]).permutation(len(wanted))
-        return [wanted[i] for i in order]
+_ORDER = 2  # of rows; a position in another one means other text
 
 
 class StreamedData:
     """Data of streams, mixed by `config.weights` (equal where there are none); see `pipeline.Data`.
 
-    The first HELD_OUT_DOCUMENTS of each stream are held out, none if config.validation_every is 0.
+    The first HELD_OUT_DOCUMENTS of each stream are held out (of a stream in parts, the first of each part, all together
+    as many), none if config.validation_every is 0.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, streams: Sequence[DocumentStream], shard: Shard):
@@ -130,13 +39,19 @@ class StreamedData:
         self._config = config
         self._streams = streams
         self._shard = shard
-        self._mark = row_marker(config.boundaries, tokenizer)
+        self._mark, self._mark_all = (
+            row_marker(config.boundaries, tokenizer),
+            batch_marker(config.boundaries, tokenizer),
+        )
+        self.parts = [stream.parts() for stream in streams]
         self._held_out = HELD_OUT_DOCUMENTS if config.validation_every else 0
         self._held_rows: list[Batch] = []  # fetched once, as reaching them again means streaming again
         self._held_source = self._held_out_rows()
         self.fingerprint = digest(
             {
                 "streams": [stream.name for stream in streams],
+                "parts": [len(parts) for parts in self.parts],
+                "order": _ORDER,
                 "text_key": config.text_key,
                 "tokenizer": tokenizer.fingerprint,
                 "weights": list(config.weights),
@@ -148,15 +63,39 @@ class StreamedData:
         )
 
     def train(self, state: dict | None = None) -> "StreamedTrainBatches":
-        check_fingerprint(state, self.fingerprint)
+        self.check(state)
         return StreamedTrainBatches(self, state)
 
-    def packers(self, states: list[dict] | None) -> list[Packer]:
-        """One packer of training windows for each stream, from saved states."""
-        return [
-            self._packer(stream, held_out_only=False, state=states[i] if states else None)
-            for i, stream in enumerate(self._streams)
-        ]
+    def check(self, state: dict | None) -> None:
+        """Raises DataError where `state` is of other data, or of rows in another order."""
+        if state is not None and state.get("order") != _ORDER:
+            raise DataError(
+                "the saved position is of an earlier version of adaptive, which had rows of streamed text in another "
+                "order: finish the run with that version, or go on from its weights in a new workdir (init.run)"
+            )
+        check_fingerprint(state, self.fingerprint)
+
+    def lanes(self, stream: int, part: int, lanes: int, mine: Sequence[int], state: dict | None) -> Lanes:
+        """Those of a part of a stream, from a saved state."""
+        return Lanes(
+            self.parts[stream][part],
+            self.tokenizer,
+            self._config.seq_len,
+            lanes=lanes,
+            mine=mine,
+            held_out=self._held_out // len(self.parts[stream]),
+            seed=self._config.shuffle_seed if self._config.shuffle else None,
+            state=state,
+        )
+
+    def batch(self, windows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+        """Full windows as a batch."""
+        rows = np.repeat(np.arange(len(windows)), [len(openings) for _, openings in windows])
+        openings = np.concatenate([openings for _, openings in windows])
+        if self._config.cross_document:
+            rows, openings = rows[:0], openings[:0]
+        tokens = np.stack([tokens for tokens, _ in windows])
+        return self._mark_all(make_rows(tokens, np.full(len(tokens), tokens.shape[1]), rows, openings))
 
     def row(self, tokens: np.ndarray, openings: np.ndarray) -> Batch:
         """The window as a row."""
@@ -186,21 +125,22 @@ class StreamedData:
             self.tokenizer.describe_borders(),
         ]
 
-    def _packer(self, stream: DocumentStream, *, held_out_only: bool, state: dict | None = None) -> Packer:
-        seed = self._config.shuffle_seed if self._config.shuffle and not held_out_only else None
-        return Packer(
-            stream,
-            self.tokenizer,
-            self._config.seq_len,
-            held_out=self._held_out,
-            held_out_only=held_out_only,
-            seed=seed,
-            state=state,
-        )
+    def _held_out_documents(self, stream: DocumentStream, count: int) -> Iterator[np.ndarray]:
+        for group in stream.groups(None):
+            yield from self.tokenizer.encode_documents(
+                [group.texts[i] for i in wanted(group, count, only_held_out=True)]
+            )
+            if group.first + len(group.texts) >= count:
+                return
 
     def _held_out_rows(self) -> Iterator[Batch]:
-        """Held-out rows, taking turns between the streams until each has ended."""
-        packers = [self._packer(stream, held_out_only=True) for stream in self._streams if self._held_out]
+        """Held-out rows, taking turns between the streams and their parts until each has ended."""
+        packers = [
+            Packer(self._held_out_documents(part, self._held_out // len(parts)), self._config.seq_len)
+            for parts in self.parts
+            for part in parts
+            if self._held_out
+        ]
         while packers:
             for packer in list(packers):
                 try:
@@ -230,61 +170,115 @@ class StreamedData:
 
 
 class _Rows:
-    """Global batches made one after the other, of which this process's rows are returned (a grain iterator)."""
+    """Batches of this process's rows, one after the other, from a position on."""
 
     def __init__(self, data: StreamedData, state: dict | None):
+        shard = data.shard
         self._data = data
-        self.set_state(state or {"next_index": 0, "drawn": [0] * len(data.weights), "streams": None})
+        self._next_index = state["next_index"] if state else 0
+        self._lanes = state["lanes"] if state else math.lcm(shard.batch_size, *map(len, data.parts))
+        # Rows of this process are in these lanes alone: where `step` is less than the number of processes, because that
+        # does not divide the lanes, others encode them as well.
+        self._step = math.gcd(self._lanes, shard.count)
+        mine = range(shard.index % self._step, self._lanes, self._step)
+        self._drawn = {lane: list(state["drawn"][str(lane)]) for lane in mine} if state else self._staggered(mine)
+        self._streams = [self._parts(stream, mine, state) for stream in range(len(data.parts))]
 
-    def __iter__(self) -> "_Rows":
-        return self
-
-    def __next__(self) -> Batch:
+    def __iter__(self) -> Iterator[tuple[Batch, dict]]:
+        """Each batch, and the position behind it."""
         shard = self._data.shard
-        mine = []
-        for i in range(shard.batch_size):
-            window = self._packers[self._turn()].next()
-            if i % shard.count == shard.index:
-                mine.append(self._data.row(*window))
-        self._next_index += shard.batch_size
-        return stack(mine)
+        while True:
+            first, self._next_index = self._next_index, self._next_index + shard.batch_size
+            behind = (shard.index - first) % self._step
+            rows = [(i, self._window(i % self._lanes)) for i in range(first + behind, self._next_index, self._step)]
+            mine = [window for i, window in rows if i % shard.count == shard.index]
+            yield self._data.batch(mine), self.state()
 
-    def _turn(self) -> int:
-        """The stream that is furthest behind its weight gives the next row."""
-        due = [(drawn + 1) / weight for drawn, weight in zip(self._drawn, self._data.weights, strict=True)]
-        stream = due.index(min(due))
-        self._drawn[stream] += 1
-        return stream
+    def state(self) -> dict:
+        return {
+            "order": _ORDER,
+            "next_index": self._next_index,
+            "fingerprint": self._data.fingerprint,
+            "lanes": self._lanes,
+            "drawn": {str(lane): list(drawn) for lane, drawn in self._drawn.items()},
+            "streams": [[part and part.state() for part in parts] for parts in self._streams],
+        }
 
-    def get_state(self) -> dict:
-        streams = [packer.state() for packer in self._packers]
-        return {"next_index": self._next_index, "drawn": list(self._drawn), "streams": streams}
+    def _parts(self, stream: int, mine: Sequence[int], state: dict | None) -> list[Lanes | None]:
+        """Lane l reads part l modulo their number; None where this process has no lane of a part."""
+        count, found = len(self._data.parts[stream]), []
+        for part in range(count):
+            inner = [lane // count for lane in mine if lane % count == part]
+            saved = state["streams"][stream][part] if state else None
+            found.append(self._data.lanes(stream, part, self._lanes // count, inner, saved) if inner else None)
+        return found
 
-    def set_state(self, state: dict) -> None:
-        self._next_index = state["next_index"]
-        self._drawn = list(state["drawn"])
-        self._packers = self._data.packers(state["streams"])
+    def _window(self, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        parts = self._streams[_turn(self._drawn[lane], self._data.weights)]
+        part = parts[lane % len(parts)]
+        assert part is not None
+        return part.next(lane // len(parts))
+
+    def _staggered(self, mine: Sequence[int]) -> dict[int, list[int]]:
+        """Rows that each lane counts as drawn from each stream at the beginning: lane l is l turns ahead, so that the
+        rows of a batch are mixed by weight."""
+        drawn, found = [0] * len(self._data.weights), {}
+        for lane in range(self._lanes):
+            if lane in mine:
+                found[lane] = list(drawn)
+            _turn(drawn, self._data.weights)
+        return found
+
+
+def _turn(drawn: list[int], weights: Sequence[float]) -> int:
+    """The stream that is furthest behind its weight gives the next row, which is counted."""
+    due = [(rows + 1) / weight for rows, weight in zip(drawn, weights, strict=True)]
+    stream = due.index(min(due))
+    drawn[stream] += 1
+    return stream
+
+
+def whole_position(parts: Sequence[dict]) -> dict:
+    """The position of a job from what its processes have, in the order of their rows (`TrainBatches.state`)."""
+    first = parts[0]
+    if "streams" not in first:  # an index says it all
+        return first
+    streams = [
+        [_joined([part for part in some if part]) if any(some) else None for some in zip(*stream, strict=True)]
+        for stream in zip(*(part["streams"] for part in parts), strict=True)
+    ]
+    drawn = {lane: rows for part in parts for lane, rows in part["drawn"].items()}
+    return first | {"drawn": drawn, "streams": streams}
+
+
+def _joined(parts: Sequence[dict]) -> dict:
+    """The lanes of all, from the place in the stream that is behind them all."""
+    anchor = min((part["anchor"] for part in parts), key=lambda anchor: anchor["group"])
+    return {"anchor": anchor, "lanes": {lane: place for part in parts for lane, place in part["lanes"].items()}}
 
 
 class StreamedTrainBatches:
     """See `pipeline.TrainBatches`; a thread makes the batches ahead."""
 
     def __init__(self, data: StreamedData, state: dict | None):
-        self._batches = grain.experimental.ThreadPrefetchDatasetIterator(_Rows(data, state), data.prefetch)
-        self._fingerprint = data.fingerprint
+        rows = _Rows(data, state)
+        self._state = rows.state()
+        self._ahead = Ahead(iter(rows), data.prefetch)
 
     @property
     def next_index(self) -> int:
-        return self._batches.get_state()["next_index"]
+        index: int = self._state["next_index"]
+        return index
 
     def __iter__(self) -> "StreamedTrainBatches":
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        batch, self._state = next(self._ahead)
+        return batch
 
     def state(self) -> dict:
-        return {**self._batches.get_state(), "fingerprint": self._fingerprint}
+        return self._state
 
     def close(self) -> None:
-        self._batches.close()
+        self._ahead.close()

@@ -32,6 +32,7 @@ from adaptive.training.goodput import Account
 from adaptive.training.log import MetricsLog, WorkdirLostError, is_evaluation, read_rows, shown_gaps, steps_without_row
 from adaptive.training.metrics import Measured, Meter, OneStepLate
 from adaptive.training.plan import cost_of
+from adaptive.training.position import position_of_job
 from adaptive.training.program import Program, Steps, profiled
 from adaptive.training.progress import Progress
 from adaptive.training.repeat import repeated
@@ -342,7 +343,7 @@ class Loop:
         if anywhere(isinstance(self.failure, WorkdirLostError)):
             return
         with self.aside("save"):
-            self.checkpoints.save(step, state, batches.state())
+            self.checkpoints.save(step, state, position_of_job(batches.state()))
         self.saved_at = time.monotonic()
         self.note_saved()
 

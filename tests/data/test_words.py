@@ -229,6 +229,9 @@ def test_rows_of_streams_carry_boundaries(monkeypatch):
         def groups(self, position):
             yield Group({"row": 0}, 0, ["Hello, world!", "How are you?"])
 
+        def parts(self):
+            return [self]
+
     config = DataConfig(seq_len=8, validation_every=0, boundaries="words")
     data = StreamedData(config, BYTES, [Stream()], Shard(0, 1, 2))
     batch = next(data.train())
