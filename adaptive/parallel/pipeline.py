@@ -84,6 +84,14 @@ class Schedule:
         """Where the input lies that `at` goes backward from: inputs of tick t are in slot t % slots."""
         return (tick - 2 * (self.lap - 1 - at.round * self.stages - at.stage)) % self.slots
 
+    def begins(self, first: At) -> Any:
+        """Whether, in this turn of the first stage, a micro-batch is at the beginning."""
+        return first.valid & (first.round == 0)
+
+    def ends(self, last: At) -> Any:
+        """Whether, in this turn of the last stage, one is at the end."""
+        return last.valid & (last.round == self.rounds - 1)
+
     def when(self) -> np.ndarray:
         """i32[stages, rounds, micro_batches]: ticks of going forward."""
         stage, round_, micro = np.indices((self.stages, self.rounds, self.micro_batches))
@@ -151,7 +159,7 @@ def outputs(schedule: Schedule, stage: Callable[[Any, Any, At], tuple[Any, Any]]
 
     def tick(x_in: Any, t: jax.Array) -> tuple[Any, Any]:
         at = schedule.forward(t, stages)
-        entering = _at(x, at.micro[0])
+        entering = _at(x, schedule.forward(t, 0).micro)
         y, told = each(_of_round(own, at.round), _entered(x_in, entering, at, 0), at)
         return _handed_on(y, 1), (_of_stage(y, -1), told)
 
@@ -167,8 +175,9 @@ def told_of(schedule: Schedule, parts: Parts, outer: Any, own: Own) -> Told:
 
     def tick(x_in: Any, t: jax.Array) -> tuple[Any, Any]:
         at = schedule.forward(t, stages)
-        _, y, first, told = _forward(parts, outer, own, x_in, at)
-        last = _either(_ends(schedule, at), lambda y: parts.last(outer, _of_stage(y, -1), at.micro[-1])[1], y)
+        _, y, first, told = _forward(parts, outer, own, x_in, at, schedule.forward(t, 0))
+        leaves = schedule.forward(t, schedule.stages - 1)
+        last = _either(schedule.ends(leaves), lambda y: parts.last(outer, _of_stage(y, -1), leaves.micro)[1], y)
         return _handed_on(y, 1), (first, told, last)
 
     _, told = lax.scan(tick, _nothing(schedule, parts, outer), jnp.arange(schedule.forward_ticks, dtype=jnp.int32))
@@ -192,14 +201,14 @@ def gradients(
 
     def tick(carry: Any, t: jax.Array) -> tuple[Any, Any]:
         x_in, g_in, ring, d_outer, d_own = carry
-        at = s.forward(t, stages)
-        x, y, first, told = _either(t < s.forward_ticks, lambda x: _forward(parts, outer, own, x, at), x_in)
+        at, enters, leaves = (s.forward(t, stage) for stage in (stages, 0, s.stages - 1))
+        x, y, first, told = _either(t < s.forward_ticks, lambda x: _forward(parts, outer, own, x, at, enters), x_in)
         ring = jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, t % s.slots, 1), ring, x)
-        value, last, d_last, dy = _either(_ends(s, at), lambda y: back.loss(y, at), y)
+        value, last, d_last, dy = _either(s.ends(leaves), lambda y: back.loss(y, leaves.micro), y)
 
         at = s.backward(t, stages)
         g = _entered(g_in, dy, at, -1, s.rounds - 1)
-        dx, d_mine, d_first = _either(t >= s.lap - 1, lambda given: back.stages(given[0], given[1], t, at), (ring, g))
+        dx, d_mine, d_first = _either(t >= s.lap - 1, lambda given: back.stages(given[0], given[1], t), (ring, g))
         d_outer = stored[0](jax.tree.map(lambda a, b, c: a + b + c, d_outer, d_last, d_first))
         d_own = stored[1](_added(d_own, d_mine, at.round))
         return (_handed_on(y, 1), _handed_on(dx, -1), ring, d_outer, d_own), (value, (first, told, last))
@@ -220,9 +229,8 @@ class _Back(NamedTuple):
     own: Own
     pulls: Told
 
-    def loss(self, y: Any, at: At) -> tuple[Any, Heard, Any, Any]:
+    def loss(self, y: Any, micro: Any) -> tuple[Any, Heard, Any, Any]:
         """(loss, what was told, gradients by outer and by what left the last stage)."""
-        micro = at.micro[-1]
 
         def of(outer: Any, y: Any) -> tuple[Any, Heard]:
             loss, heard = self.parts.last(outer, y, micro)
@@ -232,8 +240,10 @@ class _Back(NamedTuple):
         d_outer, dy = back((jnp.ones_like(value), _at(self.pulls.last, micro)))
         return value, heard, d_outer, dy
 
-    def stages(self, ring: Any, g: Any, tick: jax.Array, at: At) -> tuple[Any, Any, Any]:
+    def stages(self, ring: Any, g: Any, tick: jax.Array) -> tuple[Any, Any, Any]:
         """Gradients by what the stages read, by their parameters, and by outer."""
+        s = self.schedule
+        at, entered = (s.backward(tick, stage) for stage in (jnp.arange(s.stages, dtype=jnp.int32), 0))
 
         def one(own: Own, x: Any, at: At, g: Any, pull: Any) -> tuple[Any, Any]:
             def of(trained: Any, x: Any) -> tuple[Any, Any]:
@@ -243,15 +253,14 @@ class _Back(NamedTuple):
             d_own, dx = jax.vjp(of, own.trained, x)[1]((g, pull))
             return dx, d_own
 
-        saved = jax.tree.map(lambda a: jax.vmap(_index)(a, self.schedule.slot(tick, at)), ring)
+        saved = jax.tree.map(lambda a: jax.vmap(_index)(a, s.slot(tick, at)), ring)
         pull = jax.tree.map(lambda a: jax.vmap(lambda a, r, m: a[r, m])(a, at.round, at.micro), self.pulls.stages)
         dx, d_own = _every(one)(_of_round(self.own, at.round), saved, at, g, pull)
         d_own = jax.tree.map(lambda a: jnp.where(_wide(at.valid, a), a, 0), d_own)
-        return dx, d_own, _either(at.valid[0] & (at.round[0] == 0), lambda dx: self._entered(dx, at), dx)
+        return dx, d_own, _either(s.begins(entered), lambda dx: self._entered(dx, entered.micro), dx)
 
-    def _entered(self, dx: Any, at: At) -> Any:
+    def _entered(self, dx: Any, micro: Any) -> Any:
         """Gradient by outer of what entered the first stage."""
-        micro = at.micro[0]
 
         def of(outer: Any) -> tuple[Any, Any]:
             x, heard = self.parts.first(outer, micro)
@@ -263,21 +272,20 @@ class _Back(NamedTuple):
 # Parts of a tick
 
 
-def _forward(parts: Parts, outer: Any, own: Any, x: Any, at: At) -> tuple[Any, Any, Heard, Heard]:
-    """(What the stages read, what they gave, what was told by the first part and by them); x: what was handed on."""
-    entering, first = _either(at.round[0] == 0, lambda micro: parts.first(outer, micro), at.micro[0])
+def _forward(
+    parts: Parts, outer: Any, own: Any, x: Any, at: At, enters: At
+) -> tuple[Any, Any, Heard, Heard]:  # fmt: skip
+    """(What the stages read, what they gave, what was told by the first part and by them); x: what was handed on;
+    enters: the first stage's turn."""
+    entering, first = _either(enters.round == 0, lambda micro: parts.first(outer, micro), enters.micro)
     x = _entered(x, entering, at, 0)
     y, told = _every(parts.stage)(_of_round(own, at.round), x, at)
     return x, y, first, told
 
 
-def _ends(schedule: Schedule, at: At) -> Any:
-    """Whether a micro-batch leaves the last stage for good."""
-    return at.valid[-1] & (at.round[-1] == schedule.rounds - 1)
-
-
 def _either(there: Any, compute: Callable[[Any], Any], given: Any) -> Any:
     """What `compute` makes of `given`, or zeros where there is nothing to do; all devices decide alike."""
+    compute = jax.jit(compute, inline=True)  # traced once, for shapes and for the branch
     shapes = jax.eval_shape(compute, given)
     nothing = lambda _: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)  # noqa: E731
     return lax.cond(there, compute, nothing, given)
@@ -339,7 +347,7 @@ def _wide(flags: jax.Array, a: jax.Array) -> jax.Array:
 
 def _entered(x: Any, new: Any, at: At, stage: int, round_: int = 0) -> Any:
     """x [stages, ...], at one stage replaced by `new` where it is in a round."""
-    there = (at.stage == at.stage[stage]) & (at.round == round_)
+    there = (at.stage == stage % at.stage.shape[0]) & (at.round == round_)
     return jax.tree.map(lambda a, b: _placed(jnp.where(_wide(there, a), b[None].astype(a.dtype), a)), x, new)
 
 

@@ -105,7 +105,8 @@ class _Parts:
     inner: dict[Any, Any]
 
     def parts(self) -> Parts:
-        return Parts(self.first, self.stage, self.last)
+        # Used several times: under jit they are traced once; inlined, the program is the same.
+        return Parts(*(jax.jit(part, inline=True) for part in (self.first, self.stage, self.last)))
 
     def first(self, outer: Any, m: Any) -> tuple[Any, Heard]:
         model, inputs, where, call = self._of_micro(outer, m)
