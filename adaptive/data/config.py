@@ -43,6 +43,8 @@ class DataConfig:
     # Document i is validation when i % every == every - 1; 0: nothing is held out.
     validation_every: int = ranged(20, least=0)
     prefetch: int = ranged(4, least=1)  # batches prepared ahead, per process
+    # Processes that make the batches of each process, for text that is encoded on the way; 0: a thread of its own does.
+    workers: int = since(0, before=0, least=0)
     cache_dir: str = ""  # where token stores are kept; "" is the user's cache directory
 
     def validate(self) -> None:

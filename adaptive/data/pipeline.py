@@ -24,6 +24,7 @@ from adaptive.data.synthetic import SyntheticRows
 from adaptive.data.tokenizers import Tokenizer, load_tokenizer
 from adaptive.data.windows import Split, Windows
 from adaptive.data.words import Marker, batch_marker
+from adaptive.data.workers import WorkerBatches, check_workers
 from adaptive.errors import DataError
 from adaptive.printable import printable
 
@@ -220,6 +221,22 @@ class IndexedData:
         return [*lines, f"rows are drawn from {shares}"]
 
 
+class ByWorkers:
+    """Data whose training rows are made by other processes; see Data."""
+
+    def __init__(self, data: IndexedData | StreamedData, config: DataConfig, vocab_size: int, shard: Shard):
+        self.tokenizer, self.fingerprint = data.tokenizer, data.fingerprint
+        self.validation, self.validation_passage, self.describe = (
+            data.validation, data.validation_passage, data.describe,
+        )  # fmt: skip
+        self._data, self._config, self._vocab_size, self._shard = data, config, vocab_size, shard
+
+    def train(self, state: dict | None = None) -> WorkerBatches:
+        batches = self._data.train(state)
+        batches.close()
+        return WorkerBatches(self._config, self._vocab_size, self._shard, batches.state())
+
+
 def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tuple[int, int] = (0, 1)) -> Data:
     """What `config` names, ready to read; text is tokenised into the cache first.
 
@@ -232,6 +249,7 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
     """
     rows = Shard(*shard, batch_size)
     _check(config)
+    check_workers(config.workers, rows)
     tokenizer = load_tokenizer(config.tokenizer, bos=config.bos, eos=config.eos)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
@@ -240,9 +258,11 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
         )
     batch_marker(config.boundaries, tokenizer)  # a missing package is told before text is prepared
     if config.source == "huggingface":
-        return StreamedData(config, tokenizer, [HubDocuments(path, config.text_key) for path in config.paths], rows)
+        hub = [HubDocuments(path, config.text_key) for path in config.paths]
+        return _made_by_workers(StreamedData(config, tokenizer, hub, rows), config, vocab_size, rows)
     if config.source == "own":
-        return StreamedData(config, tokenizer, [OwnDocuments(path) for path in config.paths], rows)
+        own = [OwnDocuments(path) for path in config.paths]
+        return _made_by_workers(StreamedData(config, tokenizer, own, rows), config, vocab_size, rows)
     if config.source == "synthetic":
         if config.boundaries != "none":
             raise DataError(f"data.boundaries={config.boundaries} needs text; synthetic tasks are none: set it to none")
@@ -255,7 +275,12 @@ def open_data(config: DataConfig, *, batch_size: int, vocab_size: int, shard: tu
             f"{', '.join(config.paths)} gives {total} rows of data.seq_len={config.seq_len} tokens, fewer than one "
             f"batch of {batch_size}: use more text, a smaller train.batch_size or a smaller data.seq_len"
         )
-    return IndexedData(config, tokenizer, sources, rows)
+    return _made_by_workers(IndexedData(config, tokenizer, sources, rows), config, vocab_size, rows)
+
+
+def _made_by_workers(data: IndexedData | StreamedData, config: DataConfig, vocab_size: int, shard: Shard) -> Data:
+    """The same data, whose training rows `config.workers` processes make, where there are any."""
+    return ByWorkers(data, config, vocab_size, shard) if config.workers else data
 
 
 def _check(config: DataConfig) -> None:

@@ -63,17 +63,13 @@ class StreamedData:
         )
 
     def train(self, state: dict | None = None) -> "StreamedTrainBatches":
-        self.check(state)
-        return StreamedTrainBatches(self, state)
-
-    def check(self, state: dict | None) -> None:
-        """Raises DataError where `state` is of other data, or of rows in another order."""
         if state is not None and state.get("order") != _ORDER:
             raise DataError(
                 "the saved position is of an earlier version of adaptive, which had rows of streamed text in another "
                 "order: finish the run with that version, or go on from its weights in a new workdir (init.run)"
             )
         check_fingerprint(state, self.fingerprint)
+        return StreamedTrainBatches(self, state)
 
     def lanes(self, stream: int, part: int, lanes: int, mine: Sequence[int], state: dict | None) -> Lanes:
         """Those of a part of a stream, from a saved state."""
