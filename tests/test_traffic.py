@@ -50,6 +50,8 @@ def only(line: str) -> Exchange:
     ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ("replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", [list(range(8))]),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'b'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
     ("channel_id=1", [list(range(8))]),
 ])  # fmt: skip
 def test_every_way_of_writing_who_takes_part(written, groups):

@@ -67,7 +67,7 @@ def of_compiled(recipe: Recipe, program: Program, compiled: Compiled, topology: 
     rows = recipe.train.batch_size // (program.shards * program.accumulation)
     square = text.largest_square(positions(recipe), parameters(program), recipe.model.vocab_size, rows)
     room = None if topology.target == "cpu" else targets.TARGETS[topology.target].memory
-    slices = traffic.slices_of(program.mesh, topology.slices)
+    moved = traffic.received(text.exchanges(), traffic.slices_of(program.mesh, topology.slices))
     return {
         "fits": room is None or needs <= room,
         "needs": needs,
@@ -80,7 +80,8 @@ def of_compiled(recipe: Recipe, program: Program, compiled: Compiled, topology: 
         "peak": memory.peak_memory_in_bytes,
         "compile_s": round(compiled.seconds, 1),
         "collectives": {kind: dataclasses.asdict(count) for kind, count in text.collectives().items()},
-        "received": {kind: one._asdict() for kind, one in traffic.received(text.exchanges(), slices).items()},
+        "received": {kind: one._asdict() for kind, one in moved.items()},
+        "unknown_groups": text.unknown_groups,
         "custom_calls": {kind: dataclasses.asdict(count) for kind, count in text.kernels().items()},
         "largest": [
             {"array": str(array), "bytes": array.bytes, "number": len(lines), "scope": scopes.of(lines)}

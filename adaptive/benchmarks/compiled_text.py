@@ -40,7 +40,8 @@ _BITS = re.compile(r"\d+")
 # devices that is transposed and cut into rows, axes (or parts of axes) of a mesh.
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
 _ROWS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? ?\{([^}]*)\}")
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
 _PARTITIONS = re.compile(r"num_partitions=(\d+)")
 
@@ -109,6 +110,7 @@ class Text:
 
     unknown_loops  loops whose trip count the text does not tell; their bodies count once
     partitions     devices that the program is for
+    unknown_groups  collectives of which the text does not tell who takes part; counted as all devices
     """
 
     def __init__(self, text: str):
@@ -124,7 +126,7 @@ class Text:
             elif found := _INSTRUCTION.match(line):
                 made = Instruction(found[1], found[3], tuple(_arrays(found[2])), line, inside)
                 self._bodies[inside].append(made)
-        self.unknown_loops = 0
+        self.unknown_loops = self.unknown_groups = 0
         self._runs: dict[str, int] = collections.defaultdict(int)
         self._in_memory: set[str] = set()
         self._visit(self._entry, 1, True)
@@ -159,12 +161,12 @@ class Text:
             rows = re.findall(r"\{([\d, ]+)\}", found[1])
             return np.array([[int(n) for n in row.split(",")] for row in rows])
         if found := _ROWS.search(line):
-            sizes = [int(n) for n in found[3].split(",")]
-            ids = np.arange(math.prod(sizes)).reshape(sizes)
-            ids = ids.transpose([int(n) for n in found[4].split(",")]) if found[4] else ids
-            return ids.reshape(int(found[1]), int(found[2]))
+            return _ordered(found[3], found[4]).reshape(int(found[1]), int(found[2]))
         if found := _AXES.search(line):
-            return _along_axes(found[1], found[2])
+            order = _ORDER.fullmatch(found[2] or "")
+            return _along_axes(found[1], found[3], _ordered(order[1], order[2]) if order else None)
+        if "replica_groups=" in line and "replica_groups={}" not in line:
+            self.unknown_groups += 1
         return everyone[None]
 
     def kernels(self) -> dict[str, Count]:
@@ -257,8 +259,18 @@ class Text:
         return 1
 
 
-def _along_axes(mesh: str, along: str) -> np.ndarray:
-    """Groups along axes of a mesh: 'x'=4,'y'=2 and 'y', or 'x':(2)2 for a part of two, behind another of two."""
+def _ordered(sizes: str, order: str | None) -> np.ndarray:
+    """Devices 0, 1, 2, ... as an array of these sizes, transposed."""
+    shape = [int(n) for n in sizes.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def _along_axes(mesh: str, along: str, devices: np.ndarray | None) -> np.ndarray:
+    """Groups along axes of a mesh: 'x'=4,'y'=2 and 'y', or 'x':(2)2 for a part of two, behind another of two.
+
+    devices  in the mesh's order; None: 0, 1, 2, ...
+    """
     cuts: dict[str, list[int]] = {name: [int(size)] for name, size, _, _ in _AXIS.findall(mesh)}
     chosen: list[tuple[str, int, int]] = []
     for name, _, before, size in _AXIS.findall(along):
@@ -273,7 +285,7 @@ def _along_axes(mesh: str, along: str) -> np.ndarray:
         at += len(parts)
     last = [places[name] for name, _, _ in chosen]
     order = [*(i for i in range(len(sizes)) if i not in last), *last]
-    ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+    ids = (np.arange(math.prod(sizes)) if devices is None else devices).reshape(sizes).transpose(order)
     return ids.reshape(-1, math.prod(size for _, _, size in chosen))
 
 

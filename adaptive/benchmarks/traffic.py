@@ -78,13 +78,11 @@ class Part(NamedTuple):
 
 
 def least(program: Program) -> list[Part]:
-    """What no program can avoid that keeps parameters where this one does and gathers them for the forward and for the
-    backward pass of every micro-batch. `context`, `stage` and experts that see gathered tokens are not counted."""
+    """What no program can avoid that keeps parameters where this one does: they are gathered once for the forward and
+    once for the backward pass, and gradients are scattered once, however many micro-batches and passes of a recursion a
+    step has. `context`, `stage` and experts that see gathered tokens are not counted."""
     mesh, itemsize = program.mesh, program.dtype.itemsize
     over = split(mesh, program.rules.width)
-    # Auxiliary losses of the whole batch are known by one more forward pass over all micro-batches.
-    again = program.accumulation > 1 and program.recipe.train.auxiliary_over == "batch" and bool(program.auxiliary())
-    gathers = program.accumulation * (2 + again)
     wide = small = replicas = 0.0
     for variable in jax.tree.leaves(program.abstract_state().params, is_leaf=lambda a: isinstance(a, nnx.Variable)):
         value, axes = variable.get_value(), variable.get_metadata().get("axes") or ()
@@ -98,8 +96,8 @@ def least(program: Program) -> list[Part]:
         else:
             small += 2 * local * 4 * (shards - 1) / shards
     found = [
-        Part("gathers", f"{gathers} x parameters x {itemsize} B x (n - 1) / n, n = {over}", gathers * wide),
-        Part("scatters", f"gradients x {itemsize} B x (n - 1) / n, for each micro-batch", program.accumulation * wide),
+        Part("gathers", f"2 x parameters x {itemsize} B x (n - 1) / n, n = {over}", 2 * wide),
+        Part("scatters", f"gradients x {itemsize} B x (n - 1) / n, n = {over}", wide),
         Part("replicas", f"2 x share of gradients x {itemsize} B x (r - 1) / r over replicas", replicas),
         Part("norms, routers", "2 x gradients x 4 B x (b - 1) / b over the batch", small),
         Part("tensor", "all-reduces of activations behind mixers and feed-forwards and of their gradients, embedding "
