@@ -15,17 +15,20 @@ from train_steps import compiled_step, packed_batch
 from adaptive.models.language_model import Settings
 
 ROWS, SEQ, VOCAB = 8, 16, 64
-# Sizes of data, fsdp, expert and tensor.
+# Sizes of data, fsdp, expert, tensor and context.
+SIZES = "data", "fsdp", "expert", "tensor", "context"
+Mesh = tuple[int, ...]
 ONE = (1, 1, 1, 1)
 REPLICAS, MIXED, TENSOR = (8, 1, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8)
 EXPERT, MIXED_EXPERT = (1, 1, 8, 1), (1, 2, 2, 2)
+CONTEXT, CONTEXT_EXPERT, CONTEXT_WHOLE_HEADS = (1, 2, 1, 2, 2), (1, 1, 2, 2, 2), (1, 2, 2, 1, 2)
 RATE = 1e3  # parameters move so far that rounding them does not hide their gradient
 GRADIENT = optax.sgd(RATE)
 COLLECTIVES = Path(__file__).with_name("parallel") / "collectives.json"
 RECORD = "ADAPTIVE_RECORD=1 ./scripts/test tests/parallel -k number_of_collectives"
 
 
-def stepped(model: Settings, mesh: tuple[int, int, int, int]) -> tuple[Any, Any, Any]:
+def stepped(model: Settings, mesh: Mesh) -> tuple[Any, Any, Any]:
     """(metrics, gradient of every parameter, buffers) of one step."""
     program = compiled_step(model, GRADIENT, mesh, ROWS, SEQ)
     state = program.state()
@@ -50,12 +53,12 @@ def assert_same_step(got: tuple[Any, Any, Any], want: tuple[Any, Any, Any], *, b
         np.testing.assert_allclose(b, a, rtol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def collectives(model: Settings, mesh: tuple[int, int, int, int]) -> dict[str, int]:
+def collectives(model: Settings, mesh: Mesh) -> dict[str, int]:
     """Of the compiled step, by kind."""
     return hlo.collectives(compiled_step(model, GRADIENT, mesh, ROWS, SEQ).compiled.as_text())
 
 
-def assert_recorded(name: str, model: Settings, mesh: tuple[int, int, int, int]) -> None:
+def assert_recorded(name: str, model: Settings, mesh: Mesh) -> None:
     """The compiled step has the same collectives as recorded, and they move as many bytes; records them if
     ADAPTIVE_RECORD is set. Other jax versions compile other programs."""
     text = compiled_step(model, GRADIENT, mesh, ROWS, SEQ).compiled.as_text()

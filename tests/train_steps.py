@@ -49,7 +49,7 @@ class Program:
 
 @functools.cache
 def compiled_step(
-    model: Settings, tx: optax.GradientTransformation, mesh: tuple[int, int, int, int], rows: int, seq: int,
+    model: Settings, tx: optax.GradientTransformation, mesh: tuple[int, ...], rows: int, seq: int,
     accumulation: int = 1,
 ) -> Program:  # fmt: skip
     """The train step of a model on a mesh of the first devices, for batches [rows, seq]."""

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from adaptive.layers.state import Within
 from adaptive.layers.where import Where
-from adaptive.routing.rows import PROMISE, set_rows, take_rows
+from adaptive.parallel.rows import set_rows, take_rows
+from adaptive.routing.rows import PROMISE
 from kernels_pallas.choice import platform
 
 FEWEST = 128  # slots that are read at least

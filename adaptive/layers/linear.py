@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptive.layers.site import normal_param
-from adaptive.parallel.rules import constrain, gathered
+from adaptive.parallel.rules import constrain, gathered, seq_shards
 from kernels_pallas.choice import active_target
 
 __all__ = ["normal_param", "projected", "scored", "times", "use"]
@@ -19,8 +19,11 @@ def use(param: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
 def times(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [batch, n, a] times w [a, b] -> [batch, n, b], as a product of two matrices.
 
-    With three dimensions XLA transposes an operand of the weight's gradient on CPUs: a fifth more of a step's time.
+    With three dimensions XLA transposes an operand of the weight's gradient on CPUs: a fifth more of a step's time. But
+    positions of split sequences are not one dimension with the batch: XLA would gather them.
     """
+    if seq_shards() > 1:
+        return jnp.einsum("bna,ac->bnc", x, w)
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 

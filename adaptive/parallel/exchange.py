@@ -71,11 +71,13 @@ def communicator() -> Communicator:
     current = active_placement()
     if current is None or current.mesh.size == 1:
         return Communicator()
-    mesh, rules, experts, _ = current
-    hidden = tuple(axis for axis in rules.expert_ff if axis != EXPERT)
+    mesh, rules, experts = current.mesh, current.rules, current.experts
+    hidden = tuple(axis for axis in rules.expert_ff if axis not in experts.axes)
     nodes = experts.nodes if experts.exchange == "hierarchical" else 1
-    batch = tuple(axis for axis in rules.tokens if mesh.shape[axis] > 1)  # those that `sharded` names
-    return Communicator(mesh.shape[EXPERT], nodes, batch, hidden, split(mesh, hidden))
+    named = lambda axes: tuple(axis for axis in axes if mesh.shape[axis] > 1)  # noqa: E731 - those that `sharded` names
+    tokens, over = named((*rules.batch, *rules.expert_seq)), named(experts.axes)
+    axis = over[0] if len(over) == 1 else over or EXPERT
+    return Communicator(split(mesh, over), nodes, tokens, hidden, split(mesh, hidden), axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -15,11 +15,12 @@ from adaptive.parallel.config import ExpertParallel
 from adaptive.parallel.exchange import Communicator, by_expert, communicator, ragged_all_to_all, routes, truncated
 from adaptive.parallel.pairs import before, combine, every, permute, segments, strided, take
 from adaptive.parallel.rows import added, taken
-from adaptive.parallel.rules import TOKENS_TRAVEL, active_placement, along, even, seq_shards
+from adaptive.parallel.rules import TOKENS_TRAVEL, active_placement, even, seq_shards
 from adaptive.parallel.shard import Lent, lent, sharded
 from adaptive.routing.dispatch import Dispatch, RaggedRows, Slots
 from adaptive.routing.dispatch import by_expert as dispatched_by_expert
 
+SEQ = "expert_seq"
 Weights = dict[str, jax.Array]
 Done = tuple[jax.Array, jax.Array | None]  # a device's outputs [T, D], and the pairs it lost where any can be lost
 
@@ -70,11 +71,12 @@ def run(
     if settings.strategy == "auto":
         raise ValueError("the strategy of the active placement is auto; settle it first")
 
-    whole, position = x, None
-    if dispatch.by == "expert" and along(x.shape[1]) and seq_shards() > 1:
-        repeats = dispatch.experts
-        position, dispatch = _spread(dispatch)
-        x = taken(x, position, repeats)
+    seq = x.shape[1]
+    x, dispatch = _filled(x), _filled_dispatch(dispatch)
+    whole, position, repeats = x.shape, None, dispatch.experts
+    if dispatch.by == "expert" and seq_shards(SEQ) > 1:
+        position, dispatch = _spread(dispatch, x.shape[1])
+        x = taken(x, position, repeats, SEQ)
 
     def local(x: jax.Array, dispatch: Dispatch, weights: Weights) -> tuple[jax.Array, jax.Array]:
         tokens, dispatch = x.reshape(-1, x.shape[-1]), dispatch.of_part(x.shape[1])
@@ -94,12 +96,34 @@ def run(
     names = {name: axes[name][-w.ndim :] for name, w in weights.items()}
     copies = {name: lent(w, names[name]) for name, w in weights.items()}
     where = {name: Lent(own) for name, own in names.items()}
-    rows = ("batch", along(x.shape[1]))
-    pairs = ("batch", None, rows[1]) if dispatch.by == "expert" else rows
+    rows = ("batch", SEQ)
+    pairs = ("batch", None, SEQ) if dispatch.by == "expert" else rows
     y, lost = sharded(local, [rows, _names(dispatch, pairs, rows), where], (rows, ()))(x, dispatch, copies)
     if position is not None:
-        y = added(jnp.zeros(whole.shape, jnp.float32), position, y, repeats)
-    return y, lost
+        y = added(jnp.zeros(whole, jnp.float32), position, y, repeats, SEQ)
+    return y[:, :seq], lost
+
+
+def _filled(x: jax.Array) -> jax.Array:
+    """x [batch, seq, D] with as many tokens as divide over the devices, the added ones zeros."""
+    more = even(x.shape[1], SEQ) - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0))) if more else x
+
+
+def _filled_dispatch(dispatch: Dispatch) -> Dispatch:
+    """The dispatch of as many tokens as divide over the devices, of which the added ones have no expert."""
+    more = even(dispatch.seq, SEQ) - dispatch.seq
+    if not more or dispatch.by == "expert":
+        return dispatch
+    longer = lambda a: jnp.pad(a, ((0, 0), (0, more), (0, 0)))  # noqa: E731
+    return dataclasses.replace(
+        dispatch,
+        seq=dispatch.seq + more,
+        index=longer(dispatch.index),
+        weights=longer(dispatch.weights),
+        valid=longer(dispatch.valid),
+        zero_weights=longer(dispatch.zero_weights),
+    )
 
 
 def _names(dispatch: Dispatch, pairs: tuple[str | None, ...], tokens: tuple[str | None, ...]) -> Dispatch:
@@ -107,14 +131,14 @@ def _names(dispatch: Dispatch, pairs: tuple[str | None, ...], tokens: tuple[str 
     return dataclasses.replace(dispatch, index=pairs, weights=pairs, valid=pairs, zero_weights=tokens)  # type: ignore[arg-type]
 
 
-def _spread(dispatch: Dispatch) -> tuple[jax.Array, Dispatch]:
+def _spread(dispatch: Dispatch, seq: int) -> tuple[jax.Array, Dispatch]:
     """Of experts that take positions of split sequences: the position i32[batch, slots] of every slot, of which each
-    device has as many of each expert, and the dispatch of these slots as tokens."""
-    parts, (batch, experts, capacity) = seq_shards(), dispatch.index.shape
-    each = even(capacity) // parts
+    device has as many of each expert, `seq` where there is none, and the dispatch of these slots as tokens."""
+    parts, (batch, experts, capacity) = seq_shards(SEQ), dispatch.index.shape
+    each = even(capacity, SEQ) // parts
     absent = ((0, 0), (0, 0), (0, each * parts - capacity))
     fill = lambda a, nothing: jnp.pad(a, absent, constant_values=nothing)  # noqa: E731
-    index = fill(jnp.where(dispatch.valid, dispatch.index, dispatch.seq), dispatch.seq)
+    index = fill(jnp.where(dispatch.valid, dispatch.index, seq), seq)
     position = index.reshape(batch, experts, parts, each).swapaxes(1, 2).reshape(batch, -1)
     slot = jnp.arange(experts, dtype=jnp.int32)[:, None] * each + jnp.arange(each, dtype=jnp.int32)
     index = jnp.broadcast_to(jnp.tile(slot, (1, parts)), (batch, experts, each * parts))

@@ -81,10 +81,13 @@ def _across_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
 
 def _slices(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
     """The devices of each slice: as they say themselves where they are of so many, else in order of their processes."""
-    if slices == 1:
-        return [devices]
     of = lambda device: getattr(device, "slice_index", None)  # noqa: E731
     named = sorted({name for device in devices if (name := of(device)) is not None})
+    if slices == 1 and len(named) > 1 and devices[0].platform == "tpu":
+        n = len(named)
+        raise MeshError(f"these TPUs are of {n} slices, which a slower network joins: set mesh.slices={n}")
+    if slices == 1:
+        return [devices]
     if len(named) == slices:
         parts = [[device for device in devices if of(device) == name] for name in named]
         if len({len(part) for part in parts}) > 1:
@@ -141,8 +144,7 @@ def place(tree: Any, mesh: Mesh, rules: AxisRules) -> Any:
             return leaf  # a parameter of another optimizer group leaves an empty place in this one's moments
         if axes is None:
             return leaf.replace(NamedSharding(mesh, P()))
-        for size, name in zip(value.shape, axes, strict=True):
-            over = getattr(rules, name) if name else ()
+        for size, name, over in zip(value.shape, axes, rules.axes_of(*axes), strict=True):
             split = math.prod(mesh.shape[a] for a in over)
             if size % split:
                 problems.append(

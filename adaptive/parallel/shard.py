@@ -101,7 +101,7 @@ def sum_of_parts(
     mesh, rules = current.mesh, current.rules
     spec = _spec(Lent(names), current)
     parts_over = _long(mesh, spec[0] or ())
-    width = _long(mesh, rules.width) if "width" in names else ()
+    width = _long(mesh, rules.axes_of(*names)[names.index("width")]) if "width" in names else ()
     apart = tuple(axis for axis in parts_over if axis not in width)
     assert set(width) <= set(parts_over), "parameters are stored along the tokens"
 
@@ -141,8 +141,7 @@ def _are_names(node: Any) -> bool:
 def _check(names: "Names | Lent", arrays: Any, current: Placement) -> None:
     for array in jax.tree.leaves(arrays):
         shape, own = (array.shape[1:], whole(names.names)) if isinstance(names, Lent) else (array.shape, names)
-        for size, name in zip(shape, own, strict=False):
-            axes = getattr(current.rules, name) if name else ()
+        for size, name, axes in zip(shape, own, current.rules.axes_of(*own), strict=False):
             parts = split(current.mesh, axes)
             if size % parts:
                 raise MeshError(

@@ -20,7 +20,7 @@ class Unsupported(NamedTuple):
     reason: str
 
 
-UNSUPPORTED = (Unsupported("stage", EVERY, "pipelines are not there yet; use fsdp, tensor or context"),)
+UNSUPPORTED: tuple[Unsupported, ...] = ()
 
 
 def parts_of(model: Any) -> set[str]:

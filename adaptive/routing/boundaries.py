@@ -24,8 +24,10 @@ class Boundaries(NamedTuple):
     wanted: jax.Array
 
 
-def select_boundaries(boundaries: Boundaries, capacity: int) -> tuple[Selection, jax.Array]:
-    """(the first `capacity` wanted boundaries of each row, bool[batch, n] where they are).
+def select_boundaries(
+    boundaries: Boundaries, capacity: int, slots: int | None = None
+) -> tuple[Selection, jax.Array]:  # fmt: skip
+    """(the first `capacity` wanted boundaries of each row, in so many slots or more, bool[batch, n] where they are).
 
     The slots that hold a boundary come first. Those past the capacity are demoted: their positions join the last chunk
     that found a slot. That is causal, since whether a slot is left depends on the past alone; to keep the most probable
@@ -43,8 +45,9 @@ def select_boundaries(boundaries: Boundaries, capacity: int) -> tuple[Selection,
         position = jnp.arange(n, dtype=jnp.int32)
         return jnp.zeros(n, jnp.int32).at[slot].set(position, mode="promise_in_bounds", unique_indices=True)
 
-    indices = inverse(slot)[:, :capacity]
-    valid = jnp.arange(capacity, dtype=jnp.int32) < count
+    slots = capacity if slots is None else slots
+    indices = inverse(slot)[:, :slots]
+    valid = jnp.arange(slots, dtype=jnp.int32) < count
     return Selection(indices, jnp.where(valid, gather(boundaries.prob, indices), 0.0), valid), mask
 
 
@@ -60,19 +63,31 @@ def scatter(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     return x.at[indices].set(rows, mode="promise_in_bounds", unique_indices=True)
 
 
+def running_sum(x: jax.Array) -> jax.Array:
+    """f32 of the shape of x [batch, n, width]: the sum of each position and those before it."""
+    return jnp.cumsum(x.astype(jnp.float32), axis=1)
+
+
 def merged(
-    x: jax.Array, selection: Selection, segments: jax.Array | None, initial: jax.Array | None = None
-) -> jax.Array:  # fmt: skip
+    x: jax.Array,
+    selection: Selection,
+    segments: jax.Array | None,
+    initial: jax.Array | None = None,
+    *,
+    total: Callable[[jax.Array], jax.Array] = running_sum,
+    at: Callable[[jax.Array, jax.Array], jax.Array] = gather,
+) -> jax.Array:
     """[batch, capacity, width]: sums of x [batch, n, width] from behind the boundary before up to each boundary, within
-    its document (ConceptMoE, section on chunking). initial f32[batch, width]: sum since a boundary before the first."""
-    total = jnp.cumsum(x.astype(jnp.float32), axis=1)
+    its document (ConceptMoE, section on chunking). initial f32[batch, width]: sum since a boundary before the first.
+    total, at: `running_sum` and `gather`, of rows that may be split."""
+    sums = total(x)
     if initial is not None:
-        total = total + initial[:, None]
-    here = gather(total, selection.indices)
+        sums = sums + initial[:, None]
+    here = at(sums, selection.indices)
     before = jnp.pad(here, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     if segments is not None:  # a document's first boundary is its first position
         own = gather(segments, selection.indices)
-        before = jnp.where(begins(own)[..., None], here - gather(x, selection.indices), before)
+        before = jnp.where(begins(own)[..., None], here - at(x, selection.indices), before)
     return (here - before).astype(x.dtype)
 
 
@@ -94,6 +109,7 @@ def dechunk(
     segments: jax.Array | None = None,
     initial: jax.Array | None = None,
     average: Callable[..., jax.Array] = ema,
+    fill: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """Every position reads the moving average of chunk vectors up to its own chunk (H-Net paper, equations 5 to 9).
 
@@ -103,6 +119,7 @@ def dechunk(
     segments  i32[batch, n]             documents; a position none of whose document's boundaries found a slot reads 0
     initial   f32[batch, width]         the average so far, which positions before the first boundary read; None: 0
     average   computes the moving average, as `kernels_pallas.ema.ema` does
+    fill      gives every position the vector of its chunk, as `filled` does, which it is unless given
     returns   f32[batch, n, width]
     """
     own = None if segments is None else gather(segments, selection.indices)
@@ -111,12 +128,18 @@ def dechunk(
         z = average(z, jnp.clip(selection.weights, LEAST, 1 - LEAST), starts=starts, initial=initial)
     chunk = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     there = jnp.maximum(chunk, 0)
-    out = _repeat(z.astype(jnp.float32), there)
+    out = (filled if fill is None else fill)(z.astype(jnp.float32), selection, mask)
     none = chunk < 0
     if segments is not None and own is not None:
         none = none | (_repeat(own, there) != segments)
     before = 0.0 if initial is None else initial[:, None]
     return jnp.where(none[..., None], before, out)
+
+
+def filled(z: jax.Array, selection: Selection, mask: jax.Array) -> jax.Array:
+    """z [batch, slots, width], of which those of `mask` bool[batch, n] are the first -> [batch, n, width]: at each
+    position what the last slot at or before it has; at positions before the first, what that has."""
+    return _repeat(z, jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0))
 
 
 @jax.vmap

@@ -1,6 +1,7 @@
 """Expert choice over depth: each recursion picks the positions it computes (MoR paper, section 2.2)."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ def choose(
     decision: jax.Array | None = None,
     candidates: jax.Array | None = None,
     limit: jax.Array | None = None,
+    select: Callable[..., Selection] = select_top,
 ) -> Choice:
     """Top-k among the candidates of one recursion.
 
@@ -69,12 +71,13 @@ def choose(
     ranking     f32[batch, n]   what top-k ranks; None: the logits, which saturate later than the activated scores
     decision    f32[batch, n]   logits that learn the decision by binary cross entropy; None: the main router's
     candidates  bool[batch, n]  None: all
+    select      `select_top`, of rows that may be split
     """
     ranking = logits if ranking is None else ranking
     decision = logits if decision is None else decision
     if candidates is not None:
         ranking = jnp.where(candidates, ranking, -jnp.inf)
-    selection = select_top(ranking, gates, capacity, limit)
+    selection = select(ranking, gates, capacity, limit)
     chosen = chosen_of(selection, logits.shape[-1])
     losses = {
         "aux_loss": sampling_loss(decision, chosen, candidates),

@@ -43,9 +43,12 @@ def select_first(
 
     allowed bool[batch, seq], gates f32[batch, seq] -> Selection of [batch, capacity]; limit as in `select_top`.
     """
-    seq = allowed.shape[-1]
-    earlier_is_better = jnp.where(allowed, -jnp.arange(seq, dtype=jnp.float32), -jnp.inf)
-    return select_top(earlier_is_better, gates, capacity, limit)
+    return select_top(earlier_is_better(allowed), gates, capacity, limit)
+
+
+def earlier_is_better(allowed: jax.Array) -> jax.Array:
+    """f32 scores by which the first of the allowed positions bool[batch, seq] are the best."""
+    return jnp.where(allowed, -jnp.arange(allowed.shape[-1], dtype=jnp.float32), -jnp.inf)
 
 
 def _gated(indices: jax.Array, weights: jax.Array, valid: jax.Array) -> Selection:

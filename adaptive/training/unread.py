@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from adaptive import settings
+from adaptive.parallel.rules import split
 from adaptive.settings import show
 from adaptive.training.program import Program
 
@@ -42,7 +43,12 @@ def _of_run(program: Program) -> Iterator[tuple[str, str]]:
         yield "train.auxiliary_over", "there is one micro-batch"
     elif recipe.train.auxiliary_over != "batch" and not program.auxiliary():
         yield "train.auxiliary_over", "this model trains no auxiliary loss"
-    if not experts or program.mesh.shape["expert"] == 1:
-        why = "the model has no experts" if not experts else "mesh.expert=1, so that experts are on every device"
+    if program.pipeline is None:
+        one_stage = program.mesh.shape["stage"] == 1
+        yield "mesh.stage_groups", "mesh.stage=1" if one_stage else "every stage has one part of this model's layers"
+    over = recipe.mesh.expert_parallel.axes
+    if not experts or split(program.mesh, over) == 1:
+        sizes = " ".join(f"mesh.{axis}=1" for axis in over)
+        why = "the model has no experts" if not experts else f"{sizes}, so that experts are on every device"
         for field in dataclasses.fields(recipe.mesh.expert_parallel):
             yield f"mesh.expert_parallel.{field.name}", why

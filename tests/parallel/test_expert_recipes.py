@@ -20,13 +20,14 @@ MODEL = (
     f"{FEED}.experts=4", f"{FEED}.expert_size=32", "data.seq_len=16", "train.batch_size=8",
     "train.device_batch_size=0",
 )  # fmt: skip
+CUBE = ("expert=2", "context=2", "tensor=2")
 
 
 def program(*overrides: str) -> Program:
     """Of one layer with four experts."""
     recipe = load("vanilla_tiny").with_(*MODEL).with_(*overrides)
     recipe.validate()
-    count = recipe.mesh.expert * recipe.mesh.tensor
+    count = recipe.mesh.expert * recipe.mesh.tensor * recipe.mesh.context
     return Program(recipe, make_mesh(recipe.mesh, jax.devices()[:count]))
 
 
@@ -58,14 +59,19 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "execution", "held"),
-    [("auto", "capacity", (1, 32, 16)), ("tensor", "ragged", (4, 32, 4))],
+    ("strategy", "execution", "mesh", "held"),
+    [
+        ("auto", "capacity", ("expert=4", "tensor=2"), (1, 32, 16)),
+        ("tensor", "ragged", ("expert=4", "tensor=2"), (4, 32, 4)),
+        ("expert", "ragged", (*CUBE, "expert_parallel.over=context,expert"), (1, 32, 16)),
+        ("gather", "capacity", (*CUBE, "expert_parallel.over=expert,tensor"), (1, 16, 32)),
+    ],
 )
-def test_one_state_any_layout(strategy, execution, held):
-    """On expert=4, tensor=2: `held` is each device's part of an expert matrix [4, 32, 32]."""
+def test_one_state_any_layout(strategy, execution, mesh, held):
+    """`held` is each device's part of an expert matrix [4, 32, 32]; where experts are split over another axis as well,
+    attention splits sequences or heads over it."""
     loss, params, it = stepped(
-        "mesh.expert=4",
-        "mesh.tensor=2",
+        *(f"mesh.{one}" for one in mesh),
         f"mesh.expert_parallel.strategy={strategy}",
         f"{FEED}.execution={execution}",
     )
@@ -85,6 +91,14 @@ def test_one_state_any_layout(strategy, execution, held):
 def test_what_does_not_fit_is_refused_before_compilation():
     with pytest.raises(RecipeError, match=r"mesh\.expert=8 does not divide the 4 experts; it can be one of 1, 2, 4"):
         program("mesh.expert=8")
+    with pytest.raises(RecipeError, match=r"mesh\.expert \* mesh\.context=8 does not divide the 4 experts"):
+        program("mesh.expert=2", "mesh.context=4", "mesh.expert_parallel.over=expert,context")
+    with pytest.raises(RecipeError, match=r"over=context: must be expert, and may have others of data, fsdp, expert"):
+        program("mesh.expert_parallel.over=context")
+    with pytest.raises(MeshError, match=r"data.seq_len=18 does not divide over mesh.context=4; .*16, 20"):
+        program("mesh.context=4", "data.seq_len=18")
+    with pytest.raises(MeshError, match=r"loss_chunk=6 does not divide the 12 .* mesh.context=2 has; .* 6"):
+        program("mesh.context=2", "data.seq_len=24", "train.loss_chunk=8")
     with pytest.raises(RecipeError, match=r"mesh\.expert=2: the model has no experts"):
         load("vanilla_tiny").with_("mesh.expert=2").validate()
     with pytest.raises(MeshError, match=r"expert_ff=30 does not divide by expert\*tensor=8"):

@@ -8,9 +8,10 @@ import pytest
 import shapes
 from flax import nnx
 from meshes import (
+    CONTEXT,
+    CONTEXT_WHOLE_HEADS,
     GRADIENT,
     MIXED,
-    MIXED_EXPERT,
     ONE,
     REPLICAS,
     ROWS,
@@ -63,8 +64,8 @@ MODELS = {
     "experts": shapes.with_body(hnet(("m1", plain.Settings(routed()), "m1")), encoder=routed()),
 }
 CASES = [
-    ("one stage", REPLICAS), ("one stage", MIXED), ("device", MIXED), ("mor", MIXED), ("mor_token", MIXED),
-    ("experts", MIXED_EXPERT),
+    ("one stage", REPLICAS), ("one stage", MIXED), ("device", CONTEXT), ("mor", CONTEXT), ("mor_token", CONTEXT),
+    ("experts", CONTEXT_WHOLE_HEADS),
 ]  # fmt: skip
 
 

@@ -49,6 +49,12 @@ def test_slices_of_different_sizes_are_refused():
         make_mesh(MeshConfig(slices=2), devices(8, 1, lambda number: int(number > 2)))
 
 
+def test_slices_that_are_not_told_are_asked_for():
+    pods = [dataclasses.replace(device, platform="tpu") for device in devices(8, 1, lambda number: number // 4)]
+    with pytest.raises(MeshError, match=r"2 slices.*set mesh\.slices=2"):
+        make_mesh(MeshConfig(), pods)
+
+
 @pytest.mark.parametrize(
     ("config", "shares"),
     [

@@ -1,5 +1,7 @@
 """Local code on a mesh: what `sharded` gives it, and what gradients come back."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from adaptive.errors import MeshError
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import make_mesh
 from adaptive.parallel.rules import AxisRules, placement
-from adaptive.parallel.shard import sharded
+from adaptive.parallel.shard import sharded, sum_of_parts
 
 pytestmark = pytest.mark.compiles
 
@@ -61,6 +63,15 @@ def test_values_and_gradients_equal_one_device(sizes):
         got = jax.jit(jax.grad(lambda *args: loss(mapped(), *args), argnums=(0, 1)))(X, WEIGHTS)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_between_slices_there_are_shares_of_a_sum_alone():
+    """Of a head's gradient: it is scattered within each slice, and its shares are summed between them."""
+    with placement(make_mesh(MeshConfig(data=2, fsdp=4, slices=2)), AxisRules()):
+        parts = np.ones((8, 64, 32), np.float32)
+        text = jax.jit(lambda parts: sum_of_parts(parts, jnp.float32)).lower(parts).compile().as_text()
+    found = dict(re.findall(r" (reduce-scatter|all-reduce)\(.*replica_groups=(.*?), [a-z]", text))
+    assert found == {"reduce-scatter": "{{0,1,2,3},{4,5,6,7}}", "all-reduce": "{{0,4},{1,5},{2,6},{3,7}}"}
 
 
 def test_sizes_that_the_mesh_does_not_divide():

@@ -1,36 +1,50 @@
 """Every mesh computes what one device computes, with the collectives that were recorded."""
 
+import collections
 import functools
+import math
+import re
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
 import shapes
 from meshes import (
-    EXPERT,
+    CONTEXT,
+    CONTEXT_EXPERT,
+    CONTEXT_WHOLE_HEADS,
     GRADIENT,
     MIXED,
     MIXED_EXPERT,
     ONE,
     REPLICAS,
+    ROWS,
+    SEQ,
+    SIZES,
     TENSOR,
     VOCAB,
     assert_recorded,
     assert_same_step,
-    collectives,
     stepped,
 )
-from train_steps import RULES
+from train_steps import RULES, compiled_step, packed_batch
 
+from adaptive.data.tokenizers import ByteCounts
 from adaptive.errors import MeshError
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import expert_choice, token_choice
+from adaptive.models.depth import expert_choice as depth_expert_choice
 from adaptive.models.depth import token_choice as depth_token_choice
 from adaptive.parallel.config import AXES, MeshConfig
-from adaptive.parallel.mesh import make_mesh
+from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, constrain, placement
-from adaptive.runs.state import fresh_state, state_shardings
+from adaptive.parallel.support import UNSUPPORTED, check_support, parts_of
+from adaptive.runs.state import abstract_model, fresh_state, state_shardings
+from adaptive.training.step import make_eval_step
 
 pytestmark = pytest.mark.compiles
 
@@ -44,13 +58,15 @@ def routed(router) -> experts.Settings:
 
 BIASED = token_choice.Settings(bias=True)
 LOSS_FREE = depth_token_choice.Settings(balancing="loss_free")
+UNEVEN = depth_expert_choice.Settings(capacities=(1.0, 0.45))  # 7 of 16, which two devices cannot share
 MODELS = {
     "vanilla": shapes.plain(4, **SHAPE),
     "olmo": shapes.plain(4, **SHAPE, bias="all", qk_norm="full", clip_qkv=1.5, window=6),
     "recursive": shapes.recursive(4, 2, **SHAPE),
     "mor": shapes.mor(4, 2, **SHAPE),
     "mor_token": shapes.mor(4, 2, LOSS_FREE, ends=0, **SHAPE),
-    "mor_mamba": shapes.mor(4, 2, pattern=[shapes.block(mixer="mamba2", **ATTENDS)], **SHAPE),
+    "mor_mamba": shapes.mor(4, 2, UNEVEN, pattern=[shapes.block(mixer="mamba2", **ATTENDS)], **SHAPE),
+    "mod": shapes.recursive(4, 2, depth="mixture_of_depths", **SHAPE),
     "moe": shapes.plain(2, feed_forward=routed(expert_choice.Settings()), **SHAPE),
     "moe_token": shapes.plain(2, feed_forward=routed(BIASED), **SHAPE),
     "mor_moe": shapes.mor(
@@ -58,8 +74,9 @@ MODELS = {
     ),
 }
 CASES = [
-    ("vanilla", MIXED), ("vanilla", TENSOR), ("olmo", MIXED), ("recursive", MIXED), ("mor", MIXED),
-    ("mor_token", MIXED), ("mor_mamba", MIXED), ("moe", EXPERT), ("moe_token", REPLICAS), ("mor_moe", MIXED_EXPERT),
+    ("vanilla", MIXED), ("vanilla", TENSOR), ("olmo", CONTEXT), ("recursive", MIXED), ("mor", MIXED),
+    ("mor_token", CONTEXT), ("mor_mamba", CONTEXT), ("mod", CONTEXT), ("moe", CONTEXT_EXPERT), ("moe_token", REPLICAS),
+    ("mor_moe", CONTEXT_WHOLE_HEADS),
 ]  # fmt: skip
 
 
@@ -71,6 +88,54 @@ def on_one_device(name: str):
 @pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
 def test_mesh_equals_one_device(name, mesh):
     assert_same_step(stepped(MODELS[name], mesh), on_one_device(name))
+
+
+def evaluated(name: str, mesh: tuple[int, ...], selection: str):
+    """(sums of the loss and tokens, each token's loss and depth) of a batch."""
+    program = compiled_step(MODELS[name], GRADIENT, mesh, ROWS, SEQ)
+    state, graphdef = program.state(), abstract_model(program.build)[0]
+    step = make_eval_step(graphdef, ByteCounts(jnp.ones(VOCAB, jnp.int32)), selection=selection)
+    with placement(program.mesh, RULES):
+        batch = jax.device_put(packed_batch(ROWS, SEQ, VOCAB), batch_sharding(program.mesh, RULES))
+        found = jax.jit(step)(state.params, state.buffers, batch, jax.random.key(0))
+    return jax.device_get((found.nll, found.tokens, found.token_nll, found.depth))
+
+
+def test_evaluation_of_split_sequences():
+    """By the routers' own decisions, which training does not take."""
+    got, want = (evaluated("mor_mamba", mesh, "threshold") for mesh in (CONTEXT, ONE))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "mesh"), [case for case in CASES if len(case[1]) == len(SIZES)], ids=str)
+def test_activations_are_not_gathered_along_the_sequence(name, mesh):
+    """Of whole rows there are numbers by position, and keys and values where they are small."""
+    rows = ROWS // math.prod(mesh[:3])
+    text = compiled_step(MODELS[name], GRADIENT, mesh, ROWS, SEQ).compiled.as_text()
+    gathered = re.findall(r"= (.*) all-gather(?:-start)?\(", text)
+    assert gathered and not [found for found in gathered if f"[{rows},{SEQ},{MODELS[name].width}]" in found]
+
+
+def test_every_part_was_split_along_every_axis():
+    """Or the table says why it cannot be. `data` splits what `fsdp` splits; stages are those of test_pipeline."""
+    found = collections.defaultdict(set)
+    for name, mesh in CASES:
+        axes = {axis for axis, size in zip(SIZES, mesh, strict=False) if size > 1}
+        for part in parts_of(MODELS[name]):
+            found[part] |= axes
+    for part, axes in found.items():
+        refused = {one.axis for one in UNSUPPORTED if one.beside == part}
+        without = {"expert"} if "experts" not in part and not part.startswith("routers") else set()
+        assert {*SIZES} - {"data"} - refused - without <= axes, part
+
+
+@pytest.mark.parametrize("one", UNSUPPORTED, ids=str)
+def test_what_cannot_be_split_is_refused_with_its_reason(one):
+    beside = {one.beside: 2} if one.beside in AXES else {}
+    with pytest.raises(MeshError, match=re.escape(one.reason)):
+        check_support({one.axis: 2, **beside}, {one.beside})
+    assert one.reason in (Path(__file__).parents[2] / "docs/sharding.md").read_text().replace("\n", " ")
 
 
 def test_parameters_and_moments_are_born_split():
@@ -101,7 +166,7 @@ def test_number_of_collectives(name):
 @pytest.mark.parametrize("name", ["mor", "mor_token", "moe", "moe_token"])
 def test_replicas_communicate_by_sums_alone(name):
     """With the batch alone split, nothing is gathered: routing is local to a sequence."""
-    assert set(collectives(MODELS[name], REPLICAS)) == {"all-reduce"}
+    assert set(meshes.collectives(MODELS[name], REPLICAS)) == {"all-reduce"}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from adaptive.models.depth import token_choice
 from adaptive.objectives import next_token
 from adaptive.parallel.mesh import make_mesh
 from adaptive.recipe import Recipe
+from adaptive.training import replicated
 from adaptive.training.plan import make_plan, plan_lines, runs_on
 from adaptive.training.program import Program
 
@@ -112,3 +113,17 @@ def test_the_rates_of_both_ends_are_told():
     before = "train.steps=10", "schedule.warmup_steps=4", "schedule.count_from=zero"
     (line,) = beginning(lines_of(shapes.plain(2), *before), "training")
     assert line.endswith("rate 0 in the first step, 0.0015 in the last")
+
+
+def test_a_state_that_many_devices_have_whole_is_told(monkeypatch):
+    """Two hidden layers of 64 KiB in each of parameters, mean and variance."""
+    monkeypatch.setattr(replicated, "LEAST", 2**16)
+    model, notes = shapes.plain(2, width=64, hidden=128), "note"
+    (line,) = beginning(lines_of(model, "mesh.fsdp=2"), notes)
+    assert "the same on all 4 devices of mesh.data" in line and "mesh.fsdp=8 mesh.data=1 would leave each" in line
+    assert "feed_forward" in line
+    assert not beginning(lines_of(model, "mesh.fsdp=8"), notes)
+
+
+def test_axes_of_one_device_are_not_told():
+    assert beginning(lines_of(shapes.plain(2), "mesh.data=1", "mesh.context=8"), "mesh")[0].startswith("context=8 on 8")

@@ -19,8 +19,8 @@ from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.site import Site, normal_param, param
 from adaptive.layers.where import Where
 from adaptive.parallel.context import convolved, ssd
+from adaptive.parallel.rows import gather, scatter
 from adaptive.parallel.rules import constrain
-from adaptive.routing.boundaries import gather, scatter
 from adaptive.settings import ranged
 from kernels_pallas.ssd import plain_blocks
 

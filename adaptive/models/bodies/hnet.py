@@ -26,14 +26,14 @@ from adaptive.layers.where import Where
 from adaptive.models.bodies import Body, BodyModule, Through, plain
 from adaptive.models.bodies.plain import scaled
 from adaptive.models.chunks import after_chunks, in_groups, packed, shifted
-from adaptive.parallel.rules import batch_shards, constrain
-from adaptive.parallel.shard import sharded
+from adaptive.parallel.context.chunks import filled, moving_average, running_sum
+from adaptive.parallel.rows import gather, of_whole_rows
+from adaptive.parallel.rules import batch_shards, constrain, even
 from adaptive.routing.boundaries import (
     Boundaries,
     behind,
     chunk_statistics,
     dechunk,
-    gather,
     merged,
     select_boundaries,
     straight_through,
@@ -42,7 +42,6 @@ from adaptive.routing.chunks import begins
 from adaptive.routing.stages import outwards
 from adaptive.routing.types import AuxLosses, Selection, StageTrace, Trace
 from adaptive.settings import ranged
-from kernels_pallas.ema import ema
 
 MULTIPLES = 8, 128  # the least and the largest that capacities are rounded up to
 FINENESS = 16  # rounding adds at most a slot in so many
@@ -322,11 +321,13 @@ class HNet(BodyModule):
                 raise RecipeError("packing=device joins rows, which have no experts_per_token each: set packing=row")
             found, exists, segments, h = packed(found, exists, segments, h)
         n = h.shape[1]
-        selection, mask = select_boundaries(found, s.capacity(n) if call.limited else n)
+        capacity = s.capacity(n) if call.limited else n
+        selection, mask = of_whole_rows(lambda own: select_boundaries(own, capacity, min(n, even(capacity))), found)
         if s.merge == "boundary":
             chunks = gather(h, selection.indices)
         else:
-            chunks = merged(h, selection, segments, None if state is None else state["behind"][0])
+            before = None if state is None else state["behind"][0]
+            chunks = merged(h, selection, segments, before, total=running_sum, at=gather)
         chunks = constrain(chunks, "batch", "seq", None)
         inside = after_chunks(selection, segments, None if state is None else state["chunks"][0])
         through = self._inside(chunks, inside, call, None if state is None else state["inner"])
@@ -337,7 +338,8 @@ class HNet(BodyModule):
             smooth=s.chunker.learned,
             segments=segments,
             initial=None if state is None else state["value"][0],
-            average=_average,
+            average=moving_average,
+            fill=filled,
         )
         confidence = jnp.where(mask, found.prob, 1 - found.prob)
         y = z * straight_through(confidence)[..., None] if s.chunker.learned else z
@@ -426,11 +428,3 @@ class HNet(BodyModule):
         return AuxLosses({**through.aux, **aux}), trace._replace(
             depth=depth, scores=scores, scalars=scalars, stages=stages
         )
-
-
-def _average(z: jax.Array, p: jax.Array, *, starts: jax.Array | None, initial: jax.Array | None) -> jax.Array:
-    """`ema`, each device computing its own rows."""
-    rows = ("batch",)
-    apply = lambda z, p, starts, initial: ema(z, p, starts=starts, initial=initial)  # noqa: E731
-    names = [rows, rows, None if starts is None else rows, None if initial is None else rows]
-    return sharded(apply, names, rows)(z, p, starts, initial)

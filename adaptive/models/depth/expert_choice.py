@@ -13,7 +13,7 @@ from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
-from adaptive.parallel.rows import add_rows, take_rows
+from adaptive.parallel.rows import add_rows, select_top, take_rows
 from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing import expert_choice
 from adaptive.routing.losses import mean_over, together
@@ -128,8 +128,9 @@ class ExpertChoice(DepthModule):
             if self.aux_routers:
                 decision = whole_rows(self.aux_routers[r](jax.lax.stop_gradient(stream))[..., 0])
             choice = expert_choice.choose(
-                logits, gates, capacity, ranking=ranking, decision=decision, candidates=candidates, limit=limit
-            )
+                logits, gates, capacity, ranking=ranking, decision=decision, candidates=candidates, limit=limit,
+                select=select_top,
+            )  # fmt: skip
             log = log.chose(r, choice, logits if decision is None else decision, positions, candidates)
 
             picked = choice.selection

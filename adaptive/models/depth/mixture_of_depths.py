@@ -18,12 +18,11 @@ from adaptive.layers.call import Call
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone
-from adaptive.parallel.rows import add_rows, take_rows
+from adaptive.parallel.rows import add_rows, select_top, take_rows
 from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing.expert_choice import chosen_of, limit_of_counts
 from adaptive.routing.losses import mean_over, of_calls, sampling_loss
 from adaptive.routing.rows import membership
-from adaptive.routing.select import select_top
 from adaptive.routing.types import Aux, AuxLosses, Selection, Trace
 from adaptive.settings import ranged
 

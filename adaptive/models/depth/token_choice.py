@@ -12,14 +12,13 @@ from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Buffer, Site
 from adaptive.layers.where import Where
 from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
-from adaptive.parallel.rows import add_rows, take_rows
+from adaptive.parallel.rows import add_rows, select_first, take_rows
 from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing import token_choice
 from adaptive.routing.expert_choice import limit_of_counts
 from adaptive.routing.losses import mean_over, updated_bias
 from adaptive.routing.rows import membership
 from adaptive.routing.scores import scores_of
-from adaptive.routing.select import select_first
 from adaptive.routing.types import Aux, AuxLosses, Selection, Trace
 from adaptive.settings import ranged
 
