@@ -108,13 +108,13 @@ class Ring:
         for outer in range(self.nodes):
 
             def visit(inner: Shard, carry: Any, last: bool = False, outer: int = outer) -> Any:
-                held, result = carry
+                held, result = _in_turn(carry)
                 following = held if last else self.within(held)
                 partial = part.forward(q, held[0], held[1], told, me, self.source(me, outer, inner))
                 return following, merged(result, partial)
 
             following = self.between(at_node) if outer < self.nodes - 1 else at_node
-            carry = _loop(self.local - 1, visit, (at_node, result))
+            carry = _loop(0, self.local - 1, visit, (at_node, result))
             _, result = visit(self.local - 1, carry, last=True)
             at_node = following
         return result
@@ -126,17 +126,19 @@ class Ring:
 
         for outer in range(self.nodes):
 
-            def visit(inner: Shard, carry: Any, last: bool = False, outer: int = outer) -> Any:
-                held, d_held, d_q = carry
+            def visit(inner: Shard, carry: Any, first: bool = False, last: bool = False, outer: int = outer) -> Any:
+                held, d_left, d_q = _in_turn(carry)
                 following = held if last else self.within(held)
+                d_held = d_left if first else self.within(d_left)  # those of `held`, from the device that it came from
                 source = self.source(me, outer, inner)
                 more_q, *more = part.backward(q, held[0], held[1], told, rest, me, source)
-                return following, self.within(_added(d_held, more)), d_q + more_q
+                return following, _added(d_held, more), d_q + more_q
 
             following = self.between(at_node) if outer < self.nodes - 1 else at_node
-            carry = _loop(self.local - 1, visit, (at_node, none, d_q))
-            _, d_held, d_q = visit(self.local - 1, carry, last=True)
-            d_node = self.between(_added(d_node, d_held))
+            carry = visit(0, (at_node, none, d_q), first=True, last=self.local == 1)
+            carry = _loop(1, self.local - 1, visit, carry)
+            _, d_left, d_q = visit(self.local - 1, carry, last=True) if self.local > 1 else carry
+            d_node = self.between(_added(d_node, self.within(d_left)))
             at_node = following
         return d_q, *d_node
 
@@ -176,30 +178,37 @@ class TokenRing:
 
     def forward(self, part: Part, q: jax.Array, k: jax.Array, v: jax.Array, told: Any) -> Partial:
         me, held = lax.axis_index(self.axis), q
-        result = merged(_nothing(q, v), part.forward(q, k, v, told, me, me))
+        found = part.forward(q, k, v, told, me, me)
+        result = merged(_nothing(q, v), found)
         for step in range(1, self.parts):
-            held = self.on(held, step)
-            out, lse = part.forward(held, k, v, told, (me + step) % self.parts, me)
-            out, lse = self.home((out.astype(q.dtype), lse.swapaxes(1, 2)), step)
-            if self.halves:  # nothing was sent for the early queries of shards before this one
-                late = jnp.arange(q.shape[1]) >= q.shape[1] // 2
-                lse = jnp.where((me >= step) | late[:, None], lse, -jnp.inf)
-            result = merged(result, (out, lse.swapaxes(1, 2)))
-        return result
+            held, found = _in_turn((self.on(held, step), found))
+            back = self._returned(found, step - 1, q) if step > 1 else None
+            found = part.forward(held, k, v, told, (me + step) % self.parts, me)
+            result = result if back is None else merged(result, back)
+        return merged(result, self._returned(found, self.parts - 1, q))
+
+    def _returned(self, found: Partial, step: int, q: jax.Array) -> Partial:
+        """What other devices found at a step for the queries of this one."""
+        out, lse = self.home((found[0].astype(q.dtype), found[1].swapaxes(1, 2)), step)
+        if self.halves:  # nothing was sent for the early queries of shards before this one
+            late = jnp.arange(q.shape[1]) >= q.shape[1] // 2
+            lse = jnp.where((lax.axis_index(self.axis) >= step) | late[:, None], lse, -jnp.inf)
+        return out, lse.swapaxes(1, 2)
 
     def backward(self, part: Part, q: jax.Array, k: jax.Array, v: jax.Array, told: Any, rest: Pulled) -> Gradients:
         delta, lse, d_out = rest
         me, held = lax.axis_index(self.axis), (q, delta.swapaxes(1, 2), lse.swapaxes(1, 2), d_out)
         d_q, *own = map(_wide, part.backward(q, k, v, told, rest, me, me))
-        d_kv = own[0], own[1]
+        d_kv, found = (own[0], own[1]), d_q
         for step in range(1, self.parts):
-            held = self.on(held, step)
+            held, d_kv, found = _in_turn((self.on(held, step), d_kv, found))
+            back = self.home(found, step - 1) if step > 1 else None
             queries, delta, lse, d_out = held
             given = delta.swapaxes(1, 2), lse.swapaxes(1, 2), d_out
             more_q, *more = part.backward(queries, k, v, told, given, (me + step) % self.parts, me)
-            d_kv = _added(d_kv, more)
-            d_q = d_q + self.home(_wide(more_q), step)
-        return d_q, *d_kv
+            found, d_kv = _wide(more_q), _added(d_kv, more)
+            d_q = d_q if back is None else d_q + back
+        return d_q + self.home(found, self.parts - 1), *d_kv
 
 
 def merged(a: Partial, b: Partial) -> Partial:
@@ -229,9 +238,16 @@ def _added(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _loop(count: int, body: Callable[[Shard, Any], Any], carry: Any) -> Any:
-    if count > UNROLLED:
-        return lax.fori_loop(0, count, body, carry)
-    for i in range(count):
+def _in_turn(tree: Any) -> Any:
+    """The arrays, once all of them are there: what is computed or sent from now on waits for what was computed before.
+    Left to themselves compilers send and compute in an order that hides nothing (seen for TPUs and GPUs)."""
+    return lax.optimization_barrier(tree)
+
+
+def _loop(start: int, end: int, body: Callable[[Shard, Any], Any], carry: Any) -> Any:
+    """body(step, carry) for each step, written out if they are few."""
+    if end - start > UNROLLED:
+        return lax.fori_loop(start, end, body, carry)
+    for i in range(start, end):
         carry = body(i, carry)
     return carry
