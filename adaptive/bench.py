@@ -3,12 +3,13 @@
     adaptive bench train --recipe NAME [--against NAME] [setting=value ...]
     adaptive bench aot --recipe NAME --target v5e|v5p|v6e|v7x|h200 [setting=value ...]
     adaptive bench kernels | tune | peers
+    adaptive bench data
     adaptive bench block_sparse_attention | ema | experts | grouped_matmul | hnet | ssd
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats. `aot` runs nothing: it compiles for machines
-that are not here. `kernels` is one table of all operations, `tune` finds sizes of their blocks. `peers` needs torch and
-transformers.
+that are not here. `data` measures reading. `kernels` is one table of all operations, `tune` finds sizes of blocks.
+`peers` needs torch and transformers.
 """
 
 if __name__ == "__main__":
@@ -36,6 +37,7 @@ from adaptive.runs.platform import start_backend
 OPERATIONS = (
     "aot",
     "block_sparse_attention",
+    "data",
     "ema",
     "experts",
     "grouped_matmul",

@@ -318,8 +318,8 @@ def difference(a: Recipe, b: Recipe) -> list[str]:
 # Settings that may change when a run is resumed: they do not alter the mathematics of any step, only where it is
 # computed, how fast, and what is kept and shown of it.
 _FREE = (
-    "mesh.", "eval.", "checkpoint.", "log.", "data.prefetch", "data.cache_dir", "train.device_batch_size",
-    "train.remat", "train.loss_chunk", "train.max_bad_steps", "train.start_timeout_s",
+    "mesh.", "eval.", "checkpoint.", "log.", "data.prefetch", "data.workers", "data.cache_dir",
+    "train.device_batch_size", "train.remat", "train.loss_chunk", "train.max_bad_steps", "train.start_timeout_s",
     "train.step_timeout_s", "train.shutdown_timeout_s", "train.repeat_every",
 )  # fmt: skip
 

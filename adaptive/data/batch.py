@@ -50,16 +50,19 @@ def make_rows(tokens: np.ndarray, used: np.ndarray, rows: np.ndarray, openings: 
     opens = np.zeros((count, width), bool)
     opens[:, 0] = True
     opens[rows, openings] = True
-    segments = np.cumsum(opens[:, :-1], axis=1, dtype=np.int32)
-    begins = np.maximum.accumulate(np.where(opens[:, :-1], column[:-1], 0), axis=1)
+    at = np.flatnonzero(opens[:, :-1])  # of all rows end to end
+    row, lengths = at // (width - 1), np.diff(at, append=count * (width - 1))
+    number = np.arange(len(at)) - np.searchsorted(row, np.arange(count))[row] + 1
+    segments = np.repeat(number.astype(np.int32), lengths).reshape(count, -1)
+    begins = np.repeat((at % (width - 1)).astype(np.int32), lengths).reshape(count, -1)
     positions = column[:-1] - begins
     counts = ~opens[:, 1:]
     if (used < width).any():
         predicts = column[:-1] < used[:, None] - 1  # the last token of a short row has no target
         segments, positions, counts = segments * predicts, positions * predicts, counts & predicts
     return Batch(
-        tokens=np.ascontiguousarray(tokens[:, :-1]),
-        targets=np.ascontiguousarray(tokens[:, 1:]),
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
         positions=positions,
         segment_ids=segments,
         mask=counts.astype(np.float32),

@@ -220,6 +220,11 @@ class JsonTokenizer(Tokenizer):
         """How the file spells the token."""
         return str(self._files.library.id_to_token(token))
 
+    @property
+    def library(self) -> Any:
+        """The `tokenizers.Tokenizer` that encodes."""
+        return self._files.encoder
+
     def to_json(self) -> str:
         """The tokenizer.json."""
         return str(self._files.library.to_str())
