@@ -137,7 +137,7 @@ def perform(
     study.prepare(workdir)
     start_backend()
     failed = []
-    with Bar(sum(one.flops for one in due)) as bar:
+    with Bar(len(due), sum(one.flops for one in due)) as bar:
         for one in due:
             each = one.flops / one.recipe.train.steps
             bar.at(one.name, 0.0)
@@ -148,8 +148,7 @@ def perform(
                 bar.finished(one.name, one.flops, f"not finite ({error})")
                 continue
             if code:
-                log = one.folder(workdir) / sweep.LOG_FILE
-                bar.say(f"{one.name} ended with code {code}, {log} tells more; the same command goes on")
+                bar.say(f"{one.name} ended with code {code}, {one.log(workdir)} tells more; the same command goes on")
                 return code
             found = sweep.kept(workdir, one)
             assert found is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adaptive import bench, command, convert, doctor, evaluate, generate, recipe, report, train
+from adaptive import bench, command, convert, doctor, evaluate, generate, recipe, report, study, train
 from adaptive.benchmarks import train_step
 from adaptive.data import __main__ as data
 from adaptive.errors import UserError
@@ -99,6 +99,7 @@ COMMANDS = {
     "convert": (convert.main, ["--kind=hnet", "--tensors=gone", "--config=gone", "--workdir=run"]),
     "convert --export": (convert.main, ["--kind=hnet", "--workdir=gone", "--export=x.safetensors"]),
     "report": (report.main, ["gone"]),
+    "study": (study.main, ["ladder", "--quick", "--list_runs"]),
     "bench": (bench.main, ["train", "--recipe=mor_tiny"]),
     "data prepare": (data.main, ["prepare", "--source=text.txt", "--tokenizer=bytes", "--out=tokens"]),
     "data train-bpe": (data.main, ["train-bpe", "--source=text.txt", "--vocab_size=258", "--out=t.json"]),

@@ -64,6 +64,7 @@ ELSEWHERE = {
     "python -m adaptive.bench peers": "torch and transformers; it fails where the two sides do not agree",
     "python -m adaptive.convert --uptrain": "a run of SmolLM2; tests/interop/test_uptraining.py has one of its own",
     "python -m adaptive.train --recipe runs/mor_smol": "what that makes",
+    "adaptive study ladder --workdir": "hours; tests/sweeps/test_study.py makes a quick one of runs that it pretends",
     "adaptive launch --processes": "processes of their own; tests/parallel/test_two_processes.py starts some",
 }
 RELEASED = ["--kind", "hnet", "--tensors", "hnet_2stage_XL.safetensors", "--config", "hnet_2stage_XL.json"]

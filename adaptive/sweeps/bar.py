@@ -7,15 +7,16 @@ from typing import TextIO
 from adaptive.training.report.numbers import clock, compact
 
 _BAR = 24  # cells
+_BESIDE = 2e11  # what a run costs beside its steps, compilation and scoring, in FLOPs of the CPU of a laptop
 
 
 class Bar:
     """Progress by the training FLOPs of the runs that are due; use as a context manager."""
 
-    def __init__(self, flops: float, stream: TextIO | None = None):
+    def __init__(self, runs: int, flops: float, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._total, self._done = max(flops, 1.0), 0.0
+        self._total, self._done = flops + runs * _BESIDE, 0.0
         self._begin = time.monotonic()
 
     def __enter__(self) -> "Bar":
@@ -39,7 +40,7 @@ class Bar:
 
     def finished(self, name: str, flops: float, told: str) -> None:
         """The run `name` is done, with all its FLOPs."""
-        self._done += flops
+        self._done += flops + _BESIDE
         share = self._done / self._total
         left = self._left(share)
         self.say(

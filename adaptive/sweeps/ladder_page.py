@@ -115,7 +115,7 @@ def _orderings(c: Contents) -> list[str]:
             rows.append([f"{one.lower} < {one.higher}", one.source, *told])
     about = "Differences in thousandths of a nat with 95 % intervals."
     if c.spread.freedom:
-        about += f" The noise of seeds in them is {c.spread.share:.2%} of the loss, estimated from few runs."
+        about += f" The noise of seeds in them, {c.spread.share:.2%} of the loss, is that of few runs, taken for all."
     else:
         about += " **No run has a second seed: the noise of seeds is not in the intervals.**"
     return [wrapped(about), table(rows) if len(rows) > 1 else "No pair of these is in this ladder."]
@@ -151,7 +151,7 @@ def _worth(c: Contents) -> list[str]:
 def _curves(c: Contents) -> list[str]:
     one, out = c.curves, ["![loss against compute](PICTURE/loss.svg)"]
     if one is None:
-        out.append("There are too few runs to fit curves.")
+        out.append("These runs do not say how steep the curves are, and so not how much compute a variant is worth.")
     else:
         about = f"""
             `L = E + A_v C^-alpha` with one floor, E = {_shown(one, "E")}, and one exponent, alpha =
@@ -202,7 +202,11 @@ def _how(c: Contents) -> list[str]:
         f"{start['devices']} ({start['processor'] or 'unknown'}, {start['cores']} cores), jax {start['jax']}"
         for start in starts
     )
-    commits = dict.fromkeys((start["package"] or {}).get("commit", "")[:9] for start in starts)
+    commits = dict.fromkeys(
+        package["commit"][:9] + " with changes" * bool(package["changed"])
+        for start in starts
+        if (package := start["package"])
+    )
     days = dict.fromkeys(sorted(start["time"][:10] for start in starts))
     seconds, flops = sum(one.seconds for one in c.outcomes), sum(one.flops for one in c.outcomes)
     options = " --quick" * c.quick + f" --match {c.match}" * (c.match != "compute")
@@ -212,7 +216,7 @@ def _how(c: Contents) -> list[str]:
     made = f"""
         {len(c.outcomes)} runs, {compact(flops, "FLOP")}, {duration(seconds)} of training, compilation and scoring
         left out, on {" and ".join(days)}: {"; ".join(machines)}; commit
-        {", ".join(filter(None, commits)) or "not known"}; `adaptive study ladder{options}`."""
+        {", ".join(commits) or "not known"}; `adaptive study ladder{options}`."""
     return [wrapped(c.about), wrapped(same), wrapped(made)]
 
 
@@ -259,7 +263,7 @@ def _loss_picture(c: Contents) -> str:
     for name in c.variants:
         some = [one for one in c.text if one.labels["variant"] == name and one.labels["amount"] == 1.0]
         if points := sorted((one.flops, one.loss) for one in some):
-            line = _line(c.curves, name, points[0][0], points[-1][0])
+            line = _line(c.curves, name, points[0][0], points[-1][0]) or points
             drawn.append(pictures.Curve(name, points, line, FAMILIES[family_of(name)], _mark(c, name)))
     title = f"Held-out loss against training compute, {c.shared} at each width"
     return pictures.curves(title, drawn, x="training compute", x_unit="FLOP", y="nats per byte")

@@ -110,12 +110,13 @@ class Contents:
 
     @functools.cached_property
     def curves(self) -> Fit | None:
-        """Of loss against compute, of runs at amount 1."""
+        """Of loss against compute, of runs at amount 1; None where they are too few, or do not say how steep it is."""
         some = [one for one in sorted(self.text, key=order) if one.labels["amount"] == 1.0]
         names = _variants(some)
         if BASELINE not in names or len(self.widths) < 2 or len(some) < len(set(names)) + 3:
             return None
-        return fit(Curves(names, _array(some, "flops")), _losses(some), names)
+        found = fit(Curves(names, _array(some, "flops")), _losses(some), names)
+        return None if found.at_limit("alpha") else found
 
     @functools.cached_property
     def chinchilla(self) -> Fit | None:
@@ -181,12 +182,11 @@ def verdicts(c: Contents) -> list[str]:
     seen, reverse, within = sorted_orderings(c)
     if total := len(seen) + len(reverse) + len(within):
         parts = (
-            f"{len(seen)} appear{_names(seen)}",
-            f"{len(reverse)} are the other way round{_names(reverse)}",
-            f"{len(within)} cannot be told from chance{_names(within)}",
+            f"{len(seen)} of {total} appear{_names(seen)}",
+            f"{len(reverse)} the other way round{_names(reverse)}",
+            f"{len(within)} within chance{_names(within)}",
         )
-        greatest = f"at the greatest width here (w{c.widths[-1]})"
-        out.append(f"Of {total} orderings that papers print, {greatest}: {', '.join(parts)}.")
+        out.append(f"Orderings that papers print, at the greatest width here (w{c.widths[-1]}): {', '.join(parts)}.")
     best = (f"{c.best(width)} (w{width})" for width in c.widths)
     out.append(f"Lowest loss at {c.shared}: {', '.join(best)}.")
     rows = controls(c)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,7 @@ from adaptive.errors import CheckpointError
 from adaptive.recipe import Recipe, identity_difference
 from adaptive.runs.folder import RECIPE_FILE
 
-OUTCOME_FILE, LOG_FILE = "outcome.json", "log.txt"
+OUTCOME_FILE = "outcome.json"
 FORMAT = 1
 RESAMPLES = 1000
 
@@ -51,6 +52,10 @@ class Planned:
 
     def folder(self, workdir: Path) -> Path:
         return workdir / "runs" / self.name
+
+    def log(self, workdir: Path) -> Path:
+        """What its training prints: not in its folder, which is no run's before training makes it one."""
+        return workdir / "logs" / f"{self.name}.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +125,19 @@ def kept(workdir: Path, run: Planned) -> Outcome | None:
 def perform(workdir: Path, run: Planned, train: Train, hear: Hear = lambda step: None) -> int:
     """Trains a run from where it is, scores it and keeps the outcome; the exit code of training, 0: all is done.
 
-    train  (recipe, folder) -> exit code, as `adaptive.train.train`; what it prints goes into the run's log.txt
+    train  (recipe, folder) -> exit code, as `adaptive.train.train`; what it prints goes into the run's log
     hear   is told the step now and then
+
+    Raises CheckpointError where the disk refuses.
     """
-    folder = run.folder(workdir)
-    text = io.StringIO()
-    with contextlib.redirect_stdout(Heard(text, hear)):
-        try:
-            code = train(run.recipe, folder)
-        finally:
-            _keep_log(folder, text.getvalue())
+    folder, log = run.folder(workdir), run.log(workdir)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        stream = log.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {log}: {error.strerror or error}") from None
+    with stream, contextlib.redirect_stdout(Heard(stream, hear)):
+        code = train(run.recipe, folder)
     if code:
         return code
     write_text_atomically(folder / OUTCOME_FILE, json.dumps(outcome(folder, run)) + "\n")
@@ -181,15 +189,8 @@ def _seconds(folder: Path) -> float:
     return max((float(row.get("seconds") or 0.0) for row in read_rows(folder)), default=0.0)
 
 
-def _keep_log(folder: Path, text: str) -> None:
-    """Adds it to the log, where there is a run at all: a folder that holds no run could not become one."""
-    if text and (folder / RECIPE_FILE).exists():
-        with contextlib.suppress(OSError), (folder / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(text)
-
-
 class Heard(io.TextIOBase):
-    """A stream that writes into another and tells the steps that pass by."""
+    """A stream that writes into another, tells the steps that pass by, and shows what is said of a signal."""
 
     _STEP = re.compile(r"^step (\d+)/\d+", re.MULTILINE)
 
@@ -199,7 +200,12 @@ class Heard(io.TextIOBase):
     def write(self, text: str) -> int:
         for found in self._STEP.finditer(text):
             self._hear(int(found[1]))
+        if text.startswith("SIG"):
+            print(f"\n{text.strip()}", file=sys.stderr, flush=True)
         return self._to.write(text)
+
+    def flush(self) -> None:
+        self._to.flush()
 
 
 def due(workdir: Path, runs: list[Planned]) -> Iterator[Planned]:

@@ -11,7 +11,7 @@ from adaptive.sweeps.runs import Outcome, Planned
 TRUTH = {"E": 0.9, "A": 0.8, "alpha": 0.35, "B": 0.6, "beta": 0.3}
 START = {
     "time": "2026-11-30T10:00:00+00:00", "devices": "1 x cpu", "processor": "a processor", "cores": 2, "jax": "0.10.2",
-    "package": {"commit": "0123456789", "changed": False},
+    "package": {"commit": "0123456789", "changed": True},
 }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_a_page_finds_what_the_runs_were_made_with(full):
     assert low < 0.46 < high and high - low < 0.2
     # At phi = 0.46 a routed recursion is not worth what it costs.
     assert "mor" in routed and "vanilla < recursive2" in orderings
-    assert "11 appear" in orderings and "1 are the other way round (mor2 < vanilla)" in orderings
+    assert "11 of 12 appear" in orderings and "1 the other way round (mor2 < vanilla)" in orderings
     assert "(w48)" in best and "no model is better" in control
     assert "| vanilla < recursive4 |" not in told.text and "mor3 < recursive3" in told.text
     assert set(told.pictures) == {"loss.svg", "against.svg", "phi.svg"}
@@ -88,6 +88,7 @@ def test_a_page_finds_what_the_runs_were_made_with(full):
         words = " ".join(ElementTree.fromstring(svg).itertext())
         assert "nan" not in words
     assert all(name in told.pictures["loss.svg"] for name in VARIANTS)
+    assert "commit 012345678 with changes; `adaptive study ladder`." in " ".join(told.text.split())
     assert max(map(len, (line for line in told.text.splitlines() if not line.startswith("|")))) <= 120
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 
 import jax
@@ -63,7 +64,7 @@ def test_finished_runs_are_not_made_again(tmp_path, trained, capsys):
     assert "100%" in shown.err and "the page is" in shown.out and "φ of recursive models" in shown.out
     text = (tmp_path / "s" / "ladder.md").read_text()
     assert "quick form" in text and (tmp_path / "s" / "ladder" / "phi.svg").exists()
-    assert "loss 2.0" in (tmp_path / "s" / "runs" / third / "log.txt").read_text()
+    assert (tmp_path / "s" / "logs" / f"{third}.txt").read_text().count("loss 2.0") == 2  # of both attempts
     assert study.main(command) == 0 and len(trained) == 15
 
 
@@ -75,9 +76,10 @@ def test_runs_one_by_one_as_a_scheduler_makes_them(tmp_path, trained, capsys):
     lines = shown.out.splitlines()
     assert len(lines) == 14 and "14 of 14 runs are due" in shown.err
     assert lines[0] == f"adaptive study ladder --workdir {folder} --quick --only vanilla-w16-x0.5-s0"
-    for line in lines:
-        assert study.main(line.split()[2:]) == 0
-    assert trained == [line.split()[-1] for line in lines]
+    names = [line.split()[-1] for line in lines]
+    for some in (names[:1], names[1:13], names[13:]):
+        assert study.main([*lines[0].split()[2:-1], *some]) == 0
+    assert trained == names
     assert (tmp_path / "s" / "ladder.md").exists()  # the last one makes the page
     capsys.readouterr()
     assert study.main(["ladder", "--quick", "--workdir", folder, "--list_runs"]) == 0
@@ -163,20 +165,27 @@ def test_a_run_is_trained_and_scored(tmp_path, monkeypatch):
     assert 5 < found.loss < 7 and found.rule == "causal" and found.seconds > 0
     assert found.flops == pytest.approx(run.flops) and found.start["cores"] >= 1
     assert row["eval/loss"] == pytest.approx(found.loss, rel=0.05)  # of some of its rows
-    assert "compiled" in (run.folder(tmp_path) / "log.txt").read_text()
+    assert "compiled" in run.log(tmp_path).read_text()
+
+
+def test_what_is_said_of_a_signal_is_seen(capsys):
+    kept, steps = io.StringIO(), []
+    stream = sweep.Heard(kept, steps.append)
+    for line in ("step 20/46  loss 4.4", "SIGINT: stopping now; there is nothing to save", "step 40/46  loss 3.1"):
+        print(line, file=stream)
+    assert steps == [20, 40] and kept.getvalue().count("\n") == 3
+    assert capsys.readouterr().err == "\nSIGINT: stopping now; there is nothing to save\n"
 
 
 def test_a_bar_on_a_terminal_is_one_line():
-    import io
-
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     stream = Terminal()
-    with Bar(100.0, stream) as bar:
-        bar.at("a", 50.0)
-        bar.finished("a", 50.0, "held-out loss 2.0000")
+    with Bar(2, 1e12, stream) as bar:
+        bar.at("a", 3.5e11)
+        bar.finished("a", 5e11, "held-out loss 2.0000")
     shown = stream.getvalue()
-    assert shown.startswith("\r\x1b[2K") and " 50%  a" in shown and shown.endswith("\r\x1b[2K")
-    assert " 50%  a: held-out loss 2.0000, 50 FLOP" in shown and shown.count("\n") == 1
+    assert shown.startswith("\r\x1b[2K") and " 25%  a" in shown and shown.endswith("\r\x1b[2K")
+    assert " 50%  a: held-out loss 2.0000, 500 GFLOP" in shown and shown.count("\n") == 1
