@@ -24,7 +24,7 @@ COMMANDS = {
     "compile": "whether a recipe fits machines that are not here, and what a step would take",
     "bench": "measure what a recipe or an operation costs",
     "data": "prepare tokens, train tokenizers, look at sources",
-    "launch": "several processes of one run here; templates for clusters",
+    "launch": "several processes of one run: here, or as jobs of clusters",
     "doctor": "which versions and devices are here, and whether they fit",
 }
 PACKAGES = ("data", "launch")  # commands whose module is a package's __main__
