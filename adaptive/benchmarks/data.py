@@ -11,6 +11,7 @@ All ways of a part run in turns, so that what slows the machine slows each; the 
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sysconfig
 import time
@@ -39,11 +40,16 @@ _GROUP = 64  # documents that the library is given at once
 Turn = Callable[[], int]
 
 
-def source_files() -> Iterator[str]:
-    """The text of Python files of this installation, as documents."""
-    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"), key=lambda path: hash_of(path.name)):
+def source_files(part: int = 0, parts: int = 1) -> Iterator[str]:
+    """The text of Python files of this installation, as documents; of every `parts`-th file alone."""
+    for path in files()[part::parts]:
         if text := path.read_text(encoding="utf-8", errors="replace")[:_LONGEST]:
             yield text
+
+
+@functools.cache
+def files() -> list[Path]:
+    return sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"), key=lambda path: hash_of(path.name))
 
 
 def hash_of(name: str) -> int:

@@ -16,6 +16,13 @@ def documents():
     for i in range(60):
         yield f"document {i}"
 
+ASKED = []
+
+def apart(part, parts):
+    ASKED.append(part)
+    for i in range(part, 160, parts):
+        yield f"document {i}"
+
 def broken():
     yield "one"
     raise ValueError("the disk is gone")
@@ -59,13 +66,29 @@ def test_its_documents_become_rows_and_the_position_is_kept():
     again.close()
 
 
+def test_a_process_asks_for_its_parts_alone():
+    config = DataConfig(source="own", paths=("corpus_of_mine:apart",), seq_len=8, validation_every=0)
+    found = []
+    for shard in ((0, 1), (0, 2), (1, 2)):
+        batches = open_data(config, batch_size=8, vocab_size=320, shard=shard).train()
+        asked = sys.modules["corpus_of_mine"].ASKED
+        asked.clear()
+        found.append([next(batches).tokens for _ in range(3)])
+        batches.close()
+        assert set(asked) == set(range(shard[0], 8, shard[1]))
+    for whole, even, odd in zip(*found, strict=True):
+        assert (whole[::2] == even).all() and (whole[1::2] == odd).all()
+    data = open_data(DataConfig(source="own", paths=("corpus_of_mine:apart",), seq_len=8), batch_size=2, vocab_size=320)
+    assert data.tokenizer.decode(data.validation_passage(1000)).count("document") == 8  # of 10, one of each part
+
+
 @pytest.mark.parametrize(
     ("name", "error", "says"),
     [
         ("document", RecipeError, "has no document"),
         ("nothing", DataError, "is no function, but int"),
         ("numbers", DataError, "document 0 is of type int, expected text"),
-        ("broken", RecipeError, "line 8: ValueError: the disk is gone"),
+        ("broken", RecipeError, "line 15: ValueError: the disk is gone"),
     ],
 )
 def test_what_gives_no_documents_is_told(name, error, says):
