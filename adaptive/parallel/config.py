@@ -27,8 +27,6 @@ class ExpertParallel:
     """
 
     strategy: Literal["auto", "expert", "gather", "data", "tensor"] = "auto"
-    # Mesh axes that split the experts, `expert` among them: attention may use the others its own way.
-    over: tuple[str, ...] = since(("expert",), before=["expert"])
     exchange: Literal["flat", "hierarchical"] = (
         "flat"  # all-to-all at once, or within nodes first and then between them
     )
@@ -37,6 +35,8 @@ class ExpertParallel:
     )  # nodes that the expert axis spans, each with as many devices; for exchange=hierarchical
     overlap: int = ranged(1, least=1)  # parts in which tokens travel: one is computed while the next is under way
     buffer_factor: float = -1.0  # rows that a device receives at most, over those it sends; -1: all that can ever come
+    # Mesh axes that split the experts, `expert` among them: attention may use the others its own way.
+    over: tuple[str, ...] = since(("expert",), before=["expert"])
 
     @property
     def axes(self) -> tuple[str, ...]:
