@@ -12,14 +12,21 @@ if __name__ == "__main__":
     sys.exit(command.start("adaptive.generate"))
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from adaptive import command
 from adaptive.command import number
 from adaptive.errors import UserError
 from adaptive.paths import local_path
+
+if TYPE_CHECKING:
+    from adaptive.inference.sampling import Sampler
+    from adaptive.recipe import Recipe
+    from adaptive.runs.load import Trained
 
 STREAMED = 4  # tokens per call while text is watched: smooth, and not much slower than many
 MOST_TOKENS = 1_000_000
@@ -57,6 +64,9 @@ def options() -> command.Options:
     add("--json", action="store_true",
         help="prints one line of JSON per prompt: its text, token ids and their log-probabilities")  # fmt: skip
     add("--show_chunks", action="store_true", help="marks where the chunks of an H-Net begin")
+    add("--show_depth", action="store_true", help="shows how many passes each token took, where tokens choose it")
+    add("--interactive", action="store_true",
+        help="asks for one text after another, and continues each; Ctrl-D ends")  # fmt: skip
     add("--rows", type=number(int, least=0), help="how many rows the network inside an H-Net decodes together; 0: all, "
         "chunk or not (default: 1 for a single text or on a CPU, otherwise 0)")  # fmt: skip
     add("words", nargs="*", help=argparse.SUPPRESS)
@@ -79,8 +89,11 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--temperature {given.temperature} is too small: 0 takes the likeliest token")
     if "" in given.stop:
         raise UserError("--stop is empty: give the text before which a continuation ends")
-    if given.json and given.show_chunks:
-        raise UserError("--json has no marks: leave out --show_chunks")
+    marks = [f"--{name}" for name in ("show_chunks", "show_depth") if getattr(given, name)]
+    if given.json and marks:
+        raise UserError(f"--json has no marks: leave out {' and '.join(marks)}")
+    if given.interactive and (given.prompt or given.prompt_file):
+        raise UserError("--interactive asks for the texts: leave out --prompt and --prompt_file")
     return generate(given, begin)
 
 
@@ -88,41 +101,99 @@ def generate(given: argparse.Namespace, begin: float) -> int:
     prompts = read_prompts(given)
     import jax
 
-    from adaptive.inference.drawing import Drawing
-    from adaptive.inference.sampling import Sampler, marker_of, prompt_tokens
-    from adaptive.inference.show import Show, tell
+    from adaptive.inference.sampling import prompt_tokens
+    from adaptive.inference.show import tell
     from adaptive.runs.load import find, load
     from adaptive.runs.platform import keep_compilations, start_backend
 
     found = find(given.workdir, given.step)
-    texts = prompts or [found.recipe.log.sample_prompt]
-    stages = len(found.recipe.model.facts().chunking)
-    if not stages and (given.rows is not None or given.show_chunks):
-        name = "show_chunks" if given.show_chunks else "rows"
-        raise UserError(f"--{name} is for H-Nets that chunk, and {found.recipe.name} does not")
+    check_marks(given, found.recipe)
     start_backend()
     keep_compilations()
     trained = load(found, ema=given.ema)
     if trained.refuse_generation:
         raise UserError(f"{found.recipe.name} cannot generate: {trained.refuse_generation}")
-    ids = [prompt_tokens(trained.tokenizer, text) for text in texts]
-    longest, trained_on = max(map(len, ids)) + given.tokens, found.recipe.data.seq_len
+    texts = prompts or [found.recipe.log.sample_prompt]
+    for text in texts:
+        prompt_tokens(trained.tokenizer, text)  # raises where there is nothing to read
     tell(f"{found.recipe.name}, step {trained.step}, on {jax.local_devices()[0].device_kind}")
+    sampler = sampler_of(given, trained, 1 if given.interactive else len(texts))
+    if not given.interactive:
+        return command.INTERRUPTED if continued(given, trained, sampler, texts, begin) else 0
+    tell("a text in each line; Ctrl-C ends a continuation, Ctrl-D all of it")
+    for turn, text in enumerate(asked()):
+        continued(given, trained, sampler, [text], time.perf_counter(), turn)
+    return 0
+
+
+def check_marks(given: argparse.Namespace, recipe: "Recipe") -> None:
+    """Raises UserError for options of models that the run's is none of."""
+    facts = recipe.model.facts()
+    if not facts.chunking and (given.rows is not None or given.show_chunks):
+        name = "show_chunks" if given.show_chunks else "rows"
+        raise UserError(f"--{name} is for H-Nets that chunk, and {recipe.name} does not")
+    if given.show_depth and facts.depth == "none":
+        raise UserError(f"--show_depth is for models whose tokens choose it, and those of {recipe.name} do not")
+
+
+def continued(
+    given: argparse.Namespace,
+    trained: "Trained",
+    sampler: "Sampler",
+    texts: Sequence[str],
+    begin: float,
+    turn: int = 0,
+) -> bool:
+    """Continues and shows texts together; whether Ctrl-C ended it. turn: of an interactive command, whose draws
+    differ."""
+    import jax
+
+    from adaptive.inference.sampling import prompt_tokens
+    from adaptive.inference.show import Show, tell
+
+    ids = [prompt_tokens(trained.tokenizer, text) for text in texts]
+    longest, trained_on = max(map(len, ids)) + given.tokens, trained.recipe.data.seq_len
     if longest > trained_on:
         tell(f"note: up to {longest} tokens, but it was trained on sequences of {trained_on}")
-    sampler = Sampler(
+    at_once = STREAMED if len(ids) == 1 and sys.stdout.isatty() else 32
+    key = jax.random.key(given.seed)
+    key = jax.random.fold_in(key, turn) if turn else key
+    pieces = sampler(ids, given.tokens, key, at_once=at_once)
+    marks = {"marks": given.show_chunks, "depths": given.show_depth}
+    return Show(trained, texts, begin, **marks, stops=given.stop, as_json=given.json).all(pieces)
+
+
+def sampler_of(given: argparse.Namespace, trained: "Trained", texts: int) -> "Sampler":
+    from adaptive.inference.drawing import Drawing
+    from adaptive.inference.sampling import Sampler, marker_of
+
+    stages = len(trained.recipe.model.facts().chunking)
+    return Sampler(
         trained.graphdef,
         trained.state,
         how=Drawing(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty),
         vocab=trained.tokenizer.vocab_size,
         end=None if given.ignore_end else trained.tokenizer.eos_id,
-        rows=rows_at_once(stages, len(ids)) if given.rows is None else given.rows,
-        marker=marker_of(found.recipe, trained.tokenizer),
+        rows=rows_at_once(stages, texts) if given.rows is None else given.rows,
+        marker=marker_of(trained.recipe, trained.tokenizer),
     )
-    at_once = STREAMED if len(ids) == 1 and sys.stdout.isatty() else 32
-    pieces = sampler(ids, given.tokens, jax.random.key(given.seed), at_once=at_once)
-    show = Show(trained, texts, begin, marks=given.show_chunks, stops=given.stop, as_json=given.json)
-    return command.INTERRUPTED if show.all(pieces) else 0
+
+
+def asked() -> Iterator[str]:
+    """Lines of standard input that are not empty; on a terminal it is asked for them."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - arrow keys in `input`
+    while True:
+        if terminal:
+            print("\n> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = input()
+        except EOFError:
+            return
+        if line:
+            yield line
 
 
 def rows_at_once(stages: int, texts: int) -> int:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.compiles
 HNET = shapes.hnet(("T1", ("T1",), "T1"), widths=(16, 16), hidden=16, rotary_dim=4)
 SMALL = {"vocab_size": 320, "width": 16, "hidden": 16, "heads": 2}
 PLAIN = shapes.recursive(4, 2, **SMALL)
+ROUTED = shapes.mor(4, 2, "token_choice", **SMALL)
 STUCK = shapes.recursive(4, 2, order="sequence", **SMALL)
 
 
@@ -121,10 +122,28 @@ def test_marks_leave_the_text_as_it_is(run, hnet):
     assert text.replace("|", "") == plain.replace("|", "") and text.count("|") > 1
 
 
+def test_depths_are_shown_where_they_change(run, tmp_path, monkeypatch):
+    made(tmp_path / "run", ROUTED, steps=(3,))
+    options = ("--workdir", tmp_path / "run", "--tokens", 20, "--seed", 5)
+    code, shown, told = run(*options, "--prompt", "A cat", "--show_depth")
+    legend, _, text = shown.partition("\n\n")
+    assert code == 0 and legend.endswith("begins: ¹, ²") and "passes of a token: 1 " in told
+    record = json.loads(run(*options, "--prompt", "A cat", "--json")[1])
+    assert set(record["depths"]) <= {1, 2} and len(record["depths"]) == len(record["tokens"])
+    assert text.replace("¹", "").replace("²", "") == f"A cat{record['text']}\n"
+    changes = sum(a != b for a, b in zip(record["depths"], record["depths"][1:], strict=False))
+    assert changes <= text.count("¹") + text.count("²") <= changes + 6  # and those of the prompt
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A cat\n\nA dog\n"))
+    code, several, told = run(*options, "--interactive")
+    assert code == 0 and several.startswith(f"A cat{record['text']}\nA dog") and told.count("20 tokens") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ([], "which run?"),
+        (["--workdir", "{hnet}", "--interactive", "--prompt", "a"], "leave out --prompt"),
+        (["--workdir", "{hnet}", "--show_depth"], "whose tokens choose it"),
         (["--workdir", "nowhere"], "no such folder"),
         (["--workdir", "{empty}"], "holds no run"),
         (["--workdir", "{hnet}", "--step", "5"], "there are 3, 7"),
@@ -143,7 +162,7 @@ def test_marks_leave_the_text_as_it_is(run, hnet):
         (["--workdir", "{hnet}", "--tokens", "9999999999"], "--tokens: 9999999999: must be"),
         (["--workdir", "{hnet}", "--stop", ""], "--stop is empty"),
         (["--workdir", "{hnet}", "--json", "--show_chunks"], "leave out --show_chunks"),
-        (["--workdir", "gs://bucket/run"], "--workdir: gs://bucket/run is an address"),
+        (["--workdir", "ftp://bucket/run"], "--workdir: ftp://bucket/run is an address"),
         (["--workdir", "{hnet}", "--prompt_file", "s3://a/b"], "--prompt_file: s3://a/b is an address"),
         (["--workdir", "{hnet}", "--prompt_file", "missing"], "missing"),
         (["--workdir", "{hnet}", "--prompt_file", "{bytes}"], "not UTF-8 text: byte 1"),

@@ -1,4 +1,4 @@
-"""Generated text as it comes, with marks where the chunks of an H-Net begin."""
+"""Generated text as it comes, with marks where the chunks of an H-Net begin and where tokens of another depth do."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from adaptive.printable import printable
 MARKS = "|\u2016\u2980"  # of stages 0, 1, 2 and deeper: one, two, three strokes
 _COLOURS = ("\x1b[36m", "\x1b[1;33m", "\x1b[1;35m")
 _PLAIN = "\x1b[0m"
+_SMALL = str.maketrans("0123456789", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+_SHADES = (250, 110, 75, 208, 196)  # of 256 colours, from the fewest passes to the most
 
 
 class Tally(NamedTuple):
@@ -26,6 +28,7 @@ class Writer:
     put before the character.
 
     marks   show where chunks begin
+    depths  show how many passes each token took: 0: no; else the most that there are
     colour  in colours of a terminal
     safe    control characters are shown and not done (`adaptive.printable`)
     stops   texts of which the first, but for those of a prompt, ends the row, and is not shown
@@ -36,6 +39,7 @@ class Writer:
         tokenizer: Tokenizer,
         *,
         marks: bool = False,
+        depths: int = 0,
         colour: bool = False,
         safe: bool = False,
         stops: Sequence[str] = (),
@@ -43,6 +47,7 @@ class Writer:
         self._tokenizer, self._stream = tokenizer, tokenizer.stream()
         self._marks, self._colour, self._safe = marks, colour, safe
         self._stops = Stops(stops)
+        self._depths, self._depth = depths, -1  # of the last text that was shown
         self._deepest = 0  # stages with a boundary since the last text that was shown
         self._bytes, self._chunks = 0, np.zeros(0, int)
 
@@ -51,8 +56,10 @@ class Writer:
         """Whether a stop text ended the row: nothing is shown any more."""
         return self._stops.reached
 
-    def push(self, tokens: np.ndarray, boundaries: np.ndarray, *, prompt: bool = False) -> str:
-        """What can be shown after tokens i32[n] with boundaries bool[stages, n]."""
+    def push(
+        self, tokens: np.ndarray, boundaries: np.ndarray, depth: np.ndarray | None = None, *, prompt: bool = False
+    ) -> str:
+        """What can be shown after tokens i32[n] with boundaries bool[stages, n] and depth i32[n]."""
         shown: list[Part] = []
         for i, token in enumerate(tokens.tolist()):
             size = len(self._tokenizer.token_bytes(token))
@@ -63,13 +70,14 @@ class Writer:
                 self._bytes += size
                 self._chunks = boundaries[:, i] + (self._chunks if len(self._chunks) else 0)
             if text := self._stream.push(token):
-                part = Part(self._mark(), text)
+                part = Part(self._mark() + self._shade(None if depth is None else int(depth[i])), text)
                 shown += [part] if prompt else self._stops.push(part)
                 self._deepest = 0
         return self._shown(shown)
 
     def finish(self) -> str:
-        return self._shown([*self._stops.push(Part("", self._stream.finish())), *self._stops.finish()])
+        rest = self._shown([*self._stops.push(Part("", self._stream.finish())), *self._stops.finish()])
+        return rest + _PLAIN * (self._colour and self._depth >= 0)
 
     def tally(self) -> Tally:
         return Tally(self._bytes, tuple(self._chunks.tolist()))
@@ -80,11 +88,32 @@ class Writer:
     def _mark(self) -> str:
         return mark(self._deepest - 1, self._colour) if self._marks and self._deepest else ""
 
+    def _shade(self, depth: int | None) -> str:
+        """What goes before the text of a token that took so many passes; nothing where the one before took as many."""
+        chunk = self._marks and self._colour and self._deepest > 0  # whose mark ends a colour
+        if not self._depths or depth is None or (depth == self._depth and not chunk):
+            return ""
+        self._depth = depth
+        return shade(depth, self._depths, self._colour)
+
 
 def mark(stage: int, colour: bool) -> str:
     """The mark of a chunk of this stage, which is one of every stage outside as well."""
     at = min(stage, len(MARKS) - 1)
     return f"{_COLOURS[at]}{MARKS[at]}{_PLAIN}" if colour else MARKS[at]
+
+
+def shade(depth: int, most: int, colour: bool) -> str:
+    """The mark from which on tokens took `depth` passes, of which there are `most`."""
+    if not colour:
+        return str(depth).translate(_SMALL)
+    at = round((depth - 1) / max(1, most - 1) * (len(_SHADES) - 1))
+    return f"\x1b[38;5;{_SHADES[min(max(at, 0), len(_SHADES) - 1)]}m"
+
+
+def depth_legend(most: int, colour: bool) -> str:
+    names = ", ".join(shade(d, most, colour) + (f"{d}{_PLAIN}" if colour else "") for d in range(1, most + 1))
+    return f"passes of each token{'' if colour else ', where another number begins'}: {names}"
 
 
 def legend(stages: int, colour: bool) -> str:

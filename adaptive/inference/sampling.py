@@ -39,6 +39,7 @@ class Piece(NamedTuple):
     prompt      whether these are the prompts' own
     logprobs    f32[batch, n]           logarithm of each token's probability by the model, before any rule of drawing;
                                         None of prompts
+    depth       i32[batch, n]           passes that each token took, as in Trace
     """
 
     tokens: np.ndarray
@@ -46,6 +47,7 @@ class Piece(NamedTuple):
     boundaries: np.ndarray
     prompt: bool
     logprobs: np.ndarray | None = None
+    depth: np.ndarray | None = None
 
 
 class Drawn(NamedTuple):
@@ -119,10 +121,10 @@ class Sampler:
         for begin in range(0, tokens.shape[1], PIECE):
             part = slice(begin, begin + PIECE)
             given = None if markers is None else _marked(markers, tokens[:, part], valid[:, part])
-            cache, last, seen, stages = self._read(
+            cache, last, seen, stages, depth = self._read(
                 self._state, tokens[:, part], valid[:, part], given, seen, cache=cache, last=last
             )
-            yield Piece(tokens[:, part], valid[:, part], np.asarray(stages), prompt=True)
+            yield Piece(tokens[:, part], valid[:, part], np.asarray(stages), prompt=True, depth=np.asarray(depth))
         yield from self._continued(self._first(last, seen, key), cache, length, key, at_once, markers)
 
     def _continued(
@@ -168,16 +170,16 @@ class Sampler:
         *,
         cache: Any,
         last: Any,
-    ) -> tuple[Any, jax.Array, jax.Array | None, jax.Array]:
+    ) -> tuple[Any, jax.Array, jax.Array | None, jax.Array, jax.Array]:
         """(cache, logits f32[batch, vocab] after each row's last token so far, which tokens were seen, boundaries
-        bool[stages, batch, n])."""
+        bool[stages, batch, n], depth i32[batch, n])."""
         model = nnx.merge(self._graphdef, state)
         options = {} if given is None else {"boundaries": given}
         out, cache = model.prefill(tokens, cache, valid, **options)
         count = valid.sum(1)
         logits = jax.vmap(lambda row, i: row[jnp.maximum(i - 1, 0)])(out.logits, count)
         logits = jnp.where((count > 0)[:, None], logits, last)
-        return cache, logits, _with_tokens(seen, tokens, valid), _boundaries(out.trace, tokens.shape)
+        return cache, logits, _with_tokens(seen, tokens, valid), _boundaries(out.trace, tokens.shape), out.trace.depth
 
     def _first_tokens(self, logits: jax.Array, seen: jax.Array | None, key: jax.Array) -> Drawn:
         return self._next(logits, seen, jnp.ones(len(logits), bool), key, jnp.int32(0))
@@ -192,9 +194,9 @@ class Sampler:
         *,
         count: int,
         cache: Any,
-    ) -> tuple[Drawn, Any, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    ) -> tuple[Drawn, Any, tuple[jax.Array, ...]]:
         """Reads `drawn` and `count - 1` tokens that follow it, `drawn` being number `begin`: what is drawn after them,
-        the cache, and (tokens, valid, boundaries, logprobs) as in Piece."""
+        the cache, and (tokens, valid, boundaries, logprobs, depth) as in Piece."""
         model = nnx.merge(self._graphdef, state)
         options: dict[str, Any] = dict(self._options)
         if given is not None:
@@ -206,12 +208,12 @@ class Sampler:
             exists = alive[:, None] if len(token) > 1 else None
             out, cache = model.prefill(token[:, None], cache, exists, **options)
             new = self._next(out.logits[:, -1], seen, alive, key, number + 1)
-            made = token, alive, _boundaries(out.trace, (len(token), 1))[..., 0], logprob
+            made = token, alive, _boundaries(out.trace, (len(token), 1))[..., 0], logprob, out.trace.depth[:, 0]
             return (new, cache), made
 
         numbers = begin + jnp.arange(count, dtype=jnp.int32)
-        (drawn, cache), (tokens, valid, stages, logprobs) = jax.lax.scan(step, (drawn, cache), numbers)
-        return drawn, cache, (tokens.T, valid.T, jnp.moveaxis(stages, 0, -1), logprobs.T)
+        (drawn, cache), (tokens, valid, stages, logprobs, depth) = jax.lax.scan(step, (drawn, cache), numbers)
+        return drawn, cache, (tokens.T, valid.T, jnp.moveaxis(stages, 0, -1), logprobs.T, depth.T)
 
     def _next(
         self, logits: jax.Array, seen: jax.Array | None, alive: jax.Array, key: jax.Array, number: jax.Array
@@ -302,5 +304,5 @@ def _boundaries(trace: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _piece(made: tuple[jax.Array, ...], count: int) -> Piece:
-    tokens, valid, stages, logprobs = (np.asarray(a)[..., :count] for a in jax.device_get(made))
-    return Piece(tokens, valid, stages, prompt=False, logprobs=logprobs)
+    tokens, valid, stages, logprobs, depth = (np.asarray(a)[..., :count] for a in jax.device_get(made))
+    return Piece(tokens, valid, stages, prompt=False, logprobs=logprobs, depth=depth)

@@ -1,5 +1,6 @@
 """What a user sees of generation: the text on standard output, what it took on standard error."""
 
+import functools
 import json
 import math
 import os
@@ -8,8 +9,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from adaptive.account import account, dense_equivalent
-from adaptive.inference.marks import Writer, legend, together
+from adaptive.inference.marks import Writer, depth_legend, legend, together
 from adaptive.inference.sampling import Piece
 from adaptive.runs.load import Trained
 
@@ -19,6 +22,7 @@ class Continuation:
 
     tokens    ids, without the token that ends a text
     logprobs  of each of them, as in Piece
+    depths    passes that each of them took
     ended     "end": the model ended the text; "stop": a stop text did; "length": there are as many tokens as asked for
     """
 
@@ -26,6 +30,7 @@ class Continuation:
         self.writer = writer
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.depths: list[int] = []
         self.ended = "length"
 
     @property
@@ -35,8 +40,10 @@ class Continuation:
     def add(self, piece: Piece, row: int) -> str:
         """What can be shown after the row's tokens of a piece; nothing after it has ended."""
         there = piece.valid[row]
+        depth = np.ones_like(piece.tokens[row]) if piece.depth is None else piece.depth[row]
         if piece.prompt:
-            return self.writer.push(piece.tokens[row, there], piece.boundaries[:, row, there], prompt=True)
+            shown = piece.tokens[row, there], piece.boundaries[:, row, there], depth[there]
+            return self.writer.push(*shown, prompt=True)
         assert piece.logprobs is not None
         text = ""
         for i in range(len(there)):
@@ -47,7 +54,9 @@ class Continuation:
                 break
             self.tokens.append(int(piece.tokens[row, i]))
             self.logprobs.append(float(piece.logprobs[row, i]))
-            text += self.writer.push(piece.tokens[row, i : i + 1], piece.boundaries[:, row, i : i + 1])
+            self.depths.append(int(depth[i]))
+            one = slice(i, i + 1)
+            text += self.writer.push(piece.tokens[row, one], piece.boundaries[:, row, one], depth[one])
             if self.writer.stopped:
                 self.ended = "stop"
         return text
@@ -59,6 +68,7 @@ class Show:
     prompts  that are continued together: one is shown as it is made, several at the end
     begin    when the command began, by `time.perf_counter`
     marks    whether to mark where chunks begin
+    depths   whether to show how many passes tokens took
     stops    texts that end a continuation
     as_json  whether to print a line of JSON for each prompt at the end, in place of text
     """
@@ -70,17 +80,23 @@ class Show:
         begin: float,
         *,
         marks: bool,
+        depths: bool = False,
         stops: Sequence[str] = (),
         as_json: bool = False,
     ):
         self._trained, self._prompts, self._begin = trained, prompts, begin
         self._marks, self._json = marks, as_json
-        self._stages = len(trained.recipe.model.facts().chunking)
+        facts = trained.recipe.model.facts()
+        self._stages = len(facts.chunking)
+        self._passes = facts.recursions if facts.depth != "none" else 1
+        self._depths = self._passes if depths else 0
         terminal = sys.stdout.isatty() and not as_json
         self._colour = terminal and "NO_COLOR" not in os.environ
         tokenizer, colour = trained.tokenizer, self._colour
-        writers = [Writer(tokenizer, marks=marks, colour=colour, safe=terminal, stops=stops) for _ in prompts]
-        self._rows = [Continuation(writer) for writer in writers]
+        writer = functools.partial(
+            Writer, tokenizer, marks=marks, depths=self._depths, colour=colour, safe=terminal, stops=stops
+        )
+        self._rows = [Continuation(writer()) for _ in prompts]
         self._texts = [""] * len(prompts)
         self._made: list[tuple[float, int]] = []  # when a piece came, and how many tokens there were then
 
@@ -88,7 +104,9 @@ class Show:
         """Shows all pieces, or those until every text has ended; whether Ctrl-C ended them."""
         interrupted = False
         if self._marks:
-            print(legend(self._stages, self._colour) + "\n", flush=True)
+            print(legend(self._stages, self._colour) + "\n" * (not self._depths), flush=True)
+        if self._depths:
+            print(depth_legend(self._depths, self._colour) + "\n", flush=True)
         try:
             for piece in pieces:
                 self._add(piece)
@@ -124,6 +142,7 @@ class Show:
 
     def _record(self, r: int, interrupted: bool) -> dict[str, Any]:
         row = self._rows[r]
+        depths = {"depths": row.depths} if self._passes > 1 else {}
         return {
             "recipe": self._trained.recipe.name,
             "step": self._trained.step,
@@ -131,6 +150,7 @@ class Show:
             "text": self._texts[r],
             "tokens": row.tokens,
             "logprobs": [value if math.isfinite(value) else None for value in row.logprobs],
+            **depths,
             "ended": "interrupted" if interrupted and not row.done else row.ended,
         }
 
@@ -145,6 +165,14 @@ class Show:
         tell(("interrupted: " if interrupted else "") + line)
         if self._stages:
             self._report_chunks()
+        if self._passes > 1 and total:
+            self._report_depths()
+
+    def _report_depths(self) -> None:
+        taken = np.array([depth for row in self._rows for depth in row.depths if depth])
+        if len(taken):
+            shares = ", ".join(f"{d} {(taken == d).mean():.0%}" for d in range(1, self._passes + 1))
+            tell(f"passes of a token: {shares}; {taken.mean():.2f} on average")
 
     def _report_chunks(self) -> None:
         total = together([row.writer.tally() for row in self._rows])
