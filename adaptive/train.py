@@ -157,7 +157,8 @@ def train(
         say(f"compiling the train step ({compilations})")
         shown = waiting("compiling", say) if primary else contextlib.nullcontext()
         limit, at_once = recipe.train.start_timeout_s, stop.at_once(folder.close if folder else lambda: None)
-        with watchdog.limit("compiling", limit), at_once, shown, account.of("compile"):
+        alone = cluster.one_compiles("compiling the train step")
+        with watchdog.limit("compiling", limit), at_once, shown, account.of("compile"), alone:
             fit = fitted(program, saved)
         cluster.meet("the train step is compiled")
         program, steps = fit.program, fit.steps

@@ -4,7 +4,8 @@
     ./scripts/chaos --processes 2 --mtbf 30 --seed 7 --workdir runs/chaos -- --recipe mor_tiny train.steps=400
 
 The run is trained twice by `adaptive launch`: left alone, and with processes chosen at random that get SIGKILL, or one
-time in five SIGTERM, after random times whose mean is --mtbf seconds; the launcher starts it again each time. Then
+time in five SIGTERM, after random times whose mean is --mtbf seconds (--even: each time after exactly so many); the
+launcher starts it again each time. Then
 
 - both runs must have ended with the same parameters, optimizer's state and position in the data, bit for bit, and
 - goodput is told: (steps of the run x the undisturbed run's median step) / (wall time of the disturbed run, from the
@@ -59,12 +60,13 @@ class Killer:
     """Ends random processes of `running` from a thread, while the block runs.
 
     mtbf    mean seconds between failures, which are exponentially distributed
+    even    whether they are evenly spaced instead
     most    failures in all; None: no limit
     """
 
-    def __init__(self, running: list[Process], mtbf: float, seed: int, most: int | None):
+    def __init__(self, running: list[Process], mtbf: float, seed: int, *, even: bool = False, most: int | None = None):
         self.failures: list[Failure] = []
-        self._running, self._mtbf, self._most = running, mtbf, most
+        self._running, self._mtbf, self._even, self._most = running, mtbf, even, most
         self._random = random.Random(seed)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._kill, name="chaos", daemon=True)
@@ -80,7 +82,7 @@ class Killer:
 
     def _kill(self) -> None:
         while self._most is None or len(self.failures) < self._most:
-            if self._done.wait(self._random.expovariate(1 / self._mtbf)):
+            if self._done.wait(self._mtbf if self._even else self._random.expovariate(1 / self._mtbf)):
                 return
             alive = [process for process in list(self._running) if process.popen.poll() is None]
             if not alive:
@@ -98,6 +100,7 @@ def options() -> command.Options:
     made.add_argument("--workdir", required=True, help="folder for both runs and chaos.json; must be new or empty")
     made.add_argument("--mtbf", type=number(float, above=0), default=60.0, help="mean seconds between failures (60)")
     made.add_argument("--seed", type=number(int, least=0), default=0, help="of the failures (0)")
+    made.add_argument("--even", action="store_true", help="exactly so many seconds between failures, not on average")
     made.add_argument("--failures", type=number(int, least=0), help="at most so many (default: no limit)")
     return made
 
@@ -114,12 +117,14 @@ def run(arguments: Sequence[str]) -> int:
     if code:
         return code
     running: list[Process] = []
-    with Killer(running, given.mtbf, given.seed, given.failures) as killer:
+    with Killer(running, given.mtbf, given.seed, even=given.even, most=given.failures) as killer:
         code, wall = timed(lambda: trained(given, rest, folder / "disturbed", running))
     if code:
         return code
     found = measured(folder, wall, killer.failures)
-    (folder / "chaos.json").write_text(json.dumps({"mtbf": given.mtbf, "seed": given.seed, **found}, indent=2) + "\n")
+    (folder / "chaos.json").write_text(
+        json.dumps({"mtbf": given.mtbf, "even": given.even, "seed": given.seed, **found}, indent=2) + "\n"
+    )
     print("\n" + "\n".join(told(found)), flush=True)
     return 0 if found["same"] else 1
 

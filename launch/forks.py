@@ -117,7 +117,9 @@ def serve(number: int, module: str) -> None:
     while True:
         if select.select([channel], [], [], _POLL_S if running else None)[0]:
             size, files, _, _ = socket.recv_fds(channel, 4, 1)
-            if not size:
+            if not size:  # the launcher has gone
+                for pid in running:
+                    os.killpg(pid, signal.SIGTERM)
                 return
             request = json.loads(_exactly(channel, int.from_bytes(size, "big")))
             pid = os.fork()

@@ -297,6 +297,20 @@ def host_of(index: int) -> str:
     return f" on {_Job.hosts[index]}" if index < len(_Job.hosts) else ""
 
 
+@contextlib.contextmanager
+def one_compiles(what: str) -> Iterator[None]:
+    """Around a compilation. Where all processes compute on the CPU of one machine, process 0 runs the block before the
+    others, which then find the program in the cache and leave it the CPU. Raises as `meet`."""
+    import jax
+
+    shared = jax.process_count() > 1 and len(set(_Job.hosts)) == 1 and jax.default_backend() == "cpu"
+    if shared and jax.process_index() > 0:
+        meet(f"{what} by process 0")
+    yield
+    if shared and jax.process_index() == 0:
+        meet(f"{what} by process 0")
+
+
 def _visible(job: Cluster, env: Mapping[str, str]) -> str:
     if job.gpus is not None:
         return f"GPUs {','.join(map(str, job.gpus))} of this host's"

@@ -32,7 +32,7 @@ class Evaluator:
     def __init__(self, program: Program, data: Data):
         recipe = program.recipe
         self._recipe, self._data, self._facts = recipe, data, program.facts
-        _, self._processes = data_shard(program.mesh)
+        self._share, self._shares = data_shard(program.mesh)
         wanted = [mode for mode in recipe.eval.selection if mode in program.selections]
         modes = wanted if len(program.selections) > 1 else ("topk",)
         counts = data.tokenizer.byte_counts()
@@ -73,9 +73,9 @@ class Evaluator:
                     go_on()
                 out = jax.device_get(step(evaluated, batch, number))
                 nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
-                present = _everywhere(batch.segment_ids) > 0
+                present = self._everywhere(batch.segment_ids) > 0
                 boundaries = [stage.mask for stage in out.stages]
-                ids = _everywhere(batch.tokens)
+                ids = self._everywhere(batch.tokens)
                 counter.add(out.depth, out.scores, present, boundaries, ids, out.token_nll, out.experts)
                 weights.append(int(present.sum()))
                 scalars.append(out.scalars)
@@ -104,7 +104,7 @@ class Evaluator:
         seq = self._recipe.data.seq_len
         if len(ids) < seq + 1:
             return ()
-        rows = self._recipe.train.batch_size // self._processes
+        rows = self._recipe.train.batch_size // self._shares
         ones = np.ones(seq, np.int32)
         tokens = ids.astype(np.int32)
         row = Batch(tokens[:-1], tokens[1:], np.arange(seq, dtype=np.int32), ones, ones.astype(np.float32))
@@ -115,11 +115,12 @@ class Evaluator:
         stages = [(stage.mask[0], stage.prob[0]) for stage in out.stages]
         return passage_tokens(self._data.tokenizer, ids[:-1].tolist(), out.depth[0].tolist(), losses, stages)
 
+    def _everywhere(self, local: np.ndarray) -> np.ndarray:
+        """The rows of all shares, as `Evaluation` holds them; several processes may feed the same share."""
+        if jax.process_count() == 1:
+            return local
+        from jax.experimental import multihost_utils
 
-def _everywhere(local: np.ndarray) -> np.ndarray:
-    """Rows of all processes, as `Evaluation` holds them."""
-    if jax.process_count() == 1:
-        return local
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(local)).reshape(-1, *local.shape[1:])
+        shares, rows = multihost_utils.process_allgather((np.array(self._share), local))
+        _, first = np.unique(shares, return_index=True)
+        return np.asarray(rows)[first].reshape(-1, *local.shape[1:])

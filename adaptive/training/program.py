@@ -22,7 +22,7 @@ from adaptive.objectives import distillation
 from adaptive.objectives.distillation import Taught
 from adaptive.optim.build import make_optimizer
 from adaptive.optim.named import chosen
-from adaptive.parallel.cluster import meet
+from adaptive.parallel.cluster import meet, one_compiles
 from adaptive.parallel.expert_cost import ExpertLoad, settle
 from adaptive.parallel.mesh import batch_sharding, context_parallel, place, share_of_rows
 from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
@@ -342,7 +342,7 @@ class Program:
             key = jax.random.fold_in(jax.random.key(self.recipe.train.seed), number)
             given = state.params, state.buffers, self.to_devices(batch), key
             if not compiled:
-                with self.placed():
+                with self.placed(), one_compiles(f"compiling the evaluation by {selection}"):
                     compiled.append(jitted.lower(*given).compile())
                 meet(f"the evaluation by {selection} is compiled")
             return compiled[0](*given)

@@ -1,11 +1,14 @@
 """The account of a run's time: what counts, what failures cost, and that it outlives its process."""
 
+import dataclasses
+import json
 import types
 
 import pytest
 
 from adaptive.training import goodput
 from adaptive.training.goodput import Account, Attempt, read_attempts, shares, spent
+from adaptive.training.report.time import time
 
 
 class Clock:
@@ -71,3 +74,14 @@ def test_a_process_knows_when_it_began(monkeypatch):
     assert 0 <= goodput.time.time() - goodput.process_began() < 1e6
     monkeypatch.setattr(goodput, "Path", lambda name: types.SimpleNamespace(read_text=lambda: "?"))
     assert abs(goodput.time.time() - goodput.process_began()) < 60
+
+
+def test_the_report_says_where_the_time_went(tmp_path):
+    run = types.SimpleNamespace(path=tmp_path)
+    assert time(run) == ""
+    attempts = [Attempt(0.0, 100.0, 0, 50, False, {"start": 20.0, "step": 80.0}), Attempt(110.0, 111.0, 50, 50)]
+    kept = {"attempts": [dataclasses.asdict(one) for one in attempts]}
+    (tmp_path / goodput.GOODPUT_FILE).write_text(json.dumps(kept))
+    page = time(run)
+    assert "Goodput 72.7%" in page and "2 starts, 1 after a failure" in page
+    assert "between a failure and the next start" in page and "1 min 50 s" in page

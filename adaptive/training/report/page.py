@@ -18,6 +18,7 @@ from adaptive.training.report.routing import deep_tokens, routing
 from adaptive.training.report.runs import Run, load_run
 from adaptive.training.report.schema import REPORT_FILE
 from adaptive.training.report.svg import element
+from adaptive.training.report.time import time
 
 
 def write_report(workdir: str | Path, compare: Sequence[str | Path] = ()) -> Path:
@@ -49,6 +50,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
             experts(run),
             parts(run),
             compute(run),
+            time(run),
             recipe(run),
             origin(run),
             element("footer", html.escape(_footer(run))),
