@@ -15,6 +15,8 @@ from adaptive.data.packing import Packer
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError
 
+_AT_ONCE = 64  # documents encoded together
+
 
 def wanted(group: Group, held_out: int, *, only_held_out: bool = False) -> list[int]:
     """Which documents of a group have text and are to be trained on, or are held out: the first so many of a stream."""
@@ -54,6 +56,7 @@ class Lanes:
         self._heap = [(load, lane) for lane, load in enumerate(self._loads)]
         heapq.heapify(self._heap)
         self._passed = {lane: taken - anchor["dealt"][lane] for lane, (taken, _) in at.items()}  # not wanted again
+        self._pending: deque[tuple[int, str]] = deque()  # dealt to `mine` and not yet encoded
         self._encoded: dict[int, deque[np.ndarray]] = {lane: deque() for lane in mine}
         self._packers = {
             lane: Packer(self._documents(lane), seq_len, taken, offset) for lane, (taken, offset) in at.items()
@@ -81,11 +84,13 @@ class Lanes:
         encoded = self._encoded[lane]
         while True:
             while not encoded:
-                next(self._dealing)
+                if not self._pending:
+                    next(self._dealing)
+                self._encode([self._pending.popleft() for _ in range(min(len(self._pending), _AT_ONCE))])
             yield encoded.popleft()
 
     def _deal(self, anchor: dict) -> Iterator[None]:
-        """Reads, deals and encodes a group at a time, over and over."""
+        """Reads and deals a group at a time, over and over."""
         number, epoch, position = anchor["group"], anchor["epoch"], anchor["position"]
         while True:
             nothing = position is None
@@ -94,7 +99,7 @@ class Lanes:
                     here = {"group": number, "epoch": epoch, "position": group.position}
                     self._anchors.append(here | {"loads": list(self._loads), "dealt": list(self._dealt)})
                 texts = self._ordered(group, epoch)
-                self._encode(list(self._dealt_to_mine(texts)))
+                self._pending.extend(self._dealt_to_mine(texts))
                 nothing &= not texts
                 number += 1
                 yield
