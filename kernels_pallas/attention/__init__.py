@@ -151,8 +151,7 @@ over_seen.defvjp(_forward, _backward)
 def _forms(q: jax.Array, k: jax.Array) -> tuple[ModuleType, ModuleType, ModuleType]:
     """What computes it on TPUs, on NVIDIA GPUs and elsewhere."""
     kernels = jnp.promote_types(q.dtype, jnp.float32) == jnp.float32
-    tpu = splash if kernels and splash.takes(k.shape[1]) else blocked
-    return tpu, gpu if kernels else blocked, blocked
+    return splash if kernels else blocked, gpu if kernels else blocked, blocked
 
 
 def seen_of(

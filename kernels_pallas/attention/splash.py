@@ -21,27 +21,25 @@ from kernels_pallas.sizes import Sizes, sizes
 
 LANES = 128
 BLOCK = 512, 512  # queries and keys of a tile where rows have as many
-MOST_KEYS = 2**15  # an interval of slots takes 32 bits with its sign
+MOST_KEYS = 2**15 - LANES  # of one call: an interval of slots takes 32 bits with its sign
 FUSED = 4  # blocks of keys up to which the backward pass keeps a gradient of the queries for each and adds them up
 MASKED = splash.DEFAULT_MASK_VALUE
-
-
-def takes(keys: int) -> bool:
-    """Whether the kernel can address as many keys."""
-    return keys < MOST_KEYS
 
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, *, soft_cap: float = 0.0, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """As `blocked.forward`; a query that sees nothing gets the mean of some values, and a sum of about exp(-1e38)."""
-    results = [_forward(q, k, v, part, soft_cap, interpret) for part in _parts(seen)]
-    if len(results) == 1:
-        return results[0]
-    (near, near_lse), (sunk, sunk_lse) = results
-    lse = jnp.logaddexp(near_lse, sunk_lse)
-    share = [jnp.exp(part - lse).swapaxes(1, 2)[..., None] for part in (near_lse, sunk_lse)]
-    return (near * share[0] + sunk * share[1]).astype(q.dtype), lse
+    found = [_forward(q, k[:, at], v[:, at], part, soft_cap, interpret) for at, part in _parts(seen, k.shape[1])]
+    out, lse = functools.reduce(_merged, found)
+    return out.astype(q.dtype), lse
+
+
+def _merged(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Results over keys that they do not share, and their log-sum-exps, as one."""
+    lse = jnp.logaddexp(a[1], b[1])
+    share = [jnp.exp(part - lse).swapaxes(1, 2)[..., None] for part in (a[1], b[1])]
+    return a[0] * share[0] + b[0] * share[1], lse
 
 
 def backward(
@@ -57,17 +55,31 @@ def backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `blocked.backward`."""
-    parts = [_backward(q, k, v, part, delta, lse, d_out, soft_cap, interpret) for part in _parts(seen)]
-    return parts[0] if len(parts) == 1 else tuple(a + b for a, b in zip(*parts, strict=True))
+    d_q, d_keys = jnp.zeros(q.shape, jnp.float32), dict[int, list[Any]]()
+    for at, part in _parts(seen, k.shape[1]):
+        more, *d_kv = _backward(q, k[:, at], v[:, at], part, delta, lse, d_out, soft_cap, interpret)
+        d_q = d_q + more.astype(jnp.float32)
+        d_keys[at.start] = [a + b for a, b in zip(d_keys.get(at.start, (0, 0)), d_kv, strict=True)]
+    d_k, d_v = (jnp.concatenate(pieces, axis=1) for pieces in zip(*d_keys.values(), strict=True))
+    return d_q.astype(q.dtype), d_k, d_v
 
 
-def _parts(seen: Seen) -> list[Seen]:
-    """The intervals that make up what is seen: with sinks two, which share no key."""
-    if seen.sinks is None:
-        return [seen]
-    sinks = jnp.minimum(seen.sinks, seen.end)
-    near = seen._replace(first=jnp.maximum(seen.first, sinks), sinks=None)
-    return [near, near._replace(first=jnp.zeros_like(sinks), end=sinks)]
+def _parts(seen: Seen, keys: int) -> list[tuple[slice, Seen]]:
+    """As many keys as a call takes, and intervals of what is seen of them: with sinks two, which share no key."""
+    intervals = [seen]
+    if seen.sinks is not None:
+        sinks = jnp.minimum(seen.sinks, seen.end)
+        near = seen._replace(first=jnp.maximum(seen.first, sinks), sinks=None)
+        intervals = [near, near._replace(first=jnp.zeros_like(sinks), end=sinks)]
+    found = []
+    count = -(-keys // MOST_KEYS)
+    size = -(-keys // (count * LANES)) * LANES
+    for start in range(0, keys, size):
+        at = slice(start, min(start + size, keys))
+        slot = lambda x, at=at: jnp.clip(x - at.start, 0, at.stop - at.start)  # noqa: E731
+        tags = None if seen.k_tags is None else seen.k_tags[:, at]
+        found += [(at, x._replace(first=slot(x.first), end=slot(x.end), k_tags=tags)) for x in intervals]
+    return found
 
 
 def _forward(q, k, v, seen, soft_cap, interpret):
