@@ -60,8 +60,8 @@ def health_warnings(row: Mapping[str, Any], recursion: str, progress: float = 1.
     wait, step = finite(row, "data_wait_ms"), finite(row, "step_ms")
     if wait is not None and step and wait > 0.03 * step:
         found["waiting"] = (
-            f"the step waits {wait:.1f} ms of {step:.1f} ms for data ({wait / step:.0%}): raise data.prefetch or "
-            "prepare a token store with `python -m adaptive.data prepare`"
+            f"the step waits {wait:.1f} ms of {step:.1f} ms for data ({wait / step:.0%}): raise data.prefetch, "
+            "give streamed text data.workers, or prepare a token store with `python -m adaptive.data prepare`"
         )
     if finite(row, "skipped"):
         found["skipped"] = f"{row['skipped']} step(s) skipped: the loss or a gradient was not finite"

@@ -373,6 +373,28 @@ def test_hub_rows_without_text_are_left_out(monkeypatch, caplog):
         next(HubDocuments("some/name", "text").groups(None))
 
 
+class Files(Rows):
+    """A data set of the hub in several files, each a list of rows."""
+
+    def __init__(self, files):
+        super().__init__([row for file in files for row in file])
+        self.files, self.num_shards = files, len(files)
+
+    def shard(self, num_shards, index):
+        return Files(np.array_split(self.files, num_shards)[index].tolist())
+
+
+@pytest.mark.parametrize(("files", "parts"), [(1, 1), (3, 2), (7, 4), (40, 8)])
+def test_files_of_a_hub_data_set_are_read_in_parts(files, parts, monkeypatch):
+    rows = [[{"text": f"{i}:{j}"} for j in range(3)] for i in range(files)]
+    monkeypatch.setattr(huggingface, "require_hub", lambda purpose: None)
+    monkeypatch.setattr(huggingface, "_load", lambda repo: Files(rows))
+    found = HubDocuments("some/name", "text").parts()
+    texts = [[text for group in part.groups(None) for text in group.texts] for part in found]
+    assert len(found) == parts and all(texts)
+    assert [text for part in texts for text in part] == [row["text"] for file in rows for row in file]
+
+
 def test_a_tokenizer_of_the_hub_comes_with_its_configuration(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     there, cached = {"tokenizer.json", "tokenizer_config.json"}, set()
