@@ -67,6 +67,7 @@ NEEDS = {
         "mesh.expert_parallel.exchange=hierarchical", f"{BLOCK}.execution=capacity",
     ],
     "mesh.context_schedule": ["mesh.context=4"],
+    "mesh.stage_groups": ["mesh.stage=2", "model.body.stack.repeats=4"],
     "mesh.expert_parallel.overlap": SPREAD,
     "mesh.expert_parallel.buffer_factor": [*SPREAD, f"{BLOCK}.execution=ragged"],
     "train.device_batch_size": ["train.batch_size=16"],
@@ -184,7 +185,7 @@ def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(loops, "repeated", lambda call, *given: did.append("repeated") or call(*given))
     meter = types.SimpleNamespace(
         steps=1,
-        waited=lambda s: None,
+        waited=lambda s, ready: None,
         add=lambda m, at: None,
         row=lambda n, **columns: (n, columns),
     )
@@ -193,7 +194,8 @@ def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     loop: Any = types.SimpleNamespace(
         recipe=recipe, meter=meter, watchdog=types.SimpleNamespace(limit=limit), late=loops.OneStepLate(),
         folder=types.SimpleNamespace(profile=folder, path=folder), first_row=True, bad_in_row=0, say=lambda line: None,
-        steps=lambda number, state, batch: (state, bad), program=types.SimpleNamespace(for_training=lambda batch: batch),
+        steps=lambda number, state, batch: (state, bad), read_s=[], read_before=[],
+        program=types.SimpleNamespace(for_training=lambda batch: batch),
         progress=types.SimpleNamespace(step=lambda done: None), account=account, primary=True, saved_at=0, settles=True,
         stop=types.SimpleNamespace(agree=lambda *, save: Agreed(False, save), check=None),
         save=lambda done, *rest: did.append(("save", done)), aside=lambda kind: contextlib.nullcontext(),
@@ -217,8 +219,8 @@ def limits(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     did: list[Any] = []
     watchdog = types.SimpleNamespace(limit=lambda *given: did.append(given) or contextlib.nullcontext())
     loop: Any = types.SimpleNamespace(
-        recipe=recipe, watchdog=watchdog, settles=False, settled=contextlib.nullcontext, absorb=lambda *given, row: None,
-        late=loops.OneStepLate(), aside=lambda kind: contextlib.nullcontext(), say=lambda line: None,
+        recipe=recipe, watchdog=watchdog, settles=False, settled=contextlib.nullcontext,
+        absorb=lambda *given, row: None, late=loops.OneStepLate(), aside=lambda kind: contextlib.nullcontext(), say=lambda line: None,
         steps=types.SimpleNamespace(due=lambda step: True, prepare=lambda step: types.SimpleNamespace(seconds=1.0)),
         run_tracked=lambda: 0, tracker=types.SimpleNamespace(finish=lambda: None),
     )  # fmt: skip

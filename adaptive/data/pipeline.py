@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -108,6 +109,7 @@ class _GlobalBatches:
 
     def __init__(self, order: Order, sources: Sequence[RowSource], mark: Marker, shard: Shard, start: int):
         self._order, self._sources, self._mark, self._shard, self._start = order, sources, mark, shard, start
+        self.seconds = [0.0] * len(sources)  # that reading from each has taken
 
     def __len__(self) -> int:
         return sys.maxsize // self._shard.batch_size
@@ -120,8 +122,14 @@ class _GlobalBatches:
         mine = range(first + self._shard.index, first + self._shard.batch_size, self._shard.count)
         source, row = self._order.rows(mine)
         at = [np.flatnonzero(source == number) for number in range(len(self._sources))]
-        parts = [rows.rows(row[here]) for rows, here in zip(self._sources, at, strict=True) if len(here)]
+        parts = [self._read(number, row[here]) for number, here in enumerate(at) if len(here)]
         return self._mark(joined(parts, [here for here in at if len(here)]))
+
+    def _read(self, number: int, rows: np.ndarray) -> Batch:
+        begin = time.perf_counter()
+        read = self._sources[number].rows(rows)
+        self.seconds[number] += time.perf_counter() - begin
+        return read
 
 
 class IndexedTrainBatches:
@@ -129,6 +137,7 @@ class IndexedTrainBatches:
 
     def __init__(self, batches: _GlobalBatches, shard: Shard, start: int, prefetch: int, fingerprint: str):
         options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=max(prefetch, 1))
+        self._source = batches
         self._batches = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._batch_size = shard.batch_size
         self._fingerprint = fingerprint
@@ -145,6 +154,11 @@ class IndexedTrainBatches:
         batch = next(self._batches)
         self._next_index += self._batch_size
         return batch
+
+    @property
+    def seconds(self) -> list[float]:
+        """That reading from each source has taken so far."""
+        return list(self._source.seconds)
 
     def state(self) -> dict:
         return {"next_index": self._next_index, "fingerprint": self._fingerprint}

@@ -266,6 +266,11 @@ class StreamedTrainBatches:
         index: int = self._state["next_index"]
         return index
 
+    @property
+    def ready(self) -> int:
+        """Batches that are made and not taken."""
+        return self._ahead.ready
+
     def __iter__(self) -> "StreamedTrainBatches":
         return self
 

@@ -73,6 +73,11 @@ class WorkerBatches:
         index: int = self._states[0]["next_index"]
         return index
 
+    @property
+    def ready(self) -> int:
+        """Batches that are made and not taken."""
+        return self._ahead.ready
+
     def __iter__(self) -> "WorkerBatches":
         return self
 

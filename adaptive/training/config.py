@@ -39,12 +39,12 @@ class TrainConfig:
     # Positions whose logits exist at once, per sequence; 0: chosen from the vocabulary and the device.
     loss_chunk: int = ranged(0, least=0)
     max_bad_steps: int = ranged(5, least=1)  # consecutive non-finite steps after which the run stops
-    # What takes longer is reported with every thread's stack, and the run ends with 124: compiling, restoring or drawing
-    # parameters at the start; a step, or an evaluation; saving the last checkpoint and all that follows it.
+    # What takes longer is reported with every thread's stack, and the run ends with 124: compiling, and restoring or
+    # drawing parameters; a step, or an evaluation; saving the last checkpoint, and all that follows it.
     start_timeout_s: float = since(14400.0, before=14400.0, above=0)
     step_timeout_s: float = ranged(1800.0, above=0)
     shutdown_timeout_s: float = since(1500.0, before=1500.0, above=0)
-    # Every so many steps one is computed twice from the same state; the run ends with 4 unless all bits agree. 0: never.
+    # Every so many steps one is computed twice from the same state; the run ends with 4 unless all bits agree. 0: none.
     repeat_every: int = since(0, before=0, least=0)
 
     def validate(self, seq_len: int) -> None:

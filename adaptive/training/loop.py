@@ -27,6 +27,7 @@ from adaptive.runs.origin import starts
 from adaptive.runs.state import TrainState
 from adaptive.training.alarms import alarms, health_warnings
 from adaptive.training.continuation import continuation
+from adaptive.training.data_alarm import PREFIX, DataAlarm
 from adaptive.training.evaluation import Evaluator
 from adaptive.training.goodput import Account
 from adaptive.training.log import MetricsLog, WorkdirLostError, is_evaluation, read_rows, shown_gaps, steps_without_row
@@ -74,8 +75,10 @@ class Loop:
         self.say = say
         self.evaluator = Evaluator(program, data)
         self.facts = program.facts
-        self.alarms = alarms(self.facts)
+        self.alarms = [*alarms(self.facts), DataAlarm(self.recipe.data.paths)]
         self.late, self.bad_in_row = OneStepLate(), 0
+        self.read_s: list[float] = []  # that each source of data has taken, and had at the row before
+        self.read_before: list[float] = []
         self.tracker: Tracker = Several()
         self.worried: set[str] = set()  # what the last evaluation warned of: it is said once while it lasts
         self.told_saved = -1  # step of the newest checkpoint that dashboards know
@@ -257,10 +260,11 @@ class Loop:
         return False, state, total
 
     def next_batch(self, batches: Any) -> Any:
-        begin = time.perf_counter()
+        ready, begin = getattr(batches, "ready", None), time.perf_counter()
         batch = next(batches)
         now = time.perf_counter()
-        self.meter.waited(now - begin)
+        self.meter.waited(now - begin, ready)
+        self.read_s = getattr(batches, "seconds", [])
         if (idle := self.late.idle_since(begin)) is not None:
             self.account.waited(now - idle)
         return batch
@@ -375,9 +379,12 @@ class Loop:
 
     def write_row(self, step: int) -> None:
         """Logs the steps since the row before, if there are any."""
-        if self.meter.steps:
+        if steps := self.meter.steps:
+            took = dict(zip(self.recipe.data.paths, np.subtract(self.read_s, self.read_before or 0.0), strict=False))
+            self.read_before = self.read_s
+            columns = {f"{PREFIX}{name}": 1e3 * seconds / steps for name, seconds in took.items()}
             rate, goodput = float(self.schedule(step - 1)), self.account.spent().goodput
-            self.record(self.meter.row(step, learning_rate=rate, goodput=goodput))
+            self.record(self.meter.row(step, learning_rate=rate, goodput=goodput, **columns))
 
     def record(self, row: Mapping[str, Any]) -> None:
         try:

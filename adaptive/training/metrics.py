@@ -7,6 +7,8 @@ A row is one flat JSON object. Rows of training steps hold
     loss, ce, bits_per_byte          total loss and cross entropy (nats per token), the latter in bits per byte of text
     grad_norm, learning_rate, skipped (steps of the interval that changed nothing: not finite)
     tokens_per_s, step_ms, data_wait_ms, flops_per_s
+    data_ready, data_ms/SOURCE       batches made when one was asked for; ms to read a batch's rows of a source
+    goodput                          share of the run's wall time that went into steps that count
     mfu_active, mfu_dense_equivalent where the device's peak is known
     aux/NAME, routing/NAME           auxiliary losses before their coefficients; router statistics
     experts/NAME                     what experts did, below
@@ -175,6 +177,7 @@ class Meter:
     def _begin_interval(self, since: float, idle: float) -> None:
         """since: when the last step of the interval before was done; idle: of all pauses until then."""
         self.steps, self._wait = 0, 0.0
+        self._ready: list[int] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._parts.clear()
@@ -196,9 +199,11 @@ class Meter:
                 self._sums[name] = self._sums.get(name, 0.0) + number
                 self._counts[name] += 1
 
-    def waited(self, seconds: float) -> None:
-        """Time the loop stood still for want of data."""
+    def waited(self, seconds: float, ready: int | None = None) -> None:
+        """Time the loop stood still for want of data, and how many batches were made when it asked for one."""
         self._wait += seconds
+        if ready is not None:
+            self._ready.append(ready)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -236,12 +241,14 @@ class Meter:
         if not self.steps or busy <= 0:
             return {}
         cost, per_step = self._cost, busy / self.steps
-        rates = {
+        rates: Row = {
             "tokens_per_s": cost.tokens / per_step,
             "step_ms": 1e3 * per_step,
             "data_wait_ms": 1e3 * self._wait / self.steps,
             "flops_per_s": cost.flops / per_step,
         }
+        if self._ready:
+            rates["data_ready"] = sum(self._ready) / len(self._ready)
         if cost.peak:
             rates["mfu_active"] = cost.flops / per_step / cost.peak
             rates["mfu_dense_equivalent"] = cost.dense_flops / per_step / cost.peak
