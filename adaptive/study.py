@@ -47,13 +47,8 @@ def options() -> command.Options:
                       help="what runs of one size share: FLOPs of training (the default) or tokens")  # fmt: skip
     made.add_argument("--seeds", type=number(int, least=1, most=100), default=1, help="of every run (default 1)")
     made.add_argument("--list_runs", action="store_true", help="print a command for each run that is due, and end")
-    made.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="make these runs alone; the one that finishes the study makes the page",
-    )
+    only = "make these runs alone; the one that finishes the study makes the page"
+    made.add_argument("--only", nargs="+", default=[], metavar="RUN", help=only)
     return made
 
 

@@ -38,7 +38,8 @@ class Size:
 
     widths      of the stream
     tokens      of the plain model's run, for each unit of width
-    amounts     of compute or data that a variant is trained with at every width, as multiples; of those not named: 1
+    amounts     of compute or data that a variant is trained with at every width, as multiples, those above 1 at all but
+                the greatest; of variants not named: 1
     variants    names, as `VARIANTS` has them
     controls    of these, those that train on shuffled text as well, at the least width
     more_seeds  of the plain model, for the noise of seeds, at so many of the least widths
@@ -130,6 +131,7 @@ def planned(size: Size, form: Form, workdir: Path) -> list[Planned]:
         for variant in size.variants
         for width in size.widths
         for amount in size.amounts.get(variant, (1.0,))
+        if amount <= 1 or width < size.widths[-1]
         for seed in range(form.seeds)
     ]
     least = size.widths[0]
