@@ -1,7 +1,8 @@
 """Trains a model: adaptive train --recipe NAME [--workdir DIR] [setting=value ...]
 
 Settings are dotted: train.steps=100 model.body.depth=token_choice. `data=embedded` sets all that a preset of data sets.
-Exit codes: 0 done, 1 failed, 2 something asked for cannot work, 3 not finite, 75 stopped when asked and saved,
+Exit codes: 0 done, 1 failed, 2 something asked for cannot work, 3 not finite, 4 a step that was computed
+twice gave different numbers, 75 stopped when asked and saved,
 76 another process of the job was lost, 124 a step or a save exceeded its time limit, 130 interrupted, 141 nobody reads
 the output any more.
 """

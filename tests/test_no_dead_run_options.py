@@ -42,6 +42,7 @@ from adaptive.training.loop import Loop
 from adaptive.training.report.schema import PlanRecord
 from adaptive.training.step import make_train_step
 from adaptive.training.stopping import Agreed
+from adaptive.training.stragglers import Stragglers
 from kernels_pallas.choice import active_target
 
 pytestmark = pytest.mark.compiles
@@ -196,14 +197,15 @@ def running(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
         folder=types.SimpleNamespace(profile=folder, path=folder), first_row=True, bad_in_row=0, say=lambda line: None,
         steps=lambda number, state, batch: (state, bad), read_s=[], read_before=[],
         program=types.SimpleNamespace(for_training=lambda batch: batch),
-        progress=types.SimpleNamespace(step=lambda done: None), account=account, primary=True, saved_at=0, settles=True,
+        progress=types.SimpleNamespace(step=lambda done: None), account=account, primary=True,
+        stragglers=Stragglers(), saved_at=0, settles=True,
         stop=types.SimpleNamespace(agree=lambda *, save: Agreed(False, save), check=None),
         save=lambda done, *rest: did.append(("save", done)), aside=lambda kind: contextlib.nullcontext(),
         evaluate=lambda state, done, go_on: did.append(("evaluate", done)), prepare=lambda *given: None,
         checkpoints=types.SimpleNamespace(rate=lambda done, loss: True), evaluator=types.SimpleNamespace(compiled=True),
         record=lambda row: did.append(row), schedule=lambda number: 0.0,
     )  # fmt: skip
-    for name in ("absorb", "profile", "not_finite", "evaluation_due", "next_batch", "take", "save_due", "write_row",
+    for name in ("absorb", "not_finite", "evaluation_due", "next_batch", "take", "save_due", "write_row",
                  "evaluate_and_rate"):  # fmt: skip
         setattr(loop, name, types.MethodType(getattr(Loop, name), loop))
     state = types.SimpleNamespace(state=dict)
@@ -220,7 +222,8 @@ def limits(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     watchdog = types.SimpleNamespace(limit=lambda *given: did.append(given) or contextlib.nullcontext())
     loop: Any = types.SimpleNamespace(
         recipe=recipe, watchdog=watchdog, settles=False, settled=contextlib.nullcontext,
-        absorb=lambda *given, row: None, late=loops.OneStepLate(), aside=lambda kind: contextlib.nullcontext(), say=lambda line: None,
+        absorb=lambda *given, row: None, late=loops.OneStepLate(), aside=lambda kind: contextlib.nullcontext(),
+        say=lambda line: None,
         steps=types.SimpleNamespace(due=lambda step: True, prepare=lambda step: types.SimpleNamespace(seconds=1.0)),
         run_tracked=lambda: 0, tracker=types.SimpleNamespace(finish=lambda: None),
     )  # fmt: skip

@@ -41,6 +41,7 @@ from adaptive.training.report.page import write_report
 from adaptive.training.report.passage import print_chunks, print_passage
 from adaptive.training.report.schema import PlanRecord, RoutingRecord, SampleRecord, save_record
 from adaptive.training.stopping import PREEMPTED, GivenUpError, StopRequest
+from adaptive.training.stragglers import Stragglers
 from adaptive.training.tracking import About, Several, Tracker, start_tracking
 from adaptive.training.watchdog import Watchdog
 
@@ -78,7 +79,7 @@ class Loop:
         self.alarms = [*alarms(self.facts), DataAlarm(self.recipe.data.paths)]
         self.late, self.bad_in_row = OneStepLate(), 0
         self.read_s: list[float] = []  # that each source of data has taken, and had at the row before
-        self.read_before: list[float] = []
+        self.read_before, self.stragglers = self.read_s, Stragglers()
         self.tracker: Tracker = Several()
         self.worried: set[str] = set()  # what the last evaluation warned of: it is said once while it lasts
         self.told_saved = -1  # step of the newest checkpoint that dashboards know
@@ -235,7 +236,8 @@ class Loop:
         recipe, total = self.recipe, self.recipe.train.steps
         for step in range(begin, total):
             self.prepare(step, state, batches)
-            with self.watchdog.limit(f"step {step + 1}", recipe.train.step_timeout_s), self.profile(step, begin):
+            traced = profiled(step, begin, recipe, self.folder.profile)
+            with self.watchdog.limit(f"step {step + 1}", recipe.train.step_timeout_s), traced:
                 batch = self.next_batch(batches)
                 state, metrics = self.take(step, state, batch)
                 self.absorb(self.late.swap(step + 1, metrics))
@@ -264,6 +266,7 @@ class Loop:
         batch = next(batches)
         now = time.perf_counter()
         self.meter.waited(now - begin, ready)
+        self.stragglers.add(now - begin)
         self.read_s = getattr(batches, "seconds", [])
         if (idle := self.late.idle_since(begin)) is not None:
             self.account.waited(now - idle)
@@ -335,9 +338,6 @@ class Loop:
         meet(f"the program of step {step + 1} is compiled")
         self.say(f"step {step + 1} begins a new phase of the run: compiled its program in {compiled.seconds:.1f} s")
 
-    def profile(self, step: int, begin: int) -> contextlib.AbstractContextManager[None]:
-        return profiled(step, begin, self.recipe, self.folder.profile)
-
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Begins to write a checkpoint, unless the run's folder is gone."""
         try:
@@ -346,6 +346,8 @@ class Loop:
             self.fail(error)
         if anywhere(isinstance(self.failure, WorkdirLostError)):
             return
+        if slow := self.stragglers.compared():
+            self.say(f"warning: {slow}")
         with self.aside("save"):
             self.checkpoints.save(step, state, position_of_job(batches.state()))
         self.saved_at = time.monotonic()

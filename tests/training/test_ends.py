@@ -13,6 +13,7 @@ from adaptive.errors import CheckpointError
 from adaptive.training.log import MetricsLog, WorkdirLostError
 from adaptive.training.loop import FAILED, Loop
 from adaptive.training.stopping import PREEMPTED, StopRequest
+from adaptive.training.stragglers import Stragglers
 
 HELD = """
 import signal, sys, threading
@@ -69,7 +70,7 @@ def loop_of(tmp_path, **more):
         primary=True, failure=None, said=said, say=said.append, stop=StopRequest(), alarms=(),
         progress=types.SimpleNamespace(row=lambda row: None), tracker=types.SimpleNamespace(log=lambda row: None),
         checkpoints=types.SimpleNamespace(steps=lambda: [4], save=lambda *given: said.append("save")),
-        aside=lambda kind: contextlib.nullcontext(), **more,
+        aside=lambda kind: contextlib.nullcontext(), stragglers=Stragglers(), **more,
     )  # fmt: skip
     for name in ("record", "fail", "failed", "last_words", "save", "note_saved", "refuse_lost_checkpoints", "catch_up",
                  "evaluation_due", "opened_log"):  # fmt: skip
