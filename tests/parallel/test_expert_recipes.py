@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_before_compilation():
         program("mesh.expert_parallel.over=context")
     with pytest.raises(MeshError, match=r"data.seq_len=18 does not divide over mesh.context=4; .*16, 20"):
         program("mesh.context=4", "data.seq_len=18")
-    with pytest.raises(MeshError, match=r"loss_chunk=6 does not divide the 12 .* mesh.context=2 has; .* 6"):
+    with pytest.raises(MeshError, match=r"loss_chunk=8 does not divide the 12 .* mesh.context=2 has; .* 6"):
         program("mesh.context=2", "data.seq_len=24", "train.loss_chunk=8")
     with pytest.raises(RecipeError, match=r"mesh\.expert=2: the model has no experts"):
         load("vanilla_tiny").with_("mesh.expert=2").validate()

@@ -9,7 +9,7 @@ import shapes
 from flax import nnx
 from meshes import (
     CONTEXT,
-    CONTEXT_WHOLE_HEADS,
+    CONTEXT_EXPERT,
     GRADIENT,
     MIXED,
     ONE,
@@ -17,6 +17,7 @@ from meshes import (
     ROWS,
     SEQ,
     VOCAB,
+    assert_every_part_split,
     assert_recorded,
     assert_same_step,
     collectives,
@@ -65,7 +66,7 @@ MODELS = {
 }
 CASES = [
     ("one stage", REPLICAS), ("one stage", MIXED), ("device", CONTEXT), ("mor", CONTEXT), ("mor_token", CONTEXT),
-    ("experts", CONTEXT_WHOLE_HEADS),
+    ("experts", CONTEXT_EXPERT),
 ]  # fmt: skip
 
 
@@ -78,6 +79,10 @@ def on_one_device(name: str):
 def test_mesh_equals_one_device(name, mesh):
     """But for the ratio loss of each device, which depends on what a device holds."""
     assert_same_step(stepped(MODELS[name], mesh), on_one_device(name), but="ratio_loss_device")
+
+
+def test_every_part_was_split_along_every_axis():
+    assert_every_part_split(MODELS, CASES)
 
 
 def test_a_ratio_loss_of_each_device():

@@ -1,6 +1,5 @@
 """Every mesh computes what one device computes, with the collectives that were recorded."""
 
-import collections
 import functools
 import math
 import re
@@ -16,7 +15,6 @@ import shapes
 from meshes import (
     CONTEXT,
     CONTEXT_EXPERT,
-    CONTEXT_WHOLE_HEADS,
     GRADIENT,
     MIXED,
     MIXED_EXPERT,
@@ -27,6 +25,7 @@ from meshes import (
     SIZES,
     TENSOR,
     VOCAB,
+    assert_every_part_split,
     assert_recorded,
     assert_same_step,
     stepped,
@@ -42,7 +41,7 @@ from adaptive.models.depth import token_choice as depth_token_choice
 from adaptive.parallel.config import AXES, MeshConfig
 from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, constrain, placement
-from adaptive.parallel.support import UNSUPPORTED, check_support, parts_of
+from adaptive.parallel.support import UNSUPPORTED, check_support
 from adaptive.runs.state import abstract_model, fresh_state, state_shardings
 from adaptive.training.step import make_eval_step
 
@@ -74,9 +73,9 @@ MODELS = {
     ),
 }
 CASES = [
-    ("vanilla", MIXED), ("vanilla", TENSOR), ("olmo", CONTEXT), ("recursive", MIXED), ("mor", MIXED),
-    ("mor_token", CONTEXT), ("mor_mamba", CONTEXT), ("mod", CONTEXT), ("moe", CONTEXT_EXPERT), ("moe_token", REPLICAS),
-    ("mor_moe", CONTEXT_WHOLE_HEADS),
+    ("vanilla", MIXED), ("vanilla", TENSOR), ("olmo", CONTEXT), ("recursive", MIXED), ("recursive", CONTEXT),
+    ("mor", MIXED), ("mor_token", CONTEXT), ("mor_mamba", CONTEXT), ("mod", CONTEXT), ("moe", CONTEXT_EXPERT),
+    ("moe_token", REPLICAS), ("mor_moe", CONTEXT_EXPERT),
 ]  # fmt: skip
 
 
@@ -118,16 +117,7 @@ def test_activations_are_not_gathered_along_the_sequence(name, mesh):
 
 
 def test_every_part_was_split_along_every_axis():
-    """Or the table says why it cannot be. `data` splits what `fsdp` splits; stages are those of test_pipeline."""
-    found = collections.defaultdict(set)
-    for name, mesh in CASES:
-        axes = {axis for axis, size in zip(SIZES, mesh, strict=False) if size > 1}
-        for part in parts_of(MODELS[name]):
-            found[part] |= axes
-    for part, axes in found.items():
-        refused = {one.axis for one in UNSUPPORTED if one.beside == part}
-        without = {"expert"} if "experts" not in part and not part.startswith("routers") else set()
-        assert {*SIZES} - {"data"} - refused - without <= axes, part
+    assert_every_part_split(MODELS, CASES)
 
 
 @pytest.mark.parametrize("one", UNSUPPORTED, ids=str)

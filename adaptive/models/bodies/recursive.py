@@ -103,13 +103,6 @@ class Settings(Body):
         self.depth.check(self, f"{at}.depth")
 
     def refuse_stages(self, stages: int, groups: int) -> str:
-        if self.order == "sequence":
-            return "order=sequence repeats layers in place: mesh.stage must be 1, or order=cycle"
-        if self.keys_values != "per_recursion":
-            return (
-                f"keys_values={self.keys_values}: stages do not keep the first pass's keys and values of every "
-                "micro-batch: mesh.stage must be 1, or keys_values=per_recursion"
-            )
         return self.core.refuse_stages(stages, groups)
 
     def lines_up(self) -> bool:
