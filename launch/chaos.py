@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import signal
@@ -146,7 +147,8 @@ def measured(folder: Path, wall: float, failures: Sequence[Failure]) -> dict[str
 
     before, after = (ended(folder / name) for name in ("undisturbed", "disturbed"))
     step_s = statistics.median(step_times(folder / "undisturbed"))
-    own = spent(read_attempts(folder / "disturbed"))
+    attempts = read_attempts(folder / "disturbed")
+    own = spent(attempts)
     return {
         "same": before == after,
         "step": after["step"],
@@ -156,8 +158,18 @@ def measured(folder: Path, wall: float, failures: Sequence[Failure]) -> dict[str
         "step_s": round(step_s, 5),
         "goodput": round(after["step"] * step_s / wall, 4),
         "step_s_disturbed": round(statistics.median(step_times(folder / "disturbed")), 5),
+        "recovery_s": [round(seconds, 2) for seconds in recoveries(attempts)],
         "own_account": {"goodput": own.goodput, "attempts": own.attempts, "seconds": own.seconds},
     }
+
+
+def recoveries(attempts: Sequence[Any]) -> list[float]:
+    """Seconds of each start but the first, from the last sign of the one before to its own first step."""
+    kinds = ("start", "compile", "restore")
+    return [
+        after.begin - before.end + sum(after.seconds.get(kind, 0.0) for kind in kinds)
+        for before, after in itertools.pairwise(attempts)
+    ]
 
 
 def ended(workdir: Path) -> dict[str, Any]:
@@ -184,5 +196,6 @@ def told(found: dict[str, Any]) -> list[str]:
         f"failures     {signals.count('SIGKILL')} SIGKILL and {signals.count('SIGTERM')} SIGTERM in {wall}",
         f"same bits    {found['same']} after step {found['step']}, state digest {found['digest']}",
         f"goodput      {found['goodput']:.1%}: {found['step']} steps of {step_ms:.1f} ms, as undisturbed, in {wall}",
+        f"recovery     {', '.join(f'{seconds:.1f}' for seconds in found['recovery_s'])} s until the next step",
         f"own account  {own['goodput']:.1%} over {own['attempts']} starts; seconds: {kinds}",
     ]

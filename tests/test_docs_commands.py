@@ -57,6 +57,8 @@ ELSEWHERE = {
     ".ci/run": "these tests",
     ".venv/bin/ruff": "what .ci/run runs",
     "./scripts/lock": "a package index",
+    "./scripts/chaos": "minutes; tests/training/test_several_processes.py runs it in small",
+    "adaptive launch --restarts": "processes of their own; tests/training/test_several_processes.py starts some",
     "sbatch": "SLURM; tests/launch/test_targets.py carries the script out",
     "bash my-run.sh": "Cloud TPU; tests/launch/test_tpu.py carries the script out",
     "kubectl": "Kubernetes; tests/launch/test_targets.py reads the manifest",

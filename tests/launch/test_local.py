@@ -1,14 +1,18 @@
 """The launcher, with real processes: joining, failing, stopping."""
 
+import argparse
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+
+from adaptive.launch import local
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,3 +115,30 @@ def test_a_signal_to_one_process_stops_all_together(launch):
     os.kill(children(server)[0], signal.SIGTERM)
     job.communicate(timeout=60)
     assert job.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "result"),
+    [
+        ([-9, 75, 76, 124, 0], 9, 0),  # killed, asked to stop, another was lost, stuck, done
+        ([-9, -9, -9], 2, 137),
+        ([-15, 2], 9, 2),
+        ([3], 9, 3),
+        ([4], 9, 4),
+        ([1, 1, -9, 1, 1, 1], 9, 1),  # three times in a row
+    ],
+)
+def test_what_another_start_may_mend_is_started_again(monkeypatch, capsys, codes, restarts, result):
+    starts = iter(codes)
+
+    def started(given, arguments, starter):
+        popen = types.SimpleNamespace(returncode=next(starts))
+        popen.poll = lambda: popen.returncode
+        end = types.SimpleNamespace(index=0, popen=popen, finish=lambda: None, last_traceback=lambda: "the end of it\n")
+        return [end]
+
+    monkeypatch.setattr(local, "started", started)
+    assert local.launch(argparse.Namespace(module="none", restarts=restarts), []) == result
+    assert next(starts, None) is None
+    out = capsys.readouterr().out
+    assert out.count("from the newest checkpoint") == len(codes) - 1 and ("the end of it" in out) == (result > 0)
