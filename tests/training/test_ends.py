@@ -143,3 +143,34 @@ def test_rows_that_were_cut_out_are_mentioned(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "steps": 1}\n{"step": 6, "steps": 2}\n')
     loop.opened_log(8)
     assert loop.said == [f"warning: {tmp_path / 'metrics.jsonl'} has no row of step 2 to 4, 7 to 8"]
+
+
+BEFORE = """
+import sys, time
+from adaptive import train
+
+def run(arguments):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("unwound", flush=True)
+
+train.run = run
+sys.exit(train.main([]))
+"""
+IMPORTS = "from adaptive import command; command.imported('slow', stopped=75)"
+
+
+def test_before_training_begins_a_signal_ends_with_75_as_well(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", BEFORE], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=60)[0] == "unwound\n" and process.returncode == PREEMPTED
+    finally:
+        process.kill()
+        process.wait()
+    (tmp_path / "slow.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    assert subprocess.run([sys.executable, "-c", IMPORTS], env=env, timeout=60).returncode == PREEMPTED
