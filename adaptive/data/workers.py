@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from adaptive.data.batch import Batch
 from adaptive.data.config import DataConfig
 from adaptive.data.shards import Shard
 from adaptive.data.streaming import whole_position
-from adaptive.errors import DataError, UserError
+from adaptive.errors import DataError
 
 _THREADS = ("TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 _ONE = ("false", "1", "1")  # a worker is one thread of work; more of them is the user's to choose
@@ -148,24 +148,3 @@ class _Worker:
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         memory = " (out of memory?)" if code == -9 else ""
         return f"worker {self._number} of data.workers ended {how}{memory}; its last words, if any, are above"
-
-
-def answer(batches: Connection, job: Job) -> None:
-    """What a worker does: sends batch after batch, and an error instead of the one that it could not make."""
-    from adaptive.data.pipeline import open_data
-
-    try:
-        shard = (job.shard.index, job.shard.count)
-        data = open_data(job.config, batch_size=job.shard.batch_size, vocab_size=job.vocab_size, shard=shard)
-        train = data.train(job.state)
-        for batch in train:
-            batches.send(((batch, train.state()), None))
-    except BrokenPipeError:  # nobody wants more
-        return
-    except UserError as error:
-        batches.send((None, error))
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        batches.send((None, DataError(f"a worker of data.workers failed: {error!r} (its traceback is above)")))
