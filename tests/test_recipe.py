@@ -328,7 +328,7 @@ def test_difference_of_trees_of_another_shape():
 
 
 SHARED_WORKDIR = {
-    "data.prefetch", "data.cache_dir", "train.device_batch_size", "train.remat", "train.loss_chunk",
+    "data.prefetch", "data.workers", "data.cache_dir", "train.device_batch_size", "train.remat", "train.loss_chunk",
     "train.max_bad_steps", "train.start_timeout_s", "train.step_timeout_s", "train.shutdown_timeout_s",
     "train.repeat_every",
 }  # fmt: skip
