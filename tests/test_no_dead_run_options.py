@@ -117,7 +117,7 @@ PATHS += [path for path in NEEDS if path not in PATHS]
 
 
 def batches(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
-    """What is read, how far ahead, and where it is kept."""
+    """What is read, how far ahead, by whom, and where it is kept."""
     asked: list[Any] = []
     options = pipeline.grain.ReadOptions
     patch.setattr(pipeline.grain, "ReadOptions", lambda **given: asked.append(given) or options(**given))
@@ -126,7 +126,7 @@ def batches(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
     read = [next(stream), next(stream), *data.validation(2)]
     stream.close()
     arrays = [None if a is None else np.asarray(a).tobytes() for batch in read for a in batch]
-    return arrays, asked, sorted(path.name for path in folder.iterdir())
+    return arrays, asked, type(stream).__name__, sorted(path.name for path in folder.iterdir())
 
 
 def updates(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Any:
