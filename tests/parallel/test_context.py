@@ -96,7 +96,7 @@ def permutations(schedule, parts, nodes):
     across = 2 * 2 * (nodes - 1) + (2 * nodes if nodes > 1 else 0)
     return {
         "ring": zigzag + there + home + across,
-        "both_ways": zigzag + 2 * (there + home),
+        "both_ways": zigzag + 2 * (there + home + across),
         "token_ring": zigzag + 2 * (parts - 1) * (1 + 2 + 4 + 1),  # halves of: q; result, sum; 4 of each row; d_q
         "gather": 2 * 2 * chunks,
     }[schedule]
@@ -106,8 +106,7 @@ CASES = {  # schedule, parts, nodes, how
     "ring of 2": ("ring", 2, 1, {}),
     "ring of 4, documents": ("ring", 4, 1, {"segments": documents()}),
     "ring of 8 in 2 nodes, window": ("ring", 8, 2, {"window": 11}),
-    "ring of 4 in 4 nodes": ("ring", 4, 4, {}),
-    "both ways of 4": ("both_ways", 4, 1, {"segments": documents()}),
+    "both ways of 4 in 2 nodes": ("both_ways", 4, 2, {"segments": documents()}),
     "token ring of 4, documents": ("token_ring", 4, 1, {"segments": documents()}),
     "gathered from 4": ("gather", 4, 1, {}),
 }
@@ -118,7 +117,7 @@ CASES = {  # schedule, parts, nodes, how
 def test_every_schedule_is_attention_and_sends_what_its_formula_says(name, monkeypatch):
     schedule, parts, nodes, how = CASES[name]
     how = dict(how)
-    monkeypatch.setattr(ring, "UNROLLED", 3 if name == "ring of 4, documents" else 1)  # fewer steps to compile
+    monkeypatch.setattr(ring, "UNROLLED", 1)  # fewer steps to compile
     q, k, v, g = (normal(ROWS, SEQ, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
     at = np.broadcast_to(np.arange(SEQ), (ROWS, SEQ))
     want = formula(q, k, v, g, seen(at, at, **how))
