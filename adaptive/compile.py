@@ -31,7 +31,7 @@ from rich.console import Console
 from adaptive import command, targets
 from adaptive.benchmarks import aot
 from adaptive.benchmarks.moves import moves
-from adaptive.benchmarks.pods import lines
+from adaptive.benchmarks.pods import lines, markdown, read
 from adaptive.command import number
 from adaptive.errors import UserError
 from adaptive.parallel.mesh import axis_sizes
@@ -57,6 +57,7 @@ def options() -> command.Options:
     made.add_argument("--sweep", action="store_true", help="find train.remat and train.device_batch_size that fit")
     made.add_argument("--full_effort", action="store_true", help="of the compiler, as in a run; four times slower")
     made.add_argument("--save", default="", metavar="FOLDER", help="keep the compiled step for train --compiled FOLDER")
+    made.add_argument("--kept", default="", metavar="FOLDER", help="compile nothing; print its JSON files as tables")
     made.add_argument("--json", default="", metavar="FILE", help="write all that is known as JSON; -: print it")
     made.add_settings()
     return made
@@ -70,6 +71,9 @@ def run(arguments: Sequence[str]) -> int:
     given = options().read(arguments)
     if given.topology == "list":
         print("\n".join(targets.topology_lines()))
+        return 0
+    if given.kept:
+        print(markdown(read(local_path(given.kept, "--kept"))))
         return 0
     if not given.topology:
         raise UserError("for what? --topology v5e-256 for example; --topology list names all")

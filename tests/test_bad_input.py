@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from adaptive import bench, command, convert, doctor, evaluate, generate, recipe, report, study, train
-from adaptive.benchmarks import train_step
+from adaptive import compile as compiling
+from adaptive.benchmarks import aot, train_step
 from adaptive.data import __main__ as data
 from adaptive.errors import UserError
 from adaptive.launch import __main__ as launcher
@@ -84,12 +85,16 @@ def test_every_setting_of_a_file(name, tmp_path):
             tried(lambda: load(str(path)))
 
 
-def opened(made: Recipe, workdir: Path | None, arguments=()) -> int:
+def opened(made: Recipe, workdir: Path | None, arguments=(), compiled=None) -> int:
     """In place of training: the folder alone."""
     if workdir:
         with RunFolder.open(workdir, made):
             pass
     return 0
+
+
+def not_compiled(*step, **how):
+    raise UserError("nothing is compiled here")
 
 
 COMMANDS = {
@@ -101,6 +106,7 @@ COMMANDS = {
     "report": (report.main, ["gone"]),
     "study": (study.main, ["ladder", "--quick", "--list_runs"]),
     "bench": (bench.main, ["train", "--recipe=mor_tiny"]),
+    "compile": (compiling.main, ["--recipe=mor_tiny", "--topology=cpu-8"]),
     "data prepare": (data.main, ["prepare", "--source=text.txt", "--tokenizer=bytes", "--out=tokens"]),
     "data train-bpe": (data.main, ["train-bpe", "--source=text.txt", "--vocab_size=258", "--out=t.json"]),
     "data show": (data.main, ["show", "--source=text.txt"]),
@@ -122,6 +128,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "measure", lambda recipes, **how: (recipes, {}))
     monkeypatch.setattr(train_step, "as_json", lambda *measured: "")
     monkeypatch.setattr(train_step, "table", lambda *measured: "")
+    monkeypatch.setattr(aot, "compiled", not_compiled)
     monkeypatch.setattr(launcher, "launch", lambda given, rest: 0)
     monkeypatch.setattr(launcher, "start", lambda rendered: 0)
     (tmp_path / "text.txt").write_text("One text.\n" * 20)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from adaptive.targets import Topology, topology
 from adaptive.training import saved
 from adaptive.training.program import Program
 
+ROOT = Path(__file__).resolve().parents[1]
 FACTS = {
     "fits": True, "needs": 5 * 2**30, "accumulation": 1, "mesh": {"data": 4, "fsdp": 64, "tensor": 1},
     "arguments": 2**30, "outputs": 2**30, "in_place": 2**30, "temporaries": 4 * 2**30, "code": 2**20, "peak": 5 * 2**30,
@@ -166,6 +168,13 @@ def test_json_is_what_is_known(monkeypatch, capsys, tmp_path):
     assert json.loads((tmp_path / "new" / "one.json").read_text()) == found
     assert compiling.main([*run, "/proc/no/one.json"]) == 2
     assert "--json: /proc/no/one.json cannot be written" in capsys.readouterr().err
+
+
+def test_the_documented_tables_are_those_of_the_records(capsys):
+    assert compiling.main(["--kept", str(ROOT / "benchmarks" / "pods")]) == 0
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    assert compiling.main(["--kept", "/nowhere"]) == 2
+    assert "no .json file in /nowhere" in capsys.readouterr().err
 
 
 # Compiled for real

@@ -69,6 +69,7 @@ ONE, TWO = np.zeros(8, int), np.repeat([0, 1], 4)
     ("all-to-all(%p.3), replica_groups=[1,8]<=[8]", (3584, 0), (1536, 2048)),
     ("reduce-scatter(%p.3), replica_groups=[2,4]<=[8]", (3 * 4096, 0), (3 * 4096, 0)),
     ("all-gather(%p.3), replica_groups=[4,2]<=[2,4]T(1,0)", (2048, 0), (0, 2048)),
+    ("send(%p.3, %token), channel_id=9, is_host_transfer=true", (0, 4096), (0, 4096)),
     ("collective-permute(%p.3), source_target_pairs={{0,4},{4,0}}", (4096, 0), (0, 4096)),
 ])  # fmt: skip
 def test_bytes_that_a_device_receives(line, within, across):

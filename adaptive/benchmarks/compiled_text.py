@@ -91,7 +91,7 @@ class Count:
 class Exchange(NamedTuple):
     """A collective.
 
-    kind    one of COLLECTIVES
+    kind    one of COLLECTIVES, or "send"
     bytes   of a device before it is cut or after it is joined: what a gather gives, a scatter or a sum takes
     result  bytes that the text says it gives
     runs    how often it runs in one execution of the program
@@ -141,9 +141,12 @@ class Text:
 
     def exchanges(self) -> Iterator[Exchange]:
         """Every collective. Compilers for TPUs write some reduce-scatters as an all-reduce in a computation that is
-        named after it."""
+        named after it, and what goes between slices as "send" by way of the host."""
         for one in self._all():
             kind = one.opcode.removesuffix("-start")
+            if kind == "send" and "is_host_transfer=true" in one.line:
+                size = one.results[0].bytes  # followed by what the transfer is known by
+                yield Exchange(kind, size, size, self._runs[one.inside], self._groups(""))
             if kind not in COLLECTIVES:
                 continue
             results = [array for array in one.results if array.dtype != "u32" or array.shape]

@@ -1,6 +1,7 @@
 """What is said of a train step that was compiled for a machine: lines for a terminal, rows of tables in documents."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from adaptive.recipe import Recipe
 from adaptive.targets import TARGETS, Topology
 
 GIB, MIB = 2**30, 2**20
+WIDTH = 124  # of pages
 
 
 def lines(record: dict[str, Any], recipe: Recipe, topology: Topology) -> list[str]:
@@ -39,7 +41,7 @@ def lines(record: dict[str, Any], recipe: Recipe, topology: Topology) -> list[st
             f"rows; {_gib(record['in_place'])} updated in place), outputs {_gib(record['outputs'])}, temporaries "
             f"{_gib(record['temporaries'])}, code {_gib(record['code'])}",
             *_largest(record),
-            *_collectives(record),
+            *_collectives(record, topology),
         ]
     found += _flops(record, recipe, topology)
     found += _estimate(record, topology)
@@ -59,19 +61,25 @@ def _largest(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _collectives(record: dict[str, Any]) -> list[str]:
+def _collectives(record: dict[str, Any], topology: Topology) -> list[str]:
+    groups = "nodes" if topology.target == "h200" else "slices"
     if not record["collectives"]:
         return ["exchanges  none"]
     heads = iter(["exchanges ", *["          "] * 9])
     out = []
     for kind, count in record["collectives"].items():
         moved = Received(**record["received"][kind])
-        slow = f" and {_mib(moved.between)} between slices" if moved.between else ""
+        slow = f" and {_mib(moved.between)} between {groups}" if moved.between else ""
         out.append(
             f"{next(heads)} {kind}: {_times(count['runs'])} a step, results {_mib(count['bytes'])}; a device receives "
             f"{_mib(moved.inside)}{slow}"
         )
     total, least = received(record), sum(part["bytes"] for part in record["least"])
+    if record["unknown_loops"] or record.get("unknown_groups"):
+        out.append(
+            f"           {record['unknown_loops']} loops of unknown length count once, "
+            f"{record.get('unknown_groups', 0)} collectives of unknown groups as of all devices"
+        )
     out.append(f"least      {_mib(least)} that a device has to receive, of {_mib(total)}: {_ratio(total, least)}")
     out += [f"           {part['name']} {_mib(part['bytes'])}: {part['formula']}" for part in record["least"]]
     return out
@@ -158,24 +166,59 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(records: Sequence[dict[str, Any]], recipes: Sequence[str], topologies: Sequence[str]) -> str:
-    """A table for documents: a row for each recipe, on each topology; a cell that was not compiled says so."""
-    known = {(one["recipe"], one["topology"]): one for one in records}
-    head = ["recipe", "on", "mesh", "rows at once", "`train.remat`", "needs, GiB", "fits", "received, MiB",
-            "of the least", "estimated step, ms", "utilisation"]  # fmt: skip
+# Of the table in docs/machines.md: recipes of published sizes, and one with experts.
+RECIPES = ("mor_360m", "recursive_360m", "vanilla_360m", "moe_360m", "mor_1_7b", "vanilla_1_7b", "hnet_1stage_l",
+           "hnet_2stage_xl")  # fmt: skip
+TOPOLOGIES = ("v5e-16", "v5e-256", "v5p-128", "v6e-256", "h200-64")
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """A table for documents, a row for each recipe and topology that was compiled with the recipe's own batch; what was
+    not compiled is named below it. Then how bytes grow with the number of devices, at equal rows of each."""
+    known = {(one["recipe"], one["topology"]): one for one in records if not _given(one)}
+    head = ["recipe", "on", "mesh", "rows at once", "needs, GiB", "fits", "receives, MiB", "of the least",
+            "estimated step, ms", "utilisation"]  # fmt: skip
     rows = [head, ["---"] * len(head)]
-    for recipe in recipes:
-        for topology in topologies:
-            rest = _row(known[recipe, topology]) if (recipe, topology) in known else ["not compiled", *[""] * 8]
-            rows.append([f"`{recipe}`", topology, *rest])
+    rows += [[f"`{recipe}`", topology, *_row(known[recipe, topology])]
+             for recipe in RECIPES for topology in TOPOLOGIES if (recipe, topology) in known]  # fmt: skip
+    missing = [
+        f"`{recipe}` on {', '.join(absent)}"
+        for recipe in RECIPES
+        if (absent := [topology for topology in TOPOLOGIES if (recipe, topology) not in known])
+    ]
+    left = textwrap.fill(f"Not compiled: {'; '.join(missing)}.", WIDTH, break_on_hyphens=False) if missing else ""
+    return "\n\n".join(filter(None, (_table(rows), left, _scaling(records))))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _given(record: dict[str, Any]) -> bool:
+    return any(text.startswith("train.batch_size=") for text in record["settings"])
+
+
+def _scaling(records: Sequence[dict[str, Any]]) -> str:
+    """MiB that a device receives, by recipe and number of devices, of records with as many rows at once."""
+    found: dict[str, dict[int, float]] = {}
+    weak = {one["recipe"] for one in records if _given(one)}
+    for one in records:
+        if one["recipe"] in weak and one["target"] == "v5e" and one["accumulation"] == 1:
+            found.setdefault(one["recipe"], {})[one["devices"]] = received(one) / MIB
+    if not found:
+        return ""
+    sizes = sorted({size for row in found.values() for size in row})
+    head = ["MiB that each v5e receives", *(f"{size} devices" for size in sizes)]
+    rows = [[f"`{name}`", *(f"{row[size]:,.0f}" if size in row else "not compiled" for size in sizes)]
+            for name, row in sorted(found.items())]  # fmt: skip
+    return _table([head, ["---"] * len(head), *rows])
 
 
 def _row(record: dict[str, Any]) -> list[str]:
     mesh = " ".join(f"{axis}={size}" for axis, size in record["mesh"].items() if size > 1)
     rows = f"{record['rows'] // record['accumulation']} of {record['rows']}"
     needs = "more" if record["needs"] is None else f"{record['needs'] / GIB:.2f}"
-    head = [mesh, rows, record["remat"], needs, "yes" if record["fits"] else "**no**"]
+    head = [mesh, rows, needs, "yes" if record["fits"] else "**no**"]
     if "received" not in record:
         return [*head, "", "", "", ""]
     (least, most), total = times(record), received(record)

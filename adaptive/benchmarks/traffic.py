@@ -54,6 +54,8 @@ def received(exchanges: Iterable[Exchange], slice_of: np.ndarray) -> dict[str, R
 
 
 def _of(one: Exchange, slice_of: np.ndarray) -> Received:
+    if one.kind == "send":  # to the same device of another slice, which sends as much
+        return Received(0.0, float(one.bytes * one.runs))
     groups, size = slice_of[one.groups], one.bytes * one.runs
     across = len(np.unique(groups[0]))
     if one.kind == "collective-permute":

@@ -187,17 +187,31 @@ def gathered(value: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.D
     """
     names = axes[len(axes) - value.ndim :]
     small = narrowed(value, dtype) if "width" in names else value.astype(dtype)
-    # What uses experts gives their gradients as they are stored (`shard.lent`); of others XLA sees where they end up.
-    return _of_experts(small, tuple(names)) if "experts" in names else constrain(small, *whole(names))
+    # What uses experts gives their gradients as they are stored (`shard.lent`).
+    scattered = "experts" in names or ("width" in names and _scatters())
+    return _scattered(small, tuple(names)) if scattered else constrain(small, *whole(names))
+
+
+def _scatters() -> bool:
+    """Whether gradients are to be said to be split as parameters are. Left to itself XLA sums them whole over all
+    devices where there are replicas, or a parameter is used several times, and cuts them afterwards (seen for TPUs and
+    GPUs). For TPUs without replicas it finds the scatter of what is used once by itself, and being told it multiplies
+    piece by piece instead, in pieces as narrow as a device's share."""
+    current = _placement.get()
+    if current is None:
+        return False
+    platform, width = current.mesh.devices.flat[0].platform, split(current.mesh, current.rules.width)
+    replicas = batch_shards() > width
+    return width > 1 and (platform == "gpu" or (platform == "tpu" and replicas))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _of_experts(value: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+def _scattered(value: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """Gathered, with a gradient that is not."""
     return constrain(value, *whole(names))
 
 
-_of_experts.defvjp(lambda value, names: (_of_experts(value, names), None), lambda names, _, g: (constrain(g, *names),))
+_scattered.defvjp(lambda value, names: (_scattered(value, names), None), lambda names, _, g: (constrain(g, *names),))
 
 
 def whole(names: Iterable[str | None]) -> tuple[str | None, ...]:

@@ -22,9 +22,12 @@ pytestmark = pytest.mark.compiles
 
 WIDTH, VOCAB = 256, 512
 MODEL = shapes.plain(2, width=WIDTH, heads=4, kv_heads=4, head_dim=64, hidden=512, vocab_size=VOCAB)
-SETTINGS = ("mesh.data=1", "data.seq_len=256", "train.batch_size=4", "train.compute_dtype=bfloat16")
+SETTINGS = ("data.seq_len=256", "train.batch_size=4", "train.compute_dtype=bfloat16")
 # Recomputing layers sums what mixers give once more over the tensor axis: five sums for each layer in place of four.
-MESHES = {"fsdp": ("mesh.fsdp=4", "train.remat=layer"), "tensor": ("mesh.tensor=4", "train.remat=none")}
+MESHES = {
+    "fsdp": ("mesh.data=1", "mesh.fsdp=4", "train.remat=layer"),
+    "tensor": ("mesh.data=1", "mesh.tensor=4", "train.remat=none"),
+}
 
 
 @pytest.mark.parametrize("target", aot.PACKAGES)
