@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from adaptive import compile as compiling
@@ -211,7 +212,7 @@ def test_a_step_that_is_compiled_ahead_is_trained(tmp_path, monkeypatch, capfd):
     assert losses == pytest.approx(again, rel=1e-6) and len(losses) == 2
 
 
-def test_steps_are_for_what_they_were_made_for_alone(tmp_path):
+def test_steps_are_for_what_they_were_made_for_alone(tmp_path, monkeypatch):
     program = Program(load("mor_tiny").with_("train.steps=3"), make_mesh(MeshConfig(data=8)))
     (tmp_path / "step-0.bin").write_bytes(b"a program")
     phases = {"0": {"file": "step-0.bin", "sha256": hashlib.sha256(b"a program").hexdigest(), "metrics": []}}
@@ -229,6 +230,15 @@ def test_steps_are_for_what_they_were_made_for_alone(tmp_path):
     assert "remat none, here layer" in why_not("train.remat=layer")
     assert "mesh stage=1 data=8 fsdp=1" in saved.saved_steps(
         tmp_path, Program(program.recipe, make_mesh(MeshConfig(data=4, fsdp=2))))[1]  # fmt: skip
+
+    def refused(*given, **where):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: another machine")
+
+    monkeypatch.setattr(saved.serialize_executable, "deserialize_and_load", refused)
+    found, _ = saved.saved_steps(tmp_path, program)
+    with pytest.raises(UserError, match="these devices cannot load"):
+        found.load(program, 0)
+    assert found.load(program, 7) is None
     (tmp_path / "step-0.bin").write_bytes(b"another")
     assert why_not() == "step-0.bin is damaged"
     (tmp_path / "step-0.bin").unlink()

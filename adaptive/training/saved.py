@@ -44,7 +44,7 @@ class SavedSteps:
     def load(self, program: Program, begin: int) -> Compiled | None:
         """The step of the phase that begins at step `begin` (from 0); None where the folder has none.
 
-        Raises jax.errors.JaxRuntimeError where the devices cannot run it."""
+        Raises UserError where the devices cannot run it."""
         if begin not in self.phases:
             return None
         since, phase = time.perf_counter(), self.phases[begin]
@@ -52,13 +52,13 @@ class SavedSteps:
         arguments = jax.tree.structure(((state, batch), {}))
         results = jax.tree.structure((state, dict.fromkeys(phase["metrics"], 0)))
         devices = list(program.mesh.devices.flat)
-        call = serialize_executable.deserialize_and_load(
-            (self.folder / phase["file"]).read_bytes(),
-            arguments,
-            results,
-            backend=devices[0].client,
-            execution_devices=devices,
-        )
+        payload = (self.folder / phase["file"]).read_bytes()
+        where = {"backend": devices[0].client, "execution_devices": devices}
+        try:
+            call = serialize_executable.deserialize_and_load(payload, arguments, results, **where)
+        except jax.errors.JaxRuntimeError as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"--compiled: these devices cannot load {phase['file']}: {why}; leave it out") from None
         return Compiled(call, time.perf_counter() - since, True, devices[0].platform)
 
 
