@@ -31,6 +31,12 @@ class ClusterError(UserError):
     """The processes of one job cannot find each other, or disagree about the job."""
 
 
+class AbsentError(ClusterError):
+    """A process of the job did not come in time. Starting all again may mend it."""
+
+    code = 76
+
+
 class StopError(RuntimeError):
     """A run cannot go on; the message says why."""
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive.errors import ClusterError
+from adaptive.errors import AbsentError, ClusterError
 from adaptive.parallel import pods, rollcall
 from adaptive.parallel.backend import find_devices
 from adaptive.parallel.lifeline import Lifeline
@@ -186,8 +186,8 @@ def join(
     say       prints one line; default: print
 
     Raises ClusterError if the description is incomplete, the coordinator's name leads to this machine alone while the
-    job has several, its port is taken, or a process is missing when the time is up (it names which); UserError
-    if there is no such platform as JAX_PLATFORMS names.
+    job has several, or its port is taken; AbsentError if a process is missing when the time is up (it names which);
+    UserError if there is no such platform as JAX_PLATFORMS names.
     """
     say = say or (lambda line: print(line, flush=True))
     job = describe(env)
@@ -268,7 +268,7 @@ def meet(what: str) -> None:
     """Waits, within the start limit, until every process of the job is here. All must call it, in the same order.
 
     Collectives fail where one process comes half a minute after another; so it stands between what may take processes
-    different times, such as a compilation, and the first collective after it. Raises ClusterError that names who is
+    different times, such as a compilation, and the first collective after it. Raises AbsentError that names who is
     missing.
     """
     import jax
@@ -287,7 +287,7 @@ def meet(what: str) -> None:
             raise
         absent = [int(number) for number in re.findall(r"\d+", named[1])]
         who = ", ".join(f"process {i}{host_of(i)}" for i in absent)
-        raise ClusterError(
+        raise AbsentError(
             f"{what}: {who} did not come within {limit:g} s of the others (ADAPTIVE_START_LIMIT sets how many)"
         ) from None
 

@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from adaptive.errors import ClusterError
+from adaptive.errors import AbsentError, ClusterError
 
 LIMIT = "ADAPTIVE_START_LIMIT"  # the environment variable with the seconds for all processes to be there
 _REMIND_S = 15.0
+_MISSING = "missing: "  # a last word that begins so is about processes that did not come
 
 
 def resolve(coordinator: str, hosts: int, deadline: float) -> str:
     """`host:port` with the host's address in place of its name; tries until `deadline` (of time.monotonic).
 
-    Raises ClusterError if the name does not resolve, or leads to this machine alone while the job has several.
+    Raises AbsentError if the name does not resolve, ClusterError if it leads to this machine alone while the job has
+    several.
     """
     host, port = coordinator.rsplit(":", 1)
     while True:
@@ -30,7 +32,7 @@ def resolve(coordinator: str, hosts: int, deadline: float) -> str:
             break
         except socket.gaierror as error:
             if time.monotonic() > deadline:
-                raise ClusterError(f"the coordinator's name {host} does not resolve here: {error}") from None
+                raise AbsentError(f"the coordinator's name {host} does not resolve here: {error}") from None
             time.sleep(1)
     address = found[0][4][0]
     if hosts > 1 and ipaddress.ip_address(address).is_loopback:
@@ -54,7 +56,8 @@ def gather(
 ) -> Present:
     """Returns in every process once all are there; `port` is that of process 0.
 
-    Raises ClusterError, in every process that came, if one is missing at `deadline` or two have the same index.
+    Raises in every process that came AbsentError if one is missing at `deadline`, ClusterError if two have the same
+    index or believe in another number of processes.
     """
     host, own = address.rsplit(":", 1)
     if index == 0:
@@ -76,7 +79,7 @@ def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]
             absent = sorted(set(range(1, processes)) - set(present))
             now = time.monotonic()
             if now > deadline:
-                problem = (
+                problem = _MISSING + (
                     f"process {_names(absent)} of {processes} did not connect to port {port} within "
                     f"{deadline - begin:.0f} s ({LIMIT} sets how many)"
                 )
@@ -96,7 +99,7 @@ def _call(port: int, processes: int, deadline: float, say: Callable[[str], None]
     for peer, _ in present.values():
         _dismiss(peer, problem or f"ready {json.dumps([hosts, given])}")
     if problem:
-        raise ClusterError(problem)
+        raise _error(problem)
     return Present(hosts, given)
 
 
@@ -142,7 +145,7 @@ def _answer(host: str, port: int, processes: int, index: int, deadline: float, s
     while True:
         now = time.monotonic()
         if now > deadline:
-            raise ClusterError(
+            raise AbsentError(
                 f"process 0 does not answer at {host}:{port}: it did not start there, ended, or a firewall is between "
                 f"({LIMIT} sets how many seconds to wait)"
             )
@@ -161,7 +164,7 @@ def _answer(host: str, port: int, processes: int, index: int, deadline: float, s
         if word.startswith("ready "):
             return Present(*json.loads(word.removeprefix("ready ")))
         if word:
-            raise ClusterError(word)
+            raise _error(word)
         time.sleep(0.3)  # the caller went away: it may be starting again
 
 
@@ -173,6 +176,10 @@ def _last_word(caller: socket.socket, say: Callable[[str], None]) -> str:
                 return line.rstrip("\n")
             say(f"job: {line.rstrip()}")
     return ""
+
+
+def _error(word: str) -> ClusterError:
+    return AbsentError(word.removeprefix(_MISSING)) if word.startswith(_MISSING) else ClusterError(word)
 
 
 def _names(indices: list[int]) -> str:

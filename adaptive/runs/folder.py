@@ -21,10 +21,9 @@ from adaptive.optim.schedule import make_schedule
 from adaptive.paths import bucket_scheme, local_path
 from adaptive.recipe import Recipe, difference, identity_difference
 from adaptive.runs.checkpoint import steps_in
-from adaptive.runs.mirror import CHECKPOINTS, LOCK_FILE, Mirror
+from adaptive.runs.mirror import CHECKPOINTS, LOCK_FILE, RECIPE_FILE, Mirror
 from adaptive.settings import parse_json
 
-RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 
@@ -42,7 +41,7 @@ class RunFolder:
         path: str | Path,
         *,
         about: "_About | None" = None,
-        lock: "_Lock | None" = None,
+        lock: "_Lock | Mirror | None" = None,
         mirror: Mirror | None = None,
     ):
         self.path = Path(path)
@@ -56,7 +55,7 @@ class RunFolder:
         here. Raises UserError for what is neither, CheckpointError where the bucket cannot be read."""
         if not bucket_scheme(text):
             return cls(local_path(text, option))
-        mirror = Mirror(text, option)
+        mirror = Mirror(text, option, reading=True)
         mirror.pull()
         return cls(mirror.local, mirror=mirror)
 
@@ -120,33 +119,30 @@ class RunFolder:
         path = mirror.local if mirror else Path(workdir).expanduser()
         if not primary:
             return cls(path, mirror=mirror)
-        if mirror:
-            mirror.pull()
         shown = str(workdir) if mirror else str(path)
-        saved = _look(path)
-        if saved is not None:
-            steps = steps_in(mirror.checkpoints if mirror else path / CHECKPOINTS)
-            _refuse_another(shown, path / RECIPE_FILE, saved, recipe, steps)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = _Lock(path / LOCK_FILE)
-        except OSError as error:
-            raise _unwritable(path, error) from None
-        lock.take(say)
-        try:
+        with contextlib.ExitStack() as undo:
             if mirror:
-                mirror.claim(say)
-            about = _about(path)
-            if saved != recipe:
-                write_text_atomically(path / RECIPE_FILE, recipe.to_json())
-            if mirror:
-                mirror.push()
-        except CheckpointError:
-            lock.release()
-            raise
-        except OSError as error:
-            lock.release()
-            raise _unwritable(shown, error) from None
+                mirror.claim(say)  # before the files here are made anew
+                undo.callback(mirror.abandon)
+                mirror.pull()
+            saved = _look(path)
+            if saved is not None:
+                steps = steps_in(mirror.checkpoints if mirror else path / CHECKPOINTS)
+                _refuse_another(shown, path / RECIPE_FILE, saved, recipe, steps)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                lock = mirror or _Lock(path / LOCK_FILE)
+                if isinstance(lock, _Lock):
+                    lock.take(say)
+                    undo.callback(lock.release)
+                about = _about(path)
+                if saved != recipe:
+                    write_text_atomically(path / RECIPE_FILE, recipe.to_json())
+                if mirror:
+                    mirror.push()
+            except OSError as error:
+                raise _unwritable(shown, error) from None
+            undo.pop_all()
         changes = difference(saved, recipe) if saved is not None else []
         if changes:
             say(f"{shown}: settings changed since the last start: {'; '.join(changes)}")
@@ -173,13 +169,11 @@ class RunFolder:
         """Gives the claim back. May be called twice."""
         if self._lock is None:
             return
-        if self._mirror is not None:
-            try:
-                self._mirror.release()
-            except OSError as error:
-                print(f"warning: {error}; what is newer is in {self.path}", file=sys.stderr, flush=True)
-        self._lock.release()
-        self._lock = None
+        lock, self._lock = self._lock, None
+        try:
+            lock.release()
+        except OSError as error:
+            print(f"warning: {error}; what is newer is in {self.path}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "RunFolder":
         return self

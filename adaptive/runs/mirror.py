@@ -5,10 +5,12 @@ they belong, lies in a folder of the cache and is copied to the bucket when it c
 evaluation, every minute, and at the end.
 """
 
+import atexit
 import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -23,6 +25,7 @@ from adaptive.paths import bucket_path, bucket_scheme, local_path
 
 LOCK_FILE = "run.lock"
 CHECKPOINTS = "checkpoints"
+RECIPE_FILE = "recipe.json"
 PUSH_S = 60.0
 BEAT_S = 15.0  # how often a running process renews its claim
 SILENCE_S = 50.0  # a claim that is not renewed for so long has lost its process
@@ -35,14 +38,18 @@ class Mirror:
 
     address  such as gs://bucket/runs/one
     option   how the user named it; messages begin with it
+    reading  a folder for this process alone, removed at its end: the run may be trained on this machine meanwhile
 
     Raises UserError for what is no address, and where its package is not installed.
     """
 
-    def __init__(self, address: str, option: str = "--workdir"):
+    def __init__(self, address: str, option: str = "--workdir", *, reading: bool = False):
         self.remote = place_of(address, option)
         key = hashlib.sha256(str(self.remote).encode()).hexdigest()[:12]
-        self.local = cache_folder() / "runs" / f"{self.remote.name}-{key}"
+        own = f"-{os.getpid()}-{secrets.token_hex(4)}" if reading else ""
+        self.local = cache_folder() / "runs" / f"{self.remote.name}-{key}{own}"
+        if reading:
+            atexit.register(shutil.rmtree, self.local, ignore_errors=True)
         self._known: dict[str, tuple[int, int]] = {}  # size and time of change of what is in the bucket as it is here
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -53,9 +60,11 @@ class Mirror:
         return self.remote / CHECKPOINTS
 
     def pull(self) -> None:
-        """Makes the folder hold what the bucket does. Raises CheckpointError where the bucket cannot be read."""
+        """Makes the folder hold what the bucket does. Raises CheckpointError where the bucket cannot be read, or holds
+        something else than a run, which is then not copied."""
         try:
             with self._lock:
+                self._refuse_something_else()
                 shutil.rmtree(self.local, ignore_errors=True)
                 self.local.mkdir(parents=True)
                 for name, path in _files(self.remote):
@@ -63,8 +72,23 @@ class Mirror:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(path.read_bytes())
                     self._known[name] = _state(target)
+        except CheckpointError:
+            raise
         except Exception as error:  # of many kinds: no permission, no bucket, no network
-            raise CheckpointError(f"cannot read {self.remote}: {_first_line(error)}") from None
+            raise self._unreadable(error) from None
+
+    def _refuse_something_else(self) -> None:
+        names = [path.name for path in self.remote.iterdir()] if self.remote.exists() else []
+        there = sorted(name for name in names if name != LOCK_FILE and not name.startswith("."))
+        if there and RECIPE_FILE not in there:
+            shown = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "")
+            raise CheckpointError(
+                f"{self.remote} is not the folder of a run: it has no {RECIPE_FILE}, but {shown}. Nothing was changed; "
+                "choose an empty or a new --workdir"
+            )
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"cannot read {self.remote}: {_first_line(error)}")
 
     def push(self) -> None:
         """Copies what has changed here into the bucket. Raises OSError where that fails."""
@@ -91,7 +115,9 @@ class Mirror:
         """Says in the bucket that this process trains there, until `release`; from then on changes are copied by
         themselves. Raises CheckpointError where another process does, and where nothing can be written."""
         owner = self._owner()
-        if owner:
+        if _is_gone(owner):
+            say(f"{self.remote}: {_who(owner)} ended without closing this run; taking over")
+        elif owner:
             say(f"{self.remote} was last used by {_who(owner)}; watching {SILENCE_S:.0f} s whether it still is")
             due = time.monotonic() + SILENCE_S
             while time.monotonic() < due:
@@ -111,13 +137,21 @@ class Mirror:
 
     def release(self) -> None:
         """Copies what is left, and gives the claim back. Raises OSError where that fails."""
-        if self._thread is None:
-            return
-        self._stop.set()
-        self._thread.join()
-        self._thread = None
+        self._stop_beating()
         self.push()
-        self._put(self.remote / LOCK_FILE, b"{}")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Gives the claim back and copies nothing."""
+        self._stop_beating()
+        with contextlib.suppress(Exception):  # what is left there is taken over by the next
+            (self.remote / LOCK_FILE).unlink(missing_ok=True)
+
+    def _stop_beating(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _keep(self) -> None:
         beats, pushed = 0, time.monotonic()
@@ -138,6 +172,8 @@ class Mirror:
             owner = json.loads((self.remote / LOCK_FILE).read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
+        except Exception as error:
+            raise self._unreadable(error) from None
         return owner if isinstance(owner, dict) else {}
 
 
@@ -173,6 +209,22 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _who(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this machine that is no longer there."""
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
+        return False
+    if pid == os.getpid():  # one before this, in a container of the same name
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _first_line(error: Exception) -> str:

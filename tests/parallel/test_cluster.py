@@ -10,7 +10,7 @@ import time
 import jax
 import pytest
 
-from adaptive.errors import ClusterError, UserError
+from adaptive.errors import AbsentError, ClusterError, UserError
 from adaptive.parallel import cluster, pods, rollcall
 from adaptive.parallel.cluster import describe, join
 
@@ -207,6 +207,15 @@ def test_who_came_is_told_the_time_left_and_who_is_missing(monkeypatch):
 def test_nobody_at_the_coordinator():
     (ended,) = call(free_port(), 2, [1], limit_s=1)
     assert "process 0 does not answer at 127.0.0.1" in ended
+
+
+def test_who_is_missing_may_come_when_all_start_again():
+    """76, which launchers start again after, and not 2."""
+    with pytest.raises(AbsentError) as missed:
+        rollcall.gather(f"127.0.0.1:{free_port()}", 2, 0, time.monotonic(), lambda line: None)
+    assert missed.value.code == cluster.LOST
+    with pytest.raises(AbsentError, match="does not resolve"):
+        rollcall.resolve("no-such-host.invalid:1", 2, time.monotonic() - 1)
 
 
 def test_the_same_index_twice():

@@ -1,6 +1,9 @@
 """Runs and data in buckets: gs:// through TensorStore's own client and fsspec, against a server and memory here."""
 
+import json
 import logging
+import socket
+import subprocess
 
 import buckets
 import jax
@@ -138,12 +141,17 @@ def test_a_run_that_is_trained_elsewhere_is_refused(bucket, monkeypatch):
     monkeypatch.setattr(mirrors, "BEAT_S", 0.05)
     monkeypatch.setattr(mirrors, "SILENCE_S", 1.0)
     said: list[str] = []
+    monkeypatch.setattr(mirrors, "_is_gone", lambda owner: False)  # as from another machine
     first, second = Mirror(RUN), Mirror(RUN)
-    first.pull()
     first.claim(said.append)
+    first.pull()
+    (first.local / "new.txt").write_text("kept")
+    with pytest.raises(CheckpointError, match="is in use by"):
+        RunFolder.open(RUN, load("mor_tiny"), say=said.append)
+    RunFolder.at(RUN, "--checkpoint")
+    assert (first.local / "new.txt").exists()  # neither touches the files of the one that trains
     with pytest.raises(CheckpointError, match=r"gs://bucket/runs/one two is in use by process \d+ on"):
         second.claim(said.append)
-    (first.local / "new.txt").write_text("kept")
     first.release()
     assert bucket["/bucket/runs/one two/new.txt"].getvalue() == b"kept"
     said.clear()
@@ -153,17 +161,43 @@ def test_a_run_that_is_trained_elsewhere_is_refused(bucket, monkeypatch):
     second._thread.join()
     third = Mirror(RUN)
     third.claim(said.append)
-    assert "taking over" in said[-1]
-    third.release()
+    assert "watching" in said[-2] and "taking over" in said[-1]
+    third.abandon()
+    assert "/bucket/runs/one two/run.lock" not in bucket
+
+
+def test_a_lost_process_of_this_machine_is_known_at_once(bucket):
+    said: list[str] = []
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    owner = {"pid": ended.pid, "host": socket.gethostname(), "beats": 1}
+    put(bucket, f"{RUN}/run.lock", json.dumps(owner).encode())
+    run = Mirror(RUN)
+    run.claim(said.append)
+    assert len(said) == 1 and f"process {ended.pid} on {socket.gethostname()} ended" in said[0]
+    run.abandon()
+
+
+def test_what_is_no_run_is_left_as_it_is(bucket):
+    put(bucket, "gs://bucket/texts/a.txt", b"text")
+    with pytest.raises(CheckpointError, match="is not the folder of a run"):
+        RunFolder.open("gs://bucket/texts", load("mor_tiny"), say=lambda line: None)
+    assert [*bucket] == ["/bucket/texts/a.txt"]
 
 
 def test_a_bucket_that_cannot_be_written_is_told(bucket, monkeypatch):
-    def refuse(self, path, value, **_):
+    def refuse(self, path, mode, **_):
         raise PermissionError("403: no permission")
 
-    monkeypatch.setattr(buckets.Bucket, "_open", lambda self, path, mode="rb", **_: refuse(self, path, None))
+    opened = buckets.Bucket._open
+    monkeypatch.setattr(buckets.Bucket, "_open", lambda self, path, mode="rb", **_: (
+        refuse(self, path, None) if "w" in mode else opened(self, path, mode)))  # fmt: skip
     with pytest.raises(CheckpointError, match=r"cannot write to gs://bucket/runs/one two: .*403"):
         RunFolder.open(RUN, load("mor_tiny"), say=lambda line: None)
+    monkeypatch.setattr(buckets.Bucket, "_open", refuse)
+    for read in (lambda: RunFolder.open(RUN, load("mor_tiny"), say=print), Mirror(RUN)._owner):
+        with pytest.raises(CheckpointError, match=r"cannot read gs://bucket/runs/one two: 403"):
+            read()
 
 
 # Data
