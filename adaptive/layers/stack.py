@@ -59,7 +59,8 @@ class Settings:
         """Why the layers cannot be split into so many parts, and which numbers can be; empty where they can."""
         if self.units % (stages * groups) == 0:
             return ""
-        what = "layers" if len(self.blocks) == 1 else f"repeats of its pattern of {self.pattern} layers"
+        unit = ("layer" if len(self.blocks) == 1 else "repeat") + "s" * (self.units > 1)
+        what = unit if len(self.blocks) == 1 else f"{unit} of its pattern of {self.pattern} layers"
         fits = [d // groups for d in divisors(self.units) if d % groups == 0]
         given = f"mesh.stage={stages}" + (f" with mesh.stage_groups={groups}" if groups > 1 else "")
         which = f"it can be {', '.join(map(str, fits))}" if fits else "no number of stages does"
