@@ -81,9 +81,13 @@ class Killer:
         self._done.set()
         self._thread.join()
 
+    def pause(self) -> bool:
+        """Waits for the next failure; whether the run has ended meanwhile."""
+        return self._done.wait(self._mtbf if self._even else self._random.expovariate(1 / self._mtbf))
+
     def _kill(self) -> None:
         while self._most is None or len(self.failures) < self._most:
-            if self._done.wait(self._mtbf if self._even else self._random.expovariate(1 / self._mtbf)):
+            if self.pause():
                 return
             alive = [process for process in list(self._running) if process.popen.poll() is None]
             if not alive:
