@@ -120,6 +120,7 @@ def opened(monkeypatch) -> Iterator[dict]:
     from etils.epath import backend
 
     Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
     for scheme in ("gs", "gcs", "s3"):
         fsspec.register_implementation(scheme, Bucket, clobber=True)
     backend.fsspec_backend._get_filesystem.cache_clear()
