@@ -351,7 +351,8 @@ def test_identity_is_every_setting_but_a_short_list(name):
 def _other_value(kind, value) -> str | None:
     """Another value as an override spells it; None of a node that can be one thing alone."""
     if is_choice(kind):
-        others = [text for text in expected(kind).removeprefix("one of ").split(", ") if text not in (value, "true")]
+        now = {None: "none", True: "true"}.get(value, value)
+        others = [text for text in expected(kind).removeprefix("one of ").split(", ") if text != now]
         return others[0] if others else None
     if kind is bool:
         return str(not value).lower()
