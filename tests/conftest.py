@@ -35,7 +35,7 @@ LONG = tuple(
         "test_every_recipe", "training/test_resume", "parallel/test_hnet_sharding", "parallel/test_sharding",
         "models/test_properties", "interop/test_official_mor", "test_no_dead_options", "models/test_hnet",
         "interop/test_official_hnet", "models/test_recursion", "models/test_hnet_composition", "test_scripts",
-        "runs/test_checkpoint_processes",
+        "runs/test_checkpoint_processes", "training/test_several_processes",
     )
 )  # fmt: skip
 COMPILED = "/jax/core/compile/backend_compile_duration"  # heard for each program, also where the cache on disk holds it
