@@ -38,15 +38,17 @@ MODELS = {
     "experts": shapes.recursive(4, 2, ends=0, shared="mixers", pattern=[ROUTED], **SHAPE),
     "recursive": shapes.recursive(6, 2, **SHAPE),
     "mor": shapes.mor(4, 2, ends=0, **SHAPE),
+    "hnet": shapes.hnet(("m1", ("T2",), "t1"), vocab_size=VOCAB),
 }
 # Micro-batches of the step on one device; those of a pipeline, or the whole batch where passes are apart.
 CASES = [
     ("plain", "mesh.stage=4", 8),
     ("untied", "mesh.stage=2 mesh.stage_groups=2 mesh.tensor=2", 4),
-    ("hybrid", "mesh.stage=2 mesh.data=2", 4),
+    ("hybrid", "mesh.stage=2", 4),
     ("experts", "mesh.stage=2", 2),
     ("recursive", "mesh.stage=2 mesh.fsdp=2", 4),
     ("mor", "mesh.stage=2 mesh.data=2", 1),
+    ("hnet", "mesh.stage=2", 1),
 ]
 
 
