@@ -51,7 +51,7 @@ def routed() -> stack.Settings:
 
 
 def recursive(**settings):
-    return shapes.recursive(4, 2, **ATTENDS, **settings).body
+    return shapes.recursive(2, 2, ends=0, **ATTENDS, **settings).body
 
 
 PLAIN = hnet(capacities=(0.5,))
@@ -62,7 +62,7 @@ MODELS = {
     "device": hnet(TWO_STAGES, widths=(16, 16, 24), chunker=RATIO, merge="sum", packing="device"),
     "mor": hnet(("m1", recursive(depth=expert_choice.Settings(alpha=1.0)), "m1"), capacities=(0.6,)),
     "mor_token": hnet(("t1", recursive(depth=LOSS_FREE), "m1")),
-    "experts": shapes.with_body(hnet(("m1", plain.Settings(routed()), "m1")), encoder=routed()),
+    "experts": hnet(("m1", plain.Settings(routed()), "m1")),
 }
 CASES = [
     ("one stage", REPLICAS), ("one stage", MIXED), ("device", CONTEXT), ("mor", CONTEXT), ("mor_token", CONTEXT),

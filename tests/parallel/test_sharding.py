@@ -64,12 +64,12 @@ MODELS = {
     "recursive": shapes.recursive(4, 2, **SHAPE),
     "mor": shapes.mor(4, 2, **SHAPE),
     "mor_token": shapes.mor(4, 2, LOSS_FREE, ends=0, **SHAPE),
-    "mor_mamba": shapes.mor(4, 2, UNEVEN, pattern=[shapes.block(mixer="mamba2", **ATTENDS)], **SHAPE),
-    "mod": shapes.recursive(4, 2, depth="mixture_of_depths", **SHAPE),
+    "mor_mamba": shapes.mor(2, 2, UNEVEN, ends=0, pattern=[shapes.block(mixer="mamba2", **ATTENDS)], **SHAPE),
+    "mod": shapes.recursive(2, 2, ends=0, depth="mixture_of_depths", **SHAPE),
     "moe": shapes.plain(2, feed_forward=routed(expert_choice.Settings()), **SHAPE),
     "moe_token": shapes.plain(2, feed_forward=routed(BIASED), **SHAPE),
     "mor_moe": shapes.mor(
-        4, 2, shared="mixers", pattern=[shapes.block(feed_forward=routed(BIASED), **ATTENDS)], **SHAPE
+        2, 2, ends=0, shared="mixers", pattern=[shapes.block(feed_forward=routed(BIASED), **ATTENDS)], **SHAPE
     ),
 }
 CASES = [
