@@ -23,11 +23,11 @@ def devices(target: str) -> list:
     return targets.devices_of(targets.Topology(target, 4))
 
 
-def run(script: str, target: str) -> str:
-    """What the script prints for the target. Skips the test where the target's compiler is not installed."""
+def run(script: str, target: str, *more: str) -> str:
+    """What the script prints for the target and `more`. Skips the test where the target's compiler is not installed."""
     if not targets.can_compile(target):
         pytest.skip(f"compiling for {target} needs {targets.TARGETS[target].package[1]}, which is not installed")
-    command, env = [sys.executable, script, target], targets.environment()
+    command, env = [sys.executable, script, target, *more], targets.environment()
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

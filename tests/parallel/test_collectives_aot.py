@@ -1,7 +1,9 @@
 """A train step that computes in bfloat16, compiled for TPUs and GPUs: what its collectives move."""
 
 import json
+import math
 import os
+import re
 import sys
 
 import aot
@@ -11,6 +13,7 @@ import pytest
 import shapes
 from meshes import COLLECTIVES, RECORD
 
+from adaptive import targets
 from adaptive.benchmarks import traffic
 from adaptive.benchmarks.aot import ABORTS, EFFORT
 from adaptive.benchmarks.compiled_text import Text
@@ -43,6 +46,14 @@ def test_what_a_device_receives(target):
     assert_recorded(target, {mesh: about["collectives"] for mesh, about in found.items()})
 
 
+def test_between_slices_there_are_shares_of_gradients_alone():
+    """Two slices of four TPUs: sums are scattered within each, and no more leaves it than their shares,
+    a quarter of whole sums."""
+    found = json.loads(aot.run(__file__, "v5e", "slices").splitlines()[-1])
+    assert found["groups"] == ["{{0,1,2,3}}"]
+    assert 0 < found["sent"] <= found["scattered"]
+
+
 def assert_recorded(target, found):
     version, recorded = ".".join(jax.__version__.split(".")[:2]), json.loads(COLLECTIVES.read_text())
     if os.environ.get("ADAPTIVE_RECORD"):
@@ -53,9 +64,26 @@ def assert_recorded(target, found):
         assert found == recorded[version][f"aot_{target}"], message
 
 
-def main(target):
+def main(target, what="meshes"):
+    if what == "slices":
+        return print(json.dumps(between_slices(targets.Topology(target, 8, 2))))
     jax.config.update("jax_exec_time_optimization_effort", 0.0 if target in ABORTS else EFFORT)
     print(json.dumps({name: compiled(target, mesh) for name, mesh in MESHES.items()}))
+
+
+def between_slices(topology):
+    """Of a step: groups of the collectives within slices, bytes of what they scatter, and bytes that are sent on."""
+    recipe = Recipe(name="made", model=MODEL).with_(*SETTINGS)
+    recipe = recipe.with_("mesh.data=2", "mesh.fsdp=4", "mesh.slices=2", "train.batch_size=8")
+    program = Program(recipe, make_mesh(recipe.mesh, targets.devices_of(topology)))
+    text = program.compile_train_step().call.as_text()
+    moved = hlo.moved(text)
+    sent = re.findall(r"= \((\w+)\[([\d,]*)\].* send\(", text)
+    return {
+        "groups": sorted({*re.findall(r"replica_groups=(\{\{.*?\}\})", text)}),
+        "scattered": sum(size for kind, size in moved.items() if kind.startswith("reduce-scatter")),
+        "sent": sum(hlo.BYTES[kind] * math.prod(map(int, shape.split(","))) for kind, shape in sent),
+    }
 
 
 def compiled(target, mesh):
@@ -72,4 +100,4 @@ def compiled(target, mesh):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
