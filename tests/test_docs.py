@@ -17,7 +17,8 @@ from adaptive.data.config import DATA_PRESETS, DataConfig
 from adaptive.errors import RecipeError
 
 FILES = {".py", ".jsonl", ".json", ".txt", ".md", ".html", ".yaml"}
-COMMANDS_OF = {"evaluation": "evaluate", "machines": "compile", "studies": "study"}  # pages that are not called as their command
+# Pages that are not called as their command.
+COMMANDS_OF = {"evaluation": "evaluate", "machines": "compile", "studies": "study"}
 NEEDS = "# needs "  # how a block begins that needs files, a network or a trained run
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

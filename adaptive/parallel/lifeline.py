@@ -16,7 +16,7 @@ _STOPPED = "stopped "  # and who
 
 
 class Lifeline:
-    """`lost` is called once, from a thread, with who has gone, "process 2 on host-b", and whether that was asked to stop.
+    """`lost` is called once, from a thread, with who has gone, "process 2 on host-b", and whether it was asked to stop.
 
     Make it with `listen` on process 0 and with `connect` on the others.
     """
