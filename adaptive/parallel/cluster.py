@@ -293,7 +293,7 @@ def meet(what: str) -> None:
 
 
 def host_of(index: int) -> str:
-    """" on HOST" of a process of this job; empty where it is not known."""
+    """ " on HOST" of a process of this job; empty where it is not known."""
     return f" on {_Job.hosts[index]}" if index < len(_Job.hosts) else ""
 
 
