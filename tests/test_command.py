@@ -168,7 +168,7 @@ def test_each_command_is_there_and_tells_its_options(capsys):
             assert capsys.readouterr().out.startswith(f"usage: adaptive {name} [-h]")
 
 
-AT = "gs://bucket/run"
+AT = "ftp://host/run"
 RELEASED = {"--tensors": "t", "--config": "c", "--workdir": "w"}
 
 
