@@ -128,7 +128,8 @@ def run(arguments: Sequence[str]) -> int:
         return code
     found = measured(folder, wall, killer.failures)
     (folder / "chaos.json").write_text(
-        json.dumps({"mtbf": given.mtbf, "even": given.even, "seed": given.seed, **found}, indent=2) + "\n"
+        json.dumps({"mtbf": given.mtbf, "even": given.even, "seed": given.seed, **found}, indent=2) + "\n",
+        encoding="utf-8",
     )
     print("\n" + "\n".join(told(found)), flush=True)
     return 0 if found["same"] else 1
@@ -181,13 +182,13 @@ def ended(workdir: Path) -> dict[str, Any]:
     newest = max(
         (path for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()), key=lambda p: int(p.name)
     )
-    about = json.loads((newest / "about" / "metadata").read_text())
+    about = json.loads((newest / "about" / "metadata").read_text(encoding="utf-8"))
     return {name: about[name] for name in ("step", "digest", "data_state")}
 
 
 def step_times(workdir: Path) -> list[float]:
     """Seconds of a step in each row of metrics."""
-    rows = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+    rows = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [row["step_ms"] / 1e3 for row in rows if row.get("step_ms")]
 
 

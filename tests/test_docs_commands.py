@@ -148,14 +148,14 @@ def reducing(desk, monkeypatch):
     whole_train, whole_save, whole_measure = train.train, convert.save, train_step.measure
     whole_mesh, whole_steps = mesh.make_mesh, program.Steps
 
-    def short_train(recipe, folder, arguments=()):
+    def short_train(recipe, folder, arguments=(), compiled=None):
         converted = arguments[1].startswith("runs/")  # tests/test_convert.py trains one
         run = "--workdir" in arguments and not converted
         new = "--dry_run" in arguments or parts(recipe.model) not in known_parts()
         alone = recipe.mesh.data == -1 and recipe.mesh.fsdp == recipe.mesh.tensor == recipe.mesh.expert == 1
         monkeypatch.setattr(fitting, "Steps", whole_steps if run or (new and alone) else NotCompiled)
         less = small(recipe, shrink=not converted)
-        return whole_train(less, folder if run else None, arguments)
+        return whole_train(less, folder if run else None, arguments, compiled)
 
     def short_measure(recipes, **how):
         return whole_measure([small(recipe) for recipe in recipes], **how | {"repeats": 1, "steps_per_repeat": 1})

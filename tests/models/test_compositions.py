@@ -26,4 +26,4 @@ def test_passes_share_mixers_and_have_experts_of_their_own():
     own = made("mor_moe_per_pass_tiny").body.core.blocks[0]
     assert own.mixer.q.shape[:1] == (1,) and own.feed_forward.experts.up.shape[:2] == (3, 1)
     axes = [param.get_metadata()["axes"][0] for param in (own.mixer.q, own.feed_forward.experts.up)]
-    assert axes == ["layers", "uses"]
+    assert axes == ["stages", "uses"]
