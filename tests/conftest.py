@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Threads of XLA's CPU client. With one per device, independent collectives of one device can hold two of them, and the
 # device that finds none never arrives.
 os.environ.setdefault("NPROC", "32")
+# What starts the tests may ignore these (nohup, a shell's background): their processes then would, too.
+for each, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(each) is signal.SIG_IGN:
+        signal.signal(each, action)
 # Tracing makes many objects that live: Python's default of a collection per 700 of them costs a tenth of the time.
 gc.set_threshold(100_000, 20, 50)
 

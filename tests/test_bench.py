@@ -1,5 +1,6 @@
 """The measurement's arithmetic, its refusals, and one run from end to end. No assertion is about time."""
 
+import itertools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from adaptive import bench
 from adaptive.account import account, recursion_capacities
-from adaptive.benchmarks import peers, train_step
+from adaptive.benchmarks import data, peers, train_step
 from adaptive.recipe import load
 
 pytestmark = pytest.mark.compiles
@@ -123,3 +124,12 @@ def test_peers_say_what_they_need(monkeypatch, capsys):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
     assert bench.main(["peers", "--recipes", "mor_tiny"]) == 2
     assert "mor_tiny is no plain transformer" in capsys.readouterr().err
+
+
+def test_reading_is_measured_beside_plain_loops(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ADAPTIVE_CACHE", str(tmp_path))
+    whole = data.parts
+    monkeypatch.setattr(data, "parts", lambda given: itertools.islice(whole(given), 1))
+    assert bench.main(["data", "--seconds", "0.1", "--turns", "1", "--workers"]) == 0
+    shown = capsys.readouterr().out
+    assert "stored, rows of 256" in shown and all(way in shown for way in ("row by row", "nanoGPT's loop", "ours"))

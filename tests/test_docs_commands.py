@@ -66,6 +66,11 @@ ELSEWHERE = {
     "python -m adaptive.bench peers": "torch and transformers; it fails where the two sides do not agree",
     "python -m adaptive.convert --uptrain": "a run of SmolLM2; tests/interop/test_uptraining.py has one of its own",
     "python -m adaptive.train --recipe runs/mor_smol": "what that makes",
+    "python -m adaptive.bench data": "half a minute of reading; tests/test_bench.py has one of it",
+    "adaptive compile --recipe": "minutes, and compilers; tests/test_compile.py compiles for devices of a CPU",
+    "adaptive compile ...": "the same",
+    "adaptive compile --kept": "a folder of the repository; tests/test_compile.py makes its tables",
+    "adaptive train --recipe mor_360m --compiled": "what that keeps; tests/test_compile.py trains one",
     "adaptive study ladder --workdir": "hours; tests/sweeps/test_study.py makes a quick one of runs that it pretends",
     "adaptive launch --processes": "processes of their own; tests/parallel/test_two_processes.py starts some",
 }

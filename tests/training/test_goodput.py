@@ -72,7 +72,7 @@ def test_an_attempt_goes_on_from_those_before_and_is_rewritten_now_and_then(tmp_
 
 def test_a_process_knows_when_it_began(monkeypatch):
     assert 0 <= goodput.time.time() - goodput.process_began() < 1e6
-    monkeypatch.setattr(goodput, "Path", lambda name: types.SimpleNamespace(read_text=lambda: "?"))
+    monkeypatch.setattr(goodput, "Path", lambda name: types.SimpleNamespace(read_text=lambda **_: "?"))
     assert abs(goodput.time.time() - goodput.process_began()) < 60
 
 

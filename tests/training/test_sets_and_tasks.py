@@ -31,7 +31,7 @@ def test_a_run_scores_its_sets_and_tasks_and_keeps_its_best_checkpoint(tmp_path,
     )  # fmt: skip
     whole = Loop.evaluate
     monkeypatch.setattr(
-        Loop, "evaluate", lambda loop, state, step: whole(loop, state, step) and {2: 1.0}.get(step, 2.0)
+        Loop, "evaluate", lambda loop, state, step, **how: whole(loop, state, step, **how) and {2: 1.0}.get(step, 2.0)
     )
     assert train.train(recipe, tmp_path / "run") == 0
     found = [row for row in read_rows(tmp_path / "run") if is_evaluation(row)]

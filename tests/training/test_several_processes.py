@@ -103,7 +103,7 @@ def test_a_run_goes_from_four_processes_to_two_to_one(tmp_path, monkeypatch, cap
         codes, output = job.run(starter, 4, "mesh.expert=4", "train.steps=3")
         assert codes == [0] * 4, output
         codes, output = job.run(starter, 2, "mesh.context=2", "train.steps=5")
-        assert codes == [0] * 2 and "from step 3" in output, output
+        assert codes == [0] * 2 and "from step 3" in output and "mesh.expert: 4 -> 1" in output, output
         codes, output = job.run(starter, 1, "train.steps=8")
         assert codes == [0] and "from step 5" in output, output
         codes, output = alone.run(starter, 1, "train.steps=8")
