@@ -12,8 +12,9 @@ import pytest
 
 from adaptive import targets
 
+ALL = os.environ.get("ADAPTIVE_AOT") == "all"  # every target and case
 PACKAGES = ("v5e", "h200")  # what every run compiles for; the others are slow, and single kernels behave alike on them
-if os.environ.get("ADAPTIVE_AOT") == "all":
+if ALL:
     PACKAGES = tuple(targets.TARGETS)
 KERNEL = {name: "__gpu$xla.gpu.triton" if name == "h200" else "tpu_custom_call" for name in targets.TARGETS}
 
