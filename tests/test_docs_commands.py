@@ -71,6 +71,7 @@ ELSEWHERE = {
     "adaptive compile ...": "the same",
     "adaptive compile --kept": "a folder of the repository; tests/test_compile.py makes its tables",
     "adaptive train --recipe mor_360m --compiled": "what that keeps; tests/test_compile.py trains one",
+    "adaptive train --recipe runs/one/recipe.json --init_from": "compiles long; tests/models/test_low_rank.py",
     "adaptive study ladder --workdir": "hours; tests/sweeps/test_study.py makes a quick one of runs that it pretends",
     "adaptive launch --processes": "processes of their own; tests/parallel/test_two_processes.py starts some",
 }
