@@ -24,6 +24,8 @@ from adaptive.errors import UserError
 from adaptive.paths import local_path
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from adaptive.inference.sampling import Sampler
     from adaptive.recipe import Recipe
     from adaptive.runs.load import Trained
@@ -113,16 +115,16 @@ def generate(given: argparse.Namespace, begin: float) -> int:
     trained = load(found, ema=given.ema)
     if trained.refuse_generation:
         raise UserError(f"{found.recipe.name} cannot generate: {trained.refuse_generation}")
-    texts = prompts or [found.recipe.log.sample_prompt]
-    for text in texts:
-        prompt_tokens(trained.tokenizer, text)  # raises where there is nothing to read
+    texts = [] if given.interactive else prompts or [found.recipe.log.sample_prompt]
+    encoded = [(text, prompt_tokens(trained.tokenizer, text)) for text in texts]
     tell(f"{found.recipe.name}, step {trained.step}, on {jax.local_devices()[0].device_kind}")
-    sampler = sampler_of(given, trained, 1 if given.interactive else len(texts))
+    sampler = sampler_of(given, trained, len(texts) or 1)
     if not given.interactive:
-        return command.INTERRUPTED if continued(given, trained, sampler, texts, begin) else 0
+        return command.INTERRUPTED if continued(given, trained, sampler, encoded, begin) else 0
     tell("a text in each line; Ctrl-C ends a continuation, Ctrl-D all of it")
     for turn, text in enumerate(asked()):
-        continued(given, trained, sampler, [text], time.perf_counter(), turn)
+        begin = time.perf_counter()
+        continued(given, trained, sampler, [(text, prompt_tokens(trained.tokenizer, text))], begin, turn)
     return 0
 
 
@@ -140,18 +142,17 @@ def continued(
     given: argparse.Namespace,
     trained: "Trained",
     sampler: "Sampler",
-    texts: Sequence[str],
+    encoded: Sequence[tuple[str, "np.ndarray"]],
     begin: float,
     turn: int = 0,
 ) -> bool:
-    """Continues and shows texts together; whether Ctrl-C ended it. turn: of an interactive command, whose draws
-    differ."""
+    """Continues and shows texts together, each given with its tokens; whether Ctrl-C ended it. turn: of an interactive
+    command, whose draws differ."""
     import jax
 
-    from adaptive.inference.sampling import prompt_tokens
     from adaptive.inference.show import Show, tell
 
-    ids = [prompt_tokens(trained.tokenizer, text) for text in texts]
+    texts, ids = zip(*encoded, strict=True)
     longest, trained_on = max(map(len, ids)) + given.tokens, trained.recipe.data.seq_len
     if longest > trained_on:
         tell(f"note: up to {longest} tokens, but it was trained on sequences of {trained_on}")
