@@ -37,7 +37,7 @@ class Made(NamedTuple):
 
     logprob    natural logarithm of its probability by the model, before any rule of drawing
     likeliest  (token, logprob) of the likeliest, in that order
-    depth      passes that it took once it was computed itself; 1 where tokens choose none. None: it never was, as the last
+    depth      passes that it took when it was computed in its turn (1 where none chooses); None: the last never was
     begins     whether it begins a chunk, of each stage of an H-Net
     flops      of matmuls that it cost; None: as `depth`
     """
