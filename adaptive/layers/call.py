@@ -16,7 +16,7 @@ Rule = Literal["train", "causal"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "key", "layer", "previous", "given", "passes", "experts_per_token"],
+    data_fields=["step", "key", "layer", "previous", "given", "passes", "experts_per_token", "mask_ratio"],
     meta_fields=["rule", "sees", "limited", "training", "counts", "keep", "writes", "rows"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Call:
     passes    of a recursion: how many there are at most, a number, or i32[] traced where all positions take the same;
               None: as the settings say
     experts_per_token  i32[rows]: average in each row, for routers whose experts take tokens; None: as the settings say
+    mask_ratio  f32[rows]: share of each row's tokens that are hidden, for routers whose capacity follows it; None: no
+              objective says
     rows      decoding of one position per row: how many rows with a new chunk a network inside an H-Net computes at
               once; 0: all rows
     """
@@ -58,6 +60,7 @@ class Call:
     given: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     passes: int | jax.Array | None = None
     experts_per_token: jax.Array | None = None
+    mask_ratio: jax.Array | None = None
     rows: int = 0
 
     def replace(self, **changes: Any) -> "Call":

@@ -75,12 +75,12 @@ def forward(
     shards = batch_shards()
     n = max(d for d in divisors(x.shape[0] // shards) if d <= MOST * stages) if x.shape[0] % shards == 0 else 1
     deal = lambda tree: jax.tree.map(lambda a: dealt(a, n), tree)  # noqa: E731
-    by_row = deal((where, call.given, call.experts_per_token))
+    by_row = deal((where, call.given, call.experts_per_token, call.mask_ratio))
 
     def stage(own: Any, x: Any, at: At) -> tuple[Any, Tales]:
-        here, given, wanted = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, at.micro, 0, False), by_row)
+        here, given, wanted, ratio = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, at.micro, 0, False), by_row)
         key = call.key if call.key is None or n == 1 else jax.random.fold_in(call.key, at.micro)
-        mine = call.replace(given=given, experts_per_token=wanted, key=key, previous=x[1])
+        mine = call.replace(given=given, experts_per_token=wanted, mask_ratio=ratio, key=key, previous=x[1])
         y, _, told, previous = run(own, x[0], here, mine.replace(layer=call.layer + at.stage * layers), None)
         return (y, previous), told
 

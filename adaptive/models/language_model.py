@@ -133,6 +133,7 @@ class LanguageModel(nnx.Module):
         key: jax.Array | None = None,
         passes: int | jax.Array | None = None,
         experts_per_token: jax.Array | None = None,
+        mask_ratio: jax.Array | None = None,
         logits: bool = True,
     ) -> Output:
         """One forward pass.
@@ -154,6 +155,8 @@ class LanguageModel(nnx.Module):
                        parameters are shared; else refused, or NaN where it is traced
         experts_per_token  i32[batch], the average in each sequence, for the router expert_choice: its experts take so
                        many tokens of a sequence or chunk, up to its `most_per_token`; None: as the settings say
+        mask_ratio     f32[batch], the share of each row's tokens that are hidden, which the `schedule` of the router
+                       expert_choice follows; None: it takes `experts_per_token`
         logits         False leaves them out, for a loss that computes them in chunks from `hidden` and `head_weight`
         """
         where, call = self.asked(
@@ -169,6 +172,7 @@ class LanguageModel(nnx.Module):
             key=key,
             passes=passes,
             experts_per_token=experts_per_token,
+            mask_ratio=mask_ratio,
         )
         through = self._computed_with()(self.embedded(tokens, where), where, call)
         return self._output(through.hidden, through.aux, through.trace, logits)
@@ -188,6 +192,7 @@ class LanguageModel(nnx.Module):
         key: jax.Array | None = None,
         passes: int | jax.Array | None = None,
         experts_per_token: jax.Array | None = None,
+        mask_ratio: jax.Array | None = None,
     ) -> tuple[Where, Call]:
         """The positions of a forward pass, and what it is about; arguments as of a call."""
         if valid is not None:
@@ -203,6 +208,7 @@ class LanguageModel(nnx.Module):
             given=given,
             passes=passes,
             experts_per_token=experts_per_token,
+            mask_ratio=mask_ratio,
         )
         shape = (tokens.shape[0], tokens.shape[1])
         if positions is None and not self.settings.body.counts_documents():

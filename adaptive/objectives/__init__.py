@@ -17,12 +17,14 @@ class Inputs(NamedTuple):
     targets  i32[batch, seq], each predicted at its position
     weights  f32[batch, seq] of each target in the sum
     taught   what a teacher expects there; None: there is none
+    mask_ratio  f32[batch]: share of each row's tokens that are hidden, exactly; None: nothing is
     """
 
     tokens: jax.Array
     targets: jax.Array
     weights: jax.Array
     taught: Any = None
+    mask_ratio: jax.Array | None = None
 
 
 class Loss(NamedTuple):

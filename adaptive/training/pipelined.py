@@ -148,6 +148,7 @@ class _Parts:
             deterministic=False,
             sees="past" if task.aim.causal else "all",
             key=key,
+            mask_ratio=inputs.mask_ratio,
             **task.options,
         )
         return model, inputs, where, call

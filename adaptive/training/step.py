@@ -252,6 +252,7 @@ def _through(model: Any, aim: Objective, inputs: Inputs, batch: Batch, segmented
         segment_ids=batch.segment_ids if segmented else None,
         boundaries=batch.boundaries,
         sees="past" if aim.causal else "all",
+        mask_ratio=inputs.mask_ratio,
         logits=False,
         **options,
     )

@@ -45,6 +45,7 @@ class Context(NamedTuple):
     noise      draws in place of those of the key; read, as the key is, in training alone
     segments   i32[batch, seq]  documents, 0 is padding; None: one document per row
     limit      i32[batch]  average experts per token of each sequence, for expert choice; None: as the settings say
+    mask_ratio  f32[batch]  share of each sequence's tokens that are hidden, which expert choice's schedule follows
     """
 
     present: jax.Array | None = None
@@ -54,6 +55,7 @@ class Context(NamedTuple):
     key: jax.Array | None = None
     segments: jax.Array | None = None
     limit: jax.Array | None = None
+    mask_ratio: jax.Array | None = None
     noise: Noise = Noise()
 
     def drawn(self, given: jax.Array | None, draw: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
@@ -113,6 +115,7 @@ class RoutedLayer(FeedForwardModule):
             key=call.key,
             segments=where.segments,
             limit=call.experts_per_token,
+            mask_ratio=call.mask_ratio,
         )
         y, routing = self.routed(x, context)
         losses, made = self._trained(routing.losses), routing.dispatch
