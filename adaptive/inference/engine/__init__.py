@@ -1,0 +1,311 @@
+"""Continuous batching: requests come and go while the rows of one model are computed together.
+
+A thread of its own runs the compiled programs and reads what they did one launch late, so that the device need not wait
+for it. What a request is answered depends on itself alone: on its prompt, its rules of drawing and its seed.
+"""
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import numpy as np
+from flax import nnx
+
+from adaptive.errors import RecipeError
+from adaptive.inference.engine.slots import LIKELIEST, Programs, Told, asked_of
+from adaptive.inference.engine.tickets import Row, Ticket
+from adaptive.inference.requests import Full, Made, Reason, Request
+from adaptive.inference.sampling import Marker, marker_of
+from adaptive.runs.load import Trained
+
+log = logging.getLogger(__name__)
+SHORT = 16  # tokens of the shorter of the two programs that read prompts
+
+
+class Engine:
+    """Computes requests together (`requests.Engine`).
+
+    rows    sequences that are computed at once
+    length  tokens of a sequence at most, its prompt included
+    queue   requests that may wait for a row
+    piece   tokens of a prompt that are read at once, between two steps of the other rows
+    vocab, marker  as of `sampling.Sampler`
+    group   rows with a new chunk that the network inside an H-Net computes at once; 0: all rows at every token
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        state: Any,
+        *,
+        rows: int = 8,
+        length: int = 1024,
+        queue: int = 256,
+        piece: int = 64,
+        vocab: int | None = None,
+        marker: Callable[[], Marker] | None = None,
+        group: int = 0,
+    ):
+        model = nnx.merge(graphdef, state)
+        if reason := model.refuse_generation() or model.refuse_cache():
+            raise RecipeError(reason)
+        longest = model.settings.positions or length
+        self.rows, self.length, self._queue, self._piece = rows, min(length, longest), queue, max(piece, SHORT)
+        self._vocab = model.settings.vocab_size if vocab is None else vocab
+        self._marker = marker
+        # Whatever is read, all of a piece needs room.
+        self._programs = Programs(graphdef, state, rows=rows, room=self.length + self._piece, vocab=vocab, group=group)
+        self._slots = self._programs.empty()
+        self._held: list[Row | None] = [None] * rows
+        self._markers: dict[Ticket, Marker] = {}
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._unread: collections.deque[tuple[Told, list[Row | None]]] = collections.deque()
+        self._changed = threading.Condition()
+        self._closing: str = ""  # "finish" or "drop"
+        self._error: BaseException | None = None
+        self._figures: collections.Counter[str] = collections.Counter()
+        self._rate, self._settled = 0.0, 0.0  # tokens per second of late; when a launch was last read
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def of(cls, trained: Trained, **options: Any) -> Self:
+        """The engine of a trained model; options of the constructor. Raises RecipeError where it cannot generate."""
+        if trained.refuse_generation:
+            raise RecipeError(f"{trained.recipe.name} cannot generate: {trained.refuse_generation}")
+        stages = len(trained.recipe.model.facts().chunking)
+        rows = options.get("rows", 8)
+        options.setdefault("group", max(1, rows // 4) if stages else 0)
+        options.setdefault("vocab", trained.tokenizer.vocab_size)
+        options.setdefault("marker", marker_of(trained.recipe, trained.tokenizer))
+        return cls(trained.graphdef, trained.state, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self.close(finish=kind is None)
+
+    # Called by any thread
+
+    def refuse(self, request: Request) -> str:
+        n, ids = len(request.prompt), np.asarray(request.prompt)
+        if n == 0:
+            return "the prompt is empty: give at least one token"
+        if ids.min() < 0 or ids.max() >= self._vocab:
+            return f"the prompt has ids outside of the vocabulary, 0 to {self._vocab - 1}"
+        if request.tokens < 1:
+            return f"tokens={request.tokens}: ask for at least 1"
+        if n + request.tokens > self.length:
+            return (
+                f"{n} tokens of the prompt and {request.tokens} to make are {n + request.tokens}; a sequence has at "
+                f"most {self.length}"
+            )
+        if not 0 <= request.likeliest <= LIKELIEST:
+            return f"likeliest={request.likeliest}: 0 to {LIKELIEST} can be told"
+        if not 0 <= request.seed < 2**32:
+            return f"seed={request.seed}: must be 0 to {2**32 - 1}"
+        return ""
+
+    def submit(self, request: Request) -> Ticket:
+        if reason := self.refuse(request):
+            raise ValueError(reason)
+        with self._changed:
+            if self._error is not None:
+                raise RuntimeError(f"the engine failed: {self._error}") from self._error
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if len(self._waiting) >= self._queue:
+                raise Full(f"{self._queue} requests wait already", self._until_room())
+            ticket = Ticket(request, self._wake)
+            self._waiting.append(ticket)
+            self._figures["requests"] += 1
+            self._changed.notify_all()
+        return ticket
+
+    def figures(self) -> dict[str, float]:
+        with self._changed:
+            counted = dict(self._figures)
+            state = {
+                "waiting": len(self._waiting),
+                "running": sum(row is not None for row in self._held),
+                "rows": self.rows,
+                "tokens_per_second": self._rate,
+            }
+        names = ("requests", "tokens", "prompt_tokens", "passes", "launches", "rows_launched", "rows_computed")
+        ends = tuple(f"ended_{reason}" for reason in Reason.__args__)  # type: ignore[attr-defined]
+        return dict.fromkeys((*names, *ends), 0.0) | counted | state
+
+    def close(self, *, finish: bool = True) -> None:
+        with self._changed:
+            self._closing = self._closing or ("finish" if finish else "drop")
+            if not finish:
+                self._closing = "drop"
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _until_room(self) -> float:
+        """Seconds in which the first of the sequences that run should end."""
+        left = [row.ticket.request.tokens - len(row.ticket.made) for row in self._held if row is not None]
+        return max(1.0, min(left, default=0) * max(1, len(left)) / self._rate if self._rate else 1.0)
+
+    # The engine's own thread
+
+    def _run(self) -> None:
+        try:
+            while self._more():
+                self._give_up()
+                self._admit()
+                launched = self._launch()
+                behind = 1 if launched and self._marker is None else 0
+                while len(self._unread) > behind:
+                    self._settle(*self._unread.popleft())
+        except BaseException as error:
+            log.exception("the engine failed")
+            with self._changed:
+                self._error = error
+        finally:
+            with self._changed:
+                left = [row.ticket for row in self._held if row is not None] + list(self._waiting)
+                self._held, self._closing = [None] * self.rows, self._closing or "drop"
+                self._waiting.clear()
+            for ticket in left:
+                self._end(ticket, "cancelled" if self._error is None else "failed", self._error)
+
+    def _more(self) -> bool:
+        """Waits until there is something to do; whether there will be."""
+        with self._changed:
+            while True:
+                busy = bool(self._waiting or self._unread) or any(row is not None for row in self._held)
+                if self._closing == "drop" or (self._closing and not busy):
+                    return False
+                if busy:
+                    return True
+                self._changed.wait()
+
+    def _give_up(self) -> None:
+        """Lets go of what nobody wants any more."""
+        now = time.monotonic()
+        with self._changed:
+            gone = [(t, why) for t in self._waiting if (why := t.given_up(now))]
+            for ticket, _ in gone:
+                self._waiting.remove(ticket)
+            for r, row in enumerate(self._held):
+                if row is not None and (why := row.ticket.given_up(now)):
+                    self._held[r] = None
+                    gone.append((row.ticket, why))
+        for ticket, why in gone:
+            self._end(ticket, why)
+
+    def _admit(self) -> None:
+        with self._changed:
+            for r in range(self.rows):
+                if self._held[r] is None and self._waiting:
+                    ticket = self._waiting.popleft()
+                    made = np.array(ticket.made, np.int32)
+                    self._held[r] = Row(ticket, np.concatenate([np.asarray(ticket.request.prompt, np.int32), made]))
+
+    def _launch(self) -> bool:
+        """A piece of the prompt that has waited longest, and a step of all other rows; whether there was either."""
+        reading = [r for r, row in enumerate(self._held) if row is not None and row.reading]
+        if reading:
+            self._read(min(reading, key=lambda r: self._held[r].ticket.number))  # type: ignore[union-attr]
+        going = [row is not None and not row.reading and row.launched < row.wanted for row in self._held]
+        if any(going):
+            self._turn(np.array(going))
+        return bool(reading or any(going))
+
+    def _read(self, r: int) -> None:
+        row = self._held[r]
+        assert row is not None
+        request, first = row.ticket.request, row.read == 0
+        count = min(len(row.tokens) - row.read, self._piece)
+        size = SHORT if count <= SHORT else self._piece
+        tokens = np.zeros(size, np.int32)
+        tokens[:count] = row.tokens[row.read : row.read + count]
+        valid = np.arange(size) < count
+        given = None
+        if self._marker is not None:
+            marker = self._marker() if first else self._markers[row.ticket]
+            self._markers[row.ticket] = marker
+            given = np.array([i < count and marker.push(int(token)) for i, token in enumerate(tokens)])
+        row.read += count
+        number = len(row.ticket.made)
+        asked = asked_of(request.how, request.seed, number, request.tokens - number - 1, request.end)
+        self._slots, told = self._programs.read(
+            self._slots, r, tokens, valid, first=first, last=not row.reading, asked=asked, given=given,
+            most=LIKELIEST if request.likeliest else 0,
+        )  # fmt: skip
+        row.launched += not row.reading
+        self._count(read_launches=1, launches=1, prompt_tokens=count)
+        self._unread.append((told, list(self._held)))
+
+    def _turn(self, going: np.ndarray) -> None:
+        given = None
+        if self._marker is not None:
+            given = np.zeros(self.rows, bool)
+            for r in np.flatnonzero(going):
+                row = self._held[r]
+                assert row is not None and row.last is not None
+                given[r] = self._markers[row.ticket].push(row.last.token)
+        asks = any(row is not None and row.ticket.request.likeliest for row in self._held)
+        self._slots, told = self._programs.turn(self._slots, going, given, LIKELIEST if asks else 0)
+        for r in np.flatnonzero(going):
+            self._held[r].launched += 1  # type: ignore[union-attr]
+        self._count(turn_launches=1, launches=1, rows_launched=self.rows)
+        self._unread.append((told, list(self._held)))
+
+    def _settle(self, told: Told, held: list[Row | None]) -> None:
+        """Hands out what a launch made for the rows as they were held then."""
+        told, before = jax.device_get(told), self._figures["tokens"]
+        for i in np.flatnonzero(told.valid):
+            row = held[told.rows[i]]
+            if row is None or row.ticket.reason is not None:
+                continue
+            depth = int(told.depth[i])
+            if row.last is not None:
+                begins = tuple(bool(b) for b in told.begins[:, i])
+                self._hand_out(row.ticket, row.last._replace(depth=depth, begins=begins))
+                self._count(rows_computed=1, passes=depth)
+            k = row.ticket.request.likeliest
+            likeliest = tuple(zip(told.ids[i, :k].tolist(), told.logs[i, :k].tolist(), strict=True))
+            row.last = Made(int(told.token[i]), float(told.logprob[i]), likeliest)
+            row.ticket.made.append(row.last.token)
+            if told.ended[i]:
+                self._hand_out(row.ticket, row.last)
+                self._release(row, "end" if row.last.token == row.ticket.request.end else "length")
+        self._measure(self._figures["tokens"] - before)
+
+    def _measure(self, tokens: int) -> None:
+        """The rate of the last few seconds, after so many tokens more."""
+        now = time.monotonic()
+        passed, self._settled = now - self._settled, now
+        if 0 < passed < 1:  # else nothing was asked for in between
+            self._rate += (tokens / passed - self._rate) * passed / 2
+
+    def _hand_out(self, ticket: Ticket, made: Made) -> None:
+        self._count(tokens=1)
+        ticket.push(made)
+
+    def _release(self, row: Row, reason: Reason) -> None:
+        with self._changed:
+            self._held = [None if own is row else own for own in self._held]
+        self._end(row.ticket, reason)
+
+    def _end(self, ticket: Ticket, reason: Reason, error: BaseException | None = None) -> None:
+        self._markers.pop(ticket, None)
+        self._count(**{f"ended_{reason}": 1})
+        ticket.end(reason, error)
+
+    def _count(self, **more: int) -> None:
+        with self._changed:
+            self._figures.update(more)

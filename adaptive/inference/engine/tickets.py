@@ -1,0 +1,87 @@
+"""What a request is on its way through an engine."""
+
+import dataclasses
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from adaptive.inference.requests import Made, Reason, Request
+
+_NUMBERS = itertools.count()
+
+
+class Ticket:
+    """A request that was taken on; see `requests.Ticket`. The engine's thread alone calls `push` and `end`.
+
+    number  tells those apart that came before it
+    made    tokens so far
+    """
+
+    def __init__(self, request: Request, wake: Callable[[], None]):
+        self.request, self._wake, self.number = request, wake, next(_NUMBERS)
+        self.deadline = None if request.seconds is None else time.monotonic() + request.seconds
+        self.made: list[int] = []
+        self._come: queue.SimpleQueue[Made | BaseException | None] = queue.SimpleQueue()
+        self._reason: Reason | None = None
+        self._cancelled = self._read = False
+
+    def __iter__(self) -> Iterator[Made]:
+        while not self._read:
+            one = self._come.get()
+            if isinstance(one, Made):
+                yield one
+                continue
+            self._read = True
+            if one is not None:
+                raise one
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._wake()
+
+    @property
+    def reason(self) -> Reason | None:
+        return self._reason
+
+    def given_up(self, now: float) -> Reason | None:
+        """Why nothing more is wanted of it; None: more is."""
+        if self._cancelled:
+            return "cancelled"
+        return "deadline" if self.deadline is not None and now >= self.deadline else None
+
+    def push(self, one: Made) -> None:
+        self._come.put(one)
+
+    def end(self, reason: Reason, error: BaseException | None = None) -> None:
+        if self._reason is None:
+            self._reason = reason
+            self._come.put(error)
+
+
+@dataclasses.dataclass
+class Row:
+    """A ticket that has a row.
+
+    tokens   i32[n] to read before the next is drawn: the prompt, and what had been made before it lost another row
+    read     of them read, or being read
+    launched launches so far that each draw a token
+    wanted   such launches after which it has all that was asked for
+    last     the token that was drawn last; it is handed out when it has been read, or is the last one
+    """
+
+    ticket: Ticket
+    tokens: np.ndarray
+    read: int = 0
+    launched: int = 0
+    last: Made | None = None
+
+    @property
+    def reading(self) -> bool:
+        return self.read < len(self.tokens)
+
+    @property
+    def wanted(self) -> int:
+        return self.ticket.request.tokens - (len(self.tokens) - len(self.ticket.request.prompt))
