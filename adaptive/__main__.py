@@ -17,6 +17,7 @@ from adaptive.errors import UserError
 COMMANDS = {
     "train": "train a model, or go on training one",
     "generate": "continue texts with a trained model",
+    "serve": "answer requests with a trained model over HTTP",
     "evaluate": "losses, depths and tasks of a checkpoint, with intervals",
     "report": "make the report of a run",
     "study": "a sweep of runs, and a page on what follows",

@@ -15,7 +15,7 @@ FLOORS = (
     {"account", "data", "interop", "optim"},
     {"runs"},
     {"inference"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {"training"},
     {"benchmarks"},
     {"sweeps"},

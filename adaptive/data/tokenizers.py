@@ -220,6 +220,10 @@ class JsonTokenizer(Tokenizer):
         """How the file spells the token."""
         return str(self._files.library.id_to_token(token))
 
+    def markers(self) -> dict[str, int]:
+        """Text and id of each marker, which no text is read as."""
+        return {self.piece(token): token for token in self._files.special.union(self.borders)}
+
     @property
     def library(self) -> Any:
         """The `tokenizers.Tokenizer` that encodes."""
@@ -294,10 +298,7 @@ def load_tokenizer(name: str, *, bos: str | None = "", eos: str = "") -> Tokeniz
     """
     if name in ("bytes", "hnet-bytes"):
         return _of_bytes(name, bos, eos)
-    if name in BUILT_IN:
-        path = embedded_file(f"{name}.json")
-        return JsonTokenizer(name, read_tokenizer(path, path.with_name(CONFIG), bos, eos))
-    return JsonTokenizer(name, read_tokenizer(*_located(name), bos, eos))
+    return JsonTokenizer(name, read_tokenizer(*tokenizer_paths(name), bos, eos))
 
 
 def _of_bytes(name: str, bos: str | None, eos: str) -> Tokenizer:
@@ -309,8 +310,14 @@ def _of_bytes(name: str, bos: str | None, eos: str) -> Tokenizer:
     return _NoBegin() if bos is None else HNetBytes()
 
 
-def _located(name: str) -> tuple[Path, Path]:
-    """The tokenizer.json that a path or a name on the hub means, and where its configuration would be."""
+def tokenizer_paths(name: str) -> tuple[Path, Path]:
+    """The tokenizer.json that a name, a path or a name on the hub means, and where its configuration would be.
+
+    Raises DataError where there is none.
+    """
+    if name in BUILT_IN:
+        path = embedded_file(f"{name}.json")
+        return path, path.with_name(CONFIG)
     path = local_path(name, "data.tokenizer")
     if path.is_dir():
         path = path / "tokenizer.json"

@@ -1,0 +1,101 @@
+"""Answers requests with a trained model over HTTP: adaptive serve --checkpoint RUN [--port 8000]
+
+OpenAI's clients of completions and chat work with it. Its page shows text as it is made, and what each token took.
+SIGTERM and Ctrl-C end it when what it has taken on is done.
+Exit codes: 0 ended so, 2 something asked for cannot work, 130 ended by a second Ctrl-C with requests given up.
+"""
+
+if __name__ == "__main__":
+    import sys
+
+    from adaptive import command
+
+    sys.exit(command.start("adaptive.serve"))
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from adaptive import command
+from adaptive.command import number
+from adaptive.errors import UserError
+
+KEY = "ADAPTIVE_SERVE_KEY"
+
+
+def options() -> command.Options:
+    made = command.Options("serve", __doc__ or "")
+    add = made.add_argument
+    add("--checkpoint", "--workdir", default="", metavar="RUN",
+        help="folder of the run, whose newest checkpoint is read, or RUN/checkpoints/STEP")  # fmt: skip
+    add("--step", type=number(int, least=0), help="the checkpoint of this step instead")
+    add("--ema", action="store_true", help="the running average of the parameters, of a run with train.ema above 0")
+    add("--host", default="127.0.0.1",
+        help="address to listen at (default 127.0.0.1, for this machine alone; others need a key)")  # fmt: skip
+    add("--port", type=number(int, least=0, most=65535), default=8000, help="to listen at; 0: any (default 8000)")
+    add("--key", default="", help=f"what requests must carry as a bearer token (default: ${KEY}, which others on this "
+        "machine cannot see)")  # fmt: skip
+    add("--rows", type=number(int, least=1, most=4096), default=8,
+        help="sequences that are computed at once (default 8)")  # fmt: skip
+    add("--context", type=number(int, least=2),
+        help="tokens of a prompt and what follows it, at most (default: as it was trained)")  # fmt: skip
+    add("--queue", type=number(int, least=1, most=1_000_000), default=256,
+        help="sequences that may wait for a row; more are answered 429 (default 256)")  # fmt: skip
+    add("--timeout", type=number(float, least=0.1, most=1e6), default=600.0,
+        help="seconds in which a request must be done, waiting included (default 600)")  # fmt: skip
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    return command.exit_code(run, arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    given = options().read(arguments)
+    if given.words:
+        raise UserError(f"'{given.words[0]}' is no option (--help shows all)")
+    if not given.checkpoint:
+        raise UserError("which checkpoint? --checkpoint RUN, the folder that training named")
+    return serve(given)
+
+
+def serve(given: argparse.Namespace) -> int:
+    from adaptive.evaluation.opening import locate
+    from adaptive.inference.engine import Engine
+    from adaptive.runs.load import load
+    from adaptive.runs.mirror import place_of
+    from adaptive.runs.platform import keep_compilations, start_backend
+    from adaptive.serving import server
+    from adaptive.serving.served import served_by, warm
+
+    key = checked(given.key or os.environ.get(KEY, ""))
+    socket = server.bound(given.host, given.port)
+    if not key and not server.is_loopback(socket):
+        raise UserError(
+            f"--host {given.host} can be reached by others: give a --key (or {KEY}) that requests must carry"
+        )
+    _, found = locate(place_of(given.checkpoint, "--checkpoint"), given.step)
+    start_backend()
+    keep_compilations()
+    trained = load(found, ema=given.ema)
+    length = given.context or found.recipe.data.seq_len
+    with Engine.of(trained, rows=given.rows, length=length, queue=given.queue) as engine:
+        served = served_by(engine, trained, engine.length, given.timeout)
+        warm(served)
+        say(f"{found.recipe.name}, step {found.step}, at {server.address(socket)}")
+        finished = server.serve(served, socket, given.host, key)
+        engine.close(finish=finished)
+    return 0 if finished else command.INTERRUPTED
+
+
+def checked(key: str) -> str:
+    """Raises UserError for what no header can carry."""
+    if not all("!" <= char <= "~" for char in key):
+        raise UserError(f"--key or {KEY}: letters, digits and signs of ASCII alone, without blanks")
+    return key
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Trained models over HTTP, as OpenAI's clients ask for them."""
