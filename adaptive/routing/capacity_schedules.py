@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adaptive.errors import RecipeError
 
@@ -60,18 +61,38 @@ def check(name: str, k_min: int, k_max: int, sigma: float = SIGMA, at: str = "")
         raise RecipeError(f"{at}sigma={sigma:g}: must be above 0")
 
 
-def _share(name: str, r: jax.Array, sigma: float) -> jax.Array:
-    """s(r), f32 of r's shape."""
+def mean_share(name: str, sigma: float = SIGMA) -> float:
+    """The mean of s over r uniform on [0, 1]."""
+    if not name.startswith(("gaussian", "bell")):
+        return 0.5
+    mean = 2 / 3
+    if name.startswith("gaussian"):
+        edge = math.exp(-0.25 / (2 * sigma**2))
+        area = sigma * math.sqrt(2 * math.pi) * math.erf(0.5 / (sigma * math.sqrt(2)))
+        mean = (area - edge) / (1 - edge)
+    return 1 - mean if name.endswith("_reverse") else mean
+
+
+def most_of_strata(name: str, strata: int, sigma: float = SIGMA) -> float:
+    """The largest mean of s over ratios of which one lies in each of `strata` equal parts of [0, 1]."""
+    # s is monotone on either side of the middle.
+    at = lambda r: float(_share(name, np.float64(r), sigma, np))  # noqa: E731
+    within = lambda i: [i / strata, (i + 1) / strata] + [0.5] * (i <= strata / 2 <= i + 1)  # noqa: E731
+    return sum(max(map(at, within(i))) for i in range(strata)) / strata
+
+
+def _share(name: str, r: Any, sigma: float, xp: Any = jnp) -> Any:
+    """s(r) of an array r of `xp`, jax.numpy or numpy."""
     shape, reverse = name.removesuffix("_reverse"), name.endswith("_reverse")
     if shape in ("linear", "cosine"):
         r = 1 - r if reverse else r
-        return r if shape == "linear" else 0.5 * (1 + jnp.cos(math.pi * (1 - r)))
+        return r if shape == "linear" else 0.5 * (1 + xp.cos(math.pi * (1 - r)))
     if shape == "static":
-        return jnp.full_like(r, 0.5)
+        return xp.full_like(r, 0.5)
     if shape == "bell":
-        s = 1 - 4 * jnp.square(r - 0.5)
+        s = 1 - 4 * xp.square(r - 0.5)
     else:
         edge = math.exp(-0.25 / (2 * sigma**2))
-        s = (jnp.exp(-jnp.square(r - 0.5) / (2 * sigma**2)) - edge) / (1 - edge)
-    s = jnp.clip(s, 0, 1)
+        s = (xp.exp(-xp.square(r - 0.5) / (2 * sigma**2)) - edge) / (1 - edge)
+    s = xp.clip(s, 0, 1)
     return 1 - s if reverse else s

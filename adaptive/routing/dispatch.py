@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 _ARRAYS = ("index", "weights", "valid", "zero_weights")
-_STATIC = ("by", "experts", "seq", "most_per_sequence", "most_per_batch", "pairs_per_sequence")
+_STATIC = ("by", "experts", "seq", "most_per_sequence", "most_per_batch", "pairs_per_sequence", "shared")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
@@ -23,7 +23,9 @@ class Dispatch:
     zero_weights  f32[batch, seq, zero_experts]: weights of experts that need no dispatch (null, copy, constant)
 
     A token never has the same expert twice. `most_per_sequence` and `most_per_batch` bound the tokens of one expert in
-    one sequence and in all, `pairs_per_sequence` all pairs of one sequence: static buffers are sized by them.
+    one sequence and in all, `pairs_per_sequence` all pairs of one sequence: static buffers are sized by them. `shared`
+    is, of experts that take tokens, a number of consecutive sequences and the most tokens of one expert in these; then
+    the valid pairs of a sequence come first and are as many for every expert.
     """
 
     index: jax.Array
@@ -36,6 +38,7 @@ class Dispatch:
     most_per_sequence: int
     most_per_batch: int
     pairs_per_sequence: int
+    shared: tuple[int, int] | None = None
 
     @property
     def batch(self) -> int:
@@ -80,7 +83,11 @@ class Dispatch:
 
     def capacity(self, batch: int) -> int:
         """The most tokens that one expert can have in `batch` of the sequences."""
-        return min(batch * self.most_per_sequence, self.most_per_batch)
+        most = min(batch * self.most_per_sequence, self.most_per_batch)
+        if self.shared is None or batch % self.shared[0]:
+            return most
+        sequences, rows = self.shared
+        return min(most, batch // sequences * rows)
 
     def of_part(self, seq: int) -> "Dispatch":
         """Its arrays are of `seq` of each sequence's tokens: bounds that hold of these."""
@@ -138,7 +145,9 @@ def by_mask(mask: jax.Array, weights: jax.Array, **bounds: Any) -> Dispatch:
     return by_token(everyone, weights, mask, experts, **bounds)
 
 
-def by_expert(index: jax.Array, weights: jax.Array, valid: jax.Array, seq: int) -> Dispatch:
+def by_expert(
+    index: jax.Array, weights: jax.Array, valid: jax.Array, seq: int, shared: tuple[int, int] | None = None
+) -> Dispatch:
     """An expert-major Dispatch of index i32, weights f32, valid bool, all [batch, experts, capacity]."""
     batch, experts, capacity = index.shape
     return Dispatch(
@@ -152,6 +161,7 @@ def by_expert(index: jax.Array, weights: jax.Array, valid: jax.Array, seq: int) 
         most_per_sequence=capacity,
         most_per_batch=batch * capacity,
         pairs_per_sequence=experts * capacity,
+        shared=shared,
     )
 
 
@@ -180,7 +190,8 @@ def to_slots(dispatch: Dispatch) -> Slots:
     if d.by == "expert":
         starts = (jnp.arange(batch, dtype=jnp.int32) * d.seq)[:, None, None]
         flat = lambda a: a.swapaxes(0, 1).reshape(d.experts, -1)  # noqa: E731
-        return Slots(flat(d.index + starts), flat(d.weights), flat(d.valid))
+        slots = Slots(flat(d.index + starts), flat(d.weights), flat(d.valid))
+        return slots if d.capacity(batch) == slots.tokens.shape[1] else _end_to_end(d, slots)
     rows = to_rows(d)
     capacity = d.capacity(batch)
     starts = jnp.cumsum(rows.group_sizes) - rows.group_sizes
@@ -188,6 +199,25 @@ def to_slots(dispatch: Dispatch) -> Slots:
     valid = slot < rows.group_sizes[:, None]
     row = jnp.where(valid, starts[:, None] + slot, 0)
     return Slots(rows.tokens[row], jnp.where(valid, rows.weights[row], 0.0), valid)
+
+
+def _end_to_end(dispatch: Dispatch, slots: Slots) -> Slots:
+    """The slots of sequences that share rows, the valid ones of each group of sequences one behind another."""
+    assert dispatch.shared is not None
+    sequences, rows = dispatch.shared
+    each = dispatch.index.shape[-1]
+    counts = dispatch.valid[:, 0].sum(-1, dtype=jnp.int32).reshape(-1, sequences)
+    ends = jnp.cumsum(counts, axis=-1)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    sequence = (ends[:, None] <= row[:, None]).sum(-1, dtype=jnp.int32)  # [groups, rows]
+    there = sequence < sequences
+    sequence = jnp.minimum(sequence, sequences - 1)
+    before = jnp.take_along_axis(ends - counts, sequence, axis=-1)
+    first = jnp.arange(len(counts), dtype=jnp.int32)[:, None] * sequences
+    source = jnp.where(there, (first + sequence) * each + row - before, 0).reshape(-1)
+    there = there.reshape(-1)
+    tokens, weights, valid = (a[:, source] for a in slots)
+    return Slots(tokens, jnp.where(there, weights, 0.0), valid & there)
 
 
 def to_rows(dispatch: Dispatch) -> RaggedRows:

@@ -17,17 +17,19 @@ decode=refuse    the model cannot generate: for bidirectional models, and for th
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adaptive.errors import RecipeError
 from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
 from adaptive.layers.moe.choosing import check_shared, grouped, jittered, shared_in_experts
-from adaptive.layers.moe.settings import MoESettings, Scored
+from adaptive.layers.moe.scheduled import Scheduled, Shared, fitted
+from adaptive.layers.moe.settings import MoESettings
 from adaptive.layers.site import Site, normal_param
 from adaptive.parallel.shard import sharded
 from adaptive.routing import scale
@@ -40,7 +42,7 @@ from adaptive.settings import ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Scored):
+class Settings(Scheduled):
     """Zhou et al.: the defaults with decode=refuse. Flaxformer: rounding=nearest, minimum=4 as well. EC-DLM:
     score=selected, decode=refuse, and two shared experts; its pre-softmax is score=softmax with a route_scale."""
 
@@ -72,6 +74,11 @@ class Settings(Scored):
                 f"{at}.router.select=threshold compares no tokens, so {at}.router.group={self.group} has no meaning: "
                 "set group=sequence"
             )
+        if self.schedule != "static" and (self.group != "sequence" or self.select != "top"):
+            raise RecipeError(
+                f"{at}.router.schedule={self.schedule} gives every sequence a capacity of its own: set "
+                f"{at}.router.group=sequence and select=top"
+            )
         if self.scale_to_shared:
             check_shared(config, at)
 
@@ -83,14 +90,14 @@ class Settings(Scored):
         )
 
     def against_dropping(self, at: str) -> str:
-        return f"raise {at}.router.slack"
+        return f"raise {at}.router.slack" if self.select == "threshold" else super().against_dropping(at)
 
     def coefficients(self) -> dict[str, float]:
         own = {"popularity_loss": self.load_coefficient, "predictor_loss": self.predictor_coefficient}
         return super().coefficients() | own
 
     def unread(self) -> dict[str, str]:
-        found = {}
+        found = super().unread()
         if self.group != "chunk":
             found["chunk"] = f"group={self.group}"
         if self.select != "threshold":
@@ -141,8 +148,8 @@ class Router(ExpertRouter):
 
     A token that no expert takes has weight 0 everywhere. Ties go to the earlier token. An expert takes
     `rounding`(n k / experts) of the n real tokens of a group, where k is experts_per_token or, in sequences and chunks,
-    what the context's `limit` says of the sequence, up to most_per_token. Its losses are popularity_loss
-    (load_coefficient) and predictor_loss.
+    what the context's `limit` says of the sequence, up to most_per_token; in sequences also what the `schedule` makes
+    of the context's mask_ratio. Its losses are popularity_loss (load_coefficient) and predictor_loss.
     """
 
     def __init__(self, config: MoESettings, site: Site, key: jax.Array):
@@ -187,13 +194,15 @@ class Router(ExpertRouter):
         elif o.group in ("batch", "position"):
             mask, bounds, least = self._across(ranked, context)
         else:
-            index, valid, least = self._within(ranked, context)
+            within = self._within(ranked, context)
+            index, valid, least = within.position, within.valid, within.least
             mask = _mask_of(index, valid, x.shape[1])
+            refused = None if within.wanted is None else _mask_of(index, within.wanted & ~valid, x.shape[1])
             bounds = None
         weights = self._weights(logits, probabilities, mask)
         if bounds is None:
             take = jax.vmap(lambda w, i: jax.vmap(lambda w, i: w[i])(w.T, i))
-            dispatch = by_expert(index, take(weights, index), valid, x.shape[1])
+            dispatch = by_expert(index, take(weights, index), valid, x.shape[1], within.shared)
         else:
             dispatch = by_mask(mask, weights, **bounds)
         pairs = c.experts * o.experts_per_token
@@ -207,6 +216,7 @@ class Router(ExpertRouter):
         claimed = mask if refused is None else mask | refused
         stats = statistics(dispatch, logits, claimed.sum((0, 1)).astype(jnp.float32), context.present)
         stats["least"] = jax.lax.stop_gradient(least)
+        stats |= self._of_schedule(claimed, context)
         return Routing(dispatch, losses, stats, {}, logits)
 
     def update(self, stats: dict[str, jax.Array]) -> None:
@@ -236,8 +246,8 @@ class Router(ExpertRouter):
 
     # Who is taken; each gives a mask bool[batch, seq, experts] and, where it trains, the least score that was taken
 
-    def _within(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Top tokens of every sequence or chunk: positions i32[batch, experts, n], valid, least score f32[experts]."""
+    def _within(self, ranked: jax.Array, context: Context) -> "_Within":
+        """Top tokens of every sequence or chunk."""
         batch, seq, experts = ranked.shape
         length = min(self.options.chunk, seq) if self.options.group == "chunk" else seq
         chunks = -(-seq // length)
@@ -245,7 +255,10 @@ class Router(ExpertRouter):
         scores = padded.reshape(batch, chunks, length, experts).transpose(0, 3, 1, 2)
         capacity = self._most(length, context)
         real = jnp.isfinite(scores[:, :1]).sum(-1, dtype=jnp.int32)  # [batch, 1, chunks] tokens that exist
-        limit = self._limit(real, context)
+        wanted = limit = self._limit(real, context)
+        shared = self._shared(batch, seq, context)
+        if shared is not None:
+            limit = fitted(wanted.reshape(-1, shared.sequences), shared.rows, capacity).reshape(wanted.shape)
         best, index = top_of_sequences(scores, capacity)
         valid = (jnp.arange(capacity) < limit[..., None]) & jnp.isfinite(best)
         last = jnp.where(valid, best, jnp.inf).min(-1)  # [batch, experts, chunks]
@@ -253,19 +266,52 @@ class Router(ExpertRouter):
         # A slot that holds nothing must not point past the end of the sequence.
         position = jnp.minimum(index + (jnp.arange(chunks, dtype=jnp.int32) * length)[:, None], seq - 1)
         flat = lambda a: a.reshape(batch, experts, chunks * capacity)  # noqa: E731
-        return flat(position), flat(valid), least
+        if shared is None:
+            return _Within(flat(position), flat(valid), least)
+        asked = (jnp.arange(capacity) < wanted[..., None]) & jnp.isfinite(best)
+        return _Within(flat(position), flat(valid), least, flat(asked), shared)
 
     def _limit(self, real: jax.Array, context: Context) -> jax.Array:
         """Tokens i32, the shape of `real`, that an expert takes from groups of `real` i32[batch, ...] tokens."""
-        if context.limit is None:
+        limit = context.limit
+        if limit is None and self._scheduled(context):
+            limit = self.options.by_ratio(context.mask_ratio)
+        if limit is None:
             return self.options.takes(self.config, real)
-        limit = context.limit.reshape(-1, *(1,) * (real.ndim - 1))
-        return self.options.takes(self.config, real * limit, 1.0)
+        return self.options.takes(self.config, real * limit.reshape(-1, *(1,) * (real.ndim - 1)), 1.0)
 
     def _most(self, length: int, context: Context) -> int:
         """Tokens that an expert may take from a group of `length`, whatever a call asks for."""
-        o = self.options
-        return self.capacity(length, None if context.limit is None else max(o.experts_per_token, o.most_per_token))
+        o, limit = self.options, context.limit
+        if limit is None:
+            return self.capacity(length, o.k_max if self._scheduled(context) else None)
+        most = max(o.experts_per_token, o.most_per_token)
+        if not isinstance(limit, jax.core.Tracer) and np.max(limit, initial=0) > most:
+            raise RecipeError(
+                f"a limit of {np.max(limit)} experts per token, and room for {most:g}: set router.most_per_token"
+            )
+        return self.capacity(length, most)
+
+    def _scheduled(self, context: Context) -> bool:
+        return self.options.schedule != "static" and context.mask_ratio is not None
+
+    def _shared(self, batch: int, seq: int, context: Context) -> Shared | None:
+        """What sequences share in training; elsewhere each has what its schedule says, whoever else is there."""
+        if not self._scheduled(context) or context.limit is not None or not context.training:
+            return None
+        return self.options.shared(self.config, batch, seq)
+
+    def _of_schedule(self, claimed: jax.Array, context: Context) -> dict[str, jax.Array]:
+        """Sums of calls: capacity, the mean of experts per token that sequences ask for; rows_over_average, what those
+        that share rows ask for over their average; rows_deviation, how far that is from 1. All f32[]."""
+        if not self._scheduled(context) or context.limit is not None:
+            return {}
+        batch, seq, _ = claimed.shape
+        o, shared = self.options, self.options.shared(self.config, batch, seq)
+        rows = claimed[..., 0].sum(-1, dtype=jnp.float32).reshape(-1, batch if shared is None else shared.sequences)
+        share = rows.mean(-1) * self.config.experts / (seq * o.experts_per_token)
+        capacity = o.by_ratio(context.mask_ratio).mean(dtype=jnp.float32)
+        return {"capacity": capacity, "rows_over_average": share.mean(), "rows_deviation": jnp.abs(share - 1).mean()}
 
     def _across(self, ranked: jax.Array, context: Context) -> tuple[jax.Array, dict[str, int], jax.Array]:
         """Top tokens of the whole batch, or of each position over the batch."""
@@ -334,6 +380,17 @@ class Router(ExpertRouter):
         if self.table:
             weights = weights * jnp.asarray(self.table, jnp.float32)[mask.sum(-1)][..., None]
         return weights * self.options.route_scale
+
+
+class _Within(NamedTuple):
+    """Tokens taken from each sequence: positions i32[batch, experts, n], those that hold one bool alike, and the least
+    score f32[experts]. Where sequences share rows, how, and the pairs that were wanted before that."""
+
+    position: jax.Array
+    valid: jax.Array
+    least: jax.Array
+    wanted: jax.Array | None = None
+    shared: Shared | None = None
 
 
 def top_tokens(scores: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
