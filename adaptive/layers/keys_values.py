@@ -66,6 +66,8 @@ def _written(state: KeyValues, own: KeyValues, where: Where, layer: jax.Array | 
 
     def one(old: jax.Array, new: jax.Array, by_head: bool = False) -> jax.Array:
         new = new.astype(old.dtype)
+        if where.slots is not None:
+            return old.at[_index(where.slots, layer, by_head)].set(new, mode="drop", unique_indices=True)
         if exists is not None:
             kept = _take(old, where.index, layer, by_head)
             new = jnp.where(exists.reshape(*exists.shape, *(1,) * (new.ndim - 2)), new, kept)
@@ -73,6 +75,14 @@ def _written(state: KeyValues, own: KeyValues, where: Where, layer: jax.Array | 
 
     k, v = one(state.k, own.k, by_head), one(state.v, own.v, by_head)
     return state._replace(k=k, v=v, index=one(state.index, own.index))
+
+
+def reached(state: KeyValues | Within, where: Where) -> jax.Array:
+    """i32[]: how many slots hold all that positions see which were just written."""
+    if where.slots is None:
+        return where.index.max() + 1
+    slots = (state.whole if isinstance(state, Within) else state).index.shape[-1]
+    return jnp.where(where.slots < slots, where.slots, -1).max() + 1
 
 
 def taken(state: KeyValues, slots: jax.Array) -> KeyValues:

@@ -15,7 +15,7 @@ from adaptive.routing.types import Selection
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["number", "index", "segments", "exists", "tables"],
+    data_fields=["number", "index", "segments", "exists", "tables", "slots"],
     meta_fields=["scattered"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Where:
     exists    bool[rows, n]  positions that exist; None: all
     tables    rotary tables by the text of their `Rotary`, which `with_tables` computes ahead
     scattered whether positions that exist may follow some that do not; otherwise they are the first of each row
+    slots     i32[rows, n]   slots of a state that positions are written to, all different; out of bounds: it has none.
+                             None: the slot of a position is its index
     """
 
     number: jax.Array
@@ -36,6 +38,7 @@ class Where:
     exists: jax.Array | None = None
     tables: dict[str, Rope] = dataclasses.field(default_factory=dict)
     scattered: bool = False
+    slots: jax.Array | None = None
 
     @staticmethod
     def whole(
@@ -91,7 +94,8 @@ class Where:
         at = lambda a: take_rows(a, indices)  # noqa: E731
         segments = None if self.segments is None else at(self.segments)
         tables, scattered = jax.tree.map(at, self.tables), exists is not None
-        return Where(at(self.number), at(self.index), segments, exists, tables, scattered)
+        slots = None if self.slots is None else at(self.slots)
+        return Where(at(self.number), at(self.index), segments, exists, tables, scattered, slots)
 
     def with_tables(self, *kinds: Rotary) -> "Where":
         """With rotary tables of these kinds, computed once for all layers and taken along by `take`."""

@@ -41,42 +41,45 @@ def packed(found: Any, exists: jax.Array, segments: jax.Array | None, h: jax.Arr
 
 
 def in_groups(
-    apply: Callable[[jax.Array, Where, State], tuple[jax.Array, State, Any]],
-    x: jax.Array,
+    apply: Callable[[Any, Where, State], tuple[Any, State, Any]],
+    x: Any,
     where: Where,
     state: State,
     rows: int,
-) -> tuple[jax.Array, State, Any]:
+) -> tuple[Any, State, Any]:
     """As `apply(x, where, state)` on all rows, but in groups of `rows` of those that exist, until none is left.
 
-    x        [batch, 1, width], at `where`, which says which rows exist
-    returns  (output [batch, 1, width], state, told), `told` being a pytree of arrays with rows first; of rows that do
-             not exist output and told are zero and the state is as it was
+    x        a tree of arrays [batch, 1, ...], at `where`, which says which rows exist
+    returns  (output like x, state, told), `told` being a tree of arrays with rows first; of rows that do not exist
+             output and told are zero and the state is as it was
     """
     assert where.exists is not None
-    rows = min(rows, len(x))
-    everyone = rows == len(x)
+    batch = where.shape[0]
+    rows = min(rows, batch)
+    everyone = rows == batch
     _, _, told = jax.eval_shape(apply, x, where, state)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), told)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (x, told))
 
     def group(carry: Any) -> Any:
-        pending, y, state, told = carry
+        pending, state, made = carry
+
+        def of_rows(mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(mask.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
         if everyone:  # nothing to pick out, and rows that do not exist stay as they are
             y, state, told = apply(x, where, state)
-            live = lambda a: jnp.where(pending.reshape(-1, *(1,) * (a.ndim - 1)), a, jnp.zeros_like(a))  # noqa: E731
-            return jnp.zeros_like(pending), live(y), state, jax.tree.map(live, told)
+            live = lambda new, old: of_rows(pending, new.astype(old.dtype), old)  # noqa: E731
+            return jnp.zeros_like(pending), state, jax.tree.map(live, (y, told), made)
         order = jnp.argsort(~pending, stable=True)[:rows]  # after the pending ones others, which stay
         there = pending[order]
-        own = Where(where.number[order], where.index[order], None, there[:, None])
-        new_y, new_state, new_told = apply(x[order], own, take(state, order))
+        at = lambda a: a[order]  # noqa: E731
+        own = jax.tree.map(at, where).replace(exists=there[:, None])
+        y, after, told = apply(jax.tree.map(at, x), own, take(state, order))
 
-        def put_rows(old: jax.Array, new: jax.Array) -> jax.Array:
-            kept = jnp.where(there.reshape(-1, *(1,) * (new.ndim - 1)), new, old[order])
-            return old.at[order].set(kept, unique_indices=True)
+        def put_rows(new: jax.Array, old: jax.Array) -> jax.Array:
+            return old.at[order].set(of_rows(there, new.astype(old.dtype), old[order]), unique_indices=True)
 
-        state = put(state, order, new_state)
-        return pending.at[order].set(False), put_rows(y, new_y), state, jax.tree.map(put_rows, told, new_told)
+        return pending.at[order].set(False), put(state, order, after), jax.tree.map(put_rows, (y, told), made)
 
-    start = where.exists[:, 0], jnp.zeros(x.shape, x.dtype), state, zeros
-    _, y, state, told = jax.lax.while_loop(lambda carry: carry[0].any(), group, start)
+    _, state, (y, told) = jax.lax.while_loop(lambda carry: carry[0].any(), group, (where.exists[:, 0], state, zeros))
     return y, state, told

@@ -11,7 +11,7 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Told
 from adaptive.layers.cost import Cost, Span
-from adaptive.layers.keys_values import KeyValues, counts, empty, first, slots_of, written
+from adaptive.layers.keys_values import KeyValues, counts, empty, first, reached, slots_of, written
 from adaptive.layers.linear import projected, times, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.norm import RMSNorm
@@ -25,6 +25,8 @@ from adaptive.routing.chunks import numbered
 from adaptive.routing.rows import take_rows
 from adaptive.settings import divisors, ranged, since, spelt
 from kernels_pallas.attention import Places
+
+_NOWHERE = jnp.iinfo(jnp.int32).max  # behind every place in a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Settings(Mixer):
 class Attention(MixerModule):
     """Queries at `where` read the keys of the same call or, with a state, those of the state with their own among them.
 
-    A position's slot in the state is its place in the row.
+    A position's slot in the state is its place in the row, unless `where` says another.
     """
 
     in_place = True
@@ -195,14 +197,17 @@ def _read(q: jax.Array, state: KeyValues | Within, where: Where, **how: Any) -> 
     def over(size: int) -> Callable[..., jax.Array]:
         def form(q: jax.Array, state: KeyValues | Within, where: Where) -> jax.Array:
             keys = first(state, size)
-            places = Places(where.index, None, where.segments, keys.segments, keys.index >= 0)
+            there = keys.index >= 0
+            # Empty slots follow all others, which ascend.
+            index = None if where.slots is None else jnp.where(there, keys.index, _NOWHERE)
+            places = Places(where.index, index, where.segments, keys.segments, there)
             return attention(q, keys.k, keys.v, places, **how)
 
         return form
 
     if len(sizes) == 1:
         return over(sizes[0])(q, state, where)
-    enough = jnp.searchsorted(jnp.array(sizes), where.index.max() + 1)
+    enough = jnp.searchsorted(jnp.array(sizes), reached(state, where))
     return jax.lax.switch(enough, [over(size) for size in sizes], q, state, where)
 
 

@@ -19,14 +19,18 @@ from adaptive.layers.norm import RMSNorm
 from adaptive.layers.remat import recomputed
 from adaptive.layers.site import Site, is_variable, passes_of
 from adaptive.layers.stack import Making, Shared, Stack
-from adaptive.layers.state import State, layers, with_layers
+from adaptive.layers.state import State
 from adaptive.layers.where import Where
+from adaptive.models import kept, policies
 from adaptive.models.bodies import Body, BodyModule, Line, Through
 from adaptive.models.bodies.plain import scaled
 from adaptive.models.depth import Carried, Depth, DepthModule
 from adaptive.models.depth import all as all_tokens
+from adaptive.models.needed import by_token, where_needed
+from adaptive.models.policies import Policy, per_pass
+from adaptive.models.policies import shared as first_pass
 from adaptive.routing.types import AuxLosses, Trace
-from adaptive.settings import ranged
+from adaptive.settings import ranged, since
 
 KeysValues = Literal["per_recursion", "shared", "hybrid"]
 
@@ -40,6 +44,7 @@ class Settings(Body):
     keys_values  per_recursion: a position reads the positions of its own pass
                  shared: passes after the first read the first one's keys and values, of all positions
                  hybrid: as shared, but the selected positions' keys and values are fresh, for that pass alone
+    cache        what generation keeps of the passes; no training reads it
     """
 
     prelude: stacks.Settings | None = None
@@ -50,6 +55,7 @@ class Settings(Body):
     shared: Shared = "all"
     order: Literal["cycle", "sequence"] = "cycle"
     keys_values: KeysValues = "per_recursion"
+    cache: Policy = since(per_pass.Settings(), before={"kind": "per_pass"})
 
     @property
     def ends(self) -> tuple[stacks.Settings, ...]:
@@ -101,6 +107,13 @@ class Settings(Body):
                 "attention and no experts; use order=cycle"
             )
         self.depth.check(self, f"{at}.depth")
+        if reason := policies.refusal(self.cache, self):
+            raise RecipeError(f"{at}.cache={self.cache.kind()}: {reason}")
+
+    @property
+    def policy(self) -> Policy:
+        """What generation keeps of the passes: where they share keys and values by training, the first alone."""
+        return first_pass.Settings() if self.keys_values == "shared" else self.cache
 
     def refuse_stages(self, stages: int, groups: int) -> str:
         return self.core.refuse_stages(stages, groups)
@@ -288,10 +301,7 @@ class Recursive(BodyModule):
         return (x if s.shared == "all" else jnp.where(passes > s.recursions, jnp.nan, x)), call
 
     def empty(self, rows: int, slots: int) -> State:
-        s = self.settings
-        core = self.core.empty(rows, slots)
-        passes = 1 if s.keys_values == "shared" else s.recursions
-        out = {"core": jax.tree.map(lambda a: jnp.tile(a, (passes, *(1,) * (a.ndim - 1))), core)}
+        out = {"core": kept.empty(self.settings.policy, self.settings, self.core.empty, rows, slots)}
         for name, end in (("prelude", self.prelude), ("coda", self.coda)):
             if end is not None:
                 out[name] = end.empty(rows, slots)
@@ -339,7 +349,8 @@ class _Core:
         """whole: all positions of the rows; first: number of the core's first layer; cached: whether states are those
         of generation."""
         s = body.settings
-        self._stack, self._policy, self._whole, self._cached = body.core, s.keys_values, whole, cached
+        self._stack, self._whole, self._cached = body.core, whole, cached
+        self._keys_values, self._policy = s.keys_values, s.policy
         self._first, self._layers, self._passes = first, s.core.layers, s.recursions
         # A block that is used several times is gathered once, ahead of all its uses.
         self._states = body.core.ready() if s.recursions > 1 else body.core.states()
@@ -349,37 +360,52 @@ class _Core:
     ) -> tuple[jax.Array, Carried, Tales]:
         call = call.replace(layer=self._first + r * self._layers, previous=carried.previous)
         states = self._stack.at_pass(self._states, r) if self._passes > 1 else self._states
-        state, keep, call = self._before(r, call, carried.state)
+        if self._cached:
+            return self._generated(r, states, x, where, call, carried)
+        state, keep = None, call.keep
+        if self._keys_values != "per_recursion":
+            state, keep = (None, True) if r == 0 else (carried.state, False)
+            call = call.replace(keep=call.keep or r == 0, writes=r == 0 or self._keys_values == "hybrid")
         x, after, told, previous = self._stack.through(states, x, where, call, state)
-        return x, Carried(self._after(r, carried.state, after) if keep else carried.state, previous), told
+        return x, Carried(after if keep else carried.state, previous), told
 
-    def _before(self, r: Any, call: Call, state: State | None) -> tuple[State | None, bool, Call]:
-        """What pass r reads, whether what it leaves is kept, and its call."""
-        if self._policy == "per_recursion":
-            return (self._at(state, r) if self._cached else None), self._cached or call.keep, call
-        if r == 0:
-            return (self._at(state, 0) if self._cached else None), True, call.replace(keep=True)
-        if self._policy == "shared":
-            return self._at(state, 0), False, call.replace(writes=False)
-        if not self._cached:
-            return state, False, call
-        new = jax.tree.map(self._renewed, self._at(state, 0), self._at(state, r), is_leaf=_is_keys_values)
-        return new, True, call
+    def _generated(
+        self, r: Any, states: Any, x: jax.Array, where: Where, call: Call, carried: Carried
+    ) -> tuple[jax.Array, Carried, Tales]:
+        """The pass over positions that follow what the states hold."""
+        keeps = not (self._policy.first_alone and r != 0)
+        call = call.replace(writes=keeps)
 
-    def _after(self, r: Any, state: State | None, after: State | None) -> State | None:
-        if not self._cached:
-            return after
-        return tuple(
-            None if own is None else with_layers(old, r * _count(own), own)
-            for old, own in zip(state, after, strict=True)  # type: ignore[arg-type]
+        def through(x: Any, where: Where, own: Any) -> tuple[Any, Any, Tales]:
+            (x, previous), here = x, call.replace(previous=x[1])
+            if not isinstance(own, kept.Slots):
+                x, after, told, previous = self._stack.through(states, x, where, here, own)
+                return (x, previous), after, told
+            filling = kept.Filling.of(own, where)
+            x, after, told, previous = self._stack.through(states, x, filling.where, here, own.state)
+            x, after = filling.done(x, own, after)
+            return (x, previous), after, told
+
+        caches, cache = self._policy.caches(self._passes), self._policy.cache(r)
+        state = carried.state
+        if self._keys_values == "hybrid" and r != 0:  # also where no position takes the pass
+            renewed = jax.tree.map(
+                self._renewed, kept.at(state, 0, caches), kept.at(state, cache, caches), is_leaf=_is_keys_values
+            )
+            state = kept.put(state, cache, renewed)
+        needed = where.scattered and not (isinstance(r, int) and r == 0)
+        (x, previous), state, told = where_needed(
+            through,
+            (x, self._stack.first_previous(x, call)),
+            where,
+            state,
+            lambda state: kept.at(state, cache, caches),
+            lambda state, own: kept.put(state, cache, own) if keeps else state,
+            rows=call.rows if needed else 0,
+            skips=needed,
         )
-
-    def _at(self, state: State | None, r: Any) -> State:
-        """The part of a state that is pass r's; while training the only one there is."""
-        if not self._cached or state is None:
-            return state
-        passes = 1 if self._policy == "shared" else self._passes
-        return tuple(None if own is None else layers(own, r * n, n) for own in state for n in [_count(own) // passes])
+        # Of groups of rows no more is known.
+        return x, Carried(state, previous), by_token(told) if call.rows else told
 
     def _renewed(self, first: KeyValues, own: KeyValues) -> KeyValues:
         """A pass's keys and values, those of the new positions replaced by the first pass's."""
@@ -388,11 +414,6 @@ class _Core:
             return written(own, taken(first, self._whole.index), self._whole)
 
         return jax.vmap(one)(first, own)
-
-
-def _count(state: Any) -> int:
-    """Layers of one block's state."""
-    return jax.tree.leaves(state)[0].shape[0]
 
 
 def _only(told: Any) -> Tales:
