@@ -57,21 +57,23 @@ def by_position(state: KeyValues) -> KeyValues:
 def written(state: KeyValues | Within, own: KeyValues, where: Where) -> Any:
     """The state of a layer, wherever it stands, with the positions that exist in their slots. own: by position."""
     if isinstance(state, Within):
-        return state._replace(whole=_written(state.whole, own, where, state.layer))
+        return state._replace(whole=_written(state.whole, own, where, state))
     return _written(state, own, where, None)
 
 
-def _written(state: KeyValues, own: KeyValues, where: Where, layer: jax.Array | None) -> KeyValues:
+def _written(state: KeyValues, own: KeyValues, where: Where, at: Within | None) -> KeyValues:
     exists, by_head = where.exists, isinstance(state, ByHead)
+    if at is not None and at.writes is not None:
+        exists = at.writes[:, None] if exists is None else exists & at.writes[:, None]
 
     def one(old: jax.Array, new: jax.Array, by_head: bool = False) -> jax.Array:
         new = new.astype(old.dtype)
         if where.slots is not None:
-            return old.at[_index(where.slots, layer, by_head)].set(new, mode="drop", unique_indices=True)
+            return old.at[_index(where.slots, at, by_head)].set(new, mode="drop", unique_indices=True)
         if exists is not None:
-            kept = _take(old, where.index, layer, by_head)
+            kept = _take(old, where.index, at, by_head)
             new = jnp.where(exists.reshape(*exists.shape, *(1,) * (new.ndim - 2)), new, kept)
-        return _put(old, where.index, new, layer, by_head)
+        return _put(old, where.index, new, at, by_head)
 
     k, v = one(state.k, own.k, by_head), one(state.v, own.v, by_head)
     return state._replace(k=k, v=v, index=one(state.index, own.index))
@@ -92,25 +94,32 @@ def taken(state: KeyValues, slots: jax.Array) -> KeyValues:
     return KeyValues(k, v, take_rows(state.index, slots))
 
 
-def _take(a: jax.Array, slots: jax.Array, layer: jax.Array | None, by_head: bool) -> jax.Array:
-    """[rows, n, ...]: a [rows, slots, ...], or [rows, heads, slots, ...] by_head, at slots i32[rows, n]; with a layer
-    a's own of [layers, ...]."""
-    if layer is None and not by_head:
+def _take(a: jax.Array, slots: jax.Array, at: Within | None, by_head: bool) -> jax.Array:
+    """[rows, n, ...]: a [rows, slots, ...], or [rows, heads, slots, ...] by_head, at slots i32[rows, n]; of [layers,
+    ...] those of the layer, and of the rows, that `at` says."""
+    if at is None and not by_head:
         return take_rows(a, slots)
-    return a.at[_index(slots, layer, by_head)].get(**PROMISE)
+    return a.at[_index(slots, at, by_head)].get(**_promise(at))
 
 
-def _put(a: jax.Array, slots: jax.Array, new: jax.Array, layer: jax.Array | None, by_head: bool) -> jax.Array:
+def _put(a: jax.Array, slots: jax.Array, new: jax.Array, at: Within | None, by_head: bool) -> jax.Array:
     """`a` with `new` [rows, n, ...] where `_take` takes."""
-    if layer is None and not by_head:
+    if at is None and not by_head:
         return set_rows(a, slots, new)
-    return a.at[_index(slots, layer, by_head)].set(new, **PROMISE)
+    return a.at[_index(slots, at, by_head)].set(new, **_promise(at))
 
 
-def _index(slots: jax.Array, layer: jax.Array | None, by_head: bool) -> tuple[Any, ...]:
-    rows = jnp.arange(slots.shape[0])[:, None]
+def _index(slots: jax.Array, at: Within | None, by_head: bool) -> tuple[Any, ...]:
+    rows = (jnp.arange(slots.shape[0]) if at is None or at.rows is None else at.rows)[:, None]
     index = (rows, slice(None), slots) if by_head else (rows, slots)
-    return index if layer is None else (layer, *index)
+    if at is None:
+        return index
+    return (at.layer[:, None] if at.layer.ndim else at.layer, *index)
+
+
+def _promise(at: Within | None) -> dict[str, Any]:
+    """What holds of indices; rows that are picked stand in any order."""
+    return PROMISE if at is None or at.rows is None else PROMISE | {"indices_are_sorted": False}
 
 
 def first(state: KeyValues | Within, count: int) -> KeyValues:
@@ -125,11 +134,22 @@ def first(state: KeyValues | Within, count: int) -> KeyValues:
             return jax.lax.slice_in_dim(a, 0, count, axis=axis)
         sizes = [1, *a.shape[1:]]
         sizes[axis + 1] = count
+        if state.rows is not None:
+            return _of_rows(a, state, tuple(sizes[2:]))
         return jax.lax.dynamic_slice(a, (state.layer, *(0,) * (a.ndim - 1)), sizes)[0]
 
     axis = 2 if isinstance(whole, ByHead) else 1
     segments = None if whole.segments is None else part(whole.segments)
     return by_position(type(whole)(part(whole.k, axis), part(whole.v, axis), part(whole.index), segments))
+
+
+def _of_rows(a: jax.Array, at: Within, sizes: tuple[int, ...]) -> jax.Array:
+    """[n, *sizes]: the beginnings of a [layers, rows, ...] at the layers and rows that `at` says."""
+    assert at.rows is not None
+    begins = jnp.stack([jnp.broadcast_to(at.layer, at.rows.shape), at.rows], axis=-1)
+    kept = tuple(range(1, a.ndim - 1))
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=kept, collapsed_slice_dims=(0, 1), start_index_map=(0, 1))
+    return jax.lax.gather(a, begins, numbers, (1, 1, *sizes), unique_indices=True, mode="promise_in_bounds")
 
 
 def slots_of(state: KeyValues | Within) -> Where:

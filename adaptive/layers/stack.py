@@ -151,7 +151,9 @@ class Stack(nnx.Module):
     ) -> tuple[jax.Array, State | None, Tales, jax.Array | None]:
         """x [rows, n, width] -> (the same shape in the compute dtype, state, what was done, the last router's logits).
 
-        state   what the same rows left behind (`empty`); None: nothing. Returned if one was given or with `call.keep`
+        state   what the same rows left behind (`empty`); None: nothing. Returned if one was given or with `call.keep`.
+                Of some rows of a larger state, and of layers anywhere in it: a `Within` for each block, whose layer is
+                the first
         """
         x, state, told, previous = self.through(self.states(), x, where, call, state)
         if self.norm is not None:
@@ -232,6 +234,8 @@ class Stack(nnx.Module):
         rounds = self._rounds(states)
         if rounds == 1:
             (x, previous, _), (kept, told) = self._pattern(start, states, before, where, call)
+        elif any(isinstance(own, Within) for own in before):
+            (x, previous, _), kept, told = self._rounds_in_place(rounds, start, states, before, where, call)
         else:
             fold = lambda a: a.reshape(rounds, -1, *a.shape[1:])  # noqa: E731
             unfold = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
@@ -271,26 +275,45 @@ class Stack(nnx.Module):
             return (x, logits if previous is not None else None, number + 1), (after, told)
 
         layer = recomputed(layer, self.making.remat)
-        if before is not None and count > 1:
+        if isinstance(before, Within):
             return self._layers_in_place(layer, carry, state, before)
+        if before is not None and count > 1:
+            carry, (kept, told) = self._layers_in_place(layer, carry, state, Within(before, jnp.zeros((), jnp.int32)))
+            return carry, (kept.whole, told)
         if count == 1:
             squeeze = lambda a: a[0]  # noqa: E731
             carry, outs = layer(carry, jax.tree.map(squeeze, (state, before)))
             return carry, jax.tree.map(lambda a: a[None], outs)
         return jax.lax.scan(layer, carry, (state, before), unroll=self.making.unroll or 1)
 
-    def _layers_in_place(self, layer: Callable[..., Any], carry: Any, state: Any, before: Any) -> Any:
+    def _layers_in_place(self, layer: Callable[..., Any], carry: Any, state: Any, before: Within) -> Any:
         """The same with states of earlier positions, which go through the layers as one and are written where they
         stand: copied in and out of each layer, caches cost more than all else of a step of generation."""
 
         def body(carry: Any, params: Any) -> Any:
             carry, whole, i = carry
-            carry, (after, told) = layer(carry, (params, Within(whole, i)))
+            carry, (after, told) = layer(carry, (params, before._replace(whole=whole, layer=i)))
             return (carry, after.whole, i + 1), told
 
-        start = carry, before, jnp.zeros((), jnp.int32)
+        start = carry, before.whole, before.layer
         (carry, after, _), told = jax.lax.scan(body, start, state, unroll=self.making.unroll or 1)
-        return carry, (after, told)
+        return carry, (before._replace(whole=after), told)
+
+    def _rounds_in_place(self, rounds: int, carry: Any, states: Any, before: Any, where: Where, call: Call) -> Any:
+        """All rounds of the pattern with states that stand among others."""
+        each = []
+        for i in range(rounds):
+            part = lambda a, i=i: a.reshape(rounds, -1, *a.shape[1:])[i]  # noqa: E731
+            here = [
+                None if own is None else own._replace(layer=own.layer + i * block.repeat)
+                for own, block in zip(before, self.settings.blocks, strict=True)
+            ]
+            carry, (kept, told) = self._pattern(carry, jax.tree.map(part, states), here, where, call)
+            each.append(told)
+            before = [
+                None if old is None else old._replace(whole=own.whole) for old, own in zip(before, kept, strict=True)
+            ]
+        return carry, before, jax.tree.map(lambda *a: jnp.concatenate(a), *each)
 
     def first_previous(self, x: jax.Array, call: Call) -> jax.Array | None:
         """Logits that the first router reads from below: zeros at the first layer and where positions are others."""

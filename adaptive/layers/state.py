@@ -41,18 +41,29 @@ class Within(NamedTuple):
     nothing else.
 
     whole  leaves [layers, rows, ...]
-    layer  i32[]
+    layer  i32[], or with `rows` i32[n]: one for each of them
+    rows   i32[n], all different: those that are computed; None: all rows of the layer
+    writes bool[n]: those whose keys and values enter what they read; None: all
     """
 
     whole: State
     layer: jax.Array
+    rows: jax.Array | None = None
+    writes: jax.Array | None = None
 
     def own(self) -> State:
         """The layer's own state."""
+        if self.rows is not None:
+            layer, rows = jnp.broadcast_to(self.layer, self.rows.shape), self.rows
+            return jax.tree.map(lambda a: a.at[layer, rows].get(mode="promise_in_bounds"), self.whole)
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, 0, False), self.whole)
 
     def replaced(self, new: State) -> "Within":
         """With the layer's own state replaced."""
+        if self.rows is not None:
+            layer, rows = jnp.broadcast_to(self.layer, self.rows.shape), self.rows
+            put_at = lambda a, b: a.at[layer, rows].set(b.astype(a.dtype), unique_indices=True)  # noqa: E731
+            return self._replace(whole=jax.tree.map(put_at, self.whole, new))
         put_in = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), self.layer, 0)  # noqa: E731
         return self._replace(whole=jax.tree.map(put_in, self.whole, new))
 

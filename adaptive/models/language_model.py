@@ -271,6 +271,7 @@ class LanguageModel(nnx.Module):
         *,
         boundaries: jax.Array | None = None,
         rows: int = 0,
+        at: jax.Array | None = None,
     ) -> tuple[Output, State]:
         """Appends tokens i32[batch, n] to the cache; routers decide causally.
 
@@ -278,6 +279,8 @@ class LanguageModel(nnx.Module):
         boundaries  bool[batch, n]: where chunks of the first stage begin, for the chunker `words`
         rows        of one token each (n = 1): how many rows with a new chunk the network inside an H-Net computes at
                     once, until none is left; 0: all rows, and what those without a chunk give is thrown away
+        at          i32[batch]: of each row the one position behind which logits are wanted; None: behind all. Hidden
+                    states and logits are then [batch, 1, ...]
         """
         if reason := self.refuse_generation() or self.refuse_cache():
             raise RecipeError(reason)
@@ -286,7 +289,8 @@ class LanguageModel(nnx.Module):
         call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows)
         through = self._computed_with()(self.embedded(tokens, where), where, call, cache["body"])
         after = {"seen": cache["seen"] + where.counts(), "body": through.state}
-        return self._output(through.hidden, through.aux, through.trace, True), after
+        hidden = through.hidden if at is None else jnp.take_along_axis(through.hidden, at[:, None, None], axis=1)
+        return self._output(hidden, through.aux, through.trace, True), after
 
     def decode_step(
         self, token: jax.Array, cache: State, *, boundaries: jax.Array | None = None, rows: int = 0

@@ -16,10 +16,13 @@ import numpy as np
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.inference.engine.passes import Picked
+from adaptive.inference.engine.plan import Launch, choose, expected
 from adaptive.inference.engine.slots import LIKELIEST, Programs, Told, asked_of
 from adaptive.inference.engine.tickets import Row, Ticket
 from adaptive.inference.requests import Full, Made, Reason, Request
 from adaptive.inference.sampling import Marker, marker_of
+from adaptive.models import steps
 from adaptive.runs.load import Trained
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,11 @@ class Engine:
     queue   requests that may wait for a row
     piece   tokens of a prompt that are read at once, between two steps of the other rows
     vocab, marker  as of `sampling.Sampler`
-    group   rows with a new chunk that the network inside an H-Net computes at once; 0: all rows at every token
+    batch   rows that one launch computes at most, of models that can be computed so (`models.steps`): of a recursion
+            rows before different passes, while others wait; 0: half of the rows. Without passes it is all
+    group   of other models: rows with a new chunk that the network inside an H-Net computes at once; 0: all rows at
+            every token
+    replay  as of `passes.Picked`
     """
 
     def __init__(
@@ -48,7 +55,9 @@ class Engine:
         piece: int = 64,
         vocab: int | None = None,
         marker: Callable[[], Marker] | None = None,
+        batch: int = 0,
         group: int = 0,
+        replay: np.ndarray | None = None,
     ):
         model = nnx.merge(graphdef, state)
         if reason := model.refuse_generation() or model.refuse_cache():
@@ -58,12 +67,21 @@ class Engine:
         self._vocab = model.settings.vocab_size if vocab is None else vocab
         self._marker = marker
         # Whatever is read, all of a piece needs room.
-        self._programs = Programs(graphdef, state, rows=rows, room=self.length + self._piece, vocab=vocab, group=group)
+        room: dict[str, Any] = {"rows": rows, "room": self.length + self._piece, "vocab": vocab}
+        self._programs: Programs
+        if marker is not None or steps.refuse(model.settings):
+            self._programs = Programs(graphdef, state, group=group, **room)
+        else:
+            recursive = model.settings.body.passes > 1
+            batch = min(rows, batch or max(1, rows // 2)) if recursive else rows
+            self._programs = Picked(graphdef, state, batch=batch, replay=replay, **room)
         self._slots = self._programs.empty()
         self._held: list[Row | None] = [None] * rows
         self._markers: dict[Ticket, Marker] = {}
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._unread: collections.deque[tuple[Told, list[Row | None]]] = collections.deque()
+        self._unread: collections.deque[tuple[Launch, Told, list[Row | None]]] = collections.deque()
+        self._told = (0, 0)  # rows before a pass and before a turn, behind the last launch that was read
+        self._turned = True  # whether rows that generate have had a turn since a prompt was read
         self._changed = threading.Condition()
         self._closing: str = ""  # "finish" or "drop"
         self._error: BaseException | None = None
@@ -165,8 +183,7 @@ class Engine:
             while self._more():
                 self._give_up()
                 self._admit()
-                launched = self._launch()
-                behind = 1 if launched and self._marker is None else 0
+                behind = 1 if self._launch() and self._marker is None else 0
                 while len(self._unread) > behind:
                     self._settle(*self._unread.popleft())
         except BaseException as error:
@@ -215,18 +232,38 @@ class Engine:
                     self._held[r] = Row(ticket, np.concatenate([np.asarray(ticket.request.prompt, np.int32), made]))
 
     def _launch(self) -> bool:
-        """A piece of the prompt that has waited longest, and a step of all other rows; whether there was either."""
-        reading = [r for r, row in enumerate(self._held) if row is not None and row.reading]
-        if reading:
-            self._read(min(reading, key=lambda r: self._held[r].ticket.number))  # type: ignore[union-attr]
-        going = [row is not None and not row.reading and row.launched < row.wanted for row in self._held]
-        if any(going):
-            self._turn(np.array(going))
-        return bool(reading or any(going))
+        """A piece of a prompt, or a pass or a turn of other rows; whether there was anything that need not wait."""
+        reading = [row for row in self._held if row is not None and row.reading]
+        chosen = None if reading and self._turned else self._next()
+        if chosen is None and reading:
+            chosen = Launch("read", 1)
+        if chosen is None:
+            return False
+        if chosen.kind == "read":
+            told = self._read(min(reading, key=lambda row: row.ticket.number))
+        else:
+            told = self._go_on(chosen)
+        self._turned = chosen.kind == "turn" or (self._turned and chosen.kind == "pass")
+        self._count(**{"launches": 1, f"{chosen.kind}_launches": 1})
+        self._unread.append((chosen, told, list(self._held)))
+        return True
 
-    def _read(self, r: int) -> None:
-        row = self._held[r]
-        assert row is not None
+    def _next(self) -> Launch | None:
+        programs, flying = self._programs, [launch for launch, *_ in self._unread]
+        if programs.passes:
+            core, done = expected(self._told, flying, programs.passes)
+            return choose(core, done, programs.turns, programs.batches, sure=not flying)
+        return choose(0, int(self._going().sum()), programs.turns, (), sure=True)
+
+    def _going(self) -> np.ndarray:
+        """bool[rows]: rows that generate, as far as that is known."""
+        stepwise = self._programs.passes > 0
+        return np.array([
+            row is not None and not row.reading and (stepwise or row.launched < row.wanted) for row in self._held
+        ])  # fmt: skip
+
+    def _read(self, row: Row) -> Told:
+        r = next(r for r, own in enumerate(self._held) if own is row)
         request, first = row.ticket.request, row.read == 0
         count = min(len(row.tokens) - row.read, self._piece)
         size = SHORT if count <= SHORT else self._piece
@@ -246,11 +283,16 @@ class Engine:
             most=LIKELIEST if request.likeliest else 0,
         )  # fmt: skip
         row.launched += not row.reading
-        self._count(read_launches=1, launches=1, prompt_tokens=count)
-        self._unread.append((told, list(self._held)))
+        self._count(prompt_tokens=count)
+        return told
 
-    def _turn(self, going: np.ndarray) -> None:
-        given = None
+    def _go_on(self, launch: Launch) -> Told:
+        """A pass or a turn of rows that generate."""
+        going, given = self._going(), None
+        self._count(rows_launched=launch.rows)
+        if launch.kind == "pass":
+            self._slots, told = self._programs.once(self._slots, going, launch.rows)
+            return told
         if self._marker is not None:
             given = np.zeros(self.rows, bool)
             for r in np.flatnonzero(going):
@@ -258,32 +300,39 @@ class Engine:
                 assert row is not None and row.last is not None
                 given[r] = self._markers[row.ticket].push(row.last.token)
         asks = any(row is not None and row.ticket.request.likeliest for row in self._held)
-        self._slots, told = self._programs.turn(self._slots, going, given, LIKELIEST if asks else 0)
+        most = LIKELIEST if asks else 0
+        self._slots, told = self._programs.turn(self._slots, going, given, launch.rows, most)
         for r in np.flatnonzero(going):
             self._held[r].launched += 1  # type: ignore[union-attr]
-        self._count(turn_launches=1, launches=1, rows_launched=self.rows)
-        self._unread.append((told, list(self._held)))
+        return told
 
-    def _settle(self, told: Told, held: list[Row | None]) -> None:
-        """Hands out what a launch made for the rows as they were held then."""
+    def _settle(self, launch: Launch, told: Told, held: list[Row | None]) -> None:
+        """Reads what a launch did, and hands out what it made for the rows as they were held then."""
         told, before = jax.device_get(told), self._figures["tokens"]
+        self._told = tuple(told.waiting.tolist())
+        if launch.kind != "read":
+            self._count(rows_computed=int(told.valid.sum()))
+        if told.drawn is None:
+            return
         for i in np.flatnonzero(told.valid):
             row = held[told.rows[i]]
-            if row is None or row.ticket.reason is not None:
-                continue
-            depth = int(told.depth[i])
-            if row.last is not None:
-                begins = tuple(bool(b) for b in told.begins[:, i])
-                self._hand_out(row.ticket, row.last._replace(depth=depth, begins=begins))
-                self._count(rows_computed=1, passes=depth)
-            k = row.ticket.request.likeliest
-            likeliest = tuple(zip(told.ids[i, :k].tolist(), told.logs[i, :k].tolist(), strict=True))
-            row.last = Made(int(told.token[i]), float(told.logprob[i]), likeliest)
-            row.ticket.made.append(row.last.token)
-            if told.ended[i]:
-                self._hand_out(row.ticket, row.last)
-                self._release(row, "end" if row.last.token == row.ticket.request.end else "length")
+            if row is not None and row.ticket.reason is None:
+                self._made(row, told, int(i))
         self._measure(self._figures["tokens"] - before)
+
+    def _made(self, row: Row, told: Told, i: int) -> None:
+        """A token of a row, number i of those that a launch tells."""
+        drawn, k = told.drawn, row.ticket.request.likeliest
+        if row.last is not None:
+            depth, begins = int(told.depth[i]), tuple(bool(b) for b in told.begins[:, i])
+            self._hand_out(row.ticket, row.last._replace(depth=depth, begins=begins))
+            self._count(passes=depth)
+        likeliest = tuple(zip(drawn.ids[i, :k].tolist(), drawn.logs[i, :k].tolist(), strict=True))
+        row.last = Made(int(drawn.token[i]), float(drawn.logprob[i]), likeliest)
+        row.ticket.made.append(row.last.token)
+        if drawn.ended[i]:
+            self._hand_out(row.ticket, row.last)
+            self._release(row, "end" if row.last.token == row.ticket.request.end else "length")
 
     def _measure(self, tokens: int) -> None:
         """The rate of the last few seconds, after so many tokens more."""

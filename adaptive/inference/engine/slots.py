@@ -1,4 +1,4 @@
-"""The rows of an engine as the device has them, and the programs that move them on."""
+"""The rows of an engine as the device has them, and what moves them on: a piece of a prompt, or a token of each row."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,14 +15,20 @@ from adaptive.routing.stages import at_bytes
 from kernels_pallas.choice import here
 
 LIKELIEST = 20  # of the likeliest tokens that can be told with each
+EMPTY, CORE, DONE = range(
+    3
+)  # phases: no token; one that takes another pass; one that has taken all and waits for a turn
 
 
 class Slots(NamedTuple):
     """All rows.
 
     cache   of the model
-    live    bool[rows]         rows with a token that is to be read
-    token   i32[rows]          that token
+    phase   i32[rows]
+    order   i32[rows]          the least has been in its phase, or before another pass, for the longest
+    passes  i32[rows]          that its token has taken
+    item    of the model (`models.steps`): what its token is between two passes
+    token   i32[rows]          that is being computed
     number  i32[rows]          its number among those made
     left    i32[rows]          tokens that may follow it
     end     i32[rows]          the token that ends the row; -1: none does
@@ -32,7 +38,10 @@ class Slots(NamedTuple):
     """
 
     cache: Any
-    live: jax.Array
+    phase: jax.Array
+    order: jax.Array
+    passes: jax.Array
+    item: Any
     token: jax.Array
     number: jax.Array
     left: jax.Array
@@ -41,9 +50,18 @@ class Slots(NamedTuple):
     how: Rules
     seen: jax.Array
 
+    def kept(self, keep: jax.Array) -> "Slots":
+        """Without the rows that keep bool[rows] leaves out."""
+        return self._replace(phase=jnp.where(keep, self.phase, EMPTY))
+
+    def at(self, rows: jax.Array, number: int) -> "Asked":
+        """What rows i32[n] are asked for their next token but `number`."""
+        how = jax.tree.map(lambda a: a[rows], self.how)
+        return Asked(self.number[rows] + number, self.left[rows] - number, self.end[rows], self.seed[rows], how)
+
 
 class Asked(NamedTuple):
-    """What a row is to do, scalars; `number` is that of the first token to draw, `left` how many may follow it."""
+    """What a row is to do; `number` is that of the next token to draw, `left` how many may follow it."""
 
     number: Any
     left: Any
@@ -52,23 +70,15 @@ class Asked(NamedTuple):
     how: Rules
 
 
-class Told(NamedTuple):
-    """What a launch did, for `n` rows.
+class Drawn(NamedTuple):
+    """Tokens behind rows.
 
-    rows      i32[n]
-    valid     bool[n]          whether it did anything for the row
-    depth     i32[n]           passes of the token that was read
-    begins    bool[stages, n]  whether it begins a chunk
-    token     i32[n]           drawn behind it
+    token     i32[n]
     logprob   f32[n]
-    ids, logs [n, k]           the likeliest tokens and their logprobs
-    ended     bool[n]          whether that token is the row's last
+    ids, logs [n, k]   the likeliest tokens and their logprobs
+    ended     bool[n]  whether the token is the row's last
     """
 
-    rows: Any
-    valid: Any
-    depth: Any
-    begins: Any
     token: Any
     logprob: Any
     ids: Any
@@ -76,20 +86,43 @@ class Told(NamedTuple):
     ended: Any
 
 
-class Programs:
-    """Compiled programs over `rows` rows with room for `room` tokens each.
+class Told(NamedTuple):
+    """What a launch did.
 
-    vocab  ids from here on are never drawn; None: all may be
-    group  rows with a new chunk that the network inside an H-Net computes at once; 0: all rows
+    waiting  i32[2]           rows in the phases CORE and DONE behind it
+    rows     i32[n]           for which it drew tokens
+    valid    bool[n]          whether it did
+    depth    i32[n]           passes of the token that was read before
+    begins   bool[stages, n]  whether that one begins a chunk
+    drawn    the tokens, [n, ...]
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, state: Any, *, rows: int, room: int, vocab: int | None, group: int):
+    waiting: Any
+    rows: Any
+    valid: Any
+    depth: Any
+    begins: Any
+    drawn: Any
+
+
+class Programs:
+    """Compiled programs over `rows` rows with room for `room` tokens each, which compute all rows at once.
+
+    vocab  ids from here on are never drawn; None: all may be
+    group  rows that the network inside an H-Net, or a pass of a recursion, computes at once; 0: all rows
+    """
+
+    passes = 0  # that a token takes one at a time
+
+    def __init__(self, graphdef: nnx.GraphDef, state: Any, *, rows: int, room: int, vocab: int | None, group: int = 0):
         self._graphdef, self._state, self._vocab = graphdef, state, vocab
         self.rows, self.room = rows, room
+        self.turns: tuple[int, ...] = (rows,)  # how many rows a turn can compute
+        self.batches: tuple[int, ...] = ()  # and a pass
         self._options = {"rows": group} if group else {}
-        self._empty = jax.jit(self._make)
-        self._reads = jax.jit(_here(self._read), static_argnames=("most",), donate_argnames=("slots",))
-        self._turns = jax.jit(_here(self._turn), static_argnames=("most",), donate_argnames=("slots",))
+        self._empty = jax.jit(here_(self._make))
+        self._reads = jax.jit(here_(self._read), static_argnames=("most",), donate_argnames=("slots",))
+        self._turns = jax.jit(here_(self._turn), static_argnames=("count", "most"), donate_argnames=("slots",))
 
     def empty(self) -> Slots:
         return self._empty(self._state)
@@ -97,16 +130,22 @@ class Programs:
     def read(self, slots: Slots, row: int, tokens: np.ndarray, valid: np.ndarray, *, first: bool, last: bool,
              asked: Asked, given: np.ndarray | None, most: int) -> tuple[Slots, Told]:  # fmt: skip
         """Reads tokens i32[n], of which those of valid bool[n] exist, in a row, which begins anew with the `first` of
-        them; behind the `last` a token is drawn."""
+        them; behind the `last` a token is drawn. most: of the likeliest tokens that are told."""
         return self._reads(
             self._state, np.int32(row), tokens, valid, np.bool_(first), np.bool_(last), asked, given,
             slots=slots, most=most,
         )  # fmt: skip
 
-    def turn(self, slots: Slots, keep: np.ndarray, given: np.ndarray | None, most: int) -> tuple[Slots, Told]:
-        """Reads the next token of every live row of keep bool[rows], and draws one behind it. given: bool[rows]: where
-        a chunk begins, for models that are told."""
-        return self._turns(self._state, keep, given, slots=slots, most=most)
+    def turn(
+        self, slots: Slots, keep: np.ndarray, given: np.ndarray | None, count: int, most: int
+    ) -> tuple[Slots, Told]:
+        """Draws a token behind `count` rows in the phase DONE, or fewer where there are fewer, of those of keep
+        bool[rows]. given: bool[rows]: where a chunk begins, for models that are told."""
+        return self._turns(self._state, keep, given, slots=slots, count=count, most=most)
+
+    def once(self, slots: Slots, keep: np.ndarray, count: int) -> tuple[Slots, Told]:
+        """A pass of `count` rows in the phase CORE, or fewer."""
+        raise NotImplementedError
 
     # Compiled
 
@@ -115,7 +154,10 @@ class Programs:
         zeros = jnp.zeros(rows, jnp.int32)
         return Slots(
             cache=model.init_cache(rows, self.room),
-            live=jnp.zeros(rows, bool),
+            phase=zeros,
+            order=jnp.arange(rows, dtype=jnp.int32),
+            passes=zeros,
+            item=self._items(model, rows),
             token=zeros,
             number=zeros,
             left=zeros,
@@ -125,70 +167,104 @@ class Programs:
             seen=jnp.zeros((rows, model.head_weight().shape[0]), bool),
         )
 
+    def _items(self, model: Any, rows: int) -> Any:
+        return ()
+
+    def _entered(self, model: Any, slots: Slots, rows: jax.Array, tokens: jax.Array, exists: jax.Array) -> Slots:
+        """The slots with tokens i32[n] of rows i32[n] on their way, those that exist."""
+        return ranked(moved(slots, rows, exists, phase=DONE), rows, exists)
+
     def _read(self, state: Any, row: Any, tokens: Any, valid: Any, first: Any, last: Any, asked: Asked, given: Any,
               *, slots: Slots, most: int) -> tuple[Slots, Told]:  # fmt: skip
         model, one = nnx.merge(self._graphdef, state), row[None]
         kept = jax.tree.map(lambda a, new: jnp.where(first, new, a), take(slots.cache, one),
                             model.init_cache(1, self.room))  # fmt: skip
         options = {} if given is None else {"boundaries": given[None]}
-        out, kept = model.prefill(tokens[None], kept, valid[None], **options)
         end = jnp.maximum(valid.sum(dtype=jnp.int32) - 1, 0)
-        seen = slots.seen[row] & ~first
-        seen = seen.at[tokens].max(valid)
-        each = jax.tree.map(lambda a: a[None], asked)
-        token, told = self._drawn(out.logits[0, end][None], each, seen[None], most)
-        ended = told["ended"]
-        told |= {"depth": out.trace.depth[0, end][None], "begins": boundaries(out.trace, tokens[None].shape)[:, :, end]}
-        set_ = lambda a, new: a.at[row].set(jnp.asarray(new, a.dtype).reshape(a.shape[1:]))  # noqa: E731
-        after = slots._replace(
+        out, kept = model.prefill(tokens[None], kept, valid[None], at=end[None], **options)
+        seen = (slots.seen[row] & ~first).at[tokens].max(valid)
+        asked = jax.tree.map(lambda a: a[None], asked)
+        drawn = self._drawn(out.logits[:, 0], asked, seen[None], most)
+        goes = last & ~drawn.ended
+        set_ = lambda a, new: a.at[one].set(jnp.asarray(new, a.dtype))  # noqa: E731
+        slots = slots._replace(
             cache=put(slots.cache, one, kept),
-            live=set_(slots.live, last & ~ended),
-            token=set_(slots.token, token),
+            phase=set_(slots.phase, EMPTY),
+            token=set_(slots.token, drawn.token),
             number=set_(slots.number, asked.number),
             left=set_(slots.left, asked.left),
             end=set_(slots.end, asked.end),
             seed=set_(slots.seed, asked.seed),
             how=jax.tree.map(set_, slots.how, asked.how),
-            seen=slots.seen.at[row].set(seen.at[token[0]].max(last)),
+            seen=slots.seen.at[row].set(seen.at[drawn.token].max(last)),
         )
-        return after, Told(rows=one, valid=last[None], token=token, **told)
+        slots = self._entered(model, slots, one, drawn.token, goes)
+        begins = boundaries(out.trace, tokens[None].shape)[:, :, end]
+        return slots, Told(waiting(slots), one, last[None], out.trace.depth[:, end], begins, drawn)
 
-    def _turn(self, state: Any, keep: Any, given: Any, *, slots: Slots, most: int) -> tuple[Slots, Told]:
-        model, live = nnx.merge(self._graphdef, state), slots.live & keep
-        options = dict(self._options) | ({} if given is None else {"boundaries": given[:, None]})
-        out, cache = model.prefill(slots.token[:, None], slots.cache, live[:, None], **options)
-        asked = Asked(slots.number + 1, slots.left - 1, slots.end, slots.seed, slots.how)
-        token, told = self._drawn(out.logits[:, 0], asked, slots.seen, most)
-        told |= {"depth": out.trace.depth[:, 0], "begins": boundaries(out.trace, (self.rows, 1))[..., 0]}
-        every = jnp.arange(self.rows)
-        after = slots._replace(
-            cache=cache,
-            live=live & ~told["ended"],
-            token=jnp.where(live, token, slots.token),
-            number=slots.number + live,
-            left=slots.left - live,
-            seen=slots.seen.at[every, token].max(live),
-        )
-        return after, Told(rows=every, valid=live, token=token, **told)
+    def _turn(self, state: Any, keep: Any, given: Any, *, slots: Slots, count: int, most: int) -> tuple[Slots, Told]:
+        model, slots = nnx.merge(self._graphdef, state), slots.kept(keep)
+        rows, exists = jnp.arange(self.rows), slots.phase == DONE
+        options = self._options | ({} if given is None else {"boundaries": given[:, None]})
+        out, cache = model.prefill(slots.token[:, None], slots.cache, exists[:, None], **options)
+        begins = boundaries(out.trace, (self.rows, 1))[..., 0]
+        told = out.trace.depth[:, 0], begins
+        return self._moved_on(model, slots._replace(cache=cache), rows, exists, out.logits[:, 0], told, most)
 
-    def _drawn(self, logits: Any, asked: Asked, seen: Any, most: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The tokens drawn from logits [n, vocab], and what is told of them."""
+    def _moved_on(
+        self, model: Any, slots: Slots, rows: Any, exists: Any, logits: Any, told: tuple[Any, Any], most: int
+    ) -> tuple[Slots, Told]:
+        """Draws tokens behind rows i32[n] from logits [n, vocab] and sets them on their way."""
+        drawn = self._drawn(logits, slots.at(rows, 1), slots.seen[rows], most)
+        goes = exists & ~drawn.ended
+        slots = moved(slots, rows, exists & drawn.ended, phase=EMPTY)
+        slots = moved(slots, rows, exists, token=drawn.token, number=slots.number[rows] + 1,
+                      left=slots.left[rows] - 1)  # fmt: skip
+        slots = slots._replace(seen=slots.seen.at[rows, drawn.token].max(exists))
+        slots = self._entered(model, slots, rows, drawn.token, goes)
+        return slots, Told(waiting(slots), rows, exists, *told, drawn)
+
+    def _drawn(self, logits: Any, asked: Asked, seen: Any, most: int) -> Drawn:
         if self._vocab is not None:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab, logits, -jnp.inf)
         token = draw_rows(logits, asked.seed, asked.number, asked.how, seen)
         logs = jax.nn.log_softmax(logits.astype(jnp.float32))
         values, ids = jax.lax.top_k(logs, min(most, logs.shape[-1]))
-        told = {
-            "logprob": jnp.take_along_axis(logs, token[:, None], -1)[:, 0],
-            "ids": ids,
-            "logs": values,
-            "ended": (asked.left <= 0) | (token == asked.end),
-        }
-        return token, told
+        own = jnp.take_along_axis(logs, token[:, None], -1)[:, 0]
+        return Drawn(token, own, ids, values, (asked.left <= 0) | (token == asked.end))
+
+
+def moved(slots: Slots, rows: jax.Array, which: jax.Array, **fields: Any) -> Slots:
+    """The slots with fields of rows i32[n], all different, replaced where `which` bool[n] says so."""
+
+    def one(old: jax.Array, new: Any) -> jax.Array:
+        new = jnp.broadcast_to(jnp.asarray(new, old.dtype), (len(rows), *old.shape[1:]))
+        mask = which.reshape(-1, *(1,) * (new.ndim - 1))
+        return old.at[rows].set(jnp.where(mask, new, old[rows]), unique_indices=True)
+
+    return slots._replace(**{name: jax.tree.map(one, getattr(slots, name), new) for name, new in fields.items()})
+
+
+def picked(slots: Slots, phase: int, count: int) -> tuple[jax.Array, jax.Array]:
+    """(i32[count] rows, bool[count]): those of a phase that have waited longest, in that order, and then others."""
+    rows = jnp.argsort(jnp.where(slots.phase == phase, slots.order, slots.order + len(slots.order)))[:count]
+    return rows, slots.phase[rows] == phase
+
+
+def ranked(slots: Slots, rows: jax.Array, behind: jax.Array) -> Slots:
+    """The slots with those of rows i32[n] that are `behind` bool[n] behind all others."""
+    n = len(slots.order)
+    late = slots.order.at[rows].add(jnp.where(behind, n, 0), unique_indices=True)
+    return slots._replace(order=jnp.argsort(jnp.argsort(late)).astype(jnp.int32))
+
+
+def waiting(slots: Slots) -> jax.Array:
+    """i32[2], as in Told."""
+    return jnp.stack([(slots.phase == phase).sum(dtype=jnp.int32) for phase in (CORE, DONE)])
 
 
 def asked_of(how: Drawing, seed: int, number: int, left: int, end: int | None) -> Asked:
-    """The same as numpy scalars, which a program takes without being compiled anew."""
+    """What a row is to do, as numpy scalars, which a program takes without being compiled anew."""
     return Asked(np.int32(number), np.int32(left), np.int32(-1 if end is None else end), np.uint32(seed), rules_of(how))
 
 
@@ -198,7 +274,9 @@ def boundaries(trace: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.stack([view.mask for view in views]) if views else jnp.zeros((0, *shape), bool)
 
 
-def _here(fn: Callable[..., Any]) -> Callable[..., Any]:
+def here_(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with operations in the forms for this machine."""
+
     def call(*args: Any, **options: Any) -> Any:
         with here():
             return fn(*args, **options)

@@ -25,6 +25,7 @@ class Depth(Member):
     door: ClassVar[str] = __name__
     equal_passes: ClassVar[bool] = False  # whether every position takes every pass, so that no router decides
     capped: ClassVar[bool] = False  # whether a call can say how many passes there are at most (`Call.passes`)
+    single: ClassVar[bool] = False  # whether its module can decide for tokens one pass at a time (`Item`)
     stops: ClassVar[bool] = False  # whether a pass's score (`Trace.scores`) is for stopping there; False: for taking it
 
     def build(self, passes: int, site: Site, keys: Iterator[jax.Array]) -> "DepthModule":
@@ -102,12 +103,36 @@ class Routed(NamedTuple):
     told: Sequence[Tales]
 
 
+class Item(NamedTuple):
+    """Tokens of generation between two passes, each of which may be before another pass than its neighbours.
+
+    x     [n, 1, width]: what enters the core
+    kept  what the strategy keeps of them beside it: a tree of arrays [n, ...]
+    """
+
+    x: jax.Array
+    kept: Any = ()
+
+
 class DepthModule(nnx.Module):
     """A strategy with its routers."""
 
     def __call__(self, core: Core, x: jax.Array, where: Where, call: Call, carried: Carried) -> Routed:
         """Runs the passes over x [rows, n, width], the stream that enters the recursion."""
         raise NotImplementedError
+
+    def entered(self, x: jax.Array) -> Item:
+        """Tokens before their first pass, from the stream [n, 1, width] that enters the recursion; causally."""
+        raise NotImplementedError
+
+    def passed(self, r: jax.Array, item: Item, new: jax.Array) -> tuple[Item, jax.Array]:
+        """(the tokens after pass r i32[n], in which the core made new [n, 1, width] of them; bool[n]: those that take
+        another)."""
+        raise NotImplementedError
+
+    def left(self, item: Item) -> jax.Array:
+        """The stream [n, 1, width] of tokens that take no more passes."""
+        return item.x
 
     def update(self, load: jax.Array | None) -> None:
         """Moves buffers by the share f32[passes] of tokens at each depth, over a whole step."""

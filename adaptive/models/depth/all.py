@@ -11,7 +11,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers.call import Call, Tales
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed
+from adaptive.models.depth import Carried, Core, Depth, DepthModule, Item, Routed
 from adaptive.routing.types import AuxLosses, Trace
 
 
@@ -21,6 +21,7 @@ class Settings(Depth):
 
     equal_passes: ClassVar[bool] = True
     capped: ClassVar[bool] = True
+    single: ClassVar[bool] = True
 
     loop: bool = False  # the passes are one loop, compiled once; False: unrolled, which may run faster
 
@@ -61,6 +62,12 @@ class All(DepthModule):
             x, carried, told = core(r, x, where, call, carried)
             each.append(told)
         return Routed(x, carried, AuxLosses(), Trace(depth), each)
+
+    def entered(self, x: jax.Array) -> Item:
+        return Item(x)
+
+    def passed(self, r: jax.Array, item: Item, new: jax.Array) -> tuple[Item, jax.Array]:
+        return Item(new), r + 1 < self.passes
 
 
 def looped(

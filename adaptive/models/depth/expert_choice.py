@@ -12,7 +12,18 @@ from adaptive.layers.call import Call
 from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Site
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
+from adaptive.models.depth import (
+    Carried,
+    Core,
+    Depth,
+    DepthModule,
+    Item,
+    Routed,
+    capacities,
+    check_shares,
+    everyone,
+    falling,
+)
 from adaptive.parallel.rows import add_rows, select_top, take_rows
 from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing import expert_choice
@@ -29,6 +40,7 @@ class Settings(Depth):
     """Each recursion's own router ranks the positions that reached the recursion before; the best of them go on."""
 
     capped: ClassVar[bool] = True
+    single: ClassVar[bool] = True
 
     network: Network = "linear"  # of the router: d -> 1, d -> 2d -> 1, d -> 4d -> 1
     activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
@@ -168,6 +180,25 @@ class ExpertChoice(DepthModule):
             log = log.took(selection, active)
             each.append(told)
         return Routed(x, carried, AuxLosses(), log.trace(exists), each)
+
+    def entered(self, x: jax.Array) -> Item:
+        return Item(x)
+
+    def passed(self, r: jax.Array, item: Item, new: jax.Array) -> tuple[Item, jax.Array]:
+        s, x = self.settings, item.x
+        gates = scores_of(_of_pass(self.routers, r, x), s.activation, s.alpha)
+        picked = Selection(jnp.zeros_like(r)[:, None], gates, jnp.ones(gates.shape, bool))
+        x = x + gated(new, picked, s.gating)
+        deciding = self.aux_routers if len(self.aux_routers) else self.routers
+        goes = passes_threshold(_of_pass(deciding, jnp.minimum(r + 1, self.passes - 1), x))[:, 0]
+        return Item(x), goes & (r + 1 < self.passes)
+
+
+def _of_pass(routers: nnx.List, r: jax.Array, x: jax.Array) -> jax.Array:
+    """f32[n, 1]: logits of x [n, 1, width] by the router of each token's pass r i32[n]. All are asked: they are
+    small."""
+    logits = jnp.concatenate([router(x) for router in routers], axis=-1)
+    return jnp.take_along_axis(logits, r[:, None, None], axis=-1)[..., 0]
 
 
 def gated(f: jax.Array, selection: Selection, gating: str) -> jax.Array:

@@ -11,7 +11,18 @@ from adaptive.layers.call import Call, Tales
 from adaptive.layers.router import Network, Router, matmuls
 from adaptive.layers.site import Buffer, Site
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, capacities, check_shares, everyone, falling
+from adaptive.models.depth import (
+    Carried,
+    Core,
+    Depth,
+    DepthModule,
+    Item,
+    Routed,
+    capacities,
+    check_shares,
+    everyone,
+    falling,
+)
 from adaptive.parallel.rows import add_rows, select_first, take_rows
 from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing import token_choice
@@ -29,6 +40,7 @@ class Settings(Depth):
 
     stops: ClassVar[bool] = True
     capped: ClassVar[bool] = True
+    single: ClassVar[bool] = True
 
     network: Network = "linear"  # of the router: d -> N_r, d -> 2d -> N_r, d -> 4d -> N_r
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -107,13 +119,7 @@ class TokenChoice(DepthModule):
         if s.random:
             logits = jax.random.normal(call.key if call.key is not None else jax.random.key(0), logits.shape)
         full_depth = False if call.step is None else call.step < s.balance_warmup_steps
-        decided = token_choice.decide(
-            logits,
-            scores_of(logits, s.activation, s.alpha),
-            None if self.bias is None else self.bias[...],
-            where=exists,
-            full_depth=full_depth,
-        )
+        decided = self._decided(logits, exists, full_depth)
         decided = decided._replace(depth=jnp.minimum(decided.depth, call.at_most(self.passes) - 1))
         run = self._masked if call.rule == "causal" or s.execution == "masked" else self._capacity
         out, depth, selections, overflow, carried, each = run(core, decided, x, where, call, carried)
@@ -126,6 +132,25 @@ class TokenChoice(DepthModule):
         scalars = {**decided.scalars, "mean_depth": mean_depth, "overflow": overflow}
         scores = tuple(jax.nn.softmax(logits, axis=-1)[..., i] for i in range(self.passes))
         return Routed(out, carried, aux, Trace(depth, selections, scalars, scores, decided.tokens), each)
+
+    def entered(self, x: jax.Array) -> Item:
+        decided = self._decided(self.router(x))
+        return Item(x, (x, decided.depth[:, 0], self._gate(decided)))
+
+    def passed(self, r: jax.Array, item: Item, new: jax.Array) -> tuple[Item, jax.Array]:
+        return item._replace(x=new), item.kept[1] > r
+
+    def left(self, item: Item) -> jax.Array:
+        x, _, gate = item.kept
+        return (x.astype(jnp.float32) + gate[..., None] * item.x.astype(jnp.float32)).astype(x.dtype)
+
+    def _decided(
+        self, logits: jax.Array, exists: jax.Array | None = None, full_depth: jax.Array | bool = False
+    ) -> token_choice.Depths:
+        s = self.settings
+        scores = scores_of(logits, s.activation, s.alpha)
+        bias = None if self.bias is None else self.bias[...]
+        return token_choice.decide(logits, scores, bias, where=exists, full_depth=full_depth)
 
     def _gate(self, decided: token_choice.Depths) -> jax.Array:
         return decided.gate if self.settings.gating == "weighted" else jnp.ones_like(decided.gate)
