@@ -1,7 +1,6 @@
 """Decoding of masked-diffusion language models: a call of a denoiser proposes a token for every position, and a policy
 says which of them are written."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive.errors import UserError
-from adaptive.inference.diffusion.loop import Plan, Progress, advance, drawn, propose, start
+from adaptive.inference.diffusion.loop import Plan, advance, proposed, row_keys, start, with_blind
 from adaptive.inference.diffusion.policies import Policy, confidence
 from adaptive.inference.diffusion.policies import threshold as thresholds
 
@@ -63,11 +62,13 @@ def decode(
     tokens = np.pad(given, ((0, 0), (0, length)), constant_values=mask_id)
     begin = jnp.full(len(tokens), given.shape[1], jnp.int32)
     keys, known = row_keys(plan, key, len(tokens)), jnp.asarray(tokens != mask_id)
+    places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     progress, seen = start(jnp.asarray(tokens), begin, plan=plan), []
     calls = 0
     while np.asarray(progress.block).min(initial=plan.blocks) < plan.blocks:
         logits = jnp.asarray(denoise(with_blind(progress.tokens, known, plan=plan)))
-        progress = written(plan, progress, logits, begin, keys)
+        proposal = proposed(plan, progress, logits, keys, places)
+        progress = advance(progress, proposal, begin, keys, plan=plan)
         calls += 1
         if trace:
             seen.append(np.asarray(progress.tokens))
@@ -83,31 +84,3 @@ def _policy(policy: str | Policy, threshold: float | None) -> Policy:
     if type(found) not in (confidence.Settings, thresholds.Settings):
         raise UserError(f"threshold={threshold} is of the policies confidence and threshold, not of {found.kind()}")
     return thresholds.Settings(threshold)
-
-
-def row_keys(plan: Plan, key: jax.Array | None, rows: int) -> jax.Array | None:
-    """Keys [rows] of what each row draws; None where nothing is drawn. Raises UserError where they are missing."""
-    if not plan.draws:
-        return None
-    if key is None:
-        what = f"temperature={plan.temperature}" if plan.temperature else f"policy {plan.policy.kind()}"
-        raise UserError(f"{what} draws at random: give a key, such as jax.random.key(0)")
-    if key.ndim == (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1):
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    return key
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def with_blind(tokens: jax.Array, known: jax.Array, *, plan: Plan) -> jax.Array:
-    """What a denoiser reads: tokens i32[rows, n], under guidance the same rows again, masked at known bool[rows, n]."""
-    return jnp.concatenate([tokens, jnp.where(known, plan.mask, tokens)]) if plan.guidance else tokens
-
-
-def written(plan: Plan, progress: Progress, logits: jax.Array, begin: jax.Array, keys: Any) -> Progress:
-    """After a call that gave these logits at all positions."""
-    if plan.temperature:
-        with jax.enable_x64(True):
-            proposal = drawn(logits, keys, progress.calls, plan=plan)
-    else:
-        proposal = propose(logits, plan=plan)
-    return advance(progress, proposal, begin, keys, plan=plan)

@@ -22,6 +22,9 @@ class Plan:
     guidance     of a denoiser that does not see what was given: logits move away from its by this factor; 0: none
     temperature  tokens are drawn from logits divided by it; 0: the likeliest
     together     whether a row whose block is finished waits for the others
+    aligned      whether blocks begin at multiples of `block`, as in a model of block diffusion, and not where the
+                 prompt ends
+    end          token that ends a row: what is behind it is not written; None: none does
     """
 
     mask: int
@@ -32,10 +35,17 @@ class Plan:
     temperature: float = 0.0
     policy: Policy = confidence.Settings()
     together: bool = False
+    aligned: bool = False
+    end: int | None = None
 
     @property
     def blocks(self) -> int:
-        return self.length // self.block
+        """Blocks that a row has at most."""
+        return self.length // self.block + self.aligned
+
+    @property
+    def steps_per_block(self) -> int:
+        return max(1, self.steps * self.block // self.length)
 
     @property
     def draws(self) -> bool:
@@ -56,6 +66,7 @@ class Plan:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name}={getattr(self, name)}: must be a number of at least 0")
         check_ranges(self.policy, "policy.")
+        self.policy.check(self.block)
         if self.policy.scheduled:
             self._check_steps()
         return self
@@ -66,11 +77,11 @@ class Plan:
                 f"steps={self.steps} are more than the {self.length} positions to write: {self.length} write one at "
                 "each call"
             )
-        if self.steps % self.blocks:
-            below, least = self.steps - self.steps % self.blocks, self.blocks
-            fits = f"{below} or {below + least}" if below else f"{least}"
+        least = self.length // self.block
+        if rest := self.steps % least:
+            fits = f"{self.steps - rest} or {self.steps - rest + least}" if self.steps > least else f"{least}"
             raise UserError(
-                f"steps={self.steps} are not as many for each of the {self.blocks} blocks of {self.block} positions: "
+                f"steps={self.steps} are not as many for each of the {least} blocks of {self.block} positions: "
                 f"{fits} would be"
             )
 
@@ -117,6 +128,32 @@ def within(plan: Plan, block: jax.Array, begin: jax.Array, n: int) -> jax.Array:
     return (place // plan.block == block[:, None]) & (block < plan.blocks)[:, None]
 
 
+def row_keys(plan: Plan, key: jax.Array | None, rows: int) -> jax.Array | None:
+    """Keys [rows] of what each row draws; None where nothing is drawn. Raises UserError where they are missing."""
+    if not plan.draws:
+        return None
+    if key is None:
+        what = f"temperature={plan.temperature}" if plan.temperature else f"policy {plan.policy.kind()}"
+        raise UserError(f"{what} draws at random: give a key, such as jax.random.key(0)")
+    if key.ndim == (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1):
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    return key
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def with_blind(tokens: jax.Array, known: jax.Array, *, plan: Plan) -> jax.Array:
+    """What a denoiser reads: tokens i32[rows, n], under guidance the same rows again, masked at known bool[rows, n]."""
+    return jnp.concatenate([tokens, jnp.where(known, plan.mask, tokens)]) if plan.guidance else tokens
+
+
+def proposed(plan: Plan, progress: Progress, logits: jax.Array, keys: Any, places: Any) -> Proposal:
+    """What logits of the positions `places` i32[rows, k] propose, drawn with the temperature of the plan."""
+    if not plan.temperature:
+        return propose(logits, plan=plan)
+    with jax.enable_x64(True):
+        return drawn(logits, keys, progress.calls, places, plan=plan)
+
+
 @functools.partial(jax.jit, static_argnames="plan")
 def propose(logits: jax.Array, *, plan: Plan) -> Proposal:
     """The likeliest tokens of logits f32[rows, n, vocab]; under guidance of twice as many rows, of which the second
@@ -141,15 +178,17 @@ def chosen(logits: jax.Array, token: jax.Array) -> Proposal:
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def drawn(logits: jax.Array, keys: jax.Array, calls: jax.Array, *, plan: Plan) -> Proposal:
-    """As `propose`, drawn by keys [rows]. To be called under `jax.enable_x64`: in float32 unlikely tokens would come
-    too seldom (Zheng et al. 2024, arXiv 2409.02908)."""
+def drawn(logits: jax.Array, keys: jax.Array, calls: jax.Array, places: jax.Array, *, plan: Plan) -> Proposal:
+    """As `propose`, drawn by keys [rows], numbers of calls i32[rows] and places i32[rows, n]. To be called under
+    `jax.enable_x64`: in float32 unlikely tokens would come too seldom (Zheng et al. 2024, arXiv 2409.02908)."""
     logits = guided(logits, plan)
 
-    def noise(key: jax.Array, call: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 1), call), logits.shape[1:], jnp.float64)
+    def noise(key: jax.Array, call: jax.Array, place: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, 1), call)
+        draw = lambda at: jax.random.uniform(jax.random.fold_in(key, at), logits.shape[-1:], jnp.float64)  # noqa: E731
+        return jax.vmap(draw)(place)
 
-    gumbel = -plan.temperature * jnp.log(-jnp.log(jax.vmap(noise)(keys, calls)))
+    gumbel = -plan.temperature * jnp.log(-jnp.log(jax.vmap(noise)(keys, calls, places)))
     return chosen(logits, (logits.astype(jnp.float64) + gumbel).argmax(-1).astype(jnp.int32))
 
 
@@ -159,32 +198,64 @@ def advance(progress: Progress, proposal: Proposal, begin: jax.Array, keys: Any,
 
     keys  [rows], or None where nothing is drawn
     """
-    tokens, n = progress.tokens, progress.tokens.shape[1]
-    masked, own = tokens == plan.mask, within(plan, progress.block, begin, n)
-    place, end = jnp.arange(n), begin + (progress.block + 1) * plan.block
-    going = progress.block < plan.blocks
-    if not plan.policy.scheduled:
-        going &= (masked & own).any(1)
-    steps = plan.steps // plan.blocks
-    count = progress.due // steps + (progress.step < progress.due % steps)
-    noise = None
-    if plan.policy.draws:
-        draw = lambda key, call: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 0), call), (n,))  # noqa: E731
-        noise = jax.vmap(draw)(keys, progress.calls)
-    allowed = masked & (place < end[:, None]) & going[:, None]
-    writes = plan.policy.writes(Seen(tokens, allowed, own, *proposal, count, noise)) & going[:, None]
-    tokens = jnp.where(writes, proposal.token, tokens)
-    step = progress.step + 1
-    done = step >= steps if plan.policy.scheduled else ~((tokens == plan.mask) & own).any(1)
+    going = working(plan, progress, begin)
+    seen = _seen(plan, progress, proposal, begin, keys, going)
+    writes = plan.policy.writes(seen) & going[:, None]
+    tokens = jnp.where(writes, proposal.token, progress.tokens)
+    left = ((tokens == plan.mask) & (seen.ago == 0)).any(1)
+    done = ~left
+    if plan.policy.scheduled:
+        done |= progress.step + 1 >= plan.steps_per_block
     if plan.together:
         done = jnp.broadcast_to((done | (progress.block >= plan.blocks)).all(), done.shape)
     block = jnp.minimum(progress.block + done, plan.blocks)
-    next_due = ((tokens == plan.mask) & within(plan, block, begin, n)).sum(1, dtype=jnp.int32)
+    due = _masked(plan, tokens, block, begin).sum(1, dtype=jnp.int32)
+    ended = (done & (due == 0)) | _ended(plan, tokens, progress.written >= 0, writes)
     return Progress(
         tokens,
-        block,
-        jnp.where(done, 0, step),
-        jnp.where(done, next_due, progress.due),
+        jnp.where(ended, plan.blocks, block),
+        jnp.where(done, 0, progress.step + 1),
+        jnp.where(done, due, progress.due),
         progress.calls + going,
         jnp.where(writes, progress.calls[:, None], progress.written),
     )
+
+
+def working(plan: Plan, progress: Progress, begin: jax.Array) -> jax.Array:
+    """bool[rows]: rows whose block has something to be written."""
+    return _masked(plan, progress.tokens, progress.block, begin).any(1)
+
+
+def _masked(plan: Plan, tokens: jax.Array, block: jax.Array, begin: jax.Array) -> jax.Array:
+    return (tokens == plan.mask) & within(plan, block, begin, tokens.shape[1])
+
+
+def _seen(plan: Plan, progress: Progress, proposal: Proposal, begin: jax.Array, keys: Any, going: jax.Array) -> Seen:
+    tokens, n = progress.tokens, progress.tokens.shape[1]
+    ago = progress.block[:, None] - (jnp.arange(n) - begin[:, None]) // plan.block
+    may = (tokens == plan.mask) & (ago >= 0) & going[:, None] & (proposal.confidence >= 0)
+    noise = noise_of(plan, keys, progress.calls, n)
+    first = begin + progress.block * plan.block
+    return Seen(tokens, may, progress.written >= 0, ago, first, *proposal, scheduled(plan, progress), noise)
+
+
+def scheduled(plan: Plan, progress: Progress) -> jax.Array:
+    """i32[rows]: how many positions the schedule writes at the next call."""
+    steps = plan.steps_per_block
+    return progress.due // steps + (progress.step < progress.due % steps)
+
+
+def noise_of(plan: Plan, keys: Any, calls: jax.Array, n: int) -> jax.Array | None:
+    """f32[rows, n] for the policy at the call of this number i32[rows]; None where it draws nothing."""
+    if not plan.policy.draws:
+        return None
+    draw = lambda key, call: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 0), call), (n,))  # noqa: E731
+    return jax.vmap(draw)(keys, calls)
+
+
+def _ended(plan: Plan, tokens: jax.Array, own: jax.Array, writes: jax.Array) -> jax.Array:
+    """bool[rows]: rows that an end token ends, behind nothing that is still masked."""
+    if plan.end is None:
+        return jnp.zeros(len(tokens), bool)
+    ends = (tokens == plan.end) & (own | writes)
+    return ends.any(1) & ~((tokens == plan.mask) & (jnp.cumsum(ends, axis=1) == 0)).any(1)

@@ -95,13 +95,17 @@ def test_ids_at_every_call_are_those_of_the_plain_loop(options):
     assert len(again) == 2 and (again[0] == tokens).all()
 
 
-def uniform(key, rows, which, shape, dtype):
-    """call -> draws [rows, *shape] of each row's own key: which 0 for a policy, 1 for tokens."""
+def uniform(key, rows, which, dtype, length, places=None):
+    """call -> draws [rows, length], or [rows, places, length], of each row's own key: which 0 for a policy, 1 for
+    tokens."""
 
     def at(call):
         keys = [jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, r), which), call) for r in range(rows)]
         with jax.enable_x64(True):
-            return np.stack([np.asarray(jax.random.uniform(k, shape, dtype)) for k in keys])
+            if places is None:
+                return np.stack([jax.random.uniform(k, (length,), dtype) for k in keys])
+            each = [[jax.random.fold_in(k, place) for place in range(places)] for k in keys]
+            return np.stack([[jax.random.uniform(k, (length,), dtype) for k in row] for row in each])
 
     return at
 
@@ -111,13 +115,13 @@ def test_places_at_random():
     tokens, calls, ids = decode(
         denoise, PROMPT, 8, mask_id=MASK, steps=4, block=4, policy="random", key=key, trace=True
     )
-    expected, trace = naive(PROMPT, 8, 4, 4, order=uniform(key, 3, 0, (13,), np.float32))
+    expected, trace = naive(PROMPT, 8, 4, 4, order=uniform(key, 3, 0, np.float32, 13))
     assert (ids == trace).all() and (tokens == expected).all() and calls == 4
 
 
 def test_tokens_drawn_in_double_precision():
     key = jax.random.key(6)
-    draws = uniform(key, 3, 1, (13, VOCAB), np.float64)
+    draws = uniform(key, 3, 1, np.float64, VOCAB, 13)
     options = {"mask_id": MASK, "steps": 4, "block": 8}
     _, _, ids = decode(denoise, PROMPT, 8, **options, key=key, temperature=1.5, trace=True)
     _, trace = naive(PROMPT, 8, 4, 8, noise=lambda call: -1.5 * np.log(-np.log(draws(call))))

@@ -14,8 +14,10 @@ class Seen(NamedTuple):
     """What a policy decides by, of every row alone.
 
     tokens      i32[rows, n]
-    open        bool[rows, n]  positions that hold the mask and come before the end of the row's block
-    block       bool[rows, n]  positions of the row's block
+    open        bool[rows, n]  positions that hold the mask, stand before the end of the row's block, and were computed
+    own         bool[rows, n]  positions that decoding has written
+    ago         i32[rows, n]   of how many blocks before the row's a position is: 0: of this block; below 0: of a later
+    begin       i32[rows]      where the row's block begins
     token       i32[rows, n]   proposed at each position
     confidence  f32[rows, n]   its probability by the denoiser; -inf where nothing was computed
     count       i32[rows]      how many positions the schedule writes at this call
@@ -24,7 +26,9 @@ class Seen(NamedTuple):
 
     tokens: jax.Array
     open: jax.Array
-    block: jax.Array
+    own: jax.Array
+    ago: jax.Array
+    begin: jax.Array
     token: jax.Array
     confidence: jax.Array
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
@@ -42,6 +46,9 @@ class Policy(Member):
     door: ClassVar[str] = __name__
     scheduled: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+
+    def check(self, block: int) -> None:
+        """Raises UserError for what cannot work on blocks of so many positions; fields have their ranges."""
 
     def writes(self, seen: Seen) -> jax.Array:
         """bool[rows, n]: positions that take the token proposed for them. Of a row with open positions at least one of

@@ -1,0 +1,15 @@
+"""The prefix cache of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618)."""
+
+import dataclasses
+
+from adaptive.inference.diffusion.caches import Cache, Now, Pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Cache):
+    """The first call of a block computes everything, others the block and what follows it."""
+
+    together = True
+
+    def computes(self, now: Now) -> Pass:
+        return Pass(now.exists & ((now.step == 0) | (now.ago <= 0)), now.exists)

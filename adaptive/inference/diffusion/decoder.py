@@ -1,0 +1,220 @@
+"""Decoding with a network that can compute some positions alone: which of them, a cache says at each call."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive.errors import UserError
+from adaptive.inference.diffusion.caches import Cache, Now, Pass, none
+from adaptive.inference.diffusion.loop import (
+    Plan,
+    Progress,
+    Proposal,
+    advance,
+    noise_of,
+    proposed,
+    row_keys,
+    scheduled,
+    start,
+    with_blind,
+    working,
+)
+from adaptive.inference.diffusion.policies import best
+from adaptive.settings import check_ranges
+
+LEAST = 8  # positions that a call computes at least: fewer sizes mean fewer compilations
+
+
+class Network(Protocol):
+    """Computes positions of rows, and keeps keys and values of others.
+
+    in_blocks  whether attention goes from a block to itself and those before it; else it goes everywhere
+    """
+
+    in_blocks: bool
+
+    def empty(self, rows: int, n: int) -> Any:
+        """The state of rows of n positions of which nothing was computed."""
+
+    def __call__(
+        self, tokens: jax.Array, places: jax.Array, exists: jax.Array, held: jax.Array, *, state: Any
+    ) -> tuple[jax.Array, Any]:
+        """(logits f32[rows, k, vocab], the state after it) of tokens i32[rows, k] at places i32[rows, k], ascending, of
+        which those of bool[rows, k] exist. They read the keys and values of positions held bool[rows, n], their own
+        among them."""
+
+
+class Step(NamedTuple):
+    """After a call of the network.
+
+    progress  of all rows
+    computed  i32[rows]: positions that it computed
+    """
+
+    progress: Progress
+    computed: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What became of rows.
+
+    tokens    i32[rows, n]: prompts, and what was written behind each
+    lengths   i32[rows]: tokens of each row; with an end token up to it
+    written   i32[rows, n]: number of the call of its row that wrote a position; -1 of prompts
+    calls     of the network
+    row_calls i32[rows]: of these, calls that the row itself needed
+    computed  i32[rows]: positions that were computed, of all calls
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    written: np.ndarray
+    calls: int
+    row_calls: np.ndarray
+    computed: np.ndarray
+
+    def per_call(self) -> np.ndarray:
+        """f32[rows]: tokens that a call wrote, on average."""
+        return (self.written >= 0).sum(1) / np.maximum(self.row_calls, 1)
+
+
+class Decoder:
+    """Writes behind prompts as a plan and a cache say."""
+
+    def __init__(self, network: Network, plan: Plan, cache: Cache | None = None):
+        cache = none.Settings() if cache is None else cache
+        plan.check()
+        check_ranges(cache, "cache.")
+        cache.check(plan.policy, -(-plan.block // plan.steps_per_block))
+        if cache.in_blocks not in (None, network.in_blocks):
+            one, other = ("block diffusion", "masked diffusion over whole texts")[:: 1 if network.in_blocks else -1]
+            raise UserError(f"cache {cache.kind()} is for {other}, and the model is of {one}")
+        self.network, self.cache = network, cache
+        self.plan = dataclasses.replace(plan, aligned=network.in_blocks, together=cache.together)
+
+    def __call__(self, prompts: Sequence[np.ndarray], key: jax.Array | None = None) -> Decoded:
+        """prompts i32[p] each; key as of `adaptive.inference.diffusion.decode`."""
+        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+        calls, computed = 0, np.zeros(len(prompts), np.int64)
+        step: Step | None = None
+        for step in self.steps(prompts, key):
+            calls += 1
+            computed += step.computed
+        assert step is not None
+        return self.result(prompts, step.progress, calls, computed)
+
+    def result(self, prompts: Sequence[np.ndarray], progress: Progress, calls: int, computed: np.ndarray) -> Decoded:
+        tokens, written = np.asarray(progress.tokens), np.asarray(progress.written)
+        lengths = np.array([len(prompt) + self.plan.length for prompt in prompts])
+        if self.plan.end is not None:
+            for r, prompt in enumerate(prompts):
+                ends = np.flatnonzero(tokens[r, len(prompt) : lengths[r]] == self.plan.end)
+                lengths[r] = len(prompt) + ends[0] + 1 if len(ends) else lengths[r]
+        return Decoded(tokens, lengths, written, calls, np.asarray(progress.calls), computed)
+
+    def steps(self, prompts: Sequence[np.ndarray], key: jax.Array | None = None) -> Iterator[Step]:
+        """After each call, until every row is finished."""
+        plan = self.plan
+        tokens, exists, begin = laid_out(prompts, plan)
+        rows, n = tokens.shape
+        keys, known = row_keys(plan, key, rows), jnp.asarray(tokens != plan.mask)
+        progress, held = start(jnp.asarray(tokens), begin, plan=plan), jnp.zeros((rows, n), bool)
+        twice = 2 if plan.guidance else 1
+        state = self.network.empty(rows * twice, n)
+        while True:
+            each, most, going = _before(progress, held, begin, exists, keys, plan=plan, cache=self.cache)
+            if not going:
+                return
+            size = size_of(int(most), n)
+            places, there = _places(each.computes, size)
+            read = with_blind(progress.tokens, known, plan=plan)
+            asked = _doubled(read, places, there, each.held, twice=twice)
+            logits, state = self.network(*asked, state=state)
+            proposal = proposed(plan, progress, logits, keys, places)
+            progress = _after(progress, proposal, each, places, there, begin, keys, plan=plan)
+            held = each.held
+            yield Step(progress, np.asarray(each.computes.sum(1)))
+
+
+def laid_out(prompts: Sequence[np.ndarray], plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens i32[rows, n], masked where something is to be written; which positions exist; where the first block of
+    each row begins)."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    n = int(lengths.max()) + plan.length
+    place = np.arange(n)
+    tokens = np.full((len(prompts), n), 0 if plan.mask else 1, np.int32)
+    for r, prompt in enumerate(prompts):
+        tokens[r, : len(prompt)] = prompt
+    tokens[(place >= lengths[:, None]) & (place < lengths[:, None] + plan.length)] = plan.mask
+    begin = lengths // plan.block * plan.block if plan.aligned else lengths
+    return tokens, place < lengths[:, None] + plan.length, begin.astype(np.int32)
+
+
+def size_of(count: int, n: int) -> int:
+    """Positions that are computed where `count` are to be: powers of two and one and a half times these, at most n."""
+    size = LEAST
+    while size < count:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, n)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "cache"))
+def _before(
+    progress: Progress, held: jax.Array, begin: jax.Array, exists: jax.Array, keys: Any, *, plan: Plan, cache: Cache
+) -> tuple[Pass, jax.Array, jax.Array]:
+    """What the next call does, the most positions of a row that it computes, and whether there is one."""
+    n = progress.tokens.shape[1]
+    going = working(plan, progress, begin)[:, None]
+    masked = progress.tokens == plan.mask
+    ago = progress.block[:, None] - (jnp.arange(n) - begin[:, None]) // plan.block
+    fresh = (progress.written >= 0) & (progress.written == progress.calls[:, None] - 1)
+    noise = noise_of(plan, keys, progress.calls, n)
+    coming = None if noise is None else best(noise, masked & (ago >= 0), scheduled(plan, progress))
+    each = cache.computes(
+        Now(exists, masked, fresh, ago, progress.step[:, None], progress.calls[:, None], held, coming)
+    )
+    each = each._replace(computes=each.computes & going, held=jnp.where(going, each.held, held))
+    return each, each.computes.sum(1).max(), going.any()
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _places(computes: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(i32[rows, size] ascending, bool[rows, size]): the positions of bool[rows, n], and others that fill up."""
+    order = jnp.sort(jnp.argsort(~computes, axis=1, stable=True)[:, :size], axis=1).astype(jnp.int32)
+    return order, jnp.take_along_axis(computes, order, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="twice")
+def _doubled(
+    read: jax.Array, places: jax.Array, there: jax.Array, held: jax.Array, *, twice: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(tokens at places, places, there, held) of all rows, under guidance of each twice."""
+    places, there, held = (jnp.concatenate([a] * twice) for a in (places, there, held))
+    return jnp.take_along_axis(read, places, axis=1), places, there, held
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _after(
+    progress: Progress,
+    proposal: Proposal,
+    each: Pass,
+    places: jax.Array,
+    there: jax.Array,
+    begin: jax.Array,
+    keys: Any,
+    *,
+    plan: Plan,
+) -> Progress:
+    """The progress with proposals [rows, k] at places."""
+    rows = jnp.arange(len(places))[:, None]
+    token = progress.tokens.at[rows, places].set(proposal.token)
+    confidence = jnp.full(token.shape, -jnp.inf).at[rows, places].set(jnp.where(there, proposal.confidence, -jnp.inf))
+    if each.opens is not None:
+        confidence = jnp.where(each.opens | (progress.tokens != plan.mask), confidence, -jnp.inf)
+    return advance(progress, Proposal(token, confidence), begin, keys, plan=plan)
