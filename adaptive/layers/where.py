@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adaptive.layers.reach import Reach
 from adaptive.layers.rope import Rope, Rotary, rope_at
 from adaptive.parallel.rows import take_rows
 from adaptive.routing.chunks import numbered
@@ -15,7 +16,7 @@ from adaptive.routing.types import Selection
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["number", "index", "segments", "exists", "tables", "slots"],
+    data_fields=["number", "index", "segments", "exists", "tables", "slots", "reach"],
     meta_fields=["scattered"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Where:
     scattered whether positions that exist may follow some that do not; otherwise they are the first of each row
     slots     i32[rows, n]   slots of a state that positions are written to, all different; out of bounds: it has none.
                              None: the slot of a position is its index
+    reach     what each position sees; None: as the call says
     """
 
     number: jax.Array
@@ -39,6 +41,7 @@ class Where:
     tables: dict[str, Rope] = dataclasses.field(default_factory=dict)
     scattered: bool = False
     slots: jax.Array | None = None
+    reach: Reach | None = None
 
     @staticmethod
     def whole(
@@ -94,8 +97,8 @@ class Where:
         at = lambda a: take_rows(a, indices)  # noqa: E731
         segments = None if self.segments is None else at(self.segments)
         tables, scattered = jax.tree.map(at, self.tables), exists is not None
-        slots = None if self.slots is None else at(self.slots)
-        return Where(at(self.number), at(self.index), segments, exists, tables, scattered, slots)
+        slots, reach = jax.tree.map(at, (self.slots, self.reach))
+        return Where(at(self.number), at(self.index), segments, exists, tables, scattered, slots, reach)
 
     def with_tables(self, *kinds: Rotary) -> "Where":
         """With rotary tables of these kinds, computed once for all layers and taken along by `take`."""

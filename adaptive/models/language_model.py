@@ -11,6 +11,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers.call import Call
 from adaptive.layers.feed_forwards import FeedForwardModule
 from adaptive.layers.linear import use
+from adaptive.layers.reach import Reach, causal_blocks
 from adaptive.layers.remat import Remat
 from adaptive.layers.site import Buffer, Site, normal_param
 from adaptive.layers.stack import Making
@@ -23,6 +24,7 @@ from adaptive.parallel.rules import constrain, gathered
 from adaptive.routing.types import Aux, AuxLosses, Output, Told
 from adaptive.settings import check_ranges, ranged, since
 
+Sees = Literal["past", "all"] | int
 Selecting = Literal["topk", "threshold"]  # the rules "train" and "causal", as evaluation and reports call them
 
 
@@ -128,7 +130,8 @@ class LanguageModel(nnx.Module):
         boundaries: jax.Array | None = None,
         deterministic: bool = True,
         selection: Selecting = "topk",
-        sees: Literal["past", "all"] = "past",
+        sees: Sees = "past",
+        reach: Reach | None = None,
         step: jax.Array | None = None,
         key: jax.Array | None = None,
         passes: int | jax.Array | None = None,
@@ -147,7 +150,9 @@ class LanguageModel(nnx.Module):
         deterministic  False in training: noise and warm-ups, which need `step`, apply
         selection      how routers decide: "topk" as they train, over the whole sequence and within capacities;
                        "threshold" token by token from the past, as in generation
-        sees           whether attention is causal
+        sees           what attention sees: "past"; "all"; a number: earlier blocks of so many tokens of the document,
+                       and the own block whole
+        reach          what each position sees, instead of `sees`; None: as that says
         step           i32[] training step, while a warm-up lasts; None: no warm-up
         key            PRNG key of noise in training and of random routing
         passes         passes of a recursion at most: of routed depth, tokens that would go on stop there. None: as the
@@ -168,6 +173,7 @@ class LanguageModel(nnx.Module):
             deterministic=deterministic,
             selection=selection,
             sees=sees,
+            reach=reach,
             step=step,
             key=key,
             passes=passes,
@@ -187,7 +193,8 @@ class LanguageModel(nnx.Module):
         boundaries: jax.Array | None = None,
         deterministic: bool = True,
         selection: Selecting = "topk",
-        sees: Literal["past", "all"] = "past",
+        sees: Sees = "past",
+        reach: Reach | None = None,
         step: jax.Array | None = None,
         key: jax.Array | None = None,
         passes: int | jax.Array | None = None,
@@ -200,7 +207,7 @@ class LanguageModel(nnx.Module):
         given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
         call = Call(
             rule="train" if selection == "topk" else "causal",
-            sees=sees,
+            sees="past" if sees == "past" else "all",
             limited=selection == "topk",
             training=not deterministic,
             step=None if deterministic else step,
@@ -213,7 +220,10 @@ class LanguageModel(nnx.Module):
         shape = (tokens.shape[0], tokens.shape[1])
         if positions is None and not self.settings.body.counts_documents():
             positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-        return Where.whole(shape, positions, segment_ids), call
+        where = Where.whole(shape, positions, segment_ids)
+        if reach is None and isinstance(sees, int):
+            reach = causal_blocks(where.number, sees)
+        return where.replace(reach=reach), call
 
     def head_weight(self) -> jax.Array:
         """The output matrix [vocab, width], in float32."""

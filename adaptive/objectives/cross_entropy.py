@@ -11,6 +11,8 @@ from adaptive.parallel.shard import sum_of_parts
 from adaptive.peaks import memory_of
 from adaptive.settings import divisors
 
+NEVER = -1e6  # the logit of what is never predicted, as MDLM writes minus infinity
+
 
 def chunk_length(seq: int, rows: int, vocab: int, kind: str) -> int:
     """Positions of each of `rows` sequences whose logits exist at once on a device of this kind; a divisor of `seq`.
@@ -27,9 +29,15 @@ def chunk_length(seq: int, rows: int, vocab: int, kind: str) -> int:
     return max(n for n in divisors(seq) if n <= max(1, tokens // max(1, rows)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy_sum(
-    hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int, cap: float = 0.0
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    chunk: int,
+    cap: float = 0.0,
+    never: int = -1,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum over unmasked positions of the negative log-likelihood f32[], each position's f32[batch, seq]).
 
@@ -39,12 +47,13 @@ def cross_entropy_sum(
     mask     f32[batch, seq] weight of each position in the sum
     chunk    positions of each part of a sequence whose logits exist at once; divides seq over the parts
     cap      logits are cap * tanh(logits / cap); 0: as they are
+    never    a token that is never predicted, whatever its logit; -1: there is none
 
     The gradient is computed with the loss, chunk by chunk, so logits are neither kept nor computed twice: three matmuls
     of batch * seq * width * vocab in all. Only the sum is differentiable.
     """
     weight = constrain(weight, "vocab", None)
-    nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight, cap)[0], chunks(hidden, targets, chunk=chunk))
+    nll = jax.lax.map(lambda part: _nll(part[0], part[1], weight, cap, never)[0], chunks(hidden, targets, chunk=chunk))
     nll = joined(nll)
     return (nll * mask).sum(), nll
 
@@ -72,11 +81,13 @@ def predicted(
 
 
 def _nll(
-    hidden: jax.Array, targets: jax.Array, weight: jax.Array, cap: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    hidden: jax.Array, targets: jax.Array, weight: jax.Array, cap: float, never: int = -1
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(negative log-likelihood, logits, log of the normaliser) of each position, float32."""
     logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
     logits = constrain(capped(logits, cap), "batch", "seq", "vocab")
+    if never >= 0:
+        logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == never, NEVER, logits)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return log_z - picked, logits, log_z
@@ -87,7 +98,7 @@ def capped(logits: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def _forward(hidden, weight, targets, mask, chunk, cap):
+def _forward(hidden, weight, targets, mask, chunk, cap, never):
     """Loss and gradients together. Each part of the batch and of sequences sums its own share of the weight's gradient
     over the chunks, so that the sum over devices happens once, after the loop."""
     parts = batch_shards() * seq_shards()
@@ -95,7 +106,7 @@ def _forward(hidden, weight, targets, mask, chunk, cap):
 
     def body(d_weight, args):
         h, t, m = args
-        nll, logits, log_z = _nll(h, t, weight, cap)
+        nll, logits, log_z = _nll(h, t, weight, cap, never)
         p = jnp.exp(logits - log_z[..., None])
         p = p - (t[..., None] == jax.lax.broadcasted_iota(jnp.int32, p.shape, 2))
         p = p * (1 - jnp.square(logits / cap)) if cap else p
@@ -110,7 +121,7 @@ def _forward(hidden, weight, targets, mask, chunk, cap):
     return ((nll * mask).sum(), nll), (joined(d_hidden), sum_of_parts(d_weight, weight.dtype))
 
 
-def _backward(chunk, cap, residuals, cotangents):
+def _backward(chunk, cap, never, residuals, cotangents):
     d_hidden, d_weight = residuals
     g, _ = cotangents
     return (d_hidden * g.astype(d_hidden.dtype), d_weight * g.astype(d_weight.dtype), None, None)

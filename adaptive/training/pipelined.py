@@ -12,7 +12,7 @@ from adaptive.layers.call import Call, Tales, below
 from adaptive.layers.staged import joined, spread, stored
 from adaptive.layers.where import Where
 from adaptive.models.bodies import Line
-from adaptive.objectives import Inputs, Objective
+from adaptive.objectives import Inputs, Objective, asked
 from adaptive.parallel.pipeline import At, Heard, Own, Parts, Schedule, Told, gradients, told_of
 from adaptive.parallel.rules import constrain_state
 from adaptive.routing.types import AuxLosses, Output, Trace
@@ -142,13 +142,9 @@ class _Parts:
         inputs = task.aim.inputs(batch, key)
         where, call = model.asked(
             inputs.tokens,
-            positions=batch.positions,
-            segment_ids=batch.segment_ids if task.segmented else None,
-            boundaries=batch.boundaries,
+            **asked(task.aim, inputs, batch, segmented=task.segmented),
             deterministic=False,
-            sees="past" if task.aim.causal else "all",
             key=key,
-            mask_ratio=inputs.mask_ratio,
             **task.options,
         )
         return model, inputs, where, call

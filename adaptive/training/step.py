@@ -10,7 +10,7 @@ from flax import nnx
 
 from adaptive.data.batch import Batch
 from adaptive.data.tokenizers import ByteCounts
-from adaptive.objectives import Inputs, Objective, next_token
+from adaptive.objectives import Inputs, Objective, asked, next_token
 from adaptive.parallel.micro_batches import dealt
 from adaptive.parallel.rules import constrain_state
 from adaptive.routing.stages import StageView, at_bytes
@@ -223,18 +223,20 @@ def make_eval_step(
 
     def eval_step(params: Any, buffers: Any, batch: Batch, key: jax.Array) -> Evaluation:
         model = nnx.merge(graphdef, params, buffers)
-        inputs = aim.inputs(batch, key)
+        inputs = aim.held_out(batch, key)
         out = _through(model, aim, inputs, batch, segmented, selection=selection)
         loss = aim.loss(model, out, inputs, loss_chunk)
-        text = (byte_counts.of(inputs.targets, batch.tokens) * inputs.weights).sum()
-        trace = out.trace
+        counted = inputs.weights if inputs.counted is None else inputs.counted
+        before = batch.tokens if inputs.before is None else inputs.before
+        text = (byte_counts.of(inputs.targets, before) * counted).sum()
+        trace, seq = out.trace, inputs.targets.shape[1]
         return Evaluation(
             loss.main,
-            inputs.weights.sum(),
+            counted.sum(),
             text,
             loss.nll,
-            trace.depth,
-            trace.scores,
+            trace.depth[:, -seq:],
+            tuple(a[:, -seq:] for a in trace.scores),
             _routing(out),
             told_metrics({path: told.stats for path, told in trace.told.items() if told.stats}),
             at_bytes(trace.stages, batch.tokens.shape),
@@ -246,16 +248,7 @@ def make_eval_step(
 
 def _through(model: Any, aim: Objective, inputs: Inputs, batch: Batch, segmented: bool, **options: Any) -> Output:
     """The model's pass over what the objective has it read."""
-    return model(
-        inputs.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids if segmented else None,
-        boundaries=batch.boundaries,
-        sees="past" if aim.causal else "all",
-        mask_ratio=inputs.mask_ratio,
-        logits=False,
-        **options,
-    )
+    return model(inputs.tokens, **asked(aim, inputs, batch, segmented=segmented), logits=False, **options)
 
 
 def told_metrics(parts: dict[str, Metrics]) -> Metrics:

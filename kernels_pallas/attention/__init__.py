@@ -29,6 +29,9 @@ class Places(NamedTuple):
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
     k_valid: jax.Array | None = None
+    q_before: jax.Array | None = None
+    q_first: jax.Array | None = None
+    q_end: jax.Array | None = None
 
 
 def runs_on(platform: str) -> str:
@@ -51,6 +54,9 @@ def attention(
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
     k_valid: jax.Array | None = None,
+    q_before: jax.Array | None = None,
+    q_first: jax.Array | None = None,
+    q_end: jax.Array | None = None,
     window: int = 0,
     sinks: int = 0,
     causal: bool = True,
@@ -64,6 +70,8 @@ def attention(
                             k_index key j stands at index j; without either, query j too
     q_segments, k_segments  i32[batch, ...], at least 0: documents; None: one document per row
     k_valid                 bool[batch, keys]: keys that exist; None: all
+    q_before, q_first, q_end  i32[batch, queries], all or none: what each query sees, instead of `causal` and `window`:
+                            keys at an index below q_before, and those from q_first to below q_end, which is not smaller
     window                  how many indices a query sees, its own the last of them; 0: all (Mistral 7B, section 2). Of
                             attention that is not causal, as many on either side
     sinks                   the first indices of the row, which a window leaves visible (StreamingLLM, section 3.2)
@@ -73,9 +81,9 @@ def attention(
     Of a query that sees nothing the result is finite and means nothing. Gradients reach q, k and v. On several TPUs or
     GPUs it must be called inside `jax.shard_map`, as every kernel. Raises ValueError for what does not fit.
     """
-    places = Places(q_index, k_index, q_segments, k_segments, k_valid)
+    places = Places(q_index, k_index, q_segments, k_segments, k_valid, q_before, q_first, q_end)
     _check(q, k, v, places, window, sinks, soft_cap)
-    plain = q_index is None and q_segments is None and k_valid is None and not (sinks and window) and not soft_cap
+    plain = all(x is None for x in (q_index, q_segments, k_valid, q_end)) and not (sinks and window) and not soft_cap
     seen = seen_of(q.shape[:2], k.shape[:2], places, window=window, sinks=sinks, causal=causal)
     platform, wanted, _ = active_target() or Target("")
     kernels = platform in ("gpu", "tpu") and wanted == "auto"
@@ -165,7 +173,7 @@ def seen_of(
 ) -> Seen:
     """The interval of key slots that each query sees, and tags for documents and keys that exist; the arguments of
     `attention`, of [batch, queries] and [batch, keys]."""
-    q_index, k_index, q_segments, k_segments, k_valid = places
+    q_index, k_index, q_segments, k_segments, k_valid, q_before, q_first, q_end = places
     count = keys[1]
     index = jnp.arange(queries[1], dtype=jnp.int32)[None] if q_index is None else q_index
     up = None if k_index is None else jax.lax.cummax(k_index, axis=1)
@@ -177,12 +185,15 @@ def seen_of(
         index = jnp.broadcast_to(index, (up.shape[0], index.shape[1]))
         return jax.vmap(jnp.searchsorted)(up, index).astype(jnp.int32)
 
-    everything = jnp.full_like(index, count)
-    reach = before(index + window) if window else everything
-    end = before(index + 1) if causal else reach
-    seen = Seen(before(index - window + 1) if window else jnp.zeros_like(index), end)
-    if window and sinks:
-        seen = seen._replace(sinks=jnp.minimum(before(jnp.full_like(index, sinks)), end))
+    if q_before is not None and q_first is not None and q_end is not None:
+        seen = Seen(before(q_first), before(q_end), before(q_before))
+    else:
+        everything = jnp.full_like(index, count)
+        reach = before(index + window) if window else everything
+        end = before(index + 1) if causal else reach
+        seen = Seen(before(index - window + 1) if window else jnp.zeros_like(index), end)
+        if window and sinks:
+            seen = seen._replace(sinks=jnp.minimum(before(jnp.full_like(index, sinks)), end))
     if q_segments is None and k_valid is None:
         return seen
     q_tags = jnp.zeros(queries, jnp.int32) if q_segments is None else q_segments
@@ -207,7 +218,11 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, window: int
         shape, kind = of[name[0]], jnp.bool_ if name == "k_valid" else jnp.integer
         if value is not None and (value.shape not in (shape, (1, shape[1])) or not jnp.issubdtype(value.dtype, kind)):
             raise ValueError(f"{name} is {value.dtype}{list(value.shape)}: must be {kind.__name__} {list(shape)}")
-    q_index, k_index, q_segments, k_segments, _ = places
+    q_index, k_index, q_segments, k_segments, _, *told = places
+    if any(x is None for x in told) != all(x is None for x in told):
+        raise ValueError("q_before, q_first and q_end: all must be given, or none")
+    if told[0] is not None and (window or sinks):
+        raise ValueError(f"window={window}, sinks={sinks} beside q_end, which says what is seen: must be 0")
     if q_index is None and (k_index is not None or queries != k.shape[1]):
         raise ValueError(f"q_index is None: with k_index, or {queries} queries and {k.shape[1]} keys, it must be given")
     if (q_segments is None) != (k_segments is None):

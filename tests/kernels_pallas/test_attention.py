@@ -51,6 +51,29 @@ def test_what_a_query_sees_is_the_rule_pair_by_pair(seed):
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("form", ["reference", "blocks"])
+def test_queries_may_say_themselves_what_they_see(form, monkeypatch):
+    rng = np.random.default_rng(0)
+    n, m = 20, 26
+    k_index = np.sort(rng.choice(40, m, replace=False)).astype(np.int32)
+    bounds = np.sort(rng.integers(0, 40, (n, 3)), axis=1).astype(np.int32).T
+    bounds[2] += 1
+    if form == "blocks":
+        monkeypatch.setattr("kernels_pallas.attention.SHORT", 1)
+        monkeypatch.setattr("kernels_pallas.attention.FEW", 1)
+    q, k, v, _ = arrays(n, m, rows=1)
+    at = dict(zip(("q_before", "q_first", "q_end"), bounds[:, None], strict=True))
+    got = attention(q, k, v, q_index=np.arange(n, dtype=np.int32)[None], k_index=k_index[None], **at)
+    mask = (k_index < bounds[0][:, None]) | ((k_index >= bounds[1][:, None]) & (k_index < bounds[2][:, None]))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, jnp.repeat(k, 2, axis=2)) * 0.25
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    want = jnp.einsum("bhqk,bkhd->bqhd", weights, jnp.repeat(v, 2, axis=2))
+    np.testing.assert_allclose(got[:, mask.any(1)], want[:, mask.any(1)], atol=2e-6)
+    with pytest.raises(ValueError, match="all must be given"):
+        attention(q, k, v, q_index=np.arange(n, dtype=np.int32)[None], k_index=k_index[None], q_end=bounds[2][None])
+
+
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", cases())
 def test_blocks_equal_the_formula(name):
     queries, keys, seen = cases()[name]

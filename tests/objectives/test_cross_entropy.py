@@ -57,6 +57,19 @@ def test_value_and_gradient(example, chunk, cap):
     np.testing.assert_allclose(alone_nll, want_nll, atol=1e-5)
 
 
+def test_a_token_may_be_left_out(example):
+    hidden, weight, targets, mask = example
+    left = jnp.where(targets == 3, 4, targets)
+    of = jax.jit(jax.value_and_grad(lambda h, w: cross_entropy_sum(h, w, left, mask, 4, 1.5, 3)[0], argnums=(0, 1)))
+    others = np.delete(np.arange(20), 3)
+    without = lambda h, w: expected(h, w[others], jnp.where(left > 3, left - 1, left), mask, 1.5)[0]  # noqa: E731
+    want, grads = jax.jit(jax.value_and_grad(without, argnums=(0, 1)))(hidden, weight)
+    got, made = of(hidden, weight)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for one, grad in zip(made, grads, strict=True):
+        np.testing.assert_allclose(one, grad, atol=1e-5)
+
+
 def test_masked_positions_get_no_gradient(example):
     hidden, weight, targets, mask = example
     grad = jax.grad(lambda h: cross_entropy_sum(h, weight, targets, mask, 4)[0])(hidden)

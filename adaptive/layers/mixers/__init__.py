@@ -18,9 +18,13 @@ from adaptive.settings import Member
 
 @dataclasses.dataclass(frozen=True)
 class Mixer(Member):
-    """Settings of a mixer."""
+    """Settings of a mixer.
+
+    both_ways  whether positions can read later ones, and in general those that `Where.reach` names
+    """
 
     door: ClassVar[str] = __name__
+    both_ways: ClassVar[bool] = False
 
     def build(self, site: Site, key: jax.Array) -> "MixerModule":
         raise NotImplementedError

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from adaptive.layers.keys_values import KeyValues, counts, empty, first, reached
 from adaptive.layers.linear import projected, times, use
 from adaptive.layers.mixers import Mixer, MixerModule
 from adaptive.layers.norm import RMSNorm
+from adaptive.layers.reach import seen_by
 from adaptive.layers.rope import Rotary, rotate
 from adaptive.layers.rope_scalings import Scaling
 from adaptive.layers.site import Site, normal_param, param
@@ -32,6 +33,8 @@ _NOWHERE = jnp.iinfo(jnp.int32).max  # behind every place in a row
 @dataclasses.dataclass(frozen=True)
 class Settings(Mixer):
     """Attention as in Llama; all behind `rope_theta` is what its relatives add."""
+
+    both_ways: ClassVar[bool] = True
 
     heads: int = ranged(4, least=1)
     kv_heads: int = ranged(0, least=0)  # heads of keys and values, which divide the heads; 0: as many as heads
@@ -156,11 +159,12 @@ class Attention(MixerModule):
             after: Any = own if state is None else written(state, own, where)
         else:
             after = state
-        how = {"window": s.window, "causal": call.sees == "past", "soft_cap": s.soft_cap}
+        causal = call.sees == "past" and where.reach is None
+        how = {"window": s.window, "causal": causal, "soft_cap": s.soft_cap}
         if state is not None:
             out = _read(q, after, where, **how)
-        elif s.window:
-            places = Places(own.index, own.index, own.segments, own.segments, where.exists)
+        elif s.window or where.reach is not None:
+            places = Places(own.index, own.index, own.segments, own.segments, where.exists, *seen_blocks(where))
             out = attention(q, own.k, own.v, places, **how)
         else:  # order alone tells what is earlier, but not how much earlier
             out = attention(q, own.k, own.v, Places(None, None, own.segments, own.segments, where.exists), **how)
@@ -200,7 +204,7 @@ def _read(q: jax.Array, state: KeyValues | Within, where: Where, **how: Any) -> 
             there = keys.index >= 0
             # Empty slots follow all others, which ascend.
             index = None if where.slots is None else jnp.where(there, keys.index, _NOWHERE)
-            places = Places(where.index, index, where.segments, keys.segments, there)
+            places = Places(where.index, index, where.segments, keys.segments, there, *seen_blocks(where))
             return attention(q, keys.k, keys.v, places, **how)
 
         return form
@@ -211,24 +215,30 @@ def _read(q: jax.Array, state: KeyValues | Within, where: Where, **how: Any) -> 
     return jax.lax.switch(enough, [over(size) for size in sizes], q, state, where)
 
 
+def seen_blocks(where: Where) -> tuple[jax.Array, ...]:
+    """The last arguments of `Places`, where positions say themselves what they see."""
+    return () if where.reach is None else where.reach[1:]
+
+
 def attended(where: Where, window: int, sees: str, read: Where | None = None) -> dict[str, jax.Array]:
     """f32[] each: queries that exist, and the pairs of a query and a key that they read.
 
     read  all positions of the rows, where keys are theirs; None: keys are those of the queries' own positions
     """
-    present = where.present()
-    there = jnp.ones(where.shape, jnp.float32) if present is None else present.astype(jnp.float32)
-    keys = _seen(where if read is None else read, window, sees)
-    if read is not None:
-        keys = take_rows(keys, where.index)
+    there = _there(where)
+    held = where if read is None else read
+    if where.reach is not None:
+        keys = seen_by(where.reach, held.index, _there(held))
+    else:
+        keys = _seen(held, window, sees)
+        keys = keys if read is None else take_rows(keys, where.index)
     return {"queries": there.sum(), "keys": (keys * there).sum()}
 
 
 def _seen(where: Where, window: int, sees: str) -> jax.Array:
     """f32[rows, n]: how many of these positions each of them sees. By counting, so that nothing of queries times keys
     exists."""
-    present = where.present()
-    there = jnp.ones(where.shape, jnp.float32) if present is None else present.astype(jnp.float32)
+    there = _there(where)
     total = jnp.cumsum(there, axis=1)
     place = jnp.broadcast_to(jnp.arange(where.shape[1], dtype=jnp.int32), where.shape)
     first = place - numbered(where.shape, where.segments)
@@ -244,6 +254,12 @@ def _seen(where: Where, window: int, sees: str) -> jax.Array:
         until = jax.vmap(lambda index: jnp.searchsorted(index, index + window))(where.index)
         last = jnp.minimum(last, until.astype(jnp.int32) - 1)
     return jnp.take_along_axis(total, last, axis=1) - before
+
+
+def _there(where: Where) -> jax.Array:
+    """f32[rows, n]: 1 where a position holds a token."""
+    present = where.present()
+    return jnp.ones(where.shape, jnp.float32) if present is None else present.astype(jnp.float32)
 
 
 def _last_of(segments: jax.Array) -> jax.Array:

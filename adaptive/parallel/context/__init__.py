@@ -117,6 +117,6 @@ def _filled(
 
     if not causal and k.shape[1] % parts and places.k_valid is None:
         places = places._replace(k_valid=jnp.ones(k.shape[:2], bool))
-    fillers = (0, LATER, 0, 0, 0)
+    fillers = (0, LATER, 0, 0, 0, 0, 0, 0)
     given = [None if x is None else longer(x, filler) for x, filler in zip(places, fillers, strict=True)]
     return longer(q), longer(k), longer(v), Places(*given)

@@ -118,20 +118,21 @@ def scheduled(
 
 def _of_part(context: Context, queries: tuple[int, ...], keys: tuple[int, ...], places: Places, **how: Any) -> Seen:
     """What this part's queries see, by slots of the whole row, and the tags of this part's queries and keys."""
-    q_index, k_index, *tags = places
+    q_index, k_index, q_segments, k_segments, k_valid, *told_by = places
     if q_index is None:
         q_index = lax.axis_index(context.axis) * queries[1] + jnp.arange(queries[1], dtype=jnp.int32)[None]
     if k_index is not None:
         k_index = _of_all(k_index, context.axis)
-    seen = seen_of(queries, (keys[0], keys[1] * context.parts), Places(q_index, k_index), **how)
-    told = seen_of(queries, keys, Places(None, None, *tags))
+    where = Places(q_index, k_index, None, None, None, *told_by)
+    seen = seen_of(queries, (keys[0], keys[1] * context.parts), where, **how)
+    told = seen_of(queries, keys, Places(None, None, q_segments, k_segments, k_valid))
     return seen._replace(q_tags=told.q_tags, k_tags=told.k_tags)
 
 
 def _of_rows(context: Context, queries: tuple[int, ...], keys: tuple[int, ...], places: Places, **how: Any) -> Seen:
     """The same of all parts, on every device: 4 bytes of each position and number that depends on data."""
     seen = _of_part(context, queries, keys, places, **how)
-    if places.q_index is None and places.k_index is None:
+    if places.q_index is None and places.k_index is None and places.q_end is None:
         known = seen_of((1, queries[1] * context.parts), (1, keys[1] * context.parts), Places(), **how)
         tags = [None if x is None else _of_all(x, context.axis) for x in (seen.q_tags, seen.k_tags)]
         return Seen(known.first, known.end, known.sinks, *tags)
