@@ -5,9 +5,11 @@
     adaptive convert --workdir DIR --export FOLDER [--dtype bfloat16] [--push NAME/REPOSITORY]
     adaptive convert --kind KIND --workdir DIR --export FILE.safetensors
     adaptive convert --uptrain RUN --recipe NAME --workdir DIR [--sharing stepwise] [setting=value ...]
+    adaptive convert --to_expert_choice RUN --workdir DIR [setting=value ...]
 
 FOLDER is one as Hugging Face's hub has it, with config.json, safetensors and a tokenizer. --uptrain begins the
-recursive model of a recipe as the plain model of a run. Settings are dotted, as those of training, and count where the
+recursive model of a recipe as the plain model of a run; --to_expert_choice replaces the token-choice routers of a run,
+and nothing else. Settings are dotted, as those of training, and count where the
 model is trained further: `adaptive train --recipe DIR/recipe.json --workdir DIR`. Exit codes: 0 done, 2 something
 cannot work, 130 interrupted.
 """
@@ -54,11 +56,12 @@ def options() -> command.Options:
     add("--config", default="", help="the released configuration (JSON)")
     add("--workdir", default="", help="folder of the run: a new one; with --export that of a model")
     add("--export", default="", help="a new folder that transformers opens, or one *.safetensors file")
-    add("--step", type=command.number(int, least=0), help="with --export: the checkpoint of this step, not the newest")
+    add("--step", type=command.number(int, least=0), help="the checkpoint of this step of a run, not the newest")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of exported weights")
     add("--shard_mb", type=command.number(int, least=1), default=5000, help="largest exported file (default 5000)")
     add("--push", default="", metavar="REPOSITORY", help="uploads the exported folder to Hugging Face's hub")
     add("--uptrain", default="", metavar="RUN", help="the run of a plain model that a recursive one begins from")
+    add("--to_expert_choice", default="", metavar="RUN", help="the run whose experts shall choose their tokens")
     add("--recipe", default="", help="with --uptrain: that of the recursive model, a name or a file")
     add("--sharing", default="stepwise", choices=SHARINGS,
         help="with --uptrain: which layers of the plain model the shared ones begin as (default stepwise)")  # fmt: skip
@@ -81,12 +84,17 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("--from says where tensors and configuration are: leave out --tensors, --config and --export")
     if given.uptrain and (given.source or given.tensors or given.config or given.export or given.kind):
         raise UserError("--uptrain takes --recipe, --workdir, --sharing, --step and settings alone")
+    others = given.uptrain, given.recipe, given.source, given.tensors, given.config, given.export, given.kind
+    if given.to_expert_choice and any(others):
+        raise UserError("--to_expert_choice takes --workdir, --step and settings alone")
     file = given.export.endswith(".safetensors")
     if given.push and (file or not given.export):
         raise UserError("--push uploads a folder: give --export FOLDER")
     needed: tuple[str, ...] = ("kind", "tensors", "config", "workdir")
     if given.uptrain:
         needed = ("uptrain", "recipe", "workdir")
+    elif given.to_expert_choice:
+        needed = ("to_expert_choice", "workdir")
     elif given.source or given.export:
         needed = ("source", "workdir") if given.source else ("kind", "workdir", "export")[not file :]
     if missing := [f"--{name}" for name in needed if not getattr(given, name)]:
@@ -96,6 +104,9 @@ def run(arguments: Sequence[str]) -> int:
     start_backend()
     if given.uptrain:
         uptrain(paths["uptrain"], given.recipe, paths["workdir"], given.sharing, given.settings, given.step)
+        return 0
+    if given.to_expert_choice:
+        to_expert_choice(paths["to_expert_choice"], paths["workdir"], given.settings, given.step)
         return 0
     if given.export and file:
         export(given.kind, paths["workdir"], paths["export"])
@@ -174,6 +185,36 @@ def uptrain(
     print(
         f"wrote     {workdir}: {recipe.name} at step 0, begun ({sharing}) as {found.recipe.name} at step {trained.step}"
     )
+    print(f"train it  python -m adaptive.train --recipe {workdir}/recipe.json --workdir {workdir}")
+
+
+def to_expert_choice(
+    run: Path, workdir: Path, settings: Sequence[str], step: int | None = None, name: str = ""
+) -> None:  # fmt: skip
+    """Makes `workdir` the folder of a run at step 0 whose model has the parameters of `run` and experts that choose,
+    and scores both on what the run holds out; name: of its recipe, "": after the other. Raises UserError before
+    anything is written where it cannot be."""
+    from flax import nnx
+
+    from adaptive.interop.retrofit import Retrofitted
+    from adaptive.retrofitting import held_out, record, retrofitted
+    from adaptive.runs.folder import RunFolder
+    from adaptive.runs.load import find, load
+
+    if RunFolder(workdir).recipe.exists():
+        raise CheckpointError(f"{workdir} holds a run already; choose another --workdir")
+    found = find(run, step, option="--to_expert_choice")
+    recipe = retrofitted(found.recipe, settings, name)
+    trained = load(found)
+    before = held_out(found.recipe, trained.state)
+    params = {path: leaf for path, leaf in nnx.to_flat_state(trained.state) if isinstance(leaf, nnx.Param)}
+    save(recipe, Retrofitted(recipe.model, params), workdir)
+    after = held_out(recipe, load(find(workdir)).state)
+    record(workdir, {"run": str(run), "step": found.step, "before": before, "after": after})
+    told = [f"{row['eval/loss']:.4f} nats per token" if row else "nothing is held out" for row in (before, after)]
+    print(f"before    {told[0]}, with token choice: {found.recipe.name} at step {found.step}")
+    print(f"after     {told[1]}, with expert choice")
+    print(f"wrote     {workdir}: {recipe.name} at step 0")
     print(f"train it  python -m adaptive.train --recipe {workdir}/recipe.json --workdir {workdir}")
 
 

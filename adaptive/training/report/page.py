@@ -14,6 +14,7 @@ from adaptive.training.report.evaluations import evaluations
 from adaptive.training.report.experts import experts
 from adaptive.training.report.overview import learning, origin, recipe, tiles
 from adaptive.training.report.parts import parts
+from adaptive.training.report.retrofit import retrofit
 from adaptive.training.report.routing import deep_tokens, routing
 from adaptive.training.report.runs import Run, load_run
 from adaptive.training.report.schema import REPORT_FILE
@@ -42,6 +43,7 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
             tiles(run),
             _alerts(run),
             comparison((run, *others)) if others else "",
+            retrofit(run),
             learning(run),
             evaluations(run),
             chunks(run),
