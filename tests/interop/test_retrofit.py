@@ -64,7 +64,7 @@ def test_the_command_replaces_the_router_alone(tmp_path, capsys):
     before, after = tmp_path / "before", tmp_path / "after"
     settings = model(token_choice.Settings(bias=True))
     flat = dict(nnx.to_flat_state(nnx.state(settings.build(jax.random.key(3)))))
-    small = ("data=embedded", "data.seq_len=16", "train.batch_size=2", "eval.rows=2", "eval.selection=topk")
+    small = ("data=embedded", "data.seq_len=16", "train.batch_size=8", "eval.rows=8", "eval.selection=topk")
     convert.save(Recipe("plain", "", settings).with_(*small), Retrofitted(settings, flat), before)
     asked = ["--to_expert_choice", str(before), "--workdir", str(after), "train.steps=7"]
     assert convert.main(asked) == 0
