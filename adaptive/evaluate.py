@@ -43,6 +43,9 @@ def options() -> command.Options:
         help="score so many rows of each set, evenly spaced over it (default 0: all)")  # fmt: skip
     add("--depths", type=_numbers, default=(), metavar="N,N,...",
         help="also the loss at these numbers of passes through a recursive model's shared block")  # fmt: skip
+    add("--caches", nargs="+", default=[], metavar="POLICY",
+        help="also the loss of generation, token by token, with these policies of a recursion's cache: active_only, "
+        "last, cycle(2), shared")  # fmt: skip
     add("--tasks", nargs="+", default=[], metavar="FILE",
         help="what to answer: .jsonl files, folders of them, or a CORE bundle; text is scored with --data")  # fmt: skip
     add("--harness", nargs="+", default=[], metavar="TASK",
@@ -101,6 +104,7 @@ def evaluate(given: argparse.Namespace) -> None:
 
     from adaptive.data.tokenizers import load_tokenizer
     from adaptive.evaluation import files
+    from adaptive.evaluation.caches import check_caches
     from adaptive.evaluation.curve import check_depths
     from adaptive.evaluation.opening import locate
     from adaptive.evaluation.sets import open_sets
@@ -120,12 +124,14 @@ def evaluate(given: argparse.Namespace) -> None:
     check_objective(recipe)
     if given.depths:
         check_depths(recipe, given.depths)
+    if given.caches:
+        check_caches(recipe, given.caches)
     path = files.file_for(folder.path, found.step, given.name, ema=given.ema)
     tasks = read_tasks(given.tasks, given.shots)
     tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
     if given.harness:
         importlib.import_module("adaptive.evaluation.lm_eval")  # a missing package is told before anything is loaded
-    scored = given.data or given.depths or not (tasks or given.harness)
+    scored = given.data or given.depths or given.caches or not (tasks or given.harness)
     sets = open_sets(given.data, recipe, tokenizer, stride=given.stride) if scored else []
     start_backend()
     keep_compilations()
@@ -143,7 +149,7 @@ def evaluate(given: argparse.Namespace) -> None:
         "row": recipe.data.seq_len,
         "stride": given.stride or recipe.data.seq_len,
         "rows": given.rows,
-        **measured(given, subject, sets, tasks),
+        **measured(given, trained, subject, sets, tasks),
     }
     if given.harness:
         told["harness"] = harness(given, trained)
@@ -153,8 +159,11 @@ def evaluate(given: argparse.Namespace) -> None:
     print(f"\nkept in {folder}/{path.relative_to(folder.path)}")
 
 
-def measured(given: argparse.Namespace, subject: Any, sets: Sequence[Any], tasks: Sequence[Any]) -> dict[str, Any]:
+def measured(
+    given: argparse.Namespace, trained: Any, subject: Any, sets: Sequence[Any], tasks: Sequence[Any]
+) -> dict[str, Any]:
     """What the evaluation finds, as JSON."""
+    from adaptive.evaluation.caches import cache_table
     from adaptive.evaluation.curve import depth_curve
     from adaptive.evaluation.evaluate import evaluate_sets
     from adaptive.evaluation.tasks import evaluate_tasks
@@ -163,6 +172,8 @@ def measured(given: argparse.Namespace, subject: Any, sets: Sequence[Any], tasks
     told = evaluate_sets(subject, sets, **how) if sets else {}
     if given.depths:
         told["depths"] = depth_curve(subject, sets, given.depths, **how)
+    if given.caches:
+        told["caches"] = cache_table(trained, subject, sets, given.caches, **how)
     if tasks:
         told |= evaluate_tasks(subject, tasks, **(how | {"most": given.items, "seeds": given.seeds}))
     return told

@@ -71,6 +71,9 @@ def options() -> command.Options:
         help="asks for one text after another, and continues each; Ctrl-D ends")  # fmt: skip
     add("--rows", type=number(int, least=0), help="how many rows the network inside an H-Net decodes together; 0: all, "
         "chunk or not (default: 1 for a single text or on a CPU, otherwise 0)")  # fmt: skip
+    add("--cache", default="", metavar="POLICY",
+        help="what a recursion keeps of its passes: per_pass, active_only, last, cycle(2), shared (default: as the "
+        "recipe has it, model.body.cache)")  # fmt: skip
     add("words", nargs="*", help=argparse.SUPPRESS)
     return made
 
@@ -103,6 +106,7 @@ def generate(given: argparse.Namespace, begin: float) -> int:
     prompts = read_prompts(given)
     import jax
 
+    from adaptive.inference.caching import inexact, with_cache
     from adaptive.inference.sampling import prompt_tokens
     from adaptive.inference.show import tell
     from adaptive.runs.load import find, load
@@ -110,6 +114,8 @@ def generate(given: argparse.Namespace, begin: float) -> int:
 
     found = find(given.workdir, given.step)
     check_marks(given, found.recipe)
+    if given.cache:
+        found = found._replace(recipe=with_cache(found.recipe, given.cache, "--cache"))
     start_backend()
     keep_compilations()
     trained = load(found, ema=given.ema)
@@ -118,6 +124,9 @@ def generate(given: argparse.Namespace, begin: float) -> int:
     texts = [] if given.interactive else prompts or [found.recipe.log.sample_prompt]
     encoded = [(text, prompt_tokens(trained.tokenizer, text)) for text in texts]
     tell(f"{found.recipe.name}, step {trained.step}, on {jax.local_devices()[0].device_kind}")
+    if name := inexact(found.recipe):
+        tell(f"note: with cache={name} the text is not what the model computes without a cache; what that costs: "
+             f"adaptive evaluate --caches {name}")  # fmt: skip
     sampler = sampler_of(given, trained, len(texts) or 1)
     if not given.interactive:
         return command.INTERRUPTED if continued(given, trained, sampler, encoded, begin) else 0

@@ -131,6 +131,9 @@ def test_depths_are_shown_where_they_change(run, tmp_path, monkeypatch):
     record = json.loads(run(*options, "--prompt", "A cat", "--json")[1])
     assert set(record["depths"]) <= {1, 2} and len(record["depths"]) == len(record["tokens"])
     assert text.replace("¹", "").replace("²", "") == f"A cat{record['text']}\n"
+    code, out, told = run(*options, "--prompt", "A cat", "--json", "--cache", "active_only(0)")
+    compact = json.loads(out)
+    assert code == 0 and all(compact[key] == record[key] for key in ("tokens", "depths")) and "note" not in told
     changes = sum(a != b for a, b in zip(record["depths"], record["depths"][1:], strict=False))
     assert changes <= text.count("¹") + text.count("²") <= changes + 6  # and those of the prompt
     monkeypatch.setattr(sys, "stdin", io.StringIO("A cat\n\nA dog\n"))
@@ -167,6 +170,9 @@ def test_depths_are_shown_where_they_change(run, tmp_path, monkeypatch):
         (["--workdir", "{hnet}", "--prompt_file", "missing"], "missing"),
         (["--workdir", "{hnet}", "--prompt_file", "{bytes}"], "not UTF-8 text: byte 1"),
         (["--workdir", "{plain}", "--show_chunks"], "show_chunks is for H-Nets"),
+        (["--workdir", "{plain}", "--cache", "active_only"], "nothing to leave out; it can be cycle, last, per_pass"),
+        (["--workdir", "{hnet}", "--cache", "last"], "has no recursion, so each layer keeps one cache"),
+        (["--workdir", "{plain}", "--cache", "cycle(0)"], "number=0: must be at least 1"),
         (["--workdir", "{plain}", "--rows", "2"], "rows is for H-Nets"),
         (["--workdir", "{new}"], "no checkpoint yet"),
         (["--workdir", "{plain}", "--prompt", ""], "prompt is empty"),

@@ -100,15 +100,20 @@ def make_score_step(
             passes=passes,
             logits=False,
         )
-        weight = narrowed(model.head_weight(), out.hidden.dtype)
-        rows, seq = batch.tokens.shape
-        chunk = chunk_length(seq // seq_shards(), rows // batch_shards(), weight.shape[0], device_kind())
-        said = predicted(out.hidden, weight, jnp.asarray(batch.targets), chunk, model.settings.logit_soft_cap)
+        said = said_of(model, out.hidden, jnp.asarray(batch.targets))
         counts = [(stage.boundary_mask & stage.valid).sum().astype(jnp.float32) for stage in out.trace.stages]
         chunks = jnp.stack(counts) if counts else jnp.zeros(0, jnp.float32)
         return Scores(said.nll, said.top, said.likeliest == batch.targets, out.trace.depth, chunks)
 
     return score
+
+
+def said_of(model: Any, hidden: jax.Array, targets: jax.Array) -> Any:
+    """What a model predicts of targets i32[rows, n] from hidden [rows, n, width] (`cross_entropy.predicted`)."""
+    weight = narrowed(model.head_weight(), hidden.dtype)
+    rows, seq = targets.shape
+    chunk = chunk_length(seq // seq_shards(), rows // batch_shards(), weight.shape[0], device_kind())
+    return predicted(hidden, weight, targets, chunk, model.settings.logit_soft_cap)
 
 
 def subject_of(trained: Trained) -> Subject:

@@ -12,6 +12,8 @@ def lines_of(told: dict[str, Any]) -> Iterator[str]:
         yield from _sets(told)
     if "depths" in told:
         yield from _depths(told["depths"])
+    if "caches" in told:
+        yield from _caches(told["caches"])
     if "tasks" in told:
         yield from _tasks(told)
     if "harness" in told:
@@ -73,6 +75,8 @@ def _cells(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "mean of sets, bits per byte", measured(told["macro"][told["rules"][-1]], "bits_per_byte")
     for point in told.get("depths", {}).get("points", ()):
         yield f"{point['passes']} passes, nats per token", measured(point, "loss")
+    for point in told.get("caches", {}).get("points", ()):
+        yield f"cache {point['cache']}, nats per token", measured(point, "loss")
     for name, one in told.get("tasks", {}).items():
         yield f"{name}, right", measured(one, "accuracy")
     if "tasks_mean" in told:
@@ -99,6 +103,16 @@ def _depths(told: dict[str, Any]) -> Iterator[str]:
     yield f"depth ({_RULES[told['rule']]} selection, * as trained): {told['says']}"
     if len(told["per_set"]) > 1:
         yield from (f"  {name}: {one['says']}" for name, one in told["per_set"].items())
+
+
+def _caches(told: dict[str, Any]) -> Iterator[str]:
+    rows = [("cache, token by token", "", "bytes per token", "nats per token", "more than with every pass")]
+    for point in told["points"]:
+        exact = "exact" if point["exact"] else "inexact"
+        rows.append((point["cache"], exact, f"{point['bytes_per_token']:,.0f}", measured(point, "loss"),
+                     signed(point["difference"], "loss")))  # fmt: skip
+    yield ""
+    yield from table(rows)
 
 
 def _tasks(told: dict[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from flax import nnx
 from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError, RecipeError
 from adaptive.inference.drawing import Drawing, draw
+from adaptive.models import kept
 from adaptive.recipe import Recipe
 from adaptive.routing.stages import at_bytes
 from kernels_pallas.choice import here
@@ -120,6 +121,7 @@ class Sampler:
         cache, last, seen = self._empty(self._state, len(prompts), room)
         for begin in range(0, tokens.shape[1], PIECE):
             part = slice(begin, begin + PIECE)
+            cache = _with_room(cache, tokens[:, part].shape[1])
             given = None if markers is None else _marked(markers, tokens[:, part], valid[:, part])
             cache, last, seen, stages, depth = self._read(
                 self._state, tokens[:, part], valid[:, part], given, seen, cache=cache, last=last
@@ -140,6 +142,7 @@ class Sampler:
         for begin in range(0, length, at_once):
             token, alive = np.asarray(drawn.token)[:, None], np.asarray(drawn.alive)[:, None]
             given = None if markers is None else _marked(markers, token, alive)
+            cache = _with_room(cache, at_once)
             drawn, cache, made = self._write(
                 self._state, drawn, given, key, np.int32(begin), count=at_once, cache=cache
             )
@@ -273,6 +276,11 @@ def _here(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args, **options)
 
     return call
+
+
+def _with_room(cache: Any, positions: int) -> Any:
+    """The cache, where its passes have slots of their own with room for so many more positions in each."""
+    return kept.with_room(cache, positions, ROOM) if kept.lacking(cache, positions) else cache
 
 
 def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -98,7 +98,7 @@ def slots_of(own: Slots) -> int:
 def lacking(state: State, positions: int) -> bool:
     """Whether some pass anywhere in a state may lack room for so many more positions of each row. Reads the state."""
     found = [own for own in jax.tree.leaves(state, is_leaf=_is_slots) if _is_slots(own)]
-    filled = jax.device_get([own.filled for own in found])
+    filled = jax.device_get([own.filled for own in found]) if found else []
     return any(int(n.max()) + positions > slots_of(own) for n, own in zip(filled, found, strict=True))
 
 

@@ -40,6 +40,8 @@ def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = Non
         compute_dtype=str(program.dtype),
         peak_flops_per_s=None if peak is None else peak * program.mesh.size,
         kernels={name: runs_on(name, device.platform, recipe.train.kernels) for name in program.facts.kernels},
+        cache={one.policy: one.bytes for one in program.kept},
+        inexact=tuple(one.policy for one in program.kept if not one.exact),
         versions=versions.in_use(),
         **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, program.remat),
     )
@@ -101,6 +103,8 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
         f"{plan.flops_per_step / plan.dense_flops_per_step:.0%} of what it would be with every token at full depth",
         *(f"kernels   {operation}: {choice}" for operation, choice in plan.kernels.items()),
     ]
+    if plan.cache:
+        lines.append(f"cache     {_kept(plan)}")
     if program.recipe.init.run:
         lines.append(f"begins    from {program.recipe.init.run} at step {program.recipe.init.step}")
     if program.frozen is not None:
@@ -146,6 +150,14 @@ def memory_line(memory: Mapping[str, int]) -> str:
     return "memory    " + (
         ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in memory.items()) or "not told by the backend"
     )
+
+
+def _kept(plan: PlanRecord) -> str:
+    """What generation keeps of a token, by policy."""
+    (name, size), *others = plan.cache.items()
+    about = lambda name: f"{name}, inexact" if name in plan.inexact else name  # noqa: E731
+    first = f"{size:,.0f} bytes a token in generation" + (f" ({about(name)})" if name else "")
+    return f"{first}; {', '.join(f'{about(n)}: {b:,.0f}' for n, b in others)}" if others else first
 
 
 def _schedule(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adaptive.account.caches import kept_per_token
 from adaptive.data.batch import Batch
 from adaptive.data.tokenizers import ByteCounts
 from adaptive.errors import MeshError, NoRoomError, RecipeError
@@ -183,6 +184,7 @@ class Program:
     experts_described      each kind of routed feed-forward in a few words
     selections             the ways of selecting that the model can evaluate and that differ
     refuse_generation      why the model cannot generate with a cache; empty where it can
+    kept                   what a cache of generation keeps of a token, by policy; () where there is none
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh, remat: Remat = "none"):
@@ -221,6 +223,7 @@ class Program:
         self.experts_described = tuple(dict.fromkeys(told))
         self.selections = model.selections()
         self.refuse_generation = model.refuse_generation() or model.refuse_cache()
+        self.kept = () if self.refuse_generation else kept_per_token(model)
         self.ema = recipe.train.ema > 0
         self._shapes = abstract_state(self.graphdef, shapes, self.tx, ema=self.ema)
         self.shardings = place(self._shapes, mesh, self.rules)

@@ -51,6 +51,8 @@ def runs(tmp_path_factory):
         (["--checkpoint", "mor", "--depths", "1,4"], "--depths 4: .* above the 3"),
         (["--checkpoint", "mor", "--depths", "0"], "--depths 0: passes=0"),
         (["--checkpoint", "mor", "--depths", "deep"], "'deep' is not whole numbers"),
+        (["--checkpoint", "plain", "--caches", "last"], "made has no recursion, so each layer keeps one cache"),
+        (["--checkpoint", "mor", "--caches", "lats"], "--caches=lats: .* nearest: last"),
         (["--checkpoint", "plain", "--name", "a/b"], "--name a/b: letters, digits"),
     ],
 )

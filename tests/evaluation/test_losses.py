@@ -12,10 +12,12 @@ from flax import nnx
 
 from adaptive import evaluate
 from adaptive.data.batch import stack
+from adaptive.evaluation.caches import cache_table
 from adaptive.evaluation.evaluate import measure
 from adaptive.evaluation.predictions import predict
 from adaptive.evaluation.sets import open_sets
 from adaptive.evaluation.subject import subject_of
+from adaptive.evaluation.table import lines_of
 from adaptive.runs.load import find, load
 from adaptive.training.step import make_eval_step
 
@@ -131,3 +133,19 @@ def test_the_command_keeps_what_it_prints(run, capsys):
     assert "no evaluation called gone; there are step-3" in capsys.readouterr().err
     assert evaluate.main(["--compare", str(folder / "texts")]) == 2
     assert "texts has no evaluation" in capsys.readouterr().err
+
+
+def test_what_a_cache_costs_is_a_number(run, capsys):
+    """Token by token with a cache of every pass the loss is that of the forward pass; with one of the last, another."""
+    folder, trained, subject = run
+    (data,) = open_sets([f"{folder}/texts/own.txt"], trained.recipe, trained.tokenizer)
+    told = cache_table(trained, subject, [data], ["last"], most=6, resamples=20)
+    whole = measure(subject, data, "causal", most=6).told["loss"]
+    exact, last = told["points"]
+    assert exact["exact"] and not last["exact"]
+    assert exact["loss"] == pytest.approx(whole, rel=1e-5) and exact["difference"]["loss"] == 0
+    assert last["loss"] - whole == pytest.approx(last["difference"]["loss"], abs=1e-5) and last["loss"] != whole
+    one = 2 * 2 * 8 * 4 + 4  # of a pass: keys and values of 2 heads of 8, and an index
+    assert exact["bytes_per_token"] - last["bytes_per_token"] == 2 * one
+    lines = "\n".join(lines_of({"caches": told}))
+    assert "last" in lines and "inexact" in lines and f"{last['difference']['loss']:+.4f}" in lines

@@ -42,6 +42,16 @@ def test_a_router_of_depth_and_kinds_of_experts_are_told():
     assert names == ["attention", "routing", "grouped_matmul"]
 
 
+def test_what_a_cache_keeps_is_told_by_policy():
+    """Keys and values of 2 heads of 8 in float32, and an index, for each layer and pass."""
+    one = 2 * 2 * 8 * 4 + 4
+    (line,) = beginning(lines_of(shapes.mor(5)), "cache")
+    assert line.startswith(f"{5 * one} bytes a token in generation (per_pass); active_only(0.1): ")
+    assert line.endswith(f"cycle(2), inexact: {4 * one}, last, inexact: {3 * one}, shared, inexact: {3 * one}")
+    assert beginning(lines_of(shapes.plain(4)), "cache") == [f"{4 * one} bytes a token in generation"]
+    assert not beginning(lines_of(shapes.recursive(4, 2, order="sequence")), "cache")
+
+
 def test_slots_of_nested_stages_follow_both_schedules():
     model = shapes.hnet(("m1", ("m1", ("T1",), "m1"), "m1"), chunker=("dynamic", "stride"), target=3.0)
     inner = dataclasses.replace(model.body.inner, capacities=(1.0, 0.5), capacity_steps=(200,))

@@ -42,7 +42,7 @@ def _while_training(run: Run) -> str:
 
 def _evaluation(name: str, told: dict[str, Any]) -> str:
     try:
-        parts = (_sets(told), _curves(told), _tasks(told))
+        parts = (_sets(told), _curves(told), _caches(told), _tasks(told))
     except (KeyError, TypeError, ValueError, AttributeError):
         return element("p", html.escape(f"{name}.json is no evaluation that can be read"), kind="lead")
     title = f"{name}: step {told.get('step', '?')}" + (", running average" if told.get("ema") else "")
@@ -70,6 +70,17 @@ def _sets(told: dict[str, Any]) -> str:
     ]
     listed = element("ul", "".join(element("li", html.escape(line)) for line in costs)) if costs else ""
     return table(rows) + listed
+
+
+def _caches(told: dict[str, Any]) -> str:
+    """What policies of a recursion's cache cost."""
+    if not told.get("caches"):
+        return ""
+    rows = [("cache", "", "bytes per token", "nats per token", "more than with every pass")]
+    for one in told["caches"]["points"]:
+        rows.append((one["cache"], "exact" if one["exact"] else "inexact", f"{one['bytes_per_token']:,.0f}",
+                     measured(one, "loss"), signed(one["difference"], "loss")))  # fmt: skip
+    return table(rows)
 
 
 def _curves(told: dict[str, Any]) -> str:

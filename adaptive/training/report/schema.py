@@ -47,6 +47,9 @@ class PlanRecord:
     memory                bytes of the compiled step by kind ("arguments", "temporaries", "outputs", "code")
     remat                 what the backward pass recomputes and why, where that was left to be chosen
     kernels               operation -> implementation and reason
+    cache                 policy of a recursion's cache -> bytes of generation's cache for a token; its own first, and
+                          under the empty name where there is no recursion
+    inexact               those of them with which generation is not the full forward pass
     """
 
     name: str = ""
@@ -79,6 +82,8 @@ class PlanRecord:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     remat: str = ""
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
+    cache: dict[str, float] = dataclasses.field(default_factory=dict)
+    inexact: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     version: int = FORMAT_VERSION
 
