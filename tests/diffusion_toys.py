@@ -58,13 +58,13 @@ class Toy:
     """The same as a decoder's network."""
 
     def __init__(self, block=0):
-        self.block, self.in_blocks = block, block > 0
+        self.block, self.shifted = block, False
         self.sizes = []  # positions of every call
 
     def empty(self, rows, n):
         return [Row(n, self.block) for _ in range(rows)]
 
-    def __call__(self, tokens, places, exists, held, *, state):
+    def __call__(self, tokens, places, exists, held, share, *, state):
         tokens, places, exists, held = map(np.asarray, (tokens, places, exists, held))
         self.sizes.append(tokens.shape[1])
         logits = np.zeros((*tokens.shape, VOCAB), np.float32)

@@ -309,6 +309,34 @@ class LanguageModel(nnx.Module):
         given = None if boundaries is None else boundaries[:, None]
         return self.prefill(token[:, None], cache, boundaries=given, rows=rows)
 
+    def revise(
+        self,
+        tokens: jax.Array,
+        places: jax.Array,
+        cache: State,
+        exists: jax.Array,
+        *,
+        sees: Sees = "all",
+        mask_ratio: jax.Array | None = None,
+    ) -> tuple[Output, State]:
+        """Computes some positions of rows whose others the cache holds, and puts them into it; routers decide as they
+        train, among these positions.
+
+        tokens      i32[batch, n]
+        places      i32[batch, n]: where they stand, ascending, all different
+        exists      bool[batch, n]: those that exist, wherever they stand
+        sees        as of a call: "all" that the cache holds, or blocks of so many positions
+        mask_ratio  as of a call, of whole rows
+        """
+        where = Where(places, places, None, exists, scattered=True)
+        if isinstance(sees, int):
+            first = places // sees * sees
+            where = where.replace(reach=Reach(jnp.zeros_like(first), first, first, first + sees))
+        given = {"tokens": tokens}
+        call = Call(sees="past" if sees == "past" else "all", counts=False, given=given, mask_ratio=mask_ratio)
+        through = self._computed_with()(self.embedded(tokens, where), where, call, cache["body"])
+        return self._output(through.hidden, through.aux, through.trace, True), cache | {"body": through.state}
+
     # Parts
 
     def summed(self) -> "LanguageModel":

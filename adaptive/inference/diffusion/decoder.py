@@ -33,20 +33,29 @@ LEAST = 8  # positions that a call computes at least: fewer sizes mean fewer com
 class Network(Protocol):
     """Computes positions of rows, and keeps keys and values of others.
 
-    in_blocks  whether attention goes from a block to itself and those before it; else it goes everywhere
+    block    positions of a block, where they see their own and those before it; 0: they see everything
+    shifted  whether what a position says is the token after it
     """
 
-    in_blocks: bool
+    block: int
+    shifted: bool
 
     def empty(self, rows: int, n: int) -> Any:
         """The state of rows of n positions of which nothing was computed."""
 
     def __call__(
-        self, tokens: jax.Array, places: jax.Array, exists: jax.Array, held: jax.Array, *, state: Any
+        self,
+        tokens: jax.Array,
+        places: jax.Array,
+        exists: jax.Array,
+        held: jax.Array,
+        share: jax.Array,
+        *,
+        state: Any,
     ) -> tuple[jax.Array, Any]:
         """(logits f32[rows, k, vocab], the state after it) of tokens i32[rows, k] at places i32[rows, k], ascending, of
         which those of bool[rows, k] exist. They read the keys and values of positions held bool[rows, n], their own
-        among them."""
+        among them. share f32[rows]: of all positions of the row those that hold the mask."""
 
 
 class Step(NamedTuple):
@@ -89,14 +98,15 @@ class Decoder:
 
     def __init__(self, network: Network, plan: Plan, cache: Cache | None = None):
         cache = none.Settings() if cache is None else cache
-        plan.check()
+        if network.block and plan.block != network.block:
+            raise UserError(f"block={plan.block}: the model was trained on blocks of {network.block} positions")
+        plan = dataclasses.replace(plan, aligned=network.block > 0, together=cache.together).check()
         check_ranges(cache, "cache.")
         cache.check(plan.policy, -(-plan.block // plan.steps_per_block))
-        if cache.in_blocks not in (None, network.in_blocks):
-            one, other = ("block diffusion", "masked diffusion over whole texts")[:: 1 if network.in_blocks else -1]
+        if cache.in_blocks not in (None, network.block > 0):
+            one, other = ("block diffusion", "masked diffusion over whole texts")[:: 1 if network.block else -1]
             raise UserError(f"cache {cache.kind()} is for {other}, and the model is of {one}")
-        self.network, self.cache = network, cache
-        self.plan = dataclasses.replace(plan, aligned=network.in_blocks, together=cache.together)
+        self.network, self.plan, self.cache = network, plan, cache
 
     def __call__(self, prompts: Sequence[np.ndarray], key: jax.Array | None = None) -> Decoded:
         """prompts i32[p] each; key as of `adaptive.inference.diffusion.decode`."""
@@ -120,31 +130,31 @@ class Decoder:
 
     def steps(self, prompts: Sequence[np.ndarray], key: jax.Array | None = None) -> Iterator[Step]:
         """After each call, until every row is finished."""
-        plan = self.plan
-        tokens, exists, begin = laid_out(prompts, plan)
+        plan, shift = self.plan, int(self.network.shifted)
+        tokens, exists, begin = laid_out(prompts, plan, shift)
         rows, n = tokens.shape
         keys, known = row_keys(plan, key, rows), jnp.asarray(tokens != plan.mask)
         progress, held = start(jnp.asarray(tokens), begin, plan=plan), jnp.zeros((rows, n), bool)
         twice = 2 if plan.guidance else 1
-        state = self.network.empty(rows * twice, n)
+        state = self.network.empty(rows * twice, n - shift)
         while True:
             each, most, going = _before(progress, held, begin, exists, keys, plan=plan, cache=self.cache)
             if not going:
                 return
-            size = size_of(int(most), n)
-            places, there = _places(each.computes, size)
+            places, there = _places(each.computes[:, shift:], size=size_of(int(most), n - shift))
             read = with_blind(progress.tokens, known, plan=plan)
-            asked = _doubled(read, places, there, each.held, twice=twice)
+            asked = _doubled(read, places, there, each.held[:, shift:], exists, plan=plan)
             logits, state = self.network(*asked, state=state)
+            places = places + shift
             proposal = proposed(plan, progress, logits, keys, places)
             progress = _after(progress, proposal, each, places, there, begin, keys, plan=plan)
             held = each.held
             yield Step(progress, np.asarray(each.computes.sum(1)))
 
 
-def laid_out(prompts: Sequence[np.ndarray], plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def laid_out(prompts: Sequence[np.ndarray], plan: Plan, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(tokens i32[rows, n], masked where something is to be written; which positions exist; where the first block of
-    each row begins)."""
+    each row begins). Where what a position says is the token `shift` after it, the first ones are never proposed."""
     lengths = np.array([len(prompt) for prompt in prompts])
     n = int(lengths.max()) + plan.length
     place = np.arange(n)
@@ -152,8 +162,9 @@ def laid_out(prompts: Sequence[np.ndarray], plan: Plan) -> tuple[np.ndarray, np.
     for r, prompt in enumerate(prompts):
         tokens[r, : len(prompt)] = prompt
     tokens[(place >= lengths[:, None]) & (place < lengths[:, None] + plan.length)] = plan.mask
-    begin = lengths // plan.block * plan.block if plan.aligned else lengths
-    return tokens, place < lengths[:, None] + plan.length, begin.astype(np.int32)
+    begin = (lengths - shift) // plan.block * plan.block + shift if plan.aligned else lengths
+    exists = (place >= shift) & (place < lengths[:, None] + plan.length)
+    return tokens, exists, begin.astype(np.int32)
 
 
 def size_of(count: int, n: int) -> int:
@@ -190,13 +201,16 @@ def _places(computes: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return order, jnp.take_along_axis(computes, order, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="twice")
+@functools.partial(jax.jit, static_argnames="plan")
 def _doubled(
-    read: jax.Array, places: jax.Array, there: jax.Array, held: jax.Array, *, twice: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(tokens at places, places, there, held) of all rows, under guidance of each twice."""
-    places, there, held = (jnp.concatenate([a] * twice) for a in (places, there, held))
-    return jnp.take_along_axis(read, places, axis=1), places, there, held
+    read: jax.Array, places: jax.Array, there: jax.Array, held: jax.Array, exists: jax.Array, *, plan: Plan
+) -> tuple[jax.Array, ...]:
+    """What the network is asked: (tokens at places, places, there, held, share masked), of guided rows each twice."""
+    rows = lambda a: jnp.concatenate([a] * (2 if plan.guidance else 1))  # noqa: E731
+    masked = (read == plan.mask) & rows(exists)
+    share = masked.sum(1) / jnp.maximum(rows(exists).sum(1), 1)
+    places = rows(places)
+    return jnp.take_along_axis(read, places, axis=1), places, rows(there), rows(held), share.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="plan")

@@ -23,7 +23,7 @@ class Plan:
     temperature  tokens are drawn from logits divided by it; 0: the likeliest
     together     whether a row whose block is finished waits for the others
     aligned      whether blocks begin at multiples of `block`, as in a model of block diffusion, and not where the
-                 prompt ends
+                 prompt ends. Then `length` may be any number, and steps are shared out to blocks, at least one to each
     end          token that ends a row: what is behind it is not written; None: none does
     """
 
@@ -41,7 +41,7 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Blocks that a row has at most."""
-        return self.length // self.block + self.aligned
+        return -(-self.length // self.block) + self.aligned
 
     @property
     def steps_per_block(self) -> int:
@@ -59,7 +59,7 @@ class Plan:
         for name in ("length", "steps", "block"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.length % self.block:
+        if self.length % self.block and not self.aligned:
             fits = ", ".join(map(str, divisors(self.length)))
             raise UserError(f"block={self.block} does not divide the length {self.length}; these do: {fits}")
         for name in ("guidance", "temperature"):
@@ -78,6 +78,8 @@ class Plan:
                 "each call"
             )
         least = self.length // self.block
+        if self.aligned:
+            return
         if rest := self.steps % least:
             fits = f"{self.steps - rest} or {self.steps - rest + least}" if self.steps > least else f"{least}"
             raise UserError(
