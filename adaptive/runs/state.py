@@ -1,5 +1,6 @@
 """The state of a run: born sharded, plain when saved."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,7 +86,9 @@ def fresh_state(
 ) -> TrainState:
     """The state at step 0, every array created on the devices that keep it (`state_shardings`)."""
     # On a CPU the compiler's full effort takes half as long again, for the same bits in the same time.
-    options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    level = "xla_backend_optimization_level"
+    asked = level in os.environ.get("XLA_FLAGS", "")
+    options = {level: 1} if mesh.devices.flat[0].platform == "cpu" and not asked else None
     with placement(mesh, rules):
         initial = jax.jit(
             lambda key: initial_state(build, tx, key, ema=ema), out_shardings=shardings, compiler_options=options
