@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(stderr=given.json)
     with console.status("") as status:
         found = list(_measured(recipes, given, status.update))
-        matmul, copy = _machine()
+        matmul, copy = machine()
     about = _about(matmul, copy)
     if given.json:
         print(json.dumps({"cases": [dataclasses.asdict(f) | {"ratios": f.ratios} for f in found], **about}))
@@ -259,7 +259,7 @@ def experts(count: int, compiled: bool) -> Case:
     return Case(f"{count} experts, {layers.PER_TOKEN} of them for {tokens} tokens", runs, "other weights")
 
 
-def _machine() -> tuple[float, float]:
+def machine() -> tuple[float, float]:
     """FLOP/s of a square matmul, and bytes per second read and written by a copy: the best of a few."""
     matmul, copied = matmul_timer(jax.devices()[0], jnp.dtype("float32")), np.ones(2**26, np.float32)
     into, copy = np.empty_like(copied), 0.0

@@ -112,7 +112,8 @@ def test_a_failure_reaches_everyone_who_waits(monkeypatch):
         broken.set()
         raise FloatingPointError("broken")
 
-    monkeypatch.setattr(served._programs, "turn", turn)
+    for name in ("turn", "token"):
+        monkeypatch.setattr(served._programs, name, turn)
     tickets = [served.submit(Request(PROMPTS[i], 5)) for i in range(3)]
     assert broken.wait(60)
     for ticket in tickets:

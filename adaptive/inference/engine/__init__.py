@@ -17,7 +17,7 @@ from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.inference.engine.passes import Picked
-from adaptive.inference.engine.plan import Launch, choose, expected
+from adaptive.inference.engine.plan import Launch, Sizes, choose, expected, whole
 from adaptive.inference.engine.slots import LIKELIEST, Programs, Told, asked_of
 from adaptive.inference.engine.tickets import Row, Ticket
 from adaptive.inference.requests import Full, Made, Reason, Request
@@ -39,6 +39,7 @@ class Engine:
     vocab, marker  as of `sampling.Sampler`
     batch   rows that one launch computes at most, of models that can be computed so (`models.steps`): of a recursion
             rows before different passes, while others wait; 0: half of the rows. Without passes it is all
+    stepwise  False: all rows and all passes together at every token, as other models are computed
     group   of other models: rows with a new chunk that the network inside an H-Net computes at once; 0: all rows at
             every token
     replay  as of `passes.Picked`
@@ -56,6 +57,7 @@ class Engine:
         vocab: int | None = None,
         marker: Callable[[], Marker] | None = None,
         batch: int = 0,
+        stepwise: bool = True,
         group: int = 0,
         replay: np.ndarray | None = None,
     ):
@@ -69,13 +71,14 @@ class Engine:
         # Whatever is read, all of a piece needs room.
         room: dict[str, Any] = {"rows": rows, "room": self.length + self._piece, "vocab": vocab}
         self._programs: Programs
-        if marker is not None or steps.refuse(model.settings):
+        if not stepwise or marker is not None or steps.refuse(model.settings):
             self._programs = Programs(graphdef, state, group=group, **room)
         else:
             recursive = model.settings.body.passes > 1
             batch = min(rows, batch or max(1, rows // 2)) if recursive else rows
             self._programs = Picked(graphdef, state, batch=batch, replay=replay, **room)
         self._slots = self._programs.empty()
+        self._cache_bytes = sum(a.nbytes for a in jax.tree.leaves(self._slots.cache))
         self._held: list[Row | None] = [None] * rows
         self._markers: dict[Ticket, Marker] = {}
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -145,6 +148,27 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
+    def warm(self) -> None:
+        """Compiles all programs, before the first request comes."""
+        with self._changed:
+            assert not self._waiting and not any(self._held)
+            programs, nobody = self._programs, np.zeros(self.rows, bool)
+            given = None if self._marker is None else nobody
+            asked = asked_of(Request(np.zeros(1, np.int32), 1).how, 0, 0, 0, None)
+            for size in sorted({SHORT, self._piece}):
+                marks = None if self._marker is None else np.zeros(size, bool)
+                self._slots, _ = programs.read(
+                    self._slots, 0, np.zeros(size, np.int32), np.arange(size) < 1, first=True, last=True, asked=asked,
+                    given=marks, most=0,
+                )  # fmt: skip
+            for count in programs.batches:
+                self._slots, _ = programs.once(self._slots, nobody, count)
+            for count in programs.turns:
+                self._slots, _ = programs.turn(self._slots, nobody, given, count, 0)
+            for count in programs.tokens:
+                self._slots, _ = programs.token(self._slots, nobody, count, 0)
+            jax.block_until_ready(self._slots)
+
     def figures(self) -> dict[str, float]:
         with self._changed:
             counted = dict(self._figures)
@@ -153,6 +177,8 @@ class Engine:
                 "running": sum(row is not None for row in self._held),
                 "rows": self.rows,
                 "tokens_per_second": self._rate,
+                "cache_bytes": self._cache_bytes,
+                "cache_bytes_per_token": self._cache_bytes / (self.rows * self._programs.room),
             }
         names = ("requests", "tokens", "prompt_tokens", "passes", "launches", "rows_launched", "rows_computed")
         ends = tuple(f"ended_{reason}" for reason in Reason.__args__)  # type: ignore[attr-defined]
@@ -239,28 +265,33 @@ class Engine:
             chosen = Launch("read", 1)
         if chosen is None:
             return False
+        held = list(self._held)
         if chosen.kind == "read":
-            told = self._read(min(reading, key=lambda row: row.ticket.number))
+            row = min(reading, key=lambda row: row.ticket.number)
+            told, held = self._read(row), [row if own is row else None for own in held]
         else:
             told = self._go_on(chosen)
-        self._turned = chosen.kind == "turn" or (self._turned and chosen.kind == "pass")
+        self._turned = chosen.kind in ("turn", "token") or (self._turned and chosen.kind == "pass")
         self._count(**{"launches": 1, f"{chosen.kind}_launches": 1})
-        self._unread.append((chosen, told, list(self._held)))
+        self._unread.append((chosen, told, held))
         return True
 
     def _next(self) -> Launch | None:
         programs, flying = self._programs, [launch for launch, *_ in self._unread]
-        if programs.passes:
-            core, done = expected(self._told, flying, programs.passes)
-            return choose(core, done, programs.turns, programs.batches, sure=not flying)
-        return choose(0, int(self._going().sum()), programs.turns, (), sure=True)
+        sizes, live = Sizes(programs.turns, programs.batches, programs.tokens), self._live()
+        if not programs.passes:
+            return whole(live, sizes)
+        return choose(*expected(self._told, flying), live, sizes, flying)
 
-    def _going(self) -> np.ndarray:
-        """bool[rows]: rows that generate, as far as that is known."""
-        stepwise = self._programs.passes > 0
-        return np.array([
-            row is not None and not row.reading and (stepwise or row.launched < row.wanted) for row in self._held
-        ])  # fmt: skip
+    def _live(self) -> int:
+        """Rows that want another token behind what flies, which draws one for each of them if it draws any."""
+        drawn = [held for launch, _, held in self._unread if launch.kind != "pass"]
+        count = 0
+        for row in self._held:
+            if row is not None and not row.reading:
+                coming = sum(any(own is row for own in held) for held in drawn)
+                count += len(row.ticket.made) + coming < row.ticket.request.tokens
+        return count
 
     def _read(self, row: Row) -> Told:
         r = next(r for r, own in enumerate(self._held) if own is row)
@@ -282,29 +313,33 @@ class Engine:
             self._slots, r, tokens, valid, first=first, last=not row.reading, asked=asked, given=given,
             most=LIKELIEST if request.likeliest else 0,
         )  # fmt: skip
-        row.launched += not row.reading
         self._count(prompt_tokens=count)
         return told
 
     def _go_on(self, launch: Launch) -> Told:
         """A pass or a turn of rows that generate."""
-        going, given = self._going(), None
+        keep = np.array([row is not None and not row.reading for row in self._held])
         self._count(rows_launched=launch.rows)
         if launch.kind == "pass":
-            self._slots, told = self._programs.once(self._slots, going, launch.rows)
+            self._slots, told = self._programs.once(self._slots, keep, launch.rows)
             return told
-        if self._marker is not None:
-            given = np.zeros(self.rows, bool)
-            for r in np.flatnonzero(going):
-                row = self._held[r]
-                assert row is not None and row.last is not None
-                given[r] = self._markers[row.ticket].push(row.last.token)
         asks = any(row is not None and row.ticket.request.likeliest for row in self._held)
         most = LIKELIEST if asks else 0
-        self._slots, told = self._programs.turn(self._slots, going, given, launch.rows, most)
-        for r in np.flatnonzero(going):
-            self._held[r].launched += 1  # type: ignore[union-attr]
+        if launch.kind == "token":
+            self._slots, told = self._programs.token(self._slots, keep, launch.rows, most)
+        else:
+            self._slots, told = self._programs.turn(self._slots, keep, self._given(), launch.rows, most)
         return told
+
+    def _given(self) -> np.ndarray | None:
+        """bool[rows]: whether a chunk begins at the token of each row, for models that are told."""
+        if self._marker is None:
+            return None
+        given = np.zeros(self.rows, bool)
+        for r, row in enumerate(self._held):
+            if row is not None and row.last is not None and not row.reading:
+                given[r] = self._markers[row.ticket].push(row.last.token)
+        return given
 
     def _settle(self, launch: Launch, told: Told, held: list[Row | None]) -> None:
         """Reads what a launch did, and hands out what it made for the rows as they were held then."""

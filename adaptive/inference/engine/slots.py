@@ -119,6 +119,7 @@ class Programs:
         self.rows, self.room = rows, room
         self.turns: tuple[int, ...] = (rows,)  # how many rows a turn can compute
         self.batches: tuple[int, ...] = ()  # and a pass
+        self.tokens: tuple[int, ...] = ()  # and all that a token needs
         self._options = {"rows": group} if group else {}
         self._empty = jax.jit(here_(self._make))
         self._reads = jax.jit(here_(self._read), static_argnames=("most",), donate_argnames=("slots",))
@@ -145,6 +146,10 @@ class Programs:
 
     def once(self, slots: Slots, keep: np.ndarray, count: int) -> tuple[Slots, Told]:
         """A pass of `count` rows in the phase CORE, or fewer."""
+        raise NotImplementedError
+
+    def token(self, slots: Slots, keep: np.ndarray, count: int, most: int) -> tuple[Slots, Told]:
+        """All passes that `count` rows, or fewer, have before them, and their turn."""
         raise NotImplementedError
 
     # Compiled
@@ -245,10 +250,12 @@ def moved(slots: Slots, rows: jax.Array, which: jax.Array, **fields: Any) -> Slo
     return slots._replace(**{name: jax.tree.map(one, getattr(slots, name), new) for name, new in fields.items()})
 
 
-def picked(slots: Slots, phase: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """(i32[count] rows, bool[count]): those of a phase that have waited longest, in that order, and then others."""
-    rows = jnp.argsort(jnp.where(slots.phase == phase, slots.order, slots.order + len(slots.order)))[:count]
-    return rows, slots.phase[rows] == phase
+def picked(slots: Slots, phase: int | None, count: int) -> tuple[jax.Array, jax.Array]:
+    """(i32[count] rows, bool[count]): those of a phase (None: of any with a token) that have waited longest, in that
+    order, and then others."""
+    own = slots.phase != EMPTY if phase is None else slots.phase == phase
+    rows = jnp.argsort(jnp.where(own, slots.order, slots.order + len(slots.order)))[:count]
+    return rows, own[rows]
 
 
 def ranked(slots: Slots, rows: jax.Array, behind: jax.Array) -> Slots:

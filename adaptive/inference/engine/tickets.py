@@ -18,12 +18,14 @@ class Ticket:
 
     number  tells those apart that came before it
     made    tokens so far
+    begin   when it was taken on, and `times` when its tokens were handed out, by `time.perf_counter`
     """
 
     def __init__(self, request: Request, wake: Callable[[], None]):
         self.request, self._wake, self.number = request, wake, next(_NUMBERS)
         self.deadline = None if request.seconds is None else time.monotonic() + request.seconds
         self.made: list[int] = []
+        self.begin, self.times = time.perf_counter(), list[float]()
         self._come: queue.SimpleQueue[Made | BaseException | None] = queue.SimpleQueue()
         self._reason: Reason | None = None
         self._cancelled = self._read = False
@@ -53,6 +55,7 @@ class Ticket:
         return "deadline" if self.deadline is not None and now >= self.deadline else None
 
     def push(self, one: Made) -> None:
+        self.times.append(time.perf_counter())
         self._come.put(one)
 
     def end(self, reason: Reason, error: BaseException | None = None) -> None:
@@ -67,21 +70,14 @@ class Row:
 
     tokens   i32[n] to read before the next is drawn: the prompt, and what had been made before it lost another row
     read     of them read, or being read
-    launched launches so far that each draw a token
-    wanted   such launches after which it has all that was asked for
     last     the token that was drawn last; it is handed out when it has been read, or is the last one
     """
 
     ticket: Ticket
     tokens: np.ndarray
     read: int = 0
-    launched: int = 0
     last: Made | None = None
 
     @property
     def reading(self) -> bool:
         return self.read < len(self.tokens)
-
-    @property
-    def wanted(self) -> int:
-        return self.ticket.request.tokens - (len(self.tokens) - len(self.ticket.request.prompt))
