@@ -34,7 +34,7 @@ from adaptive.settings import nearest, show
 from adaptive.training.config import EvalConfig, LogConfig, TrainConfig
 
 FORMAT_VERSION = 4  # from 4 on the model is a tree of parts
-SHARED_MODULES = ("bases", "hnet_bases")  # modules of recipes/ that hold what families share
+SHARED_MODULES = ("bases", "dlm_bases", "hnet_bases")  # modules of recipes/ that hold what families share
 ABOUT = ("name", "description", "published")  # fields of a recipe that are no settings
 ABSENT = "(absent)"  # a setting that one of two recipes does not have
 LONGEST_NAME = 60
@@ -112,6 +112,7 @@ class Recipe:
         self._check_sizes()
         self.model.validate()
         self.objective.check(self.model.vocab_size)
+        self.objective.check_model(self.model)
         self.data.validate()
         self.train.validate(self.data.seq_len)
         self.eval.validate()

@@ -113,6 +113,7 @@ def train(
 
     from adaptive.parallel.mesh import make_mesh
     from adaptive.runs.folder import RunFolder
+    from adaptive.runs.mask_token import check_mask, with_mask
     from adaptive.runs.origin import record_start
     from adaptive.runs.platform import keep_compilations
     from adaptive.runs.shared import check_shared
@@ -131,12 +132,14 @@ def train(
     say = print_now if primary else lambda text: None
     with contextlib.ExitStack() as at_exit:
         compilations = keep_compilations()
+        recipe = with_mask(recipe)
         mesh = make_mesh(recipe.mesh)
         program = Program(recipe, mesh)
         saved, why_not = saved_steps(compiled, program) if compiled else (None, "")
         show_data_progress(say)
         data = open_data(recipe, data_shard(mesh), arguments, say if workdir is None else None)
         if data:
+            check_mask(recipe, data.tokenizer)
             sets_and_tasks.opened(recipe, data.tokenizer)
         # Claimed only now, so that a run that cannot work leaves no folder behind.
         opened = RunFolder.open(workdir, recipe, primary=primary, say=say) if workdir else None

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ CONFIG = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
 MOST_IDS = 1 << 22  # the largest known vocabularies have a fourth of it; a table has a row for each
+_MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "[MASK]", "<mask>")
 _SHOWN = 8  # tokens in a message
 
 
@@ -31,6 +32,7 @@ class TokenizerFiles(NamedTuple):
     special     ids of markers, which stand for no text
     decoders    names of the steps that make text of pieces
     begin, end  ids that documents begin and end with
+    mask        id that stands for a hidden token; None: no token does
     sha256      (hex) of what defines the ids of a document
     """
 
@@ -41,6 +43,7 @@ class TokenizerFiles(NamedTuple):
     decoders: frozenset[str]
     begin: int | None
     end: int
+    mask: int | None
     sha256: str
 
 
@@ -69,7 +72,8 @@ def read_tokenizer(path: Path, config_path: Path, bos: str | None, eos: str) -> 
     hidden = _spelt_otherwise({piece for piece, token in vocabulary.items() if token in {*special, begin, end}}, tree)
     encoder = library if hidden is None else _parsed(hidden, path)
     decoders = frozenset(_kinds(_state(library.decoder)))
-    return TokenizerFiles(library, encoder, vocabulary, special, decoders, begin, end, sha256)
+    mask = vocabulary.get(_named(config, "mask_token"), _first_of(_MASK_NAMES, vocabulary))
+    return TokenizerFiles(library, encoder, vocabulary, special, decoders, begin, end, mask, sha256)
 
 
 @contextlib.contextmanager
@@ -250,7 +254,11 @@ def _end(eos: str, after: list[int], config: Mapping[str, Any], vocabulary: Mapp
 
 
 def _best_known(vocabulary: Mapping[str, int]) -> int | None:
-    return next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
+    return _first_of(_END_NAMES, vocabulary)
+
+
+def _first_of(names: Sequence[str], vocabulary: Mapping[str, int]) -> int | None:
+    return next((vocabulary[name] for name in names if name in vocabulary), None)
 
 
 def _named(config: Mapping[str, Any], key: str) -> str:

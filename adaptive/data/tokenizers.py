@@ -54,6 +54,7 @@ class Tokenizer(abc.ABC):
     vocab_size   int         every id is below it
     bos_id       int | None  put before each document and each prompt, where the convention has one
     eos_id       int         put after each document
+    mask_id      int | None  stands for a hidden token, where the convention has one
     fingerprint  str         sha256 (hex) of what defines the ids of a document; a token store remembers it
     closing      int         blanks that the last token of a text has and its text has not
     """
@@ -62,6 +63,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     bos_id: int | None = None
     eos_id: int
+    mask_id: int | None = None
     fingerprint: str
     closing: int = 0
 
@@ -158,12 +160,14 @@ class StreamDecoder:
 
 
 class Bytes(Tokenizer):
-    """Ids 0 to 255 are bytes, 256 ends a document, 257 pads; the vocabulary is rounded up to a multiple of 64."""
+    """Ids 0 to 255 are bytes, 256 ends a document, 257 pads, 258 stands for a hidden token; the vocabulary is rounded
+    up to a multiple of 64."""
 
     name = "bytes"
     vocab_size = 320
     eos_id = 256
     pad_id = 257
+    mask_id: int | None = 258
     fingerprint = hashlib.sha256(b"bytes: id = byte, end 256, pad 257, vocabulary 320").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -184,6 +188,7 @@ class HNetBytes(Bytes):
     bos_id: int | None = 254
     eos_id = 255
     pad_id = 255
+    mask_id = None
     fingerprint = hashlib.sha256(b"hnet-bytes: id = byte, begin 254, end 255, vocabulary 256").hexdigest()
 
     def token_bytes(self, token: int) -> bytes:
@@ -203,7 +208,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, name: str, files: TokenizerFiles):
         self.name = name
         self.fingerprint = files.sha256
-        self.bos_id, self.eos_id = files.begin, files.end
+        self.bos_id, self.eos_id, self.mask_id = files.begin, files.end, files.mask
         self.vocab_size = max(files.vocabulary.values()) + 1
         self._files = files
 

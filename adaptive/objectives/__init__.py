@@ -93,6 +93,15 @@ class Objective(Member):
         """How a model trained with it decodes; None: it predicts the next token."""
         return None
 
+    def refuse_generation(self) -> str:
+        """Why a model trained with it does not generate token after token; empty where it does."""
+        if self.causal:
+            return ""
+        how = ": decode it with adaptive.inference.diffusion (docs/diffusion.md)" if self.denoising() else ""
+        return (
+            f"it was trained with objective={self.kind()}, which fills in hidden tokens and predicts no next one{how}"
+        )
+
     def inputs(self, batch: Any, key: jax.Array | None) -> Inputs:
         """What to read and to predict in training; key: of noise."""
         raise NotImplementedError

@@ -52,6 +52,10 @@ class Settings(masked_diffusion.Settings):
     def denoising(self) -> Denoising:
         return Denoising(self.mask_id, self.block, self.alignment == "shifted")
 
+    def refuse_generation(self) -> str:
+        next_tokens = self.block == 1 and self.alignment == "shifted"
+        return "" if next_tokens else super().refuse_generation()
+
     def counted(self, batch: Any) -> jax.Array:
         return jnp.asarray(batch.mask) > 0 if self.alignment == "shifted" else super().counted(batch)
 

@@ -12,6 +12,7 @@ from adaptive.errors import CheckpointError
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import read_part, steps_in
 from adaptive.runs.folder import RunFolder
+from adaptive.runs.mask_token import with_mask
 from adaptive.runs.platform import compute_dtype
 from adaptive.runs.state import abstract_model
 
@@ -74,11 +75,11 @@ def load(found: Found, *, ema: bool = False) -> Trained:
     """
     if ema and not found.recipe.train.ema:
         raise CheckpointError(f"{found.recipe.name} keeps no running average of its parameters: train.ema is 0")
-    recipe = found.recipe
+    recipe = with_mask(found.recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
     graphdef, shapes = abstract_model(lambda key: recipe.model.build(key, dtype=compute_dtype(recipe)))
     model = nnx.merge(graphdef, shapes)
-    refuse = model.refuse_generation() or model.refuse_cache()
+    refuse = recipe.objective.refuse_generation() or model.refuse_generation() or model.refuse_cache()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
     params, buffers = nnx.split_state(placed, nnx.Param, ...)

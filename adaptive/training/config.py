@@ -63,6 +63,7 @@ class EvalConfig:
 
     every: int = ranged(100, least=0)  # steps; 0: only at the end
     rows: int = ranged(64, least=0)  # held-out rows per evaluation, the same whatever the batch size; 0: all of them
+    draws: int = since(4, before=4, least=1)  # of the noise of each held-out row, of objectives whose loss has some
     selection: tuple[str, ...] = SELECTIONS  # how routed models choose: as trained, and causally
     # Sets that are scored besides what is held out, `rows` rows of each: as --data of `adaptive evaluate` names them.
     sets: tuple[str, ...] = since((), before=[])

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ class Evaluator:
         facts = self._facts
         row: Row = {}
         first = None
+        draws = self._recipe.eval.draws if self._recipe.objective.noisy else 1
         runs = [(mode, "eval/" if mode == self.selection else f"eval/{mode}/", state) for mode in self._steps]
         if jax.tree.leaves(state.ema):
             runs.append((self.selection, "eval/ema/", state._replace(params=state.ema)))
@@ -64,15 +65,17 @@ class Evaluator:
             counter = RoutingCounter(
                 facts.depth, facts.recursions, stops=facts.stops, classes=self._classes, experts=facts.experts
             )
-            nll = tokens = text = 0.0
+            tokens = text = 0.0
+            nll = np.zeros(draws)
             weights: list[int] = []
             scalars: list[dict[str, float]] = []
             parts = PartSums(facts.experts)
-            for number, batch in enumerate(self._data.validation(self._recipe.eval.rows)):
+            for draw, number, batch in self._batches(draws):
                 if go_on:
                     go_on()
-                out = jax.device_get(step(evaluated, batch, number))
-                nll, tokens, text = nll + float(out.nll), tokens + float(out.tokens), text + float(out.bytes)
+                out = jax.device_get(step(evaluated, batch, number, draw))
+                nll[draw] += out.nll
+                tokens, text = tokens + float(out.tokens) / draws, text + float(out.bytes) / draws
                 present = self._everywhere(batch.segment_ids) > 0
                 boundaries = [stage.mask for stage in out.stages]
                 ids = self._everywhere(batch.tokens)
@@ -82,9 +85,7 @@ class Evaluator:
                 parts.add(out.told)
             if not tokens:
                 continue
-            row[f"{prefix}loss"] = nll / tokens
-            if text:
-                row[f"{prefix}bits_per_byte"] = nll / math.log(2) / text
+            row |= {f"{prefix}{name}": value for name, value in losses(nll, tokens, text).items()}
             for name in scalars[0]:
                 row[f"{prefix}{name}"] = float(np.average([s[name] for s in scalars], weights=weights))
             row |= chunk_sizes(row, prefix)
@@ -97,6 +98,12 @@ class Evaluator:
         row |= self._others(state)
         self.compiled = True
         return row, first or RoutingCounter("none", 1)
+
+    def _batches(self, draws: int) -> Iterator[tuple[int, int, Batch]]:
+        """(number of the draw, number of the batch, batch) of all held-out rows, as often as there are draws."""
+        for draw in range(draws):
+            for number, batch in enumerate(self._data.validation(self._recipe.eval.rows)):
+                yield draw, number, batch
 
     def passage(self, state: TrainState) -> tuple[TokenRecord, ...]:
         """The beginning of the held-out text, each token's depth, loss and chunks under the first way of selecting."""
@@ -124,3 +131,19 @@ class Evaluator:
         shares, rows = multihost_utils.process_allgather((np.array(self._share), local))
         _, first = np.unique(shares, return_index=True)
         return np.asarray(rows)[first].reshape(-1, *local.shape[1:])
+
+
+def losses(nll: np.ndarray, tokens: float, size: float) -> Row:
+    """Columns of the held-out loss: its mean over draws of noise and, of several, the standard error of that.
+
+    nll     f64[draws]: nats of all targets, by each draw
+    tokens  targets; size: bytes that they stand for
+    """
+    found: Row = {"loss": float(nll.mean()) / tokens}
+    if size:
+        found["bits_per_byte"] = float(nll.mean()) / math.log(2) / size
+    if (draws := len(nll)) > 1:
+        error = float(nll.std(ddof=1)) / draws**0.5
+        found |= {"draws": draws, "loss_error": error / tokens}
+        found |= {"bits_per_byte_error": error / math.log(2) / size} if size else {}
+    return found

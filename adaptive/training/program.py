@@ -30,6 +30,7 @@ from adaptive.parallel.rules import AxisRules, axis_rules, placement, split
 from adaptive.parallel.support import check_support, parts_of
 from adaptive.recipe import Recipe
 from adaptive.routing.types import AuxLosses, Output
+from adaptive.runs.mask_token import with_mask
 from adaptive.runs.platform import CacheHits, compute_dtype
 from adaptive.runs.state import TrainState, abstract_model, abstract_state, fresh_state
 from adaptive.settings import divisors
@@ -189,6 +190,7 @@ class Program:
 
     def __init__(self, recipe: Recipe, mesh: Mesh, remat: Remat = "none"):
         """remat: what is recomputed where the recipe leaves it to be chosen (`adaptive.training.fitting`)."""
+        recipe = with_mask(recipe)
         self.recipe, self.mesh, self.facts = recipe, mesh, recipe.model.facts()
         self.remat: Remat = remat if recipe.train.remat == "auto" else recipe.train.remat
         # Again, now that the size of every axis is known.
@@ -221,8 +223,9 @@ class Program:
         routed = model.routed()
         told = (f"{one.settings.router.kind()}: {routed[one.path].describe()}" for one in self.facts.experts)
         self.experts_described = tuple(dict.fromkeys(told))
-        self.selections = model.selections()
-        self.refuse_generation = model.refuse_generation() or model.refuse_cache()
+        self.selections = model.selections() if recipe.objective.causal else ("topk",)
+        refused = recipe.objective.refuse_generation()
+        self.refuse_generation = refused or model.refuse_generation() or model.refuse_cache()
         self.kept = () if self.refuse_generation else kept_per_token(model)
         self.ema = recipe.train.ema > 0
         self._shapes = abstract_state(self.graphdef, shapes, self.tx, ema=self.ema)
@@ -324,11 +327,9 @@ class Program:
                 call = lowered.compile()
         return Compiled(call, time.perf_counter() - begin, hits.count > 0, self.mesh.devices.flat[0].platform)
 
-    def eval_step(
-        self, byte_counts: ByteCounts, selection: Literal["topk", "threshold"]
-    ) -> Callable[[TrainState, Batch, int], Evaluation]:
-        """(state, batch, its number) -> Evaluation, every array of it on every process; compiled at the first call. The
-        objective's noise, if it has any, is that of the batch's number."""
+    def eval_step(self, byte_counts: ByteCounts, selection: Literal["topk", "threshold"]) -> Callable[..., Evaluation]:
+        """(state, batch, its number, number of the draw) -> Evaluation, every array of it on every process; compiled at
+        the first call. The objective's noise, if it has any, is that of both numbers."""
         step = make_eval_step(
             self.graphdef,
             jax.tree.map(lambda a: jnp.asarray(_padded(a, self.recipe.model.vocab_size)), byte_counts),
@@ -341,8 +342,9 @@ class Program:
         compiled: list[Any] = []
 
         @functools.wraps(step)
-        def call(state: TrainState, batch: Batch, number: int = 0) -> Evaluation:
+        def call(state: TrainState, batch: Batch, number: int = 0, draw: int = 0) -> Evaluation:
             key = jax.random.fold_in(jax.random.key(self.recipe.train.seed), number)
+            key = jax.random.fold_in(key, draw) if draw else key
             given = state.params, state.buffers, self.to_devices(batch), key
             if not compiled:
                 with self.placed(), one_compiles(f"compiling the evaluation by {selection}"):

@@ -36,6 +36,8 @@ def _of_run(program: Program) -> Iterator[tuple[str, str]]:
         yield "log.profile_steps", f"the trace would begin after step {log.profile_start}, the run has {steps}"
     if len(program.selections) == 1:
         yield "eval.selection", "this model selects alike as it trains and as it generates"
+    if not recipe.objective.noisy:
+        yield "eval.draws", f"objective={recipe.objective.kind()} has no noise"
     if program.refuse_generation:
         yield "log.sample_tokens", "this model writes no sample"
     if program.accumulation == 1:
