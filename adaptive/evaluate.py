@@ -41,6 +41,8 @@ def options() -> command.Options:
         "longer (default: the row)")  # fmt: skip
     add("--rows", type=number(int, least=0), default=0,
         help="score so many rows of each set, evenly spaced over it (default 0: all)")  # fmt: skip
+    add("--draws", type=number(int, least=0, most=10_000), default=0,
+        help="of what is hidden, for models of diffusion, whose loss is a bound (default 8)")  # fmt: skip
     add("--depths", type=_numbers, default=(), metavar="N,N,...",
         help="also the loss at these numbers of passes through a recursive model's shared block")  # fmt: skip
     add("--caches", nargs="+", default=[], metavar="POLICY",
@@ -104,6 +106,7 @@ def evaluate(given: argparse.Namespace) -> None:
 
     from adaptive.data.tokenizers import load_tokenizer
     from adaptive.evaluation import files
+    from adaptive.evaluation.bound import denoiser_of
     from adaptive.evaluation.caches import check_caches
     from adaptive.evaluation.curve import check_depths
     from adaptive.evaluation.opening import locate
@@ -121,7 +124,12 @@ def evaluate(given: argparse.Namespace) -> None:
     recipe = found.recipe
     if given.text_key:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, text_key=given.text_key))
-    check_objective(recipe)
+    if recipe.objective.noisy:
+        check_bound(given, recipe.objective.kind())
+    else:
+        check_objective(recipe)
+        if given.draws:
+            raise UserError(f"--draws is of models that fill in hidden tokens, and {recipe.name} predicts the next one")
     if given.depths:
         check_depths(recipe, given.depths)
     if given.caches:
@@ -136,7 +144,7 @@ def evaluate(given: argparse.Namespace) -> None:
     start_backend()
     keep_compilations()
     trained = load(found, ema=given.ema)
-    subject = subject_of(trained)
+    subject: Any = denoiser_of(trained) if recipe.objective.noisy else subject_of(trained)
     _say(f"{recipe.name}, step {found.step}, on {jax.local_devices()[0].device_kind}")
     for one in sets:
         _say(f"{one.name}: {one.about}")
@@ -159,16 +167,29 @@ def evaluate(given: argparse.Namespace) -> None:
     print(f"\nkept in {folder}/{path.relative_to(folder.path)}")
 
 
+def check_bound(given: argparse.Namespace, kind: str) -> None:
+    """Raises UserError for options that models of diffusion have nothing for."""
+    for name in ("depths", "caches", "tasks", "harness", "stride"):
+        if getattr(given, name):
+            raise UserError(
+                f"--{name} is of models that predict the next token, and this one was trained with objective={kind}: "
+                "its loss on texts (--data) is a bound"
+            )
+
+
 def measured(
     given: argparse.Namespace, trained: Any, subject: Any, sets: Sequence[Any], tasks: Sequence[Any]
 ) -> dict[str, Any]:
     """What the evaluation finds, as JSON."""
+    from adaptive.evaluation import bound
     from adaptive.evaluation.caches import cache_table
     from adaptive.evaluation.curve import depth_curve
     from adaptive.evaluation.evaluate import evaluate_sets
     from adaptive.evaluation.tasks import evaluate_tasks
 
     how: dict[str, Any] = {"most": given.rows, "resamples": given.resamples, "say": _say}
+    if trained.recipe.objective.noisy:
+        return bound.evaluate_sets(subject, sets, draws=given.draws or bound.DRAWS, **how)
     told = evaluate_sets(subject, sets, **how) if sets else {}
     if given.depths:
         told["depths"] = depth_curve(subject, sets, given.depths, **how)

@@ -57,7 +57,7 @@ def predict(
     counts = subject.tokenizer.byte_counts()
     told, done = [], []
     number = 0
-    for rows in _grouped(data.first(most), subject):
+    for rows in grouped(data.first(most), subject):
         batch = stack([row.batch for row in rows])
         scores = subject.score(batch, rule, passes)
         counted, present = batch.mask > 0, batch.segment_ids > 0
@@ -77,7 +77,7 @@ def predict(
     return Predictions(*map(np.concatenate, zip(*told, strict=True))), computed
 
 
-def _grouped(rows: Iterator[Row], subject: Subject) -> Iterator[list[Row]]:
+def grouped(rows: Iterator[Row], subject: Any) -> Iterator[list[Row]]:
     """Rows in batches of one size; what fills up the last counts for nothing."""
     held: list[Row] = []
     for row in rows:
@@ -116,13 +116,14 @@ class Sums(NamedTuple):
 def sums_by(unit: np.ndarray, said: Predictions, tokenizer: Tokenizer) -> Sums:
     """The sums of each unit, such as a document: `unit` i64[n]."""
     _, index = np.unique(unit, return_inverse=True)
-    text = _is_text(said.token, tokenizer)
+    text = is_text(said.token, tokenizer)
     nats = said.nll.astype(np.float64)
     add = lambda weights: np.bincount(index, weights)  # noqa: E731
     return Sums(add(nats), add(np.ones(len(nats))), add(nats * text), add(said.size.astype(np.float64)))
 
 
-def _is_text(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def is_text(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """bool[n]: which of the tokens i32[n] stand for text."""
     kinds, index = np.unique(tokens, return_inverse=True)
     return np.array([not tokenizer.is_special(int(token)) for token in kinds], bool)[index]
 

@@ -79,7 +79,7 @@ def check_objective(recipe: Recipe) -> None:
     if not recipe.objective.causal:
         raise RecipeError(
             f"{recipe.name} was trained with objective={recipe.objective.kind()}, which does not predict the next "
-            "token from those before it: there is no such loss to evaluate"
+            "token from those before it: of its losses adaptive evaluate has the bound on texts (--data)"
         )
 
 
@@ -108,12 +108,20 @@ def make_score_step(
     return score
 
 
-def said_of(model: Any, hidden: jax.Array, targets: jax.Array) -> Any:
+def said_of(model: Any, hidden: jax.Array, targets: jax.Array, never: int = -1) -> Any:
     """What a model predicts of targets i32[rows, n] from hidden [rows, n, width] (`cross_entropy.predicted`)."""
     weight = narrowed(model.head_weight(), hidden.dtype)
     rows, seq = targets.shape
     chunk = chunk_length(seq // seq_shards(), rows // batch_shards(), weight.shape[0], device_kind())
-    return predicted(hidden, weight, targets, chunk, model.settings.logit_soft_cap)
+    return predicted(hidden, weight, targets, chunk, model.settings.logit_soft_cap, never)
+
+
+def most_rows(recipe: Recipe) -> int:
+    """Rows that are computed at once on one device."""
+    train = recipe.train
+    return min(
+        train.device_batch_size or train.batch_size, train.batch_size, max(1, _MOST_TOKENS // recipe.data.seq_len)
+    )
 
 
 def subject_of(trained: Trained) -> Subject:
@@ -130,6 +138,4 @@ def subject_of(trained: Trained) -> Subject:
             return jax.tree.map(np.asarray, compiled[key](trained.state, batch))
 
     model = nnx.merge(trained.graphdef, trained.state)
-    train, seq = recipe.train, recipe.data.seq_len
-    rows = min(train.device_batch_size or train.batch_size, train.batch_size, max(1, _MOST_TOKENS // seq))
-    return Subject(recipe, trained.step, trained.tokenizer, rules_of(model), score, rows)
+    return Subject(recipe, trained.step, trained.tokenizer, rules_of(model), score, most_rows(recipe))

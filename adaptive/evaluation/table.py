@@ -28,11 +28,11 @@ def _sets(told: dict[str, Any]) -> Iterator[str]:
     for name, rules in told["sets"].items():
         for rule, one in rules.items():
             cost = one["compute"]["mflop_per_token"]
+            sure = f"{one['calibration']['error']:.3f}" if "calibration" in one else "—"
             compute = f"{cost['paid']:.3g} ({'?' if cost['active'] is None else format(cost['active'], '.3g')})"
             rows.append(
                 (name, *((_RULES[rule],) if several else ()), f"{one['targets']:,}", measured(one, "loss"),
-                 measured(one, "bits_per_byte"), f"{one['accuracy']:.1%}", f"{one['calibration']['error']:.3f}",
-                 compute)
+                 measured(one, "bits_per_byte"), f"{one['accuracy']:.1%}", sure, compute)
             )  # fmt: skip
     if len(told["sets"]) > 1:
         for rule, one in told["macro"].items():
@@ -47,12 +47,31 @@ def _sets(told: dict[str, Any]) -> Iterator[str]:
     units = {one["resampled"] for rules in told["sets"].values() for one in rules.values()}
     yield f"[low, high] hold 95 % of {told['resamples']} bootstraps over {' or '.join(sorted(units))}"
     for name, rules in told["sets"].items():
+        if (one := rules[told["rules"][-1]]).get("bound"):
+            yield _drawn(name, one)
+    for name, rules in told["sets"].items():
         one = rules[told["rules"][-1]]
         yield ""
         yield from table([(name, "tokens", "nats"), *_groups(one["by_kind"], lambda g: g["kind"])])
         yield ""
+        if "by_share" in one:
+            parts = _groups(one["by_share"], lambda g: f"up to {g['to']:.0%}")
+            yield from table([("hidden share", "hidden tokens", "nats of each"), *parts])
+            continue
         of = lambda g: f"{g['from']}" + (f" to {g['to']}" if g["to"] > g["from"] else "")  # noqa: E731
         yield from table([("tokens before it", "tokens", "nats"), *_groups(one["by_context"], of)])
+
+
+def _drawn(name: str, one: dict[str, Any]) -> str:
+    """What the bound is, and how far chance moves it."""
+    error = one["loss_error"]
+    chance = (
+        ""
+        if error is None
+        else f"; the standard error of their mean is {error:.4f} nats per token"
+        + ("" if one["bits_per_byte_error"] is None else f", {one['bits_per_byte_error']:.4f} bits per byte")
+    )
+    return f"{name}: an upper bound on what the model loses, by {one['draws']} draws of what is hidden{chance}"
 
 
 def compared(evaluations: dict[str, dict[str, Any]]) -> Iterator[str]:

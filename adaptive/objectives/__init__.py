@@ -2,6 +2,7 @@
 `Settings` below `Objective`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -109,6 +110,15 @@ class Objective(Member):
     def held_out(self, batch: Any, key: jax.Array | None) -> Inputs:
         """The same in evaluation, where the loss of `inputs` is not what should be measured."""
         return self.inputs(batch, key)
+
+    def forward_flops(self, stages: Sequence[Any]) -> float:
+        """Of one row, from the costs of a model's stretches (`adaptive.layers.cost.Cost`)."""
+        return float(sum(stage.useful for stage in stages))
+
+    @property
+    def readings(self) -> int:
+        """How often training reads a row."""
+        return 1
 
     def count(self, batch: Any) -> jax.Array:
         """f32[]: how many targets the loss of a batch is divided by, at least 1."""

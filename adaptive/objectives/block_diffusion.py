@@ -6,6 +6,7 @@ once, each as it is decoded.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -55,6 +56,11 @@ class Settings(masked_diffusion.Settings):
     def refuse_generation(self) -> str:
         next_tokens = self.block == 1 and self.alignment == "shifted"
         return "" if next_tokens else super().refuse_generation()
+
+    def forward_flops(self, stages: Sequence[Any]) -> float:
+        # Twice as many positions, of which each sees half of as many as there are in a row, and half are predicted.
+        once = sum(stage.attention + stage.head for stage in stages)
+        return 2 * super().forward_flops(stages) - float(once)
 
     def counted(self, batch: Any) -> jax.Array:
         return jnp.asarray(batch.mask) > 0 if self.alignment == "shifted" else super().counted(batch)

@@ -68,13 +68,13 @@ class Predicted(NamedTuple):
 
 
 def predicted(
-    hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk: int, cap: float = 0.0
-) -> Predicted:  # fmt: skip
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunk: int, cap: float = 0.0, never: int = -1
+) -> Predicted:
     """What is predicted at each position; arguments as of `cross_entropy_sum`."""
     weight = constrain(weight, "vocab", None)
 
     def of(part: tuple[jax.Array, ...]) -> Predicted:
-        nll, logits, log_z = _nll(part[0], part[1], weight, cap)
+        nll, logits, log_z = _nll(part[0], part[1], weight, cap, never)
         return Predicted(nll, jnp.exp(logits.max(-1) - log_z), jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
     return Predicted(*map(joined, jax.lax.map(of, chunks(hidden, targets, chunk=chunk))))

@@ -4,6 +4,7 @@ Losses of EC-DLM, LLaDA (arXiv 2502.09992) and MDLM (arXiv 2406.07524) as pure f
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -106,7 +107,19 @@ class Settings(Objective):
         return jnp.maximum(self.counted(batch).sum(dtype=jnp.float32), 1.0)
 
     def loss(self, model: Any, out: Output, inputs: Inputs, chunk: int) -> Loss:
-        return weighted_loss(model, out, inputs, chunk, self.mask_id if self.weighting == "mdlm" else -1)
+        return weighted_loss(model, out, inputs, chunk, self.never)
+
+    @property
+    def never(self) -> int:
+        """The token that is never predicted; -1: there is none."""
+        return self.mask_id if self.weighting == "mdlm" else -1
+
+    @property
+    def readings(self) -> int:
+        return 1 + self.complementary
+
+    def forward_flops(self, stages: Sequence[Any]) -> float:
+        return float(sum(stage.forward for stage in stages))  # all pairs of positions
 
     # What is drawn of a batch, and what is read of it
 

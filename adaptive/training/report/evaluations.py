@@ -57,7 +57,7 @@ def _sets(told: dict[str, Any]) -> str:
         for rule, one in rules.items():
             rows.append(
                 (name, _RULES[rule], f"{one['targets']:,}", measured(one, "loss"), measured(one, "bits_per_byte"),
-                 percent(one["accuracy"]), f"{one['calibration']['error']:.3f}")
+                 percent(one["accuracy"]), f"{one['calibration']['error']:.3f}" if "calibration" in one else "")
             )  # fmt: skip
     if len(told["sets"]) > 1:
         rows += [
@@ -93,7 +93,7 @@ def _curves(told: dict[str, Any]) -> str:
                                   y="nats per token", note=note))  # fmt: skip
     contexts = []
     for i, (name, rules) in enumerate(told.get("sets", {}).items()):
-        found = rules[told["rules"][-1]]["by_context"]
+        found = rules[told["rules"][-1]].get("by_context", ())
         contexts.append(
             Series(name, [(float(group["from"]), group["loss"]) for group in found], 1 + i % COLOURS, "dots")
         )
