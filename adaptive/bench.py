@@ -4,7 +4,7 @@
     adaptive bench aot --recipe NAME --target v5e|v5p|v6e|v7x|h200 [setting=value ...]
     adaptive bench kernels | tune | peers
     adaptive bench data
-    adaptive bench block_sparse_attention | ema | engine | experts | grouped_matmul | hnet | ssd
+    adaptive bench block_sparse_attention | diffusion | ema | engine | experts | grouped_matmul | hnet | ssd
 
 Times the compiled step on rows of random tokens and sets it beside its matmul FLOPs (`adaptive.account`) and what
 a plain matmul reaches in the same process, measured between the repeats. `aot` runs nothing: it compiles for machines
@@ -38,6 +38,7 @@ OPERATIONS = (
     "aot",
     "block_sparse_attention",
     "data",
+    "diffusion",
     "ema",
     "engine",
     "experts",

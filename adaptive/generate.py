@@ -1,6 +1,7 @@
 """Continues texts with a trained model: adaptive generate --workdir RUN [--prompt TEXT]...
 
-One text is shown as it is made, several when all are done. Ctrl-C ends with what there is.
+One text is shown as it is made, several when all are done. Ctrl-C ends with what there is. Diffusion models fill in
+many tokens at once, as --steps, --block and --policy say (docs/diffusion.md).
 Exit codes: 0 done, 2 something asked for cannot work, 130 interrupted, 141 nobody reads the output any more.
 """
 
@@ -52,8 +53,8 @@ def options() -> command.Options:
     add("--stop", action="append", default=[], metavar="TEXT",
         help="ends a continuation before this text; may be given several times")  # fmt: skip
     add("--ignore_end", action="store_true", help="goes on where the model ends the text")
-    add("--temperature", type=number(float, least=0, most=LARGEST), default=0.8,
-        help="below 1 favours what is likely; 0 always takes the likeliest (default 0.8)")  # fmt: skip
+    add("--temperature", type=number(float, least=0, most=LARGEST),
+        help="below 1 favours what is likely; 0 always takes the likeliest (default 0.8; diffusion: 0)")  # fmt: skip
     add("--top_k", type=number(int, least=0), default=0,
         help="draws from the K likeliest tokens (default 0: from all)")  # fmt: skip
     add("--top_p", type=number(float, above=0, most=1), default=1.0,
@@ -73,7 +74,16 @@ def options() -> command.Options:
         "chunk or not (default: 1 for a single text or on a CPU, otherwise 0)")  # fmt: skip
     add("--cache", default="", metavar="POLICY",
         help="what a recursion keeps of its passes: per_pass, active_only, last, cycle(2), shared (default: as the "
-        "recipe has it, model.body.cache)")  # fmt: skip
+        "recipe has it, model.body.cache); what a diffusion model keeps between calls: none, block, prefix, dual, "
+        "delayed, greedy, window (default: block after block diffusion, else none)")  # fmt: skip
+    add("--steps", type=number(int, least=1), help="diffusion: calls of the model for all tokens (default: one each)")
+    add("--block", type=number(int, least=1), help="diffusion: tokens of a block, written in any order, blocks from "
+        "left to right (default: as trained, else the largest divisor of --tokens up to 32)")  # fmt: skip
+    add("--policy", default="", metavar="NAME(VALUES)", help="diffusion: what is written at a call: confidence, "
+        "random, threshold(0.9), factor, editing, propagation, learned(FILE) (default: confidence)")  # fmt: skip
+    add("--guidance", type=number(float, least=0, most=LARGEST),
+        help="diffusion: how far to move away from the model without the prompt (default 0)")  # fmt: skip
+    add("--show_steps", action="store_true", help="diffusion: shows which call wrote each token")
     add("words", nargs="*", help=argparse.SUPPRESS)
     return made
 
@@ -90,11 +100,11 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"'{word}' is no option (--help shows all); a text to continue is --prompt '{word}'")
     if not given.workdir:
         raise UserError("which run? --workdir RUN, the folder that training named")
-    if 0 < given.temperature < 1 / LARGEST:
+    if given.temperature and given.temperature < 1 / LARGEST:
         raise UserError(f"--temperature {given.temperature} is too small: 0 takes the likeliest token")
     if "" in given.stop:
         raise UserError("--stop is empty: give the text before which a continuation ends")
-    marks = [f"--{name}" for name in ("show_chunks", "show_depth") if getattr(given, name)]
+    marks = [f"--{name}" for name in ("show_chunks", "show_depth", "show_steps") if getattr(given, name)]
     if given.json and marks:
         raise UserError(f"--json has no marks: leave out {' and '.join(marks)}")
     if given.interactive and (given.prompt or given.prompt_file):
@@ -114,16 +124,19 @@ def generate(given: argparse.Namespace, begin: float) -> int:
 
     found = find(given.workdir, given.step)
     check_marks(given, found.recipe)
-    if given.cache:
+    fills = fills_in(given, found.recipe)
+    if given.cache and not fills:
         found = found._replace(recipe=with_cache(found.recipe, given.cache, "--cache"))
     start_backend()
     keep_compilations()
     trained = load(found, ema=given.ema)
-    if trained.refuse_generation:
+    if trained.refuse_generation and not fills:
         raise UserError(f"{found.recipe.name} cannot generate: {trained.refuse_generation}")
     texts = [] if given.interactive else prompts or [found.recipe.log.sample_prompt]
     encoded = [(text, prompt_tokens(trained.tokenizer, text)) for text in texts]
     tell(f"{found.recipe.name}, step {trained.step}, on {jax.local_devices()[0].device_kind}")
+    if fills:
+        return filled_in(given, trained, encoded, begin)
     if name := inexact(found.recipe):
         tell(f"note: with cache={name} the text is not what the model computes without a cache; what that costs: "
              f"adaptive evaluate --caches {name}")  # fmt: skip
@@ -134,6 +147,57 @@ def generate(given: argparse.Namespace, begin: float) -> int:
     for turn, text in enumerate(asked()):
         begin = time.perf_counter()
         continued(given, trained, sampler, [(text, prompt_tokens(trained.tokenizer, text))], begin, turn)
+    return 0
+
+
+def fills_in(given: argparse.Namespace, recipe: "Recipe") -> bool:
+    """Whether the run's model fills in hidden tokens, rather than to predict the next one. Raises UserError for options
+    of the other kind."""
+    filling = [f"--{name}" for name in ("steps", "block", "policy", "guidance", "show_steps") if getattr(given, name)]
+    aim = recipe.objective
+    fills = aim.denoising() is not None and bool(filling or aim.refuse_generation())
+    if filling and not fills:
+        raise UserError(
+            f"{filling[0]} is for diffusion models, and {recipe.name} was trained with objective={aim.kind()}: it "
+            "continues texts token by token"
+        )
+    drawing = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    if fills and (other := [f"--{name}" for name, usual in drawing.items() if getattr(given, name) != usual]):
+        raise UserError(
+            f"{other[0]} is for models that predict the next token, and {recipe.name} was trained with "
+            f"objective={aim.kind()}: it fills in many at once; --temperature and --policy say how"
+        )
+    return fills
+
+
+def filled_in(
+    given: argparse.Namespace, trained: "Trained", encoded: Sequence[tuple[str, "np.ndarray"]], begin: float
+) -> int:
+    """Writes and shows texts with a diffusion model."""
+    import jax
+
+    from adaptive.inference.diffusion.texts import Asked, Shown, decoder_of, remarks
+    from adaptive.inference.sampling import prompt_tokens
+    from adaptive.inference.show import tell
+
+    end = None if given.ignore_end else trained.tokenizer.eos_id
+    options = given.steps, given.block, given.policy, given.cache, given.guidance or 0.0, given.temperature or 0.0
+    decoder = decoder_of(Asked(given.tokens, *options, end=end), trained)
+
+    def write(encoded: Sequence[tuple[str, "np.ndarray"]], key: jax.Array, begin: float) -> bool:
+        texts, ids = zip(*encoded, strict=True)
+        for note in remarks(decoder, trained, max(map(len, ids)) + given.tokens):
+            tell(note)
+        shown = Shown(trained, texts, begin, steps=given.show_steps, stops=given.stop, as_json=given.json)
+        return shown.all(decoder, ids, key)
+
+    key = jax.random.key(given.seed)
+    if not given.interactive:
+        return command.INTERRUPTED if write(encoded, key, begin) else 0
+    tell("a text in each line; Ctrl-C ends a continuation, Ctrl-D all of it")
+    for turn, text in enumerate(asked()):
+        start = time.perf_counter()
+        write([(text, prompt_tokens(trained.tokenizer, text))], jax.random.fold_in(key, turn), start)
     return 0
 
 
@@ -181,7 +245,13 @@ def sampler_of(given: argparse.Namespace, trained: "Trained", texts: int) -> "Sa
     return Sampler(
         trained.graphdef,
         trained.state,
-        how=Drawing(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty),
+        how=Drawing(
+            0.8 if given.temperature is None else given.temperature,
+            given.top_k,
+            given.top_p,
+            given.min_p,
+            given.repetition_penalty,
+        ),
         vocab=trained.tokenizer.vocab_size,
         end=None if given.ignore_end else trained.tokenizer.eos_id,
         rows=rows_at_once(stages, texts) if given.rows is None else given.rows,

@@ -62,10 +62,12 @@ class Step(NamedTuple):
     """After a call of the network.
 
     progress  of all rows
+    proposal  of all positions, i32 and f32[rows, n]
     computed  i32[rows]: positions that it computed
     """
 
     progress: Progress
+    proposal: Proposal
     computed: np.ndarray
 
 
@@ -76,6 +78,7 @@ class Decoded:
     tokens    i32[rows, n]: prompts, and what was written behind each
     lengths   i32[rows]: tokens of each row; with an end token up to it
     written   i32[rows, n]: number of the call of its row that wrote a position; -1 of prompts
+    chance    f32[rows, n]: probability that the token had by that call; 0 of prompts
     calls     of the network
     row_calls i32[rows]: of these, calls that the row itself needed
     computed  i32[rows]: positions that were computed, of all calls
@@ -84,6 +87,7 @@ class Decoded:
     tokens: np.ndarray
     lengths: np.ndarray
     written: np.ndarray
+    chance: np.ndarray
     calls: int
     row_calls: np.ndarray
     computed: np.ndarray
@@ -120,13 +124,13 @@ class Decoder:
         return self.result(prompts, step.progress, calls, computed)
 
     def result(self, prompts: Sequence[np.ndarray], progress: Progress, calls: int, computed: np.ndarray) -> Decoded:
-        tokens, written = np.asarray(progress.tokens), np.asarray(progress.written)
+        tokens, written, chance = map(np.asarray, (progress.tokens, progress.written, progress.chance))
         lengths = np.array([len(prompt) + self.plan.length for prompt in prompts])
         if self.plan.end is not None:
             for r, prompt in enumerate(prompts):
                 ends = np.flatnonzero(tokens[r, len(prompt) : lengths[r]] == self.plan.end)
                 lengths[r] = len(prompt) + ends[0] + 1 if len(ends) else lengths[r]
-        return Decoded(tokens, lengths, written, calls, np.asarray(progress.calls), computed)
+        return Decoded(tokens, lengths, written, chance, calls, np.asarray(progress.calls), computed)
 
     def steps(self, prompts: Sequence[np.ndarray], key: jax.Array | None = None) -> Iterator[Step]:
         """After each call, until every row is finished."""
@@ -147,9 +151,9 @@ class Decoder:
             logits, state = self.network(*asked, state=state)
             places = places + shift
             proposal = proposed(plan, progress, logits, keys, places)
-            progress = _after(progress, proposal, each, places, there, begin, keys, plan=plan)
+            progress, everywhere = _after(progress, proposal, each, places, there, begin, keys, plan=plan)
             held = each.held
-            yield Step(progress, np.asarray(each.computes.sum(1)))
+            yield Step(progress, everywhere, np.asarray(each.computes.sum(1)))
 
 
 def laid_out(prompts: Sequence[np.ndarray], plan: Plan, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -224,11 +228,12 @@ def _after(
     keys: Any,
     *,
     plan: Plan,
-) -> Progress:
-    """The progress with proposals [rows, k] at places."""
+) -> tuple[Progress, Proposal]:
+    """The progress with proposals [rows, k] at places, and proposals at all places."""
     rows = jnp.arange(len(places))[:, None]
     token = progress.tokens.at[rows, places].set(proposal.token)
     confidence = jnp.full(token.shape, -jnp.inf).at[rows, places].set(jnp.where(there, proposal.confidence, -jnp.inf))
     if each.opens is not None:
         confidence = jnp.where(each.opens | (progress.tokens != plan.mask), confidence, -jnp.inf)
-    return advance(progress, Proposal(token, confidence), begin, keys, plan=plan)
+    everywhere = Proposal(token, confidence)
+    return advance(progress, everywhere, begin, keys, plan=plan), everywhere

@@ -25,6 +25,7 @@ class Plan:
     aligned      whether blocks begin at multiples of `block`, as in a model of block diffusion, and not where the
                  prompt ends. Then `length` may be any number, and steps are shared out to blocks, at least one to each
     end          token that ends a row: what is behind it is not written; None: none does
+    vocab        ids from here on are never proposed (rows that pad the embedding); None: all may be
     """
 
     mask: int
@@ -37,6 +38,7 @@ class Plan:
     together: bool = False
     aligned: bool = False
     end: int | None = None
+    vocab: int | None = None
 
     @property
     def blocks(self) -> int:
@@ -104,6 +106,7 @@ class Progress(NamedTuple):
     due      i32[rows]     positions that were masked when it began
     calls    i32[rows]     calls while something in its block was to be written
     written  i32[rows, n]  number of the call that wrote a position last, counted from 0 in its row; -1: none
+    chance   f32[rows, n]  probability that the token had by that call; 0: none
     """
 
     tokens: jax.Array
@@ -112,6 +115,7 @@ class Progress(NamedTuple):
     due: jax.Array
     calls: jax.Array
     written: jax.Array
+    chance: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -121,7 +125,8 @@ def start(tokens: jax.Array, begin: jax.Array, *, plan: Plan) -> Progress:
     nothing = jnp.zeros(len(tokens), jnp.int32)
     masked = (tokens == plan.mask) & within(plan, nothing, begin, tokens.shape[1])
     written = jnp.full(tokens.shape, -1, jnp.int32)
-    return Progress(tokens, nothing, nothing, masked.sum(1, dtype=jnp.int32), nothing, written)
+    chance = jnp.zeros(tokens.shape, jnp.float32)
+    return Progress(tokens, nothing, nothing, masked.sum(1, dtype=jnp.int32), nothing, written, chance)
 
 
 def within(plan: Plan, block: jax.Array, begin: jax.Array, n: int) -> jax.Array:
@@ -165,11 +170,13 @@ def propose(logits: jax.Array, *, plan: Plan) -> Proposal:
 
 
 def guided(logits: jax.Array, plan: Plan) -> jax.Array:
-    """f32[rows, n, vocab] with guidance, and without the mask."""
+    """f32[rows, n, vocab] with guidance, and without what is never proposed."""
     logits = logits.astype(jnp.float32)
     if plan.guidance:
         seeing, blind = jnp.split(logits, 2)
         logits = blind + (plan.guidance + 1) * (seeing - blind)
+    if plan.vocab is not None:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < plan.vocab, logits, -jnp.inf)
     return logits.at[..., plan.mask].set(-jnp.inf, mode="drop")
 
 
@@ -220,6 +227,7 @@ def advance(progress: Progress, proposal: Proposal, begin: jax.Array, keys: Any,
         jnp.where(done, due, progress.due),
         progress.calls + going,
         jnp.where(writes, progress.calls[:, None], progress.written),
+        jnp.where(writes, proposal.confidence, progress.chance),
     )
 
 

@@ -41,11 +41,13 @@ class Policy(Member):
 
     scheduled  whether a block takes the calls that `steps` gives it; else it ends when nothing in it is masked
     draws      whether it needs noise
+    replaces   whether it may write where something was written
     """
 
     door: ClassVar[str] = __name__
     scheduled: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
 
     def check(self, block: int) -> None:
         """Raises UserError for what cannot work on blocks of so many positions; fields have their ranges."""

@@ -13,6 +13,8 @@ from adaptive.settings import ranged
 class Settings(Policy):
     """Masks as with `threshold`; tokens that decoding wrote become others that are proposed with `replace` or more."""
 
+    replaces = True
+
     threshold: float = ranged(0.7, least=0)
     replace: float = ranged(0.9, least=0)  # above 1: nothing is replaced
     earlier: int = ranged(0, least=0)  # blocks before it that stay open
