@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
         uptrain(paths["uptrain"], given.recipe, paths["workdir"], given.sharing, given.settings, given.step)
         return 0
     if given.to_expert_choice:
-        to_expert_choice(paths["to_expert_choice"], paths["workdir"], given.settings, given.step)
+        to_expert_choice(paths["to_expert_choice"], paths["workdir"], given.settings, step=given.step)
         return 0
     if given.export and file:
         export(given.kind, paths["workdir"], paths["export"])
@@ -189,7 +189,7 @@ def uptrain(
 
 
 def to_expert_choice(
-    run: Path, workdir: Path, settings: Sequence[str], step: int | None = None, name: str = ""
+    run: Path, workdir: Path, settings: Sequence[str], name: str = "", step: int | None = None
 ) -> None:  # fmt: skip
     """Makes `workdir` the folder of a run at step 0 whose model has the parameters of `run` and experts that choose,
     and scores both on what the run holds out; name: of its recipe, "": after the other. Raises UserError before

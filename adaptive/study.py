@@ -45,7 +45,8 @@ def options() -> command.Options:
     made.add_argument("--quick", action="store_true", help="few and small runs: minutes, and little to learn from")
     made.add_argument("--match", choices=["compute", "data"], default="compute",
                       help="what runs of one size share: FLOPs of training (the default) or tokens")  # fmt: skip
-    made.add_argument("--seeds", type=number(int, least=1, most=100), default=1, help="of every run (default 1)")
+    made.add_argument("--seeds", type=number(int, least=1, most=100),
+                      help="of every run (default: as the study says, 1 or 3)")  # fmt: skip
     made.add_argument("--list_runs", action="store_true", help="print a command for each run that is due, and end")
     only = "make these runs alone; the one that finishes the study makes the page"
     made.add_argument("--only", nargs="+", default=[], metavar="RUN", help=only)
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     if not given.name:
         raise UserError(f"which study? there are: {', '.join(studies.names())}")
     study = studies.load(given.name)
-    form = studies.Form(given.quick, given.seeds, given.match)
+    form = studies.Form(given.quick, given.seeds or study.seeds, given.match)
     workdir = local_path(given.workdir or default_workdir(given.name, form), "--workdir")
     check_form(workdir, given.name, form)
     planned = study.runs(form, workdir)
@@ -109,7 +110,7 @@ def named(planned: Sequence[Planned], only: Sequence[str]) -> list[Planned]:
 
 def list_runs(given: argparse.Namespace, workdir: Path, due: Sequence[Planned], total: int) -> int:
     form = ["--quick"] * given.quick + ["--match", given.match] * (given.match != "compute")
-    form += ["--seeds", str(given.seeds)] * (given.seeds > 1)
+    form += ["--seeds", str(given.seeds)] * bool(given.seeds)
     for one in due:
         words = ["adaptive", "study", given.name, "--workdir", str(workdir), *form, "--only", one.name]
         print(shlex.join(words))
@@ -124,6 +125,7 @@ def perform(
     """Makes the runs; those that became not finite, or the exit code with which one was stopped or failed."""
     import jax
 
+    from adaptive.convert import to_expert_choice
     from adaptive.runs.platform import start_backend
     from adaptive.train import train
 
@@ -143,7 +145,8 @@ def perform(
             each = one.flops / one.recipe.train.steps
             bar.at(one.name, 0.0)
             try:
-                code = sweep.perform(workdir, one, train, functools.partial(_tell, bar, one.name, each))
+                hear = functools.partial(_tell, bar, one.name, each)
+                code = sweep.perform(workdir, one, train, hear, study.score, to_expert_choice)
             except NonFiniteError as error:
                 failed.append(one.name)
                 bar.finished(one.name, one.flops, f"not finite ({error})")

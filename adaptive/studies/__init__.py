@@ -9,12 +9,12 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from adaptive.errors import UserError
 from adaptive.settings import nearest
 from adaptive.sweeps.page import Page
-from adaptive.sweeps.runs import Outcome, Planned
+from adaptive.sweeps.runs import Outcome, Planned, Scored, scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Form:
 
 
 class Study:
-    """about: a line for --help."""
+    """about: a line for --help; seeds: of every run, where nobody says how many."""
 
     about = ""
+    seeds = 1
 
     def runs(self, form: Form, workdir: Path) -> list[Planned]:
         """All runs, the cheapest first; nothing is written."""
@@ -42,6 +43,10 @@ class Study:
 
     def prepare(self, workdir: Path) -> None:
         """Writes what runs need in the study's folder and is not there."""
+
+    def score(self, trained: Any, folder: Path) -> Scored:
+        """What a finished run gives on held-out text: of its model, as `adaptive.runs.load` has it, and its folder."""
+        return scored(trained, folder)
 
     def page(self, form: Form, outcomes: Sequence[Outcome], missing: Sequence[str]) -> Page:
         """What follows from the runs that are finished; missing: names of the others."""

@@ -18,8 +18,9 @@ from adaptive.sweeps.ladder_results import (
     verdicts,
 )
 from adaptive.sweeps.laws import Curves
+from adaptive.sweeps.made_of import made_of
 from adaptive.sweeps.page import Page, listed, table, wrapped
-from adaptive.training.report.numbers import compact, duration
+from adaptive.training.report.numbers import compact
 
 NAME = "ladder"
 
@@ -197,27 +198,10 @@ def _controls(c: Contents) -> list[str]:
 
 
 def _how(c: Contents) -> list[str]:
-    starts = [one.start for one in c.outcomes]
-    machines = dict.fromkeys(
-        f"{start['devices']} ({start['processor'] or 'unknown'}, {start['cores']} cores), jax {start['jax']}"
-        for start in starts
-    )
-    commits = dict.fromkeys(
-        package["commit"][:9] + " with changes" * bool(package["changed"])
-        for start in starts
-        if (package := start["package"])
-    )
-    days = dict.fromkeys(sorted(start["time"][:10] for start in starts))
-    seconds, flops = sum(one.seconds for one in c.outcomes), sum(one.flops for one in c.outcomes)
-    options = " --quick" * c.quick + f" --match {c.match}" * (c.match != "compute")
     same = """
         Text, held-out documents, rows of 128 bytes, batch, schedule, and the learning rate of a width are the same
         for all variants, and tuned for none. FLOPs are those of training by the account, causal pairs alone."""
-    made = f"""
-        {len(c.outcomes)} runs, {compact(flops, "FLOP")}, {duration(seconds)} of training, compilation and scoring
-        left out, on {" and ".join(days)}: {"; ".join(machines)}; commit
-        {", ".join(commits) or "not known"}; `adaptive study ladder{options}`."""
-    return [wrapped(c.about), wrapped(same), wrapped(made)]
+    return [wrapped(c.about), wrapped(same), made_of(c.outcomes, NAME, quick=c.quick, match=c.match)]
 
 
 # Pictures

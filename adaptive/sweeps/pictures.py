@@ -58,7 +58,8 @@ def curves(title: str, all_of: Sequence[Curve], *, x: str, y: str, x_unit: str =
     """Marks and lines over two logarithmic axes, each named at its right end."""
     xs = [p[0] for one in all_of for p in (*one.points, *one.line)]
     ys = [p[1] for one in all_of for p in (*one.points, *one.line)]
-    left, right, top, bottom = 56, WIDTH - _RIGHT, 58, height - 44
+    longest = max(len(one.name) for one in all_of)
+    left, right, top, bottom = 56, WIDTH - max(_RIGHT, 46 + 8 * longest), 58, height - 44
     at_x = _scale(math.log(min(xs)), math.log(max(xs) * 1.001), left + 8, right)
     low, high = math.log(min(ys)), math.log(max(ys))
     room = 0.04 * (high - low) or 0.1

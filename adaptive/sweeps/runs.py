@@ -7,18 +7,20 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from adaptive.account import account, parameters
 from adaptive.data.files import write_text_atomically
-from adaptive.errors import CheckpointError
+from adaptive.errors import CheckpointError, UserError
 from adaptive.recipe import Recipe, identity_difference
 from adaptive.runs.folder import RECIPE_FILE
+from adaptive.training.report.retrofit import RETROFIT_FILE
 
 OUTCOME_FILE = "outcome.json"
 FORMAT = 1
@@ -28,17 +30,30 @@ Train = Callable[[Recipe, Path], int]
 Hear = Callable[[int], None]
 
 
+class Begins(NamedTuple):
+    """From what a run begins: `run` is the name of another one, to be made before.
+
+    settings  that the recipe has above that of the other one with expert choice in place of token choice
+              (`adaptive convert --to_expert_choice`); None: its recipe says itself how it begins
+    """
+
+    run: str
+    settings: tuple[str, ...] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """A run of a study.
 
     name    of its folder, and on the command line
     labels  what the study tells its runs apart by; JSON
+    begins  from what, if not from parameters that are drawn
     """
 
     name: str
     recipe: Recipe
     labels: Mapping[str, Any]
+    begins: Begins | None = None
 
     @property
     def tokens(self) -> int:
@@ -90,6 +105,18 @@ class Outcome:
         return self.drawn[self.rule]
 
 
+class Scored(NamedTuple):
+    """A finished run on held-out text; see `Outcome`."""
+
+    rule: str
+    told: Mapping[str, Any]
+    drawn: Mapping[str, np.ndarray | None]
+
+
+Score = Callable[[Any, Path], Scored]  # of what `adaptive.runs.load` gives, and the run's folder
+Retrofit = Callable[[Path, Path, Sequence[str], str], None]  # run, folder to be made, settings, name of the recipe
+
+
 def kept(workdir: Path, run: Planned) -> Outcome | None:
     """What a finished run gave; None where it is not finished.
 
@@ -122,13 +149,22 @@ def kept(workdir: Path, run: Planned) -> Outcome | None:
     return Outcome(**fields | {"drawn": drawn})
 
 
-def perform(workdir: Path, run: Planned, train: Train, hear: Hear = lambda step: None) -> int:
+def perform(
+    workdir: Path,
+    run: Planned,
+    train: Train,
+    hear: Hear = lambda step: None,
+    score: Score | None = None,
+    retrofit: Retrofit | None = None,
+) -> int:
     """Trains a run from where it is, scores it and keeps the outcome; the exit code of training, 0: all is done.
 
-    train  (recipe, folder) -> exit code, as `adaptive.train.train`; what it prints goes into the run's log
-    hear   is told the step now and then
+    train     (recipe, folder) -> exit code, as `adaptive.train.train`; what it prints goes into the run's log
+    hear      is told the step now and then
+    score     None: as `adaptive evaluate` does
+    retrofit  `adaptive.convert.to_expert_choice`, for runs that begin so
 
-    Raises CheckpointError where the disk refuses.
+    Raises CheckpointError where the disk refuses, UserError where the run that it begins from is not finished.
     """
     folder, log = run.folder(workdir), run.log(workdir)
     try:
@@ -137,28 +173,49 @@ def perform(workdir: Path, run: Planned, train: Train, hear: Hear = lambda step:
     except OSError as error:
         raise CheckpointError(f"cannot write {log}: {error.strerror or error}") from None
     with stream, contextlib.redirect_stdout(Heard(stream, hear)):
+        if run.begins is not None:
+            _begin(workdir, run, run.begins, retrofit)
         code = train(run.recipe, folder)
     if code:
         return code
-    write_text_atomically(folder / OUTCOME_FILE, json.dumps(outcome(folder, run)) + "\n")
+    write_text_atomically(folder / OUTCOME_FILE, json.dumps(outcome(folder, run, score)) + "\n")
     return 0
 
 
-def outcome(folder: Path, run: Planned) -> dict[str, Any]:
-    """What `kept` reads: the newest checkpoint of the run, scored on all that it holds out."""
+def _begin(workdir: Path, run: Planned, begins: Begins, retrofit: Retrofit | None) -> None:
+    """Makes the folder of a run that begins as another one with other routers, unless that is done."""
+    folder, source = run.folder(workdir), workdir / "runs" / begins.run
+    if not (source / OUTCOME_FILE).exists():
+        raise UserError(f"{run.name} begins from {begins.run}, which is not finished: make that run first")
+    if begins.settings is None or (folder / RETROFIT_FILE).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # what an attempt left that was stopped on the way
+    assert retrofit is not None
+    retrofit(source, folder, begins.settings, run.name)
+
+
+def scored(trained: Any, folder: Path) -> Scored:
+    """All that a run holds out, as `adaptive evaluate` scores it."""
     from adaptive.evaluation.evaluate import measure
     from adaptive.evaluation.sets import open_sets
     from adaptive.evaluation.subject import subject_of
-    from adaptive.runs.load import find, load
-    from adaptive.runs.origin import this_start
 
-    trained = load(find(folder))
     subject = subject_of(trained)
     (data,) = open_sets((), trained.recipe, trained.tokenizer)
     found = {rule: measure(subject, data, rule, resamples=RESAMPLES) for rule in subject.rules}
+    drawn = {rule: None if one.resamples is None else one.resamples.loss for rule, one in found.items()}
+    return Scored(subject.rule, {rule: one.told for rule, one in found.items()}, drawn)
+
+
+def outcome(folder: Path, run: Planned, score: Score | None = None) -> dict[str, Any]:
+    """What `kept` reads: the newest checkpoint of the run, scored; score: as of `perform`."""
+    from adaptive.runs.load import find, load
+    from adaptive.runs.origin import this_start
+
+    found = (score or scored)(load(find(folder)), folder)
     drawn = {
-        rule: [] if one.resamples is None else [round(float(loss), 6) for loss in one.resamples.loss]
-        for rule, one in found.items()
+        rule: [] if losses is None else [round(float(loss), 6) for loss in losses]
+        for rule, losses in found.drawn.items()
     }
     return {
         "format": FORMAT,
@@ -168,8 +225,8 @@ def outcome(folder: Path, run: Planned) -> dict[str, Any]:
         "flops": run.flops,
         "parameters": dataclasses.asdict(parameters(run.recipe.model)),
         "seconds": _seconds(folder),
-        "rule": subject.rule,
-        "told": {rule: one.told for rule, one in found.items()},
+        "rule": found.rule,
+        "told": dict(found.told),
         "drawn": drawn,
         "start": this_start() | {"processor": _processor(), "cores": os.cpu_count()},
     }

@@ -13,6 +13,7 @@ from adaptive.errors import RecipeError
 from adaptive.interop.retrofit import Retrofitted, routers
 from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import expert_choice, token_choice, top_p
+from adaptive.parallel import mesh
 from adaptive.recipe import Recipe
 from adaptive.runs.load import find, load
 from adaptive.training.log import MetricsLog, read_rows
@@ -60,11 +61,13 @@ def test_what_has_no_expert_choice_is_refused(router, told):
 
 
 @pytest.mark.compiles
-def test_the_command_replaces_the_router_alone(tmp_path, capsys):
+def test_the_command_replaces_the_router_alone(tmp_path, capsys, monkeypatch):
+    make = mesh.make_mesh
+    monkeypatch.setattr(mesh, "make_mesh", lambda config: make(config, jax.devices()[:1]))
     before, after = tmp_path / "before", tmp_path / "after"
     settings = model(token_choice.Settings(bias=True))
     flat = dict(nnx.to_flat_state(nnx.state(settings.build(jax.random.key(3)))))
-    small = ("data=embedded", "data.seq_len=16", "train.batch_size=8", "eval.rows=8", "eval.selection=topk")
+    small = ("data=embedded", "data.seq_len=16", "train.batch_size=2", "eval.rows=2", "eval.selection=topk")
     convert.save(Recipe("plain", "", settings).with_(*small), Retrofitted(settings, flat), before)
     asked = ["--to_expert_choice", str(before), "--workdir", str(after), "train.steps=7"]
     assert convert.main(asked) == 0

@@ -34,7 +34,7 @@ def trained(monkeypatch):
             raise end
         return end
 
-    def told(folder, run):
+    def told(folder, run, score):
         (loss,) = made.losses([run], 0.46, 0.002)
         fields = {
             field.name: getattr(made.outcome(run, loss), field.name) for field in dataclasses.fields(sweep.Outcome)
@@ -104,8 +104,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, trained, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "which study? there are: ladder"),
-        (["lader"], "there is no study 'lader'; did you mean ladder? there are: ladder"),
+        ([], "which study? there are: ec_vs_tc, ladder"),
+        (["lader"], "there is no study 'lader'; did you mean ladder? there are: ec_vs_tc, ladder"),
         (["ladder", "--only", "mor3-w16"], "there is no such run; nearest: mor3-w16-x1-s0"),
         (["ladder", "--seeds", "0"], "must be at least 1"),
         (["ladder", "--match", "time"], "invalid choice"),
