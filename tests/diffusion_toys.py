@@ -64,6 +64,9 @@ class Toy:
     def empty(self, rows, n):
         return [Row(n, self.block) for _ in range(rows)]
 
+    def put(self, state, row, one):
+        return [*state[:row], one[0], *state[row + 1 :]]
+
     def __call__(self, tokens, places, exists, held, share, *, state):
         tokens, places, exists, held = map(np.asarray, (tokens, places, exists, held))
         self.sizes.append(tokens.shape[1])

@@ -43,6 +43,9 @@ class Network(Protocol):
     def empty(self, rows: int, n: int) -> Any:
         """The state of rows of n positions of which nothing was computed."""
 
+    def put(self, state: Any, row: int, one: Any) -> Any:
+        """The state with a row replaced by the only one of another."""
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -56,6 +59,28 @@ class Network(Protocol):
         """(logits f32[rows, k, vocab], the state after it) of tokens i32[rows, k] at places i32[rows, k], ascending, of
         which those of bool[rows, k] exist. They read the keys and values of positions held bool[rows, n], their own
         among them. share f32[rows]: of all positions of the row those that hold the mask."""
+
+
+class Rows(NamedTuple):
+    """Rows that are being written, each by itself.
+
+    held    bool[rows, n]  positions whose keys and values are kept
+    exists  bool[rows, n]  positions of each row
+    begin   i32[rows]      where its first block begins
+    known   bool[rows, n]  what was given, which guidance hides
+    keys    [rows]         of draws; None: nothing is drawn
+    state   of the network
+    heat    f64[rows]      temperature of each; None: that of the plan
+    """
+
+    progress: Progress
+    held: jax.Array
+    exists: jax.Array
+    begin: jax.Array
+    known: jax.Array
+    keys: Any
+    state: Any
+    heat: np.ndarray | None = None
 
 
 class Step(NamedTuple):
@@ -100,11 +125,12 @@ class Decoded:
 class Decoder:
     """Writes behind prompts as a plan and a cache say."""
 
-    def __init__(self, network: Network, plan: Plan, cache: Cache | None = None):
+    def __init__(self, network: Network, plan: Plan, cache: Cache | None = None, *, waits: bool = True):
+        """waits: whether rows may wait for others, so that all begin blocks together, where the cache is quicker so."""
         cache = none.Settings() if cache is None else cache
         if network.block and plan.block != network.block:
             raise UserError(f"block={plan.block}: the model was trained on blocks of {network.block} positions")
-        plan = dataclasses.replace(plan, aligned=network.block > 0, together=cache.together).check()
+        plan = dataclasses.replace(plan, aligned=network.block > 0, together=waits and cache.together).check()
         check_ranges(cache, "cache.")
         cache.check(plan.policy, -(-plan.block // plan.steps_per_block))
         if cache.in_blocks not in (None, network.block > 0):
@@ -134,41 +160,67 @@ class Decoder:
 
     def steps(self, prompts: Sequence[np.ndarray], key: jax.Array | None = None) -> Iterator[Step]:
         """After each call, until every row is finished."""
-        plan, shift = self.plan, int(self.network.shifted)
-        tokens, exists, begin = laid_out(prompts, plan, shift)
-        rows, n = tokens.shape
-        keys, known = row_keys(plan, key, rows), jnp.asarray(tokens != plan.mask)
-        progress, held = start(jnp.asarray(tokens), begin, plan=plan), jnp.zeros((rows, n), bool)
-        twice = 2 if plan.guidance else 1
-        state = self.network.empty(rows * twice, n - shift)
-        while True:
-            each, most, going = _before(progress, held, begin, exists, keys, plan=plan, cache=self.cache)
-            if not going:
-                return
-            places, there = _places(each.computes[:, shift:], size=size_of(int(most), n - shift))
-            read = with_blind(progress.tokens, known, plan=plan)
-            asked = _doubled(read, places, there, each.held[:, shift:], exists, plan=plan)
-            logits, state = self.network(*asked, state=state)
-            places = places + shift
-            proposal = proposed(plan, progress, logits, keys, places)
-            progress, everywhere = _after(progress, proposal, each, places, there, begin, keys, plan=plan)
-            held = each.held
-            yield Step(progress, everywhere, np.asarray(each.computes.sum(1)))
+        rows = self.started(laid_out(prompts, self.plan, int(self.network.shifted)), key)
+        while (after := self.call(rows)) is not None:
+            rows, step = after
+            yield step
+
+    def started(self, layout: "Layout", key: jax.Array | None) -> Rows:
+        """Rows before their first call."""
+        tokens, exists, begin = layout
+        count, n = tokens.shape
+        known, shift = jnp.asarray(tokens != self.plan.mask), int(self.network.shifted)
+        state = self.network.empty(count * (2 if self.plan.guidance else 1), n - shift)
+        progress, held = start(jnp.asarray(tokens), begin, plan=self.plan), jnp.zeros((count, n), bool)
+        keys = row_keys(self.plan, key, count)
+        return Rows(progress, held, jnp.asarray(exists), jnp.asarray(begin), known, keys, state)
+
+    def call(self, rows: Rows) -> tuple[Rows, Step] | None:
+        """After one more call, which rows that are finished have no part in; None: all are."""
+        plan, shift, n = self.plan, int(self.network.shifted), rows.held.shape[1]
+        progress, held, exists, begin, known, keys, state, heat = rows
+        each, most, going = _before(progress, held, begin, exists, keys, plan=plan, cache=self.cache)
+        if not going:
+            return None
+        places, there = _places(each.computes[:, shift:], size=size_of(int(most), n - shift))
+        read = with_blind(progress.tokens, known, plan=plan)
+        asked = _doubled(read, places, there, each.held[:, shift:], exists, plan=plan)
+        logits, state = self.network(*asked, state=state)
+        places = places + shift
+        proposal = proposed(plan, progress, logits, keys, places, heat)
+        progress, everywhere = _after(progress, proposal, each, places, there, begin, keys, plan=plan)
+        step = Step(progress, everywhere, np.asarray(each.computes.sum(1)))
+        return rows._replace(progress=progress, held=each.held, state=state), step
 
 
-def laid_out(prompts: Sequence[np.ndarray], plan: Plan, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens i32[rows, n], masked where something is to be written; which positions exist; where the first block of
-    each row begins). Where what a position says is the token `shift` after it, the first ones are never proposed."""
+class Layout(NamedTuple):
+    """tokens i32[rows, n], masked where something is to be written; exists bool[rows, n]; begin i32[rows]: where the
+    first block of each row begins."""
+
+    tokens: np.ndarray
+    exists: np.ndarray
+    begin: np.ndarray
+
+
+def laid_out(
+    prompts: Sequence[np.ndarray], plan: Plan, shift: int, *, counts: Sequence[int] = (), n: int = 0
+) -> Layout:
+    """Rows of prompts and what is to be written behind them.
+
+    shift   what a position says is the token so many after it; the first ones are never proposed
+    counts  tokens behind each; (): those of the plan
+    n       positions of all rows; 0: as many as the longest needs
+    """
     lengths = np.array([len(prompt) for prompt in prompts])
-    n = int(lengths.max()) + plan.length
-    place = np.arange(n)
-    tokens = np.full((len(prompts), n), 0 if plan.mask else 1, np.int32)
+    ends = lengths + (np.array(counts) if len(counts) else plan.length)
+    place = np.arange(n or int(ends.max()))
+    tokens = np.full((len(prompts), len(place)), 0 if plan.mask else 1, np.int32)
     for r, prompt in enumerate(prompts):
         tokens[r, : len(prompt)] = prompt
-    tokens[(place >= lengths[:, None]) & (place < lengths[:, None] + plan.length)] = plan.mask
+    tokens[(place >= lengths[:, None]) & (place < ends[:, None])] = plan.mask
     begin = (lengths - shift) // plan.block * plan.block + shift if plan.aligned else lengths
-    exists = (place >= shift) & (place < lengths[:, None] + plan.length)
-    return tokens, exists, begin.astype(np.int32)
+    exists = (place >= shift) & (place < ends[:, None])
+    return Layout(tokens, exists, begin.astype(np.int32))
 
 
 def size_of(count: int, n: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adaptive.errors import UserError
 from adaptive.inference.diffusion.policies import Policy, Seen, confidence
@@ -153,12 +154,16 @@ def with_blind(tokens: jax.Array, known: jax.Array, *, plan: Plan) -> jax.Array:
     return jnp.concatenate([tokens, jnp.where(known, plan.mask, tokens)]) if plan.guidance else tokens
 
 
-def proposed(plan: Plan, progress: Progress, logits: jax.Array, keys: Any, places: Any) -> Proposal:
-    """What logits of the positions `places` i32[rows, k] propose, drawn with the temperature of the plan."""
-    if not plan.temperature:
+def proposed(
+    plan: Plan, progress: Progress, logits: jax.Array, keys: Any, places: Any, heat: np.ndarray | None = None
+) -> Proposal:
+    """What logits of the positions `places` i32[rows, k] propose; heat: temperature of each row, f64[rows]; None: that
+    of the plan."""
+    heat = np.full(len(progress.calls), plan.temperature) if heat is None else heat
+    if not heat.any():
         return propose(logits, plan=plan)
     with jax.enable_x64(True):
-        return drawn(logits, keys, progress.calls, places, plan=plan)
+        return drawn(logits, keys, progress.calls, places, heat, plan=plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -187,7 +192,9 @@ def chosen(logits: jax.Array, token: jax.Array) -> Proposal:
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def drawn(logits: jax.Array, keys: jax.Array, calls: jax.Array, places: jax.Array, *, plan: Plan) -> Proposal:
+def drawn(
+    logits: jax.Array, keys: jax.Array, calls: jax.Array, places: jax.Array, heat: jax.Array, *, plan: Plan
+) -> Proposal:
     """As `propose`, drawn by keys [rows], numbers of calls i32[rows] and places i32[rows, n]. To be called under
     `jax.enable_x64`: in float32 unlikely tokens would come too seldom (Zheng et al. 2024, arXiv 2409.02908)."""
     logits = guided(logits, plan)
@@ -197,7 +204,9 @@ def drawn(logits: jax.Array, keys: jax.Array, calls: jax.Array, places: jax.Arra
         draw = lambda at: jax.random.uniform(jax.random.fold_in(key, at), logits.shape[-1:], jnp.float64)  # noqa: E731
         return jax.vmap(draw)(place)
 
-    gumbel = -plan.temperature * jnp.log(-jnp.log(jax.vmap(noise)(keys, calls, places)))
+    gumbel = -jnp.log(-jnp.log(jax.vmap(noise)(keys, calls, places)))
+    warm = heat[:, None, None] > 0
+    gumbel = jnp.where(warm, heat[:, None, None] * gumbel, 0.0)  # of a draw of exactly 0 it is infinite
     return chosen(logits, (logits.astype(jnp.float64) + gumbel).argmax(-1).astype(jnp.int32))
 
 

@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from adaptive.errors import UserError
 from adaptive.inference.diffusion.caches import Cache
 from adaptive.inference.diffusion.caches import none as without
+from adaptive.layers import state as states
 from adaptive.layers.keys_values import KeyValues
 from adaptive.models.bodies import plain
 from adaptive.objectives import Denoising
@@ -27,11 +29,15 @@ class Model:
         self.block, self.shifted, self._cached = how.block, how.shifted, cached
         self._graphdef, self._state, self._sees = graphdef, state, how.block or "all"
         self._empty = jax.jit(self._made_empty, static_argnums=(0, 1))
+        self._put = jax.jit(states.put, donate_argnums=0)
         self._whole = jax.jit(self._all)
         self._part = jax.jit(self._some, donate_argnames="cache")
 
     def empty(self, rows: int, n: int) -> Any:
         return self._empty(rows, n) if self._cached else None
+
+    def put(self, state: Any, row: int, one: Any) -> Any:
+        return None if state is None else self._put(state, np.array([row]), one)
 
     def __call__(
         self,

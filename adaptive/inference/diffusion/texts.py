@@ -28,6 +28,7 @@ from adaptive.runs.mask_token import denoising_of
 from adaptive.settings import divisors
 
 USUAL_BLOCK = 32  # positions of a block at most, where neither user nor model says how many
+PAYS_FROM = 4  # blocks of a row from which on the exact cache is the faster (adaptive bench diffusion)
 _PLAIN = "\x1b[0m"
 
 
@@ -58,7 +59,7 @@ class Asked:
 def decoder_of(asked: Asked, trained: Trained) -> Decoder:
     """What writes as asked with a model. Raises UserError for what cannot work."""
     recipe, how = trained.recipe, denoising_of(trained.recipe)
-    cache: Cache = named(Cache, asked.cache, "--cache") if asked.cache else usual_cache(recipe)
+    cache: Cache = named(Cache, asked.cache, "--cache") if asked.cache else usual_cache(recipe, asked.tokens)
     policy: Policy = named(Policy, asked.policy, "--policy") if asked.policy else confidence.Settings()
     check_cache(recipe.model, cache)
     size = asked.block or how.block or max(d for d in divisors(asked.tokens) if d <= USUAL_BLOCK)
@@ -72,14 +73,14 @@ def decoder_of(asked: Asked, trained: Trained) -> Decoder:
     )
 
 
-def usual_cache(recipe: Recipe) -> Cache:
-    """The cache where none is asked for: one that changes no text, where there is one and it is the faster."""
-    cache = block.Settings() if denoising_of(recipe).block else none.Settings()
+def usual_cache(recipe: Recipe, tokens: int) -> Cache:
+    """The cache for rows of so many tokens where none is asked for: the faster of those that change no text."""
+    size = denoising_of(recipe).block
     try:
-        check_cache(recipe.model, cache)
+        check_cache(recipe.model, block.Settings())
     except UserError:
         return none.Settings()
-    return cache
+    return block.Settings() if 0 < PAYS_FROM * size <= tokens else none.Settings()
 
 
 def remarks(decoder: Decoder, trained: Trained, longest: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ from adaptive.inference.diffusion.caches import block as blocks
 from adaptive.inference.diffusion.caches import delayed, dual, greedy, none, prefix, window
 from adaptive.inference.diffusion.decoder import Decoder
 from adaptive.inference.diffusion.loop import Plan
-from adaptive.inference.diffusion.policies import confidence, editing, factor, propagation, random, threshold
+from adaptive.inference.diffusion.policies import confidence, editing, factor, learned, propagation, random, threshold
 
 pytestmark = pytest.mark.compiles
 
@@ -241,3 +241,20 @@ def test_the_cache_of_block_diffusion_changes_nothing(policy):
         assert row.x == quick.x == found[0].tokens[r, : row.n].tolist() == found[1].tokens[r, : row.n].tolist()
         assert row.calls == found[0].row_calls[r] == found[1].row_calls[r]
         assert found[1].computed[r] == quick.computed < row.computed / 2
+
+
+def test_a_learned_filter_is_its_plain_loop(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = learned.Filter(*(rng.normal(size=shape).astype(np.float32) for shape in ((4, 6), 6, (6, 4), 4)))
+    weights.save(tmp_path / "filter.npz")
+
+    def pick(row, seen):
+        places = range(row.low, row.high)
+        sure = np.array([seen[i][1] if row.x[i] == MASK else 1.0 for i in places])
+        inner = np.maximum(sure @ weights.inner + weights.inner_bias, 0)
+        final = 1 / (1 + np.exp(-(inner @ weights.outer + weights.outer_bias))) >= 0.6
+        return {*row.sure(seen)[:1], *(i for i, yes in zip(places, final, strict=True) if yes and row.x[i] == MASK)}
+
+    plan = Plan(MASK, LENGTH, 8, 4, policy=learned.Settings(str(tmp_path / "filter.npz"), 0.6))
+    found = check(Decoder(Toy(), plan, dual.Settings()), [Naive(prompt, 4, pick, dual_of) for prompt in PROMPTS])
+    assert (found.row_calls < LENGTH).all()
