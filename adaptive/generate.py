@@ -68,10 +68,12 @@ def options() -> command.Options:
         help="prints one line of JSON per prompt: its text, token ids and their log-probabilities")  # fmt: skip
     add("--show_chunks", action="store_true", help="marks where the chunks of an H-Net begin")
     add("--show_depth", action="store_true", help="shows how many passes each token took, where tokens choose it")
+    add("--show_experts", action="store_true",
+        help="shows the strongest expert of each token; with --json those of every layer")  # fmt: skip
     add("--interactive", action="store_true",
         help="asks for one text after another, and continues each; Ctrl-D ends")  # fmt: skip
-    add("--rows", type=number(int, least=0), help="how many rows the network inside an H-Net decodes together; 0: all, "
-        "chunk or not (default: 1 for a single text or on a CPU, otherwise 0)")  # fmt: skip
+    add("--rows", type=number(int, least=0), help="how many rows the network inside an H-Net decodes together, or a "
+        "pass of a recursion; 0: all (default: 1 in an H-Net for one text or on a CPU, otherwise 0)")  # fmt: skip
     add("--cache", default="", metavar="POLICY",
         help="what a recursion keeps of its passes: per_pass, active_only, last, cycle(2), shared (default: as the "
         "recipe has it, model.body.cache); what a diffusion model keeps between calls: none, block, prefix, dual, "
@@ -204,9 +206,14 @@ def filled_in(
 def check_marks(given: argparse.Namespace, recipe: "Recipe") -> None:
     """Raises UserError for options of models that the run's is none of."""
     facts = recipe.model.facts()
-    if not facts.chunking and (given.rows is not None or given.show_chunks):
-        name = "show_chunks" if given.show_chunks else "rows"
-        raise UserError(f"--{name} is for H-Nets that chunk, and {recipe.name} does not")
+    if not facts.chunking and given.show_chunks:
+        raise UserError(f"--show_chunks is for H-Nets that chunk, and {recipe.name} does not")
+    if not facts.chunking and facts.depth == "none" and given.rows is not None:
+        raise UserError(f"--rows is for H-Nets that chunk and for tokens that choose their depth, not {recipe.name}")
+    if given.show_experts and not facts.experts:
+        raise UserError(f"--show_experts is for models with experts, and {recipe.name} has none")
+    if given.show_experts and given.rows:
+        raise UserError("--show_experts is told of all rows together: leave out --rows")
     if given.show_depth and facts.depth == "none":
         raise UserError(f"--show_depth is for models whose tokens choose it, and those of {recipe.name} do not")
 
@@ -233,7 +240,7 @@ def continued(
     key = jax.random.key(given.seed)
     key = jax.random.fold_in(key, turn) if turn else key
     pieces = sampler(ids, given.tokens, key, at_once=at_once)
-    marks = {"marks": given.show_chunks, "depths": given.show_depth}
+    marks = {"marks": given.show_chunks, "depths": given.show_depth, "experts": given.show_experts}
     return Show(trained, texts, begin, **marks, stops=given.stop, as_json=given.json).all(pieces)
 
 
@@ -256,6 +263,7 @@ def sampler_of(given: argparse.Namespace, trained: "Trained", texts: int) -> "Sa
         end=None if given.ignore_end else trained.tokenizer.eos_id,
         rows=rows_at_once(stages, texts) if given.rows is None else given.rows,
         marker=marker_of(trained.recipe, trained.tokenizer),
+        record=given.show_experts,
     )
 
 

@@ -1,6 +1,7 @@
 """The command as a user meets it: texts, marks, refusals."""
 
 import io
+import itertools
 import json
 import sys
 
@@ -13,6 +14,7 @@ from adaptive import command, generate
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.errors import CheckpointError
 from adaptive.inference.marks import Writer
+from adaptive.layers.feed_forwards import experts
 from adaptive.optim.build import make_optimizer
 from adaptive.recipe import Recipe
 from adaptive.runs.checkpoint import Checkpoints
@@ -25,6 +27,7 @@ HNET = shapes.hnet(("T1", ("T1",), "T1"), widths=(16, 16), hidden=16, rotary_dim
 SMALL = {"vocab_size": 320, "width": 16, "hidden": 16, "heads": 2}
 PLAIN = shapes.recursive(4, 2, **SMALL)
 ROUTED = shapes.mor(4, 2, "token_choice", **SMALL)
+EXPERTS = shapes.plain(2, feed_forward=experts.Settings(experts=3, expert_size=8), **SMALL)
 STUCK = shapes.recursive(4, 2, order="sequence", **SMALL)
 
 
@@ -141,6 +144,23 @@ def test_depths_are_shown_where_they_change(run, tmp_path, monkeypatch):
     assert code == 0 and several.startswith(f"A cat{record['text']}\nA dog") and told.count("20 tokens") == 2
 
 
+def test_experts_are_shown_where_they_change(run, tmp_path):
+    made(tmp_path / "run", EXPERTS, steps=(3,))
+    options = ("--workdir", tmp_path / "run", "--tokens", 20, "--seed", 5, "--prompt", "A cat", "--show_experts")
+    code, out, _ = run(*options, "--json")
+    record = json.loads(out)
+    assert code == 0 and len(record["experts"]) == 20
+    assert all(len(one) == 2 and set(one) <= {0, 1, 2} for one in record["experts"])
+    code, shown, _ = run(*options)
+    legend, _, text = shown.partition("\n\n")
+    assert code == 0 and legend.endswith("begins: ₀, ₁, ₂")
+    last = [one[-1] for one in record["experts"]]
+    marks = sum(text.count(mark) for mark in "₀₁₂")
+    changes = sum(a != b for a, b in itertools.pairwise(last))
+    assert changes <= marks <= changes + 6  # and those of the prompt
+    assert text.translate(dict.fromkeys(map(ord, "₀₁₂"))) == f"A cat{record['text']}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -174,6 +194,7 @@ def test_depths_are_shown_where_they_change(run, tmp_path, monkeypatch):
         (["--workdir", "{hnet}", "--cache", "last"], "has no recursion, so each layer keeps one cache"),
         (["--workdir", "{plain}", "--cache", "cycle(0)"], "number=0: must be at least 1"),
         (["--workdir", "{plain}", "--rows", "2"], "rows is for H-Nets"),
+        (["--workdir", "{plain}", "--show_experts"], "show_experts is for models with experts"),
         (["--workdir", "{new}"], "no checkpoint yet"),
         (["--workdir", "{plain}", "--prompt", ""], "prompt is empty"),
         (["--workdir", "{stuck}"], "cannot generate"),

@@ -13,7 +13,9 @@ from adaptive.data.tokenizers import Tokenizer
 from adaptive.errors import DataError, RecipeError
 from adaptive.inference.drawing import Drawing, draw
 from adaptive.models import kept
+from adaptive.models.replay import by_layer
 from adaptive.recipe import Recipe
+from adaptive.routing.replay import Replay
 from adaptive.routing.stages import at_bytes
 from kernels_pallas.choice import here
 
@@ -41,6 +43,9 @@ class Piece(NamedTuple):
     logprobs    f32[batch, n]           logarithm of each token's probability by the model, before any rule of drawing;
                                         None of prompts
     depth       i32[batch, n]           passes that each token took, as in Trace
+    experts     i32[layers, batch, n]   the strongest expert of each token in each layer that has experts, as they run;
+                                        -1: none computed it. None: nobody asked
+    record      what routers decided, for `LanguageModel(..., replay=...)`; None: nobody asked
     """
 
     tokens: np.ndarray
@@ -49,6 +54,8 @@ class Piece(NamedTuple):
     prompt: bool
     logprobs: np.ndarray | None = None
     depth: np.ndarray | None = None
+    experts: np.ndarray | None = None
+    record: Replay | None = None
 
 
 class Drawn(NamedTuple):
@@ -75,6 +82,7 @@ class Sampler:
     end              the token that ends a row; None: nothing does
     rows             as `decode_step` of an H-Net takes it
     marker           makes a Marker for a row; None: the model decides where chunks begin
+    record           whether pieces tell experts and what routers decided; an H-Net then computes all rows together
 
     Routed models decide each token's depth causally, as their routers learned to.
     """
@@ -89,10 +97,12 @@ class Sampler:
         end: int | None = None,
         rows: int = 0,
         marker: Callable[[], Marker] | None = None,
+        record: bool = False,
     ):
         self._graphdef, self._state, self._vocab, self._end = graphdef, state, vocab, end
         self._how = how
-        self._options = {"rows": rows} if rows else {}
+        self._options = {"record": True} if record else {"rows": rows} if rows else {}
+        self._record = record
         self._longest = getattr(nnx.merge(graphdef, state).settings, "positions", 0)
         self._marker = marker
         self._empty = jax.jit(self._make_cache, static_argnums=(1, 2))
@@ -123,10 +133,11 @@ class Sampler:
             part = slice(begin, begin + PIECE)
             cache = _with_room(cache, tokens[:, part].shape[1])
             given = None if markers is None else _marked(markers, tokens[:, part], valid[:, part])
-            cache, last, seen, stages, depth = self._read(
+            cache, last, seen, stages, depth, told = self._read(
                 self._state, tokens[:, part], valid[:, part], given, seen, cache=cache, last=last
             )
-            yield Piece(tokens[:, part], valid[:, part], np.asarray(stages), prompt=True, depth=np.asarray(depth))
+            stages, depth, told = jax.tree.map(np.asarray, (stages, depth, told))
+            yield Piece(tokens[:, part], valid[:, part], stages, True, None, depth, *told)
         yield from self._continued(self._first(last, seen, key), cache, length, key, at_once, markers)
 
     def _continued(
@@ -138,7 +149,7 @@ class Sampler:
         at_once: int,
         markers: list[Marker] | None,
     ) -> Iterator[Piece]:
-        waiting: tuple[jax.Array, ...] | None = None  # computed while the piece before is shown
+        waiting: tuple[Any, ...] | None = None  # computed while the piece before is shown
         for begin in range(0, length, at_once):
             token, alive = np.asarray(drawn.token)[:, None], np.asarray(drawn.alive)[:, None]
             given = None if markers is None else _marked(markers, token, alive)
@@ -173,16 +184,25 @@ class Sampler:
         *,
         cache: Any,
         last: Any,
-    ) -> tuple[Any, jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    ) -> tuple[Any, jax.Array, jax.Array | None, jax.Array, jax.Array, Any]:
         """(cache, logits f32[batch, vocab] after each row's last token so far, which tokens were seen, boundaries
-        bool[stages, batch, n], depth i32[batch, n])."""
+        bool[stages, batch, n], depth i32[batch, n], what else is told)."""
         model = nnx.merge(self._graphdef, state)
-        options = {} if given is None else {"boundaries": given}
+        options: dict[str, Any] = {} if given is None else {"boundaries": given}
+        options |= {"record": True} if self._record else {}
         out, cache = model.prefill(tokens, cache, valid, **options)
         count = valid.sum(1)
         logits = jax.vmap(lambda row, i: row[jnp.maximum(i - 1, 0)])(out.logits, count)
         logits = jnp.where((count > 0)[:, None], logits, last)
-        return cache, logits, _with_tokens(seen, tokens, valid), _boundaries(out.trace, tokens.shape), out.trace.depth
+        boundaries, told = _boundaries(out.trace, tokens.shape), self._told(model, out.trace, tokens.shape)
+        return cache, logits, _with_tokens(seen, tokens, valid), boundaries, out.trace.depth, told
+
+    def _told(self, model: Any, trace: Any, shape: tuple[int, ...]) -> Any:
+        """`experts` and `record` of a piece."""
+        if not self._record:
+            return None, None
+        facts, shape = model.settings.facts(), (shape[0], shape[1])
+        return by_layer(trace, facts, "strongest", -1, shape), model.recorded(trace, shape)
 
     def _first_tokens(self, logits: jax.Array, seen: jax.Array | None, key: jax.Array) -> Drawn:
         return self._next(logits, seen, jnp.ones(len(logits), bool), key, jnp.int32(0))
@@ -197,9 +217,9 @@ class Sampler:
         *,
         count: int,
         cache: Any,
-    ) -> tuple[Drawn, Any, tuple[jax.Array, ...]]:
+    ) -> tuple[Drawn, Any, tuple[Any, ...]]:
         """Reads `drawn` and `count - 1` tokens that follow it, `drawn` being number `begin`: what is drawn after them,
-        the cache, and (tokens, valid, boundaries, logprobs, depth) as in Piece."""
+        the cache, and (tokens, valid, boundaries, logprobs, depth, (experts, record)) as in Piece."""
         model = nnx.merge(self._graphdef, state)
         options: dict[str, Any] = dict(self._options)
         if given is not None:
@@ -211,12 +231,14 @@ class Sampler:
             exists = alive[:, None] if len(token) > 1 else None
             out, cache = model.prefill(token[:, None], cache, exists, **options)
             new = self._next(out.logits[:, -1], seen, alive, key, number + 1)
-            made = token, alive, _boundaries(out.trace, (len(token), 1))[..., 0], logprob, out.trace.depth[:, 0]
+            shape = len(token), 1
+            told = jax.tree.map(lambda a: a[..., 0], self._told(model, out.trace, shape))
+            made = token, alive, _boundaries(out.trace, shape)[..., 0], logprob, out.trace.depth[:, 0], told
             return (new, cache), made
 
         numbers = begin + jnp.arange(count, dtype=jnp.int32)
-        (drawn, cache), (tokens, valid, stages, logprobs, depth) = jax.lax.scan(step, (drawn, cache), numbers)
-        return drawn, cache, (tokens.T, valid.T, jnp.moveaxis(stages, 0, -1), logprobs.T, depth.T)
+        (drawn, cache), made = jax.lax.scan(step, (drawn, cache), numbers)
+        return drawn, cache, jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), made)
 
     def _next(
         self, logits: jax.Array, seen: jax.Array | None, alive: jax.Array, key: jax.Array, number: jax.Array
@@ -311,6 +333,7 @@ def _boundaries(trace: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.stack([view.mask for view in views]) if views else jnp.zeros((0, *shape), bool)
 
 
-def _piece(made: tuple[jax.Array, ...], count: int) -> Piece:
-    tokens, valid, stages, logprobs, depth = (np.asarray(a)[..., :count] for a in jax.device_get(made))
-    return Piece(tokens, valid, stages, prompt=False, logprobs=logprobs, depth=depth)
+def _piece(made: tuple[Any, ...], count: int) -> Piece:
+    own = jax.tree.map(lambda a: np.asarray(a)[..., :count], jax.device_get(made))
+    tokens, valid, stages, logprobs, depth, told = own
+    return Piece(tokens, valid, stages, False, logprobs, depth, *told)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adaptive.account import account, dense_equivalent
-from adaptive.inference.marks import Writer, depth_legend, legend, together
+from adaptive.inference.marks import Writer, depth_legend, expert_legend, legend, together
 from adaptive.inference.sampling import Piece
 from adaptive.runs.load import Trained
 
@@ -23,6 +23,7 @@ class Continuation:
     tokens    ids, without the token that ends a text
     logprobs  of each of them, as in Piece
     depths    passes that each of them took
+    experts   the strongest expert of each of them in each layer that has experts; None: none computed it
     ended     "end": the model ended the text; "stop": a stop text did; "length": there are as many tokens as asked for
     """
 
@@ -31,6 +32,7 @@ class Continuation:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.depths: list[int] = []
+        self.experts: list[list[int | None]] = []
         self.ended = "length"
 
     @property
@@ -41,8 +43,10 @@ class Continuation:
         """What can be shown after the row's tokens of a piece; nothing after it has ended."""
         there = piece.valid[row]
         depth = np.ones_like(piece.tokens[row]) if piece.depth is None else piece.depth[row]
+        layers = np.zeros((0, len(there)), int) if piece.experts is None else piece.experts[:, row]
+        expert = _last(layers)
         if piece.prompt:
-            shown = piece.tokens[row, there], piece.boundaries[:, row, there], depth[there]
+            shown = piece.tokens[row, there], piece.boundaries[:, row, there], depth[there], expert[there]
             return self.writer.push(*shown, prompt=True)
         assert piece.logprobs is not None
         text = ""
@@ -55,8 +59,9 @@ class Continuation:
             self.tokens.append(int(piece.tokens[row, i]))
             self.logprobs.append(float(piece.logprobs[row, i]))
             self.depths.append(int(depth[i]))
+            self.experts.append([int(e) if e >= 0 else None for e in layers[:, i]])
             one = slice(i, i + 1)
-            text += self.writer.push(piece.tokens[row, one], piece.boundaries[:, row, one], depth[one])
+            text += self.writer.push(piece.tokens[row, one], piece.boundaries[:, row, one], depth[one], expert[one])
             if self.writer.stopped:
                 self.ended = "stop"
         return text
@@ -69,6 +74,7 @@ class Show:
     begin    when the command began, by `time.perf_counter`
     marks    whether to mark where chunks begin
     depths   whether to show how many passes tokens took
+    experts  whether to show their strongest experts
     stops    texts that end a continuation
     as_json  whether to print a line of JSON for each prompt at the end, in place of text
     """
@@ -81,6 +87,7 @@ class Show:
         *,
         marks: bool,
         depths: bool = False,
+        experts: bool = False,
         stops: Sequence[str] = (),
         as_json: bool = False,
     ):
@@ -90,12 +97,14 @@ class Show:
         self._stages = len(facts.chunking)
         self._passes = facts.recursions if facts.depth != "none" else 1
         self._depths = self._passes if depths else 0
+        self._experts = max((one.settings.experts for one in facts.experts), default=0) if experts else 0
         terminal = sys.stdout.isatty() and not as_json
         self._colour = terminal and "NO_COLOR" not in os.environ
         tokenizer, colour = trained.tokenizer, self._colour
         writer = functools.partial(
-            Writer, tokenizer, marks=marks, depths=self._depths, colour=colour, safe=terminal, stops=stops
-        )
+            Writer, tokenizer, marks=marks, depths=self._depths, experts=experts, colour=colour, safe=terminal,
+            stops=stops,
+        )  # fmt: skip
         self._rows = [Continuation(writer()) for _ in prompts]
         self._texts = [""] * len(prompts)
         self._made: list[tuple[float, int]] = []  # when a piece came, and how many tokens there were then
@@ -103,10 +112,11 @@ class Show:
     def all(self, pieces: Iterator[Piece]) -> bool:
         """Shows all pieces, or those until every text has ended; whether Ctrl-C ended them."""
         interrupted = False
-        if self._marks:
-            print(legend(self._stages, self._colour) + "\n" * (not self._depths), flush=True)
-        if self._depths:
-            print(depth_legend(self._depths, self._colour) + "\n", flush=True)
+        legends = [legend(self._stages, self._colour)] if self._marks else []
+        legends += [depth_legend(self._depths, self._colour)] if self._depths else []
+        legends += [expert_legend(self._experts, self._colour)] if self._experts else []
+        if legends and not self._json:
+            print("\n".join(legends) + "\n", flush=True)
         try:
             for piece in pieces:
                 self._add(piece)
@@ -142,7 +152,8 @@ class Show:
 
     def _record(self, r: int, interrupted: bool) -> dict[str, Any]:
         row = self._rows[r]
-        depths = {"depths": row.depths} if self._passes > 1 else {}
+        routed: dict[str, Any] = {"depths": row.depths} if self._passes > 1 else {}
+        routed |= {"experts": row.experts} if self._experts else {}
         return {
             "recipe": self._trained.recipe.name,
             "step": self._trained.step,
@@ -150,7 +161,7 @@ class Show:
             "text": self._texts[r],
             "tokens": row.tokens,
             "logprobs": [value if math.isfinite(value) else None for value in row.logprobs],
-            **depths,
+            **routed,
             "ended": "interrupted" if interrupted and not row.done else row.ended,
         }
 
@@ -184,6 +195,14 @@ class Show:
         cost = account(model, round(length), taken).forward_flops_per_token
         whole = dense_equivalent(model, round(length)).forward_flops_per_token
         tell(f"bytes per chunk: {sizes}; {cost / 1e6:.3g} MFLOP per byte, {cost / whole:.0%} of a chunk at every byte")
+
+
+def _last(layers: np.ndarray) -> np.ndarray:
+    """i32[n]: of experts i32[layers, n] that of the last layer in which one computed the token; -1: in none."""
+    if not len(layers):
+        return np.full(layers.shape[1], -1)
+    last = len(layers) - 1 - (layers[::-1] >= 0).argmax(0)
+    return np.take_along_axis(layers, last[None], axis=0)[0]
 
 
 def tell(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from adaptive.routing.replay import Replay
 from adaptive.routing.types import Told
 
 Rule = Literal["train", "causal"]
@@ -16,8 +17,8 @@ Rule = Literal["train", "causal"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "key", "layer", "previous", "given", "passes", "experts_per_token", "mask_ratio"],
-    meta_fields=["rule", "sees", "limited", "training", "counts", "keep", "writes", "rows"],
+    data_fields=["step", "key", "layer", "previous", "given", "passes", "experts_per_token", "replay", "mask_ratio"],
+    meta_fields=["rule", "sees", "limited", "training", "counts", "keep", "writes", "rows", "record"],
 )
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -43,7 +44,9 @@ class Call:
     mask_ratio  f32[rows]: share of each row's tokens that are hidden, for routers whose capacity follows it; None: no
               objective says
     rows      decoding of one position per row: how many rows with a new chunk a network inside an H-Net computes at
-              once; 0: all rows
+              once, or with a pass to take a recursion; 0: all rows
+    record    whether parts tell what they decided for each position though they do not count
+    replay    what is decided, in place of what routers would; None: they decide
     """
 
     rule: Rule = "train"
@@ -62,6 +65,8 @@ class Call:
     experts_per_token: jax.Array | None = None
     mask_ratio: jax.Array | None = None
     rows: int = 0
+    record: bool = False
+    replay: Replay | None = None
 
     def replace(self, **changes: Any) -> "Call":
         return dataclasses.replace(self, **changes)

@@ -20,8 +20,10 @@ from adaptive.layers.where import Where
 from adaptive.models import low_rank as lora
 from adaptive.models.bodies import Body, BodyModule, plain
 from adaptive.models.facts import Facts, facts_of
+from adaptive.models.replay import recorded, unless_strayed
 from adaptive.parallel.rules import constrain, gathered
-from adaptive.routing.types import Aux, AuxLosses, Output, Told
+from adaptive.routing.replay import Replay
+from adaptive.routing.types import Aux, AuxLosses, Output, Told, Trace
 from adaptive.settings import check_ranges, ranged, since
 
 Sees = Literal["past", "all"] | int
@@ -137,6 +139,7 @@ class LanguageModel(nnx.Module):
         passes: int | jax.Array | None = None,
         experts_per_token: jax.Array | None = None,
         mask_ratio: jax.Array | None = None,
+        replay: Replay | Trace | None = None,
         logits: bool = True,
     ) -> Output:
         """One forward pass.
@@ -162,6 +165,8 @@ class LanguageModel(nnx.Module):
                        many tokens of a sequence or chunk, up to its `most_per_token`; None: as the settings say
         mask_ratio     f32[batch], the share of each row's tokens that are hidden, which the `schedule` of the router
                        expert_choice follows; None: it takes `experts_per_token`
+        replay         what an earlier pass over the same tokens decided about depth, experts and chunks, or what was
+                       recorded in generation (`recorded`): it is decided again. With the `selection` of that pass
         logits         False leaves them out, for a loss that computes them in chunks from `hidden` and `head_weight`
         """
         where, call = self.asked(
@@ -180,8 +185,17 @@ class LanguageModel(nnx.Module):
             experts_per_token=experts_per_token,
             mask_ratio=mask_ratio,
         )
+        if replay is not None:
+            own = self.recorded(replay, tokens.shape) if isinstance(replay, Trace) else replay
+            call = call.replace(replay=own)
         through = self._computed_with()(self.embedded(tokens, where), where, call)
-        return self._output(through.hidden, through.aux, through.trace, logits)
+        out = self._output(through.hidden, through.aux, through.trace, logits)
+        return out if call.replay is None else unless_strayed(out)
+
+    def recorded(self, trace: Trace, shape: tuple[int, ...]) -> Replay:
+        """What a trace of tokens of this shape [batch, seq] says was decided. Raises RecipeError where it does not say
+        it: in training, and of generation without `record`."""
+        return recorded(trace, self.settings.facts(), (shape[0], shape[1]))
 
     def asked(
         self,
@@ -282,21 +296,24 @@ class LanguageModel(nnx.Module):
         boundaries: jax.Array | None = None,
         rows: int = 0,
         at: jax.Array | None = None,
+        record: bool = False,
     ) -> tuple[Output, State]:
         """Appends tokens i32[batch, n] to the cache; routers decide causally.
 
         valid       bool[batch, n]: tokens that exist, the first of each row; None: all. The cache needs room for all n
         boundaries  bool[batch, n]: where chunks of the first stage begin, for the chunker `words`
         rows        of one token each (n = 1): how many rows with a new chunk the network inside an H-Net computes at
-                    once, until none is left; 0: all rows, and what those without a chunk give is thrown away
+                    once, and how many that take a pass of a recursion, until none is left; 0: all rows where any does,
+                    and what the others give is thrown away
         at          i32[batch]: of each row the one position behind which logits are wanted; None: behind all. Hidden
                     states and logits are then [batch, 1, ...]
+        record      whether the trace says all that routers decided (`recorded`); not with `rows` in an H-Net
         """
         if reason := self.refuse_generation() or self.refuse_cache():
             raise RecipeError(reason)
         given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
         where = Where.after(cache["seen"][0], tokens.shape[1], valid)
-        call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows)
+        call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows, record=record)
         through = self._computed_with()(self.embedded(tokens, where), where, call, cache["body"])
         after = {"seen": cache["seen"] + where.counts(), "body": through.state}
         hidden = through.hidden if at is None else jnp.take_along_axis(through.hidden, at[:, None, None], axis=1)

@@ -27,6 +27,7 @@ def decide(
     *,
     where: jax.Array | None = None,
     full_depth: jax.Array | bool = False,
+    depth: jax.Array | None = None,
 ) -> Depths:
     """The depth of each token: argmax(probability + bias), gated by the unbiased probability.
 
@@ -34,10 +35,12 @@ def decide(
     bias                   f32[choices] of loss-free balancing; None: none
     where                  bool[batch, seq]: tokens that count in the statistics; None: all
     full_depth             bool[]: every token takes every recursion (balance warm-up), and the bias is ignored
+    depth                  i32[batch, seq], in place of what is decided; None: nothing
     """
     choices = logits.shape[-1]
     ranking = probabilities if bias is None else probabilities + jnp.where(full_depth, 0.0, bias)
-    depth = jnp.where(full_depth, choices - 1, jnp.argmax(ranking, axis=-1)).astype(jnp.int32)
+    if depth is None:
+        depth = jnp.where(full_depth, choices - 1, jnp.argmax(ranking, axis=-1)).astype(jnp.int32)
     gate = jnp.take_along_axis(probabilities, depth[..., None], axis=-1)[..., 0]
     tokens = counts_of(depth, choices, where)
     load = tokens / jnp.maximum(tokens.sum(), 1.0)

@@ -16,8 +16,10 @@ from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
 from adaptive.routing.dispatch import Dispatch, count
 from adaptive.routing.losses import averaged, of_calls
+from adaptive.routing.replay import packed, unpacked
 from adaptive.routing.types import Aux, AuxLosses, Summed, Told
 
+STRAYED = "strayed"  # of the statistics: tokens whose experts are not those of the replay
 MOST_COUNTED = 16  # experts per token are counted up to here; the last bin holds all above
 
 
@@ -44,6 +46,8 @@ class Context(NamedTuple):
     key        PRNG key of this layer's noise; None: none is drawn
     noise      draws in place of those of the key; read, as the key is, in training alone
     segments   i32[batch, seq]  documents, 0 is padding; None: one document per row
+    replayed   bool[batch, seq, choices]  what is chosen, in place of what the router would (`Routing.chosen`); kept
+               bool[batch, seq, experts], which of it is not dropped. None: the router decides
     limit      i32[batch]  average experts per token of each sequence, for expert choice; None: as the settings say
     mask_ratio  f32[batch]  share of each sequence's tokens that are hidden, which expert choice's schedule follows
     """
@@ -57,6 +61,16 @@ class Context(NamedTuple):
     limit: jax.Array | None = None
     mask_ratio: jax.Array | None = None
     noise: Noise = Noise()
+    replayed: jax.Array | None = None
+    kept: jax.Array | None = None
+
+    def among(self, scores: jax.Array, others: float = -1e30) -> jax.Array:
+        """Scores f32[batch, seq, choices], those that a replay did not choose replaced by `others`."""
+        return scores if self.replayed is None else jnp.where(self.replayed[..., : scores.shape[-1]], scores, others)
+
+    def wanted(self, index: jax.Array, wanted: jax.Array) -> jax.Array:
+        """bool[batch, seq, k]: of the choices i32 alike those that are wanted, or that a replay chose."""
+        return wanted if self.replayed is None else jnp.take_along_axis(self.replayed, index, axis=-1)
 
     def drawn(self, given: jax.Array | None, draw: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
         """The noise: what was given, else what `draw` makes of the key; None outside training and without either."""
@@ -75,6 +89,8 @@ class Routing(NamedTuple):
     stats     sums over tokens that add up over micro-batches and steps; see `statistics`
     parts     what `joint_losses` makes of all layers together
     logits    f32[batch, seq, choices], without N(0, 1) and Gumbel noise
+    wanted    bool[batch, seq, choices]: what was chosen before anything was dropped, and behind it `further` choices;
+              None: what is computed
     """
 
     dispatch: Dispatch
@@ -82,6 +98,13 @@ class Routing(NamedTuple):
     stats: dict[str, jax.Array]
     parts: dict[str, jax.Array]
     logits: jax.Array
+    wanted: jax.Array | None = None
+
+    def chosen(self) -> jax.Array:
+        """bool[batch, seq, n]: what was chosen for each token, and behind it which true experts compute it."""
+        kept = self.dispatch.mask()
+        wanted = (self.wanted,) if self.wanted is not None else (kept, self.dispatch.zero_weights != 0)
+        return jnp.concatenate([*wanted, kept], axis=-1)
 
 
 class RoutedLayer(FeedForwardModule):
@@ -89,10 +112,12 @@ class RoutedLayer(FeedForwardModule):
 
     settings  of the whole layer
     site      where it stands
+    further   how many choices there are besides experts
     """
 
     settings: MoESettings
     site: Site
+    further: int = 0
 
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """x [batch, seq, width] -> (its update of the same shape, the router's whole decision)."""
@@ -107,6 +132,7 @@ class RoutedLayer(FeedForwardModule):
         return y, aux, routing.dispatch
 
     def apply(self, x: jax.Array, where: Where, call: Call) -> tuple[jax.Array, Told, jax.Array]:
+        replayed, kept = self._replayed(where, call)
         context = Context(
             present=where.present(),
             previous=call.previous,
@@ -116,13 +142,28 @@ class RoutedLayer(FeedForwardModule):
             segments=where.segments,
             limit=call.experts_per_token,
             mask_ratio=call.mask_ratio,
+            replayed=replayed,
+            kept=kept,
         )
         y, routing = self.routed(x, context)
         losses, made = self._trained(routing.losses), routing.dispatch
         per_token = {"experts": made.per_token()}
-        if call.counts and not call.training:
-            per_token["strongest"] = made.strongest()
-        return y, Told(losses, routing.stats, routing.parts, per_token), routing.logits
+        if call.record or (call.counts and not call.training):
+            per_token |= {"strongest": made.strongest()} | packed(routing.chosen())
+        stats = routing.stats
+        if context.kept is not None:
+            stats = stats | {STRAYED: (made.mask() != context.kept).any(-1).sum().astype(jnp.float32)}
+        return y, Told(losses, stats, routing.parts, per_token), routing.logits
+
+    def _replayed(self, where: Where, call: Call) -> tuple[jax.Array | None, jax.Array | None]:
+        """What a replay says of the layer's positions: what is chosen and what of it is kept, as in `Context`."""
+        if call.replay is None or (words := call.replay.experts[0]) is None:
+            return None, None
+        own = jax.lax.dynamic_index_in_dim(words, call.layer, 0, keepdims=False)
+        at = jax.vmap(lambda one: jnp.take_along_axis(one, where.index, axis=1))(own)
+        choices = self.settings.choices + self.further
+        mask = unpacked(at, choices + self.settings.experts)
+        return mask[..., :choices], mask[..., choices:]
 
     def _trained(self, losses: dict[str, Summed]) -> dict[str, Summed]:
         """Those that a model trains, and what an adaptive coefficient is of: no others are computed there."""

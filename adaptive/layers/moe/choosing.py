@@ -26,6 +26,11 @@ def present_pairs(index: jax.Array, present: jax.Array | None) -> jax.Array:
     return everyone if present is None else everyone & present[..., None]
 
 
+def mask_of(index: jax.Array, wanted: jax.Array, choices: int) -> jax.Array:
+    """bool[batch, seq, choices] of choices i32[batch, seq, k], those that are wanted bool alike."""
+    return ((index[..., None] == jnp.arange(choices)) & wanted[..., None]).any(-2)
+
+
 def keeping(
     o: Limited,
     index: jax.Array,
@@ -76,7 +81,10 @@ def limited(
     most = room = o.slots(config, batch * seq if whole else seq)
     if context.present is not None:
         room = o.slots(config, grouped(context.present, whole).sum(-1, dtype=jnp.int32))
-    kept = keeping(o, index, weights, wanted, room, config.experts, best)
+    if context.kept is None:
+        kept = keeping(o, index, weights, wanted, room, config.experts, best)
+    else:
+        kept = wanted & jnp.take_along_axis(context.kept, jnp.minimum(index, config.experts - 1), axis=-1)
     return kept, {"most_per_batch" if whole else "most_per_sequence": most}
 
 

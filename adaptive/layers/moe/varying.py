@@ -40,8 +40,9 @@ def by_rank(
     leading ones of each token; most: the static bound of `limit`. stats gain truncated f32[], the pairs beyond the
     limit. claims_all: those are dropped pairs too, and not beyond what the router claims.
     """
-    wanted = present_pairs(index, context.present) & wanted
-    valid = (wanted & (jnp.arange(config.experts) < limit))[..., :most]
+    wanted = context.wanted(index, present_pairs(index, context.present) & wanted)
+    within = jnp.arange(config.experts) < (most if context.replayed is not None else limit)
+    valid = (wanted & within)[..., :most]
     weights = softmax_over(jnp.take_along_axis(logits, index, axis=-1)[..., :most], valid)
     dispatch = by_token(index[..., :most], weights, valid, config.experts)
     load = claims(index, wanted, config.experts).sum(0) if claims_all else dispatch.load()
@@ -59,6 +60,7 @@ def by_weight(
     logits, weights f32 and active bool, all [batch, seq, experts].
     """
     active = present_pairs(active, context.present) & active
+    active = active if context.replayed is None else context.replayed
     kept, bounds = active, {}
     if slack and context.selection == "topk":
         rows = min(active[0].size, math.ceil(round(active.shape[1] * config.router.per_token() * slack, 9)))

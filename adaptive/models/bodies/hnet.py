@@ -258,6 +258,8 @@ class HNet(BodyModule):
         tales: Tales = below("encoder", told)
         around = self.residual(h)
         z, value, through, record, chunks = self._chunked(h, where, call, state)
+        if call.replay is not None:
+            call = call.replace(replay=call.replay.behind(self.settings.encoder.layers))
         y, decoder, told, _ = self.decoder(
             (z + around).astype(self.making.dtype),
             where,
@@ -314,12 +316,14 @@ class HNet(BodyModule):
         s, shape = self.settings, h.shape
         found = self.chunker(self._heard(h, where, call, state))
         exists = jnp.ones(shape[:2], bool) if where.exists is None else where.exists
-        found = found._replace(wanted=found.wanted & exists)
-        segments = where.segments
+        replay, segments = call.replay, where.segments
+        wanted = found.wanted if replay is None else replay.chunks[0]
+        found = found._replace(wanted=wanted & exists)
         if s.packing == "device" and state is None:
             if call.experts_per_token is not None:
                 raise RecipeError("packing=device joins rows, which have no experts_per_token each: set packing=row")
             found, exists, segments, h = packed(found, exists, segments, h)
+            replay = None if replay is None else replay.joined(exists.shape)
         n = h.shape[1]
         capacity = s.capacity(n) if call.limited else n
         selection, mask = of_whole_rows(lambda own: select_boundaries(own, capacity, min(n, even(capacity))), found)
@@ -330,6 +334,7 @@ class HNet(BodyModule):
             chunks = merged(h, selection, segments, before, total=running_sum, at=gather)
         chunks = constrain(chunks, "batch", "seq", None)
         inside = after_chunks(selection, segments, None if state is None else state["chunks"][0])
+        call = call if replay is None else call.replace(replay=replay.inside(selection))
         through = self._inside(chunks, inside, call, None if state is None else state["inner"])
         z = dechunk(
             through.hidden[..., : shape[-1]],

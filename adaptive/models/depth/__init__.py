@@ -162,6 +162,13 @@ def check_shares(shares: tuple[float, ...], recursive: Any, at: str) -> None:
     recursive.check_first_capacity(shares[0], f"{at}.capacities", at)
 
 
+def replayed(call: Call, r: Any) -> jax.Array | None:
+    """bool[rows, n]: who takes the r-th routed pass by what is replayed; None: a router decides."""
+    if call.replay is None or call.replay.passes is None:
+        return None
+    return jax.lax.dynamic_index_in_dim(call.replay.passes, r, 0, keepdims=False)
+
+
 def everyone(where: Where, weights: jax.Array, valid: jax.Array) -> Selection:
     """A selection of all positions of which some are held."""
     indices = jnp.broadcast_to(jnp.arange(where.shape[1], dtype=jnp.int32), where.shape)

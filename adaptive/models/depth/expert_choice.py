@@ -23,6 +23,7 @@ from adaptive.models.depth import (
     check_shares,
     everyone,
     falling,
+    replayed,
 )
 from adaptive.parallel.rows import add_rows, select_top, take_rows
 from adaptive.parallel.rules import even, whole_rows
@@ -136,6 +137,9 @@ class ExpertChoice(DepthModule):
                 key = call.key if call.key is not None else jax.random.key(0)
                 ranking = jax.random.uniform(jax.random.fold_in(key, r), logits.shape)
                 gates = 0.1 * ranking
+            if (taken := replayed(call, r)) is not None:
+                own = taken if positions is None else take_rows(taken, positions)
+                ranking = jnp.where(own, logits if ranking is None else ranking, -jnp.inf)
             decision = None
             if self.aux_routers:
                 decision = whole_rows(self.aux_routers[r](jax.lax.stop_gradient(stream))[..., 0])
@@ -171,7 +175,9 @@ class ExpertChoice(DepthModule):
             logits = self.routers[r](x)[..., 0]
             decision = self.aux_routers[r](x)[..., 0] if self.aux_routers else logits
             log = log.scored(decision, active)
-            if r > 0:
+            if (taken := replayed(call, r)) is not None:
+                active = active & taken
+            elif r > 0:
                 active = active & passes_threshold(decision)
             gates = jnp.where(active, scores_of(logits, s.activation, s.alpha), 0.0)
             selection = everyone(where, gates, active)

@@ -17,7 +17,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers.call import Call
 from adaptive.layers.site import Site, normal_param
 from adaptive.layers.where import Where
-from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone
+from adaptive.models.depth import Carried, Core, Depth, DepthModule, Routed, everyone, replayed
 from adaptive.parallel.rows import add_rows, select_top, take_rows
 from adaptive.parallel.rules import even, whole_rows
 from adaptive.routing.expert_choice import chosen_of, limit_of_counts
@@ -108,6 +108,8 @@ class MixtureOfDepths(DepthModule):
         if where.exists is not None:
             limit = limit_of_counts(share, where.counts(), n, None)
         ranking = logits if exists is None else jnp.where(exists, logits, -jnp.inf)
+        if (taken := replayed(call, r // self.settings.every)) is not None:
+            ranking = jnp.where(taken, ranking, -jnp.inf)
         selection = select_top(ranking, jax.nn.sigmoid(logits), capacity, limit)
         h = take_rows(x, selection.indices)
         partial = None if exists is None and limit is None else selection.valid
@@ -124,7 +126,9 @@ class MixtureOfDepths(DepthModule):
     ) -> tuple[jax.Array, Any, Any, Selection, dict[str, Any]]:
         """Those that the predictor names, every position under a mask: exact for any number of them."""
         exists = where.present()
-        active = decision > 0 if exists is None else (decision > 0) & exists
+        taken = replayed(call, r // self.settings.every)
+        active = decision > 0 if taken is None else taken
+        active = active if exists is None else active & exists
         selection = everyone(where, jnp.where(active, jax.nn.sigmoid(logits), 0.0), active)
         new, after, told = core(r, x, where.only(active), call, carried)
         return x + _gated(new, x, selection), after.state, told, selection, {}

@@ -22,6 +22,7 @@ from adaptive.models.depth import (
     check_shares,
     everyone,
     falling,
+    replayed,
 )
 from adaptive.parallel.rows import add_rows, select_first, take_rows
 from adaptive.parallel.rules import even, whole_rows
@@ -119,9 +120,10 @@ class TokenChoice(DepthModule):
         if s.random:
             logits = jax.random.normal(call.key if call.key is not None else jax.random.key(0), logits.shape)
         full_depth = False if call.step is None else call.step < s.balance_warmup_steps
-        decided = self._decided(logits, exists, full_depth)
+        masked = call.rule == "causal" or s.execution == "masked"
+        decided = self._decided(logits, exists, full_depth, self._replayed(call, logits, masked))
         decided = decided._replace(depth=jnp.minimum(decided.depth, call.at_most(self.passes) - 1))
-        run = self._masked if call.rule == "causal" or s.execution == "masked" else self._capacity
+        run = self._masked if masked else self._capacity
         out, depth, selections, overflow, carried, each = run(core, decided, x, where, call, carried)
         aux = AuxLosses()
         if s.balancing == "loss":
@@ -145,12 +147,25 @@ class TokenChoice(DepthModule):
         return (x.astype(jnp.float32) + gate[..., None] * item.x.astype(jnp.float32)).astype(x.dtype)
 
     def _decided(
-        self, logits: jax.Array, exists: jax.Array | None = None, full_depth: jax.Array | bool = False
+        self,
+        logits: jax.Array,
+        exists: jax.Array | None = None,
+        full_depth: jax.Array | bool = False,
+        depth: jax.Array | None = None,
     ) -> token_choice.Depths:
         s = self.settings
         scores = scores_of(logits, s.activation, s.alpha)
         bias = None if self.bias is None else self.bias[...]
-        return token_choice.decide(logits, scores, bias, where=exists, full_depth=full_depth)
+        return token_choice.decide(logits, scores, bias, where=exists, full_depth=full_depth, depth=depth)
+
+    def _replayed(self, call: Call, logits: jax.Array, masked: bool) -> jax.Array | None:
+        """i32[rows, n], as `Depths.depth`, of what is replayed; None: nothing is. Under capacities a token may have
+        wanted more than it got, and what it adds is scaled by that."""
+        taken = [own for r in range(self.passes) if (own := replayed(call, r)) is not None]
+        if not taken:
+            return None
+        depth = jnp.maximum(sum(own.astype(jnp.int32) for own in taken) - 1, 0)
+        return depth if masked else jnp.maximum(depth, self._decided(logits).depth)
 
     def _gate(self, decided: token_choice.Depths) -> jax.Array:
         return decided.gate if self.settings.gating == "weighted" else jnp.ones_like(decided.gate)
@@ -181,7 +196,8 @@ class TokenChoice(DepthModule):
         present = jnp.ones(x.shape[:2], bool) if exists is None else exists
         selections, overflow, each = [], jnp.zeros((), jnp.float32), []
         for r, most in enumerate(capacities(shares, seq)):
-            asked, capacity = whole_rows(present & (wants >= r) & (reached == r)), even(most)
+            goes = wants >= r if (taken := replayed(call, r)) is None else taken
+            asked, capacity = whole_rows(present & goes & (reached == r)), even(most)
             limit: Any = most if capacity > most else None
             if counts is not None:
                 limit = limit_of_counts(shares[r], counts, seq, None)

@@ -109,12 +109,15 @@ class Router(ExpertRouter):
         o, n = self.options, self.config.experts
         logits = self.logits(x)
         allowed = jnp.where(jnp.arange(n + 1) < o.least, -1e9, logits)
+        if context.replayed is not None:  # as many learners as were taken; the last choice is none at all
+            number = context.replayed[..., :n].sum(-1, keepdims=True)
+            allowed = jnp.where(jnp.arange(n + 1) == number, allowed, -1e9)
         count = straight_through(allowed, o.tau, context)
         present = where_present(context.present, x.shape[:2])[..., None]
         count = jnp.where(present, count, 0.0)
         weights = jnp.where(present, 1 - jnp.cumsum(count, axis=-1)[..., :n], 0.0)  # learner i: whether k > i
         taken = weights > 0
-        everyone = context.training and o.train == "all"
+        everyone = context.training and o.train == "all" and context.replayed is None
         mask = jnp.broadcast_to(present, taken.shape) if everyone else taken
         dispatch = by_mask(mask, weights, zero_weights=jax.lax.stop_gradient(count[..., :1]))
         stop = jax.lax.stop_gradient

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.choosing import limited, present_pairs
+from adaptive.layers.moe.choosing import limited, mask_of, present_pairs
 from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Site
 from adaptive.routing.balance import claims
@@ -77,18 +77,19 @@ class Router(ExpertRouter):
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c, o = self.config, self.options
         logits = self.logits(x)
-        index = top_choices(logits, self.k)
+        index = top_choices(context.among(logits), self.k)
         chosen = jnp.take_along_axis(logits, index, axis=-1)
         true = index < c.experts
         weights = softmax_over(chosen, true if o.normalise == "true" else jnp.ones_like(true))
-        wanted = present_pairs(index, context.present)
+        wanted = context.wanted(index, present_pairs(index, context.present))
         valid, bounds = limited(c, index, weights, wanted & true, context)
         nulls = zero_weights(index, weights, wanted, c.experts, o.null_experts)
         dispatch = by_token(index, weights, valid, c.experts, zero_weights=nulls, **bounds)
         load = claims(index, wanted, self.choices).sum(0)
         losses = self._balance(jax.nn.softmax(logits, axis=-1), load, context.present)
         losses["router_z_loss"] = z_loss(logits, context.present)
-        return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
+        stats = statistics(dispatch, logits, load, context.present)
+        return Routing(dispatch, losses, stats, {}, logits, mask_of(index, wanted, self.choices))
 
     def _balance(self, probabilities: jax.Array, load: jax.Array, present: jax.Array | None) -> dict[str, Summed]:
         n, o = self.config.experts, self.options

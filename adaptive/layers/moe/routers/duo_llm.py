@@ -138,14 +138,18 @@ class Layer(RoutedLayer):
         choice = self._choice(logits, context)
         if choice is None:
             share = jnp.where(present[..., None], self._mixture(logits, context), 0.0)
+            if context.replayed is not None:  # where one of them was taken alone
+                one = context.replayed.sum(-1, keepdims=True) == 1
+                share = jnp.where(one, context.replayed.astype(jnp.float32), share)
             mask = jnp.broadcast_to(present[..., None], (*present.shape, 2))
+            mask = mask if context.kept is None else context.kept
             dispatch = by_mask(mask, share[..., :2], zero_weights=share[..., 2:])
             claimed = jnp.pad(mask.sum((0, 1)).astype(jnp.float32), (0, self.choices - 2))
             overflow = jnp.zeros((), jnp.float32)
         else:
             share = jnp.where(present[..., None], jax.nn.one_hot(choice, self.choices, dtype=jnp.float32), 0.0)
             claimed = share.sum((0, 1))
-            taken = self._within_slack(choice, present)
+            taken = self._within_slack(choice, present, context.replayed is not None)
             overflow = (taken != choice).sum().astype(jnp.float32)
             zero = (
                 jnp.where(present, taken == SKIP, False).astype(jnp.float32)[..., None] if self.options.skip else None
@@ -184,6 +188,8 @@ class Layer(RoutedLayer):
     def _choice(self, logits: jax.Array, context: Context) -> jax.Array | None:
         """The one choice i32[batch, seq] of every token; None where the choices are mixed."""
         o = self.options
+        if context.replayed is not None and (o.phase == "random" or context.selection == "threshold"):
+            return jnp.argmax(context.replayed, axis=-1).astype(jnp.int32)
         if self.forced is not None:
             return jnp.broadcast_to(self.forced[...], logits.shape[:2])
         if o.phase == "random":
@@ -215,9 +221,9 @@ class Layer(RoutedLayer):
             return tokens
         return max(1, min(tokens, math.ceil(round(o.slack * o.budget * tokens, 9))))
 
-    def _within_slack(self, choice: jax.Array, present: jax.Array) -> jax.Array:
-        """`choice` with small in place of big for the tokens that find no slot."""
-        if not self.options.slack:
+    def _within_slack(self, choice: jax.Array, present: jax.Array, replayed: bool) -> jax.Array:
+        """`choice` with small in place of big for the tokens that find no slot, unless it is replayed."""
+        if not self.options.slack or replayed:
             return choice
         wants = (choice == BIG) & present
         late = wants & (jnp.cumsum(wants, axis=1) > self.most_big(choice.shape[1]))

@@ -103,7 +103,7 @@ class Router(ExpertRouter):
     def __call__(self, x: jax.Array, context: Context) -> Routing:
         c = self.config
         logits = self.logits(x)
-        index = top_choices(logits, c.experts)
+        index = top_choices(context.among(logits), c.experts)
         ranked = jax.lax.stop_gradient(jnp.take_along_axis(logits, index, axis=-1))
         measured = self._of_batch(ranked, context)
         wanted = (ranked >= self._threshold(ranked, measured, context)) | (jnp.arange(c.experts) == 0)

@@ -184,6 +184,7 @@ class Router(ExpertRouter):
         ranked = jax.lax.stop_gradient(probabilities if o.score == "softmax" else logits)
         if context.present is not None:
             ranked = jnp.where(context.present[..., None], ranked, -jnp.inf)
+        ranked = context.among(ranked, -jnp.inf)
         least = self.threshold[...]
         refused = None  # pairs that were wanted and found no room
         bounds: dict[str, int] | None = {}
@@ -199,6 +200,8 @@ class Router(ExpertRouter):
             mask = _mask_of(index, valid, x.shape[1])
             refused = None if within.wanted is None else _mask_of(index, within.wanted & ~valid, x.shape[1])
             bounds = None
+        if context.replayed is not None and bounds is not None:
+            mask = context.replayed
         weights = self._weights(logits, probabilities, mask)
         if bounds is None:
             take = jax.vmap(lambda w, i: jax.vmap(lambda w, i: w[i])(w.T, i))
@@ -256,6 +259,8 @@ class Router(ExpertRouter):
         capacity = self._most(length, context)
         real = jnp.isfinite(scores[:, :1]).sum(-1, dtype=jnp.int32)  # [batch, 1, chunks] tokens that exist
         wanted = limit = self._limit(real, context)
+        if context.replayed is not None:  # nothing else has a score
+            wanted = limit = jnp.full_like(wanted, capacity)
         shared = self._shared(batch, seq, context)
         if shared is not None:
             limit = fitted(wanted.reshape(-1, shared.sequences), shared.rows, capacity).reshape(wanted.shape)

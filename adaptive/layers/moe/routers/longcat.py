@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from adaptive.errors import RecipeError
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.choosing import limited, present_pairs
+from adaptive.layers.moe.choosing import limited, mask_of, present_pairs
 from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Site
 from adaptive.routing.balance import claims
@@ -85,9 +85,9 @@ class Router(ExpertRouter):
         c, o = self.config, self.options
         logits = self.logits(x)
         p = jax.nn.softmax(logits, axis=-1)
-        index = top_choices(p + self.bias[...], self.k)
+        index = top_choices(context.among(p + self.bias[...]), self.k)
         weights = jnp.take_along_axis(p, index, axis=-1) * o.route_scale
-        wanted = present_pairs(index, context.present)
+        wanted = context.wanted(index, present_pairs(index, context.present))
         valid, bounds = limited(c, index, weights, wanted & (index < c.experts), context)
         identity = zero_weights(index, weights, wanted, c.experts, o.zero_experts)
         dispatch = by_token(index, weights, valid, c.experts, zero_weights=identity, **bounds)
@@ -96,7 +96,8 @@ class Router(ExpertRouter):
             "load_balancing_loss": true_balance(p, load, c.experts, context.present),
             "router_z_loss": z_loss(logits, context.present),
         }
-        return Routing(dispatch, losses, statistics(dispatch, logits, load, context.present), {}, logits)
+        stats = statistics(dispatch, logits, load, context.present)
+        return Routing(dispatch, losses, stats, {}, logits, mask_of(index, wanted, self.choices))
 
     def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array | None:
         return x.astype(jnp.float32) * weights.sum(-1, keepdims=True) if self.zero_experts else None

@@ -9,7 +9,7 @@ from flax import nnx
 
 from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.choosing import keeping, present_pairs
+from adaptive.layers.moe.choosing import keeping, mask_of, present_pairs
 from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Role, Site, normal_param
 from adaptive.routing.balance import claims
@@ -117,10 +117,10 @@ class Router(ExpertRouter):
         if self.residual is not None and context.previous is not None:
             logits = logits + scored(context.previous, self.residual[...])
         scores = logits * (o.logits_norm / deviation(logits)) if o.logits_norm else logits
-        index = top_choices(scores, self.k)
+        index = top_choices(context.among(scores), self.k)
         counted = jnp.ones(index.shape, bool) if o.mixtral_gating else index < self.choices - o.zero
         weights = softmax_over(jnp.take_along_axis(scores, index, axis=-1), counted)
-        wanted = present_pairs(index, context.present)
+        wanted = context.wanted(index, present_pairs(index, context.present))
         kept, bounds = self._within_capacity(index, weights, wanted, context)
         zero = zero_weights(index, weights, kept, c.experts, self.zero_experts)
         dispatch = by_token(index, weights, kept & (index < c.experts), c.experts, zero_weights=zero, **bounds)
@@ -129,7 +129,7 @@ class Router(ExpertRouter):
         losses["router_z_loss"] = z_loss(logits, context.present)
         stats = statistics(dispatch, logits, load, context.present)
         stats["zero_dropped"] = (wanted & ~kept & (index >= c.experts)).sum().astype(jnp.float32)
-        return Routing(dispatch, losses, stats, {}, logits)
+        return Routing(dispatch, losses, stats, {}, logits, mask_of(index, wanted, self.choices))
 
     def zero_output(self, x: jax.Array, weights: jax.Array) -> jax.Array | None:
         o = self.options
@@ -168,12 +168,16 @@ class Router(ExpertRouter):
         whole = o.capacity_group == "batch"
         tokens, share = batch * seq if whole else seq, o.true_share(c)
         each = k if o.capacity_of == "pair" else 1
-        true = index < c.experts
-        within = lambda pairs, room: keeping(o, index, weights, pairs, room, self.choices)  # noqa: E731
         room = slots(tokens, each, 1, o.capacity_factor * share)
+        bounds = {"most_per_batch" if whole else "most_per_sequence": room}
+        true = index < c.experts
+        if context.kept is not None:  # none of zero experts, which take no room
+            own = jnp.take_along_axis(context.kept, jnp.minimum(index, c.experts - 1), axis=-1)
+            return wanted & jnp.where(true, own, True), bounds
+        within = lambda pairs, room: keeping(o, index, weights, pairs, room, self.choices)  # noqa: E731
         zero_room = slots(tokens, each, 1, o.capacity_factor * share / o.tau)
         kept = within(wanted & true, room) | within(wanted & ~true, zero_room)
-        return kept, {"most_per_batch" if whole else "most_per_sequence": room}
+        return kept, bounds
 
 
 def deviation(logits: jax.Array) -> jax.Array:

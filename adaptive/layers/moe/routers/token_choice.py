@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from adaptive.errors import RecipeError
 from adaptive.layers.linear import scored
 from adaptive.layers.moe.base import Context, ExpertRouter, Routing, statistics, z_loss
-from adaptive.layers.moe.choosing import check_shared, jittered, limited, present_pairs, shared_in_experts
+from adaptive.layers.moe.choosing import check_shared, jittered, limited, mask_of, present_pairs, shared_in_experts
 from adaptive.layers.moe.settings import Limited, MoESettings
 from adaptive.layers.site import Site, normal_param, param
 from adaptive.routing import scale
@@ -160,14 +160,14 @@ class Router(ExpertRouter):
         choice = logits if o.score == "logits" else scores
         if self.bias is not None:
             choice = choice + self.bias[...]
-        index = top_choices(limited_to_groups(choice, o.groups, o.kept_groups, o.group_score), k)
+        index = top_choices(context.among(limited_to_groups(choice, o.groups, o.kept_groups, o.group_score)), k)
         if o.score == "logits" and o.normalise:
             weights = jax.nn.softmax(jnp.take_along_axis(logits, index, axis=-1), axis=-1)
         else:
             weights = jnp.take_along_axis(scores, index, axis=-1)
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20) if o.normalise else weights
         weights = weights * (o.route_scale * self.multiplier)
-        wanted = present_pairs(index, context.present)
+        wanted = context.wanted(index, present_pairs(index, context.present))
         best = jnp.take_along_axis(scores, index, axis=-1).max(-1)
         valid, bounds = limited(c, index, weights, wanted, context, best)
         dispatch = by_token(index, weights, valid, c.experts, **bounds)
@@ -180,7 +180,8 @@ class Router(ExpertRouter):
             p = jax.nn.softmax(clean, axis=-1)
             values = clean if o.load_of == "logits" else p
             losses["importance_loss"] = importance_and_load(p, logits, values, k, o.noise, context.present)
-        return Routing(dispatch, losses, statistics(dispatch, clean, load.sum(0), context.present), parts, clean)
+        stats = statistics(dispatch, clean, load.sum(0), context.present)
+        return Routing(dispatch, losses, stats, parts, clean, mask_of(index, wanted, c.experts))
 
     def _noise(self, logits: jax.Array, context: Context) -> jax.Array | float:
         if not self.options.noise:

@@ -58,7 +58,7 @@ class Router(ExpertRouter):
         c, o = self.config, self.options
         logits = self.logits(x)
         p = jax.nn.softmax(logits, axis=-1)
-        index = top_choices(logits, c.experts)
+        index = top_choices(context.among(logits), c.experts)
         ranked = jax.lax.stop_gradient(jnp.take_along_axis(p, index, axis=-1))
         ahead = jnp.cumsum(ranked, axis=-1)[..., :-1]
         wanted = jnp.concatenate([jnp.ones_like(index[..., :1], bool), ahead <= o.p], axis=-1)

@@ -22,6 +22,7 @@ from adaptive.errors import RecipeError
 from adaptive.layers.feed_forwards.dense import Dense
 from adaptive.layers.linear import use
 from adaptive.layers.moe.base import Context, RoutedLayer, Routing, poisoned, shape_in, statistics, z_loss
+from adaptive.layers.moe.choosing import mask_of
 from adaptive.layers.moe.compute import computed
 from adaptive.layers.moe.experts import Weights
 from adaptive.layers.moe.gates import LinearGate, straight_through, where_present
@@ -92,7 +93,7 @@ class Layer(RoutedLayer):
         self.settings, self.site = config, site
         assert isinstance(config.router, Settings)
         self.options = o = config.router
-        self.choices = config.choices
+        self.choices, self.further = config.choices, o.loops
         self.hidden, self.k, self.size = o.hidden, o.experts_per_token, config.expert_size
         self.norm = RMSNorm(site.width, site.norm_eps, site.stack)
         self.feed_forward = Dense(site, o.hidden, feed_forward)
@@ -110,14 +111,17 @@ class Layer(RoutedLayer):
     def routed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         c, o, x = self.settings, self.options, jnp.asarray(x)
         present = where_present(context.present, x.shape[:2])
-        taken = straight_through(self.loops(x), self.tau[...], context)  # [batch, seq, loops]
+        loops = self.loops(x)
+        if context.replayed is not None:
+            loops = jnp.where(context.replayed[..., c.experts :], loops, -1e9)
+        taken = straight_through(loops, self.tau[...], context)  # [batch, seq, loops]
         mean_loops = (taken * jnp.arange(1, o.loops + 1, dtype=jnp.int32)).sum(-1)
         width_share = (o.loops - mean_loops) / o.loops
 
         logits = self.router(x)
-        index = top_choices(logits, self.k)
+        index = top_choices(context.among(logits), self.k)
         weights = jax.nn.softmax(jnp.take_along_axis(logits, index, axis=-1), axis=-1)
-        wanted = jnp.broadcast_to(present[..., None], index.shape)
+        wanted = context.wanted(index, jnp.broadcast_to(present[..., None], index.shape))
         computes = wanted if context.training else wanted & (width_share > 0)[..., None]
         dispatch = by_token(index, weights, computes, c.experts)
         slices = _Matrices(self._slices(x.dtype))
@@ -136,7 +140,8 @@ class Layer(RoutedLayer):
             "load_balancing_loss": balancing_loss(probabilities, index, wanted, context.present, "switch"),
             "router_z_loss": z_loss(logits, context.present),
         }
-        return y.astype(x.dtype), Routing(dispatch, losses, stats, {}, logits)
+        chosen = jnp.concatenate([mask_of(index, wanted, c.experts), taken > 0.5], axis=-1)
+        return y.astype(x.dtype), Routing(dispatch, losses, stats, {}, logits, chosen)
 
     def update(self, stats: dict[str, jax.Array]) -> None:
         self.tau[...] = jnp.maximum(self.tau[...] * self.options.tau_decay, self.options.tau_last)
