@@ -21,6 +21,7 @@ EXPERTS, PER_TOKEN = (
     4,
 )  # of the tiny family: 4 of 16, and two that all tokens share, cost what its feed-forward does
 SIZE = 56
+SOURCE = "EC-DLM, arXiv 2604.01622"
 
 
 def tiny_diffusion(count: int = 1200, objective: Objective | None = None) -> Recipe:

@@ -11,7 +11,8 @@ import shapes
 from adaptive.data.batch import Batch
 from adaptive.data.config import DataConfig
 from adaptive.layers.chunkers import stride
-from adaptive.models.bodies import hnet, recursive
+from adaptive.layers.feed_forwards import experts
+from adaptive.models.bodies import hnet, plain, recursive
 from adaptive.objectives import Objective, masked_diffusion
 from adaptive.optim.config import ScheduleConfig
 from adaptive.optim.optimizers import adamw
@@ -48,12 +49,17 @@ def small(recipe: Recipe) -> Recipe:
 
 def read(aim: Objective) -> Objective:
     """The objective for tokens of a test, of which the last stands for hidden ones."""
-    return dataclasses.replace(aim, mask_id=VOCAB - 1) if isinstance(aim, masked_diffusion.Settings) else aim
+    if not isinstance(aim, masked_diffusion.Settings):
+        return aim
+    return dataclasses.replace(aim, mask_id=VOCAB - 1, stable=False)
 
 
 def alike(body: Any) -> Any:
     if isinstance(body, recursive.Settings):
         return shapes.of_two_passes(body)
+    if isinstance(body, plain.Settings):
+        blocks = tuple(dataclasses.replace(one, feed_forward=fewer(one.feed_forward)) for one in body.stack.blocks)
+        return dataclasses.replace(body, stack=dataclasses.replace(body.stack, blocks=blocks))
     if isinstance(body, hnet.Settings):
         chunker = body.chunker
         if chunker.learned:
@@ -70,6 +76,16 @@ def alike(body: Any) -> Any:
             capacity_steps=(),
         )
     return body
+
+
+def fewer(feed_forward: Any) -> Any:
+    """A mixture of many experts as one of eight, of which a token has two, or by a schedule one to three."""
+    if not isinstance(feed_forward, experts.Settings) or feed_forward.experts <= 8:
+        return feed_forward
+    router = dataclasses.replace(feed_forward.router, experts_per_token=2)
+    if getattr(router, "k_max", 0):
+        router = dataclasses.replace(router, k_min=1, k_max=3)
+    return dataclasses.replace(feed_forward, experts=8, router=router)
 
 
 def batch_of(recipe: Recipe) -> Batch:

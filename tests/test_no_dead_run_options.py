@@ -71,6 +71,7 @@ NEEDS = {
     "mesh.stage_groups": ["mesh.stage=2", "model.body.stack.repeats=4"],
     "mesh.expert_parallel.overlap": SPREAD,
     "mesh.expert_parallel.buffer_factor": [*SPREAD, f"{BLOCK}.execution=ragged"],
+    "eval.draws": ["objective=masked_diffusion"],
     "train.device_batch_size": ["train.batch_size=16"],
     "train.auxiliary_over": ["train.batch_size=16", "train.device_batch_size=1"],
     "log.profile_start": ["log.profile_steps=2"],

@@ -43,7 +43,7 @@ def make_plan(program: Program, text: tuple[np.ndarray, np.ndarray] | None = Non
         cache={one.policy: one.bytes for one in program.kept},
         inexact=tuple(one.policy for one in program.kept if not one.exact),
         versions=versions.in_use(),
-        **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, program.remat),
+        **plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, program.remat, recipe.objective),
     )
 
 
@@ -59,7 +59,7 @@ def with_compiled(plan: PlanRecord, fitted: Fitted) -> PlanRecord:
     """The plan with what is known of the compiled step, and what was chosen to be recomputed for it to fit."""
     compiled, program = fitted.steps.first, fitted.program
     recipe = program.recipe
-    costs = plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, program.remat)
+    costs = plan_costs(recipe.model, recipe.data.seq_len, recipe.train.batch_size, program.remat, recipe.objective)
     return dataclasses.replace(
         plan, compile_seconds=round(compiled.seconds, 2), memory=compiled.memory(), remat=fitted.why, **costs
     )

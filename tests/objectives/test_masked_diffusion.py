@@ -1,10 +1,16 @@
-"""Losses of masked diffusion against their formulas written out in numpy."""
+"""Losses of masked diffusion against their formulas written out in numpy, and what the objective reads."""
 
 import jax
 import numpy as np
 import pytest
+from train_steps import packed_batch
 
+from adaptive.data.batch import Batch
+from adaptive.data.tokenizers import load_tokenizer
+from adaptive.errors import RecipeError
 from adaptive.objectives import masked_diffusion
+from adaptive.recipe import Recipe
+from adaptive.runs.mask_token import check_mask, with_mask
 
 pytestmark = pytest.mark.compiles
 
@@ -105,3 +111,51 @@ def test_a_row_with_nothing_hidden_adds_nothing(case):
     )
     assert value == 0
     assert not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("change", ["weighting=llada", "weighting=mdlm", "draws=independent", "draws=antithetic",
+                                    "stable=true", "complementary=true", "mask_id=9", "eps=0.1"])  # fmt: skip
+def test_a_setting_changes_what_is_trained(change):
+    batch = packed_batch(ROWS + 1, SEQ, MASK)
+    name, value = change.split("=")
+    first = ["objective.weighting=llada"] if name == "eps" else []
+    recipe = Recipe(name="made").with_("objective=masked_diffusion", "objective.mask_id=10", *first)
+    shown = []
+    for one in (recipe, recipe.with_(f"objective.{name}={value}")):
+        made = jax.make_jaxpr(lambda key, aim=one.objective: aim.inputs(batch, key)[:3])(jax.random.key(0))
+        shown.append((str(made), one.objective.never))
+    assert shown[0] != shown[1]
+
+
+def test_settings_that_cannot_work_are_refused():
+    aim = masked_diffusion.Settings
+    for wrong, words in (
+        (aim(mask_id=40), "model.vocab_size=41"),
+        (aim(weighting="mdlm", stable=True), "objective.stable"),
+        (aim(weighting="llada", complementary=True), "objective.complementary"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            wrong.check(32)
+
+
+def test_the_mask_is_the_tokenizers_or_the_first_id_behind_it():
+    recipe = Recipe(name="made").with_("objective=masked_diffusion")
+    assert with_mask(recipe).objective.mask_id == load_tokenizer("bytes").mask_id == 258
+    other = recipe.with_("data.tokenizer=hnet-bytes", "model.vocab_size=256")
+    with pytest.raises(RecipeError, match=r"model.vocab_size=257 or more"):
+        with_mask(other)
+    assert with_mask(other.with_("model.vocab_size=264")).objective.mask_id == 256
+    with pytest.raises(RecipeError, match="stands for no text, such as its own, 258"):
+        check_mask(recipe.with_("objective.mask_id=97"), load_tokenizer("bytes"))
+    check_mask(with_mask(recipe), load_tokenizer("bytes"))
+    assert with_mask(Recipe(name="made")) == Recipe(name="made")
+
+
+def test_prompts_and_padding_are_never_hidden():
+    """A document with a prompt of 3 tokens, the rest of another, padding."""
+    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0]])
+    places = np.array([[0, 1, 2, 3, 4, 0, 1, 0]])
+    mask = np.array([[0, 0, 1, 1, 0, 1, 1, 0]], np.float32)
+    tokens = np.arange(8)[None]
+    counted = masked_diffusion.Settings().counted(Batch(tokens, tokens, places, segments, mask))
+    assert counted[0].tolist() == [False, False, False, True, True, True, True, False]

@@ -21,21 +21,22 @@ def batch(tokens: int) -> Batch:
     return Batch(segments, segments, segments, segments, segments.astype(np.float32))
 
 
-def step(state, rows: Batch, number: int) -> Evaluation:
+def step(state, rows: Batch, number: int, draw: int) -> Evaluation:
     tokens = float(rows.mask.sum())
+    state = State(params=state.params + draw)
     scalars = {"routing/mean_depth": np.float32(number + 1)}
     depth = np.ones((ROWS, SEQ), np.int32)
     return Evaluation(state.params * tokens, tokens, 2 * tokens, np.zeros((ROWS, SEQ)), depth, (), scalars, {}, (), {})
 
 
-def evaluated(monkeypatch, **state):
+def evaluated(monkeypatch, *settings, **state):
     monkeypatch.setattr(evaluation, "data_shard", lambda mesh: (0, 1))
     asked = []
     data = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(byte_counts=lambda: None),
         validation=lambda rows: asked.append(rows) or [batch(8), batch(2)],
     )
-    recipe = Recipe(name="made", model=shapes.plain(2)).with_("eval.rows=3")
+    recipe = Recipe(name="made", model=shapes.plain(2)).with_("eval.rows=3", *settings)
     program = types.SimpleNamespace(
         recipe=recipe, facts=recipe.model.facts(), mesh=None, selections=("topk",), eval_step=lambda counts, mode: step
     )
@@ -54,6 +55,14 @@ def test_means_are_over_tokens_not_over_batches(monkeypatch):
     assert row["eval/loss"] == 3.0
     assert row["eval/routing/mean_depth"] == pytest.approx((1 * 8 + 2 * 2) / 10)
     assert not any(name.startswith("eval/ema/") for name in row)
+
+
+def test_noise_is_drawn_several_times_for_a_mean_and_its_error(monkeypatch):
+    row = evaluated(monkeypatch, "objective=masked_diffusion", "eval.draws=3", params=3.0, ema=())
+    assert row["eval/loss"] == pytest.approx(4.0) and row["eval/draws"] == 3  # of 3, 4 and 5
+    assert row["eval/loss_error"] == pytest.approx(1 / 3**0.5)
+    assert row["eval/bits_per_byte"] == pytest.approx(4 / 2 / np.log(2))
+    assert row["eval/bits_per_byte_error"] == pytest.approx(3**-0.5 / 2 / np.log(2))
 
 
 def test_the_running_average_is_evaluated_beside_the_parameters(monkeypatch):

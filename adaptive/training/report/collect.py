@@ -8,6 +8,7 @@ import numpy as np
 
 from adaptive.account import account, dense_equivalent, layer_counts, paper_flops_per_token, recursion_capacities
 from adaptive.data.tokenizers import Tokenizer
+from adaptive.objectives import Objective
 from adaptive.training.config import Remat
 from adaptive.training.report.kinds import KindCounter, begins_word
 from adaptive.training.report.schema import (
@@ -24,14 +25,21 @@ from adaptive.training.report.schema import (
 from adaptive.training.report.takes import TakenCounter
 
 
-def plan_costs(model: Any, seq_len: int, batch_size: int, remat: Remat = "none") -> dict[str, Any]:
+def plan_costs(
+    model: Any, seq_len: int, batch_size: int, remat: Remat = "none", aim: Objective | None = None
+) -> dict[str, Any]:
     """The fields of a PlanRecord that follow from the model's settings and the batch: its kind, sizes, capacities and
     FLOPs."""
     active, dense, facts = account(model, seq_len), dense_equivalent(model, seq_len), model.facts()
     sizes, (unique_layers, layers) = active.parameters, layer_counts(model)
+    useful = sum(stage.useful for stage in active.stages)
     ends = sizes.embedding + sizes.head + sizes.routers
+    # An objective may have a model read more than the rows: all pairs of positions, or every row twice.
+    readings, passed = (1, useful) if aim is None else (aim.readings, aim.forward_flops(active.stages))
+    rows = batch_size * readings * passed / useful
+    executed = active.train_flops(remat) * batch_size * readings * max(1.0, passed / active.forward_flops)
     lines = (
-        AccountLine(a.name, a.train_useful * batch_size, d.train_useful * batch_size)
+        AccountLine(a.name, a.train_useful * rows, d.train_useful * rows)
         for a, d in zip(active.stages, dense.stages, strict=True)
     )
     return {
@@ -47,9 +55,9 @@ def plan_costs(model: Any, seq_len: int, batch_size: int, remat: Remat = "none")
         "capacities": recursion_capacities(model, seq_len),
         "seq_len": seq_len,
         "tokens_per_step": seq_len * batch_size,
-        "flops_per_step": active.train_flops_per_token * seq_len * batch_size,
-        "dense_flops_per_step": dense.train_flops_per_token * seq_len * batch_size,
-        "executed_flops_per_step": active.train_flops(remat) * batch_size,
+        "flops_per_step": active.train_flops_per_token * seq_len * rows,
+        "dense_flops_per_step": dense.train_flops_per_token * seq_len * rows,
+        "executed_flops_per_step": executed,
         "paper_flops_per_token": paper_flops_per_token(model, seq_len),
         "account": tuple(lines),
     }
