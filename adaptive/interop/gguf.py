@@ -1,26 +1,24 @@
 """GGUF files of llama.cpp: what they say of a model, and their tensors, multiplied out where they are quantised.
 
 Facts: gguf/constants.py and ggml-quants.c of llama.cpp. A file is a magic number, a version, counts, typed values by
-name, a table of tensors, and their bytes. Quantised tensors are runs of blocks of 32 weights. Whatever the file claims
-is compared with its size before memory is taken for it.
+name, a table of tensors, and their bytes. Quantised tensors are runs of blocks (gguf_types.py). Whatever the file
+claims is compared with its size before memory is taken for it.
 """
 
-import functools
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from adaptive.errors import CheckpointError
+from adaptive.interop.gguf_types import BLOCKS, NAMES, PLAIN
 from adaptive.interop.stored import Stored
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_BLOCK = 32
 # Of values: struct format; 8 is text, 9 a list.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
@@ -119,85 +117,23 @@ def _entry(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _stored(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, size: int) -> Stored:
-    if kind in _PLAIN:
-        dtype, inner = np.dtype(_PLAIN[kind]), math.prod(shape[1:])
+    if kind in PLAIN:
+        dtype = np.dtype(PLAIN[kind])
         needed, found = dtype.itemsize * math.prod(shape), Stored(path, dtype, shape, offset)
-    elif kind in _BLOCKS:
-        bytes_of_block, decode = _BLOCKS[kind]
-        if not shape or shape[-1] % _BLOCK:
-            raise ValueError(f"{name} has shape {list(shape)} and blocks of {_BLOCK}")
-        inner = math.prod(shape[1:]) if len(shape) > 1 else 1
-        row = inner // _BLOCK * bytes_of_block if len(shape) > 1 else 0
-        needed = math.prod(shape) // _BLOCK * bytes_of_block
+    elif kind in BLOCKS:
+        block = BLOCKS[kind]
         if len(shape) < 2:
-            raise ValueError(f"{name} has one dimension and is quantised")
-        found = Stored(
-            path, np.dtype(np.float32), shape, offset, functools.partial(_decoded, decode, bytes_of_block), row
-        )
+            raise ValueError(f"{name} has {len(shape)} dimensions and is quantised")
+        if shape[-1] % block.weights:
+            raise ValueError(f"{name} has shape {list(shape)} and blocks of {block.weights}")
+        row = math.prod(shape[1:]) // block.weights * block.size
+        needed = shape[0] * row
+        found = Stored(path, np.dtype(np.float32), shape, offset, block.decoded, row)
     else:
-        known = ", ".join((*(_NAMES[k] for k in _PLAIN), *(_NAMES[k] for k in _BLOCKS)))
+        known = ", ".join((*(NAMES[k] for k in PLAIN), *(NAMES[k] for k in BLOCKS)))
         raise CheckpointError(
-            f"{path}: {name} is of type {_NAMES.get(kind, kind)}, which is not read here; known: {known}"
+            f"{path}: {name} is of type {NAMES.get(kind, kind)}, which is not read here; known: {known}"
         )
     if offset + needed > size:
         raise ValueError(f"{name} claims {needed:,} bytes from {offset:,} on, and the file has {size:,}")
     return found
-
-
-# Types of tensors
-
-_NAMES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
-    13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
-    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 28: "F64", 30: "BF16",
-}  # fmt: skip
-_PLAIN: dict[int, Any] = {0: np.float32, 1: np.float16, 28: np.float64, 30: ml_dtypes.bfloat16}
-
-
-def _decoded(
-    decode: Callable[[np.ndarray], np.ndarray], size: int, content: bytes, shape: tuple[int, ...]
-) -> np.ndarray:
-    """f32 of `shape` out of blocks of `size` bytes."""
-    blocks = np.frombuffer(content, np.uint8).reshape(-1, size)
-    return decode(blocks).reshape(shape)
-
-
-def _halves(blocks: np.ndarray, begin: int) -> np.ndarray:
-    """f32[blocks, 1]: the half-precision number at byte `begin` of each block."""
-    return blocks[:, begin : begin + 2].copy().view(np.float16).astype(np.float32)
-
-
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """u8[blocks, 32] of u8[blocks, 16]: the low halves, then the high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
-
-
-def _fifth(packed: np.ndarray) -> np.ndarray:
-    """u8[blocks, 32]: 16 where the weight's fifth bit is set, of u8[blocks, 4]."""
-    return np.unpackbits(packed, axis=1, bitorder="little") << 4
-
-
-def _q4_0(b: np.ndarray) -> np.ndarray:
-    return _halves(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8)
-
-
-def _q4_1(b: np.ndarray) -> np.ndarray:
-    return _halves(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _halves(b, 2)
-
-
-def _q5_0(b: np.ndarray) -> np.ndarray:
-    return _halves(b, 0) * ((_nibbles(b[:, 6:]) | _fifth(b[:, 2:6])).astype(np.float32) - 16)
-
-
-def _q5_1(b: np.ndarray) -> np.ndarray:
-    return _halves(b, 0) * (_nibbles(b[:, 8:]) | _fifth(b[:, 4:8])).astype(np.float32) + _halves(b, 2)
-
-
-def _q8_0(b: np.ndarray) -> np.ndarray:
-    return _halves(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
-
-
-# (bytes of a block, its weights)
-_BLOCKS: dict[int, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
-    2: (18, _q4_0), 3: (20, _q4_1), 6: (22, _q5_0), 7: (24, _q5_1), 8: (34, _q8_0),
-}  # fmt: skip

@@ -73,6 +73,65 @@ def test_quantised_tensors_are_multiplied_out(tmp_path, kind):
     np.testing.assert_allclose(np.asarray(found[1:3]), want[1:3], rtol=1e-6)
 
 
+def kay(kind, b):
+    """The 256 weights of a block of bytes, as the loops of llama.cpp's ggml-quants.c read it."""
+    half = lambda i: float(np.frombuffer(bytes(b[i : i + 2]), np.float16)[0])  # noqa: E731
+    signed = lambda v: v - 256 if v > 127 else v  # noqa: E731
+    y = []
+
+    def pair(scales, j):
+        if j < 4:
+            return scales[j] & 63, scales[j + 4] & 63
+        return scales[j + 4] & 15 | scales[j - 4] >> 6 << 4, scales[j + 4] >> 4 | scales[j] >> 6 << 4
+
+    if kind == 10:
+        for n, i in ((n, i) for n in range(2) for i in range(4)):
+            for part in range(2):
+                scale, q = b[8 * n + 2 * i + part], b[16 + 32 * n + 16 * part :]
+                y += [half(80) * (scale & 15) * (q[l] >> 2 * i & 3) - half(82) * (scale >> 4) for l in range(16)]
+    if kind == 11:
+        packed = b[96:108]
+        for n, i, part in ((n, i, part) for n in range(2) for i in range(4) for part in range(2)):
+            j = 8 * n + 2 * i + part
+            scale = (packed[j % 8] >> 4 * (j // 8) & 15) | (packed[8 + j % 4] >> 2 * (j // 4) & 3) << 4
+            q, high = b[32 + 32 * n + 16 * part :], b[16 * part :]
+            less = [0 if high[l] >> 4 * n + i & 1 else 4 for l in range(16)]
+            y += [half(108) * (scale - 32) * ((q[l] >> 2 * i & 3) - less[l]) for l in range(16)]
+    if kind in (12, 13):
+        q, high = (b[48:], b[16:48]) if kind == 13 else (b[16:], [0] * 32)
+        for j in range(8):
+            scale, least = pair(b[4:16], j)
+            low = [q[32 * (j // 2) + l] >> 4 * (j % 2) & 15 for l in range(32)]
+            y += [half(0) * scale * (low[l] + 16 * (high[l] >> j & 1)) - half(2) * least for l in range(32)]
+    if kind == 14:
+        for n, run in ((n, run) for n in range(2) for run in range(4)):
+            for l in range(32):
+                low = b[64 * n + 32 * (run % 2) + l] >> 4 * (run // 2) & 15
+                q = (low | (b[128 + 32 * n + l] >> 2 * run & 3) << 4) - 32
+                y.append(half(208) * signed(b[192 + 8 * n + 2 * run + l // 16]) * q)
+    if kind == 23:
+        table = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+        for j in range(8):
+            scale = (b[4 + j // 2] >> 4 * (j % 2) & 15) | ((b[2] | b[3] << 8) >> 2 * j & 3) << 4
+            q = b[8 + 16 * j :]
+            y += [half(0) * (scale - 32) * table[q[l % 16] >> 4 * (l // 16) & 15] for l in range(32)]
+    return y
+
+
+@pytest.mark.parametrize(("kind", "size", "halves"), [
+    (10, 84, (80, 82)), (11, 110, (108,)), (12, 144, (0, 2)), (13, 176, (0, 2)), (14, 210, (208,)), (23, 136, (0,)),
+])  # fmt: skip
+def test_blocks_of_256_are_multiplied_out(tmp_path, kind, size, halves):
+    blocks = np.random.default_rng(kind).integers(0, 256, (4, size), np.uint8)
+    for i in halves:
+        blocks[:, i : i + 2] = np.array([[0.5], [-2], [0.01], [3]], np.float16).view(np.uint8)
+    path = gguf(tmp_path / "a.gguf", {}, {"x": (kind, (2, 512), blocks.tobytes())})
+    want = np.array([kay(kind, block.tolist()) for block in blocks]).reshape(2, 512)
+    found = read_gguf(path).tensors["x"]
+    np.testing.assert_allclose(np.asarray(found), want, rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(found[1:2]), np.asarray(found)[1:2])
+
+
 WIDTH, HEADS, GROUPS, INNER, VOCAB = 32, 4, 2, 64, 48
 
 
@@ -150,7 +209,7 @@ def test_its_tokenizer_encodes(tmp_path):
     [
         ({"counts": (10**9, 0)}, "claims 1,000,000,000 tensors and 0 values in 32 bytes"),
         ({"version": 9}, "it is of version 9, known: 2, 3"),
-        ({"tensors": {"x": (12, (2, 256), bytes(288))}}, "x is of type Q4_K, which is not read here; known: F32"),
+        ({"tensors": {"x": (16, (2, 256), bytes(132))}}, "x is of type IQ2_XXS, which is not read here; known: F32"),
         ({"tensors": {"x": (0, (2**30, 4), bytes(8))}}, "x claims 17,179,869,184 bytes"),
         ({"tensors": {"x": (2, (2, 33), bytes(8))}}, r"x has shape \[2, 33\] and blocks of 32"),
     ],
