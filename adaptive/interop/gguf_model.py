@@ -1,6 +1,7 @@
 """A model in a GGUF file under the names of Hugging Face's library: its configuration, its tensors, its tokenizer."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ _INSIDE = {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_FACTORS = "rope_freqs.weight"  # by which rotations are slower, of Llama 3.1 and later
+# The scaling of all of them, but for its factor.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -44,7 +48,7 @@ def named(gguf: Gguf, where: str) -> Named:
     kind, name, interleaved = _KNOWN[architecture]
     values = _Values(gguf.values, architecture, where)
     config = _config(values, gguf.tensors, name, kind)
-    tensors = {_name(own): value for own, value in gguf.tensors.items()}
+    tensors = {_name(own): value for own, value in gguf.tensors.items() if own != _FACTORS}
     if interleaved:
         heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
         for own, value in tensors.items():
@@ -98,7 +102,22 @@ def _config(values: _Values, tensors: Mapping[str, Stored], name: str, kind: str
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": False,
         "use_sliding_window": False,
+        "rope_scaling": _scaling(values, tensors.get(_FACTORS), dim),
     }
+
+
+def _scaling(values: _Values, factors: Stored | None, dim: int) -> dict[str, Any] | None:
+    """What makes a file's factors of wave lengths; None where it has none."""
+    if factors is None:
+        return None
+    given = np.asarray(factors, np.float64)
+    waves = 2 * math.pi * float(values.number("rope.freq_base", 1e4)) ** (np.arange(0, dim, 2) / dim)
+    factor, low, high = given.max(), _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    turns = _LLAMA3["original_max_position_embeddings"] / waves
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    if given.shape != waves.shape or not np.allclose(given, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+        raise CheckpointError(f"{values._where}: {_FACTORS} is no scaling of Llama 3's, and others are not read here")
+    return {"rope_type": "llama3", "factor": float(f"{factor:.6g}"), **_LLAMA3}
 
 
 def _name(own: str) -> str:

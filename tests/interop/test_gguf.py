@@ -204,6 +204,41 @@ def test_its_tokenizer_encodes(tmp_path):
     assert tokenizer.encode('!"12').tolist() == [VOCAB - 1, 17, 18] and tokenizer.decode([VOCAB - 1, 17]) == '!"1'
 
 
+@pytest.mark.parametrize(("split", "tokens"), [("qwen2", 2), ("llama-bpe", 1)])
+def test_a_tokenizer_splits_numbers_as_its_name_says(tmp_path, split, tokens):
+    pytest.importorskip("tokenizers")
+    from adaptive.data.tokenizers import load_tokenizer
+
+    made = ["<|end|>", *(chr(i) for i in range(33, 33 + VOCAB - 2)), "12"]
+    own = {"pre": (TEXT, split), "tokens": (LIST, made), "merges": (LIST, ["1 2"])}
+    path = llama(tmp_path / "small.gguf", values={f"tokenizer.ggml.{name}": value for name, value in own.items()})[0]
+    source(path).write_tokenizer(tmp_path / "tokenizer")
+    assert len(load_tokenizer(str(tmp_path / "tokenizer")).encode("12")) == tokens
+
+
+def test_factors_of_wave_lengths_are_a_scaling(tmp_path):
+    """As llama.cpp's convert_hf_to_gguf.py writes them."""
+    factors = []
+    for i in range(0, WIDTH // HEADS, 2):
+        wave = 2 * np.pi * 500_000 ** (i / (WIDTH // HEADS))
+        smooth = (8192 / wave - 1) / 3
+        factors.append(1 if wave < 8192 / 4 else 32 if wave > 8192 else 1 / ((1 - smooth) / 32 + smooth))
+    assert len({*factors}) > 2
+    values = {"llama.rope.freq_base": (F32, 500_000.0)}
+
+    def written(content):
+        tensor = (0, (len(content),), np.array(content, np.float32).tobytes())
+        return llama(tmp_path / "small.gguf", values=values, tensors={"rope_freqs.weight": tensor})[0]
+
+    scaling = source(written(factors)).config["rope_scaling"]
+    assert scaling == {
+        "rope_type": "llama3", "factor": 32, "low_freq_factor": 1, "high_freq_factor": 4,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"rope_freqs.weight is no scaling of Llama 3's"):
+        source(written([2.0 * x for x in factors]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
