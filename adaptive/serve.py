@@ -42,6 +42,8 @@ def options() -> command.Options:
         help="tokens of a prompt and what follows it, at most (default: as it was trained)")  # fmt: skip
     add("--queue", type=number(int, least=1, most=1_000_000), default=256,
         help="sequences that may wait for a row; more are answered 429 (default 256)")  # fmt: skip
+    add("--cache", default="", metavar="POLICY",
+        help="what a recursion keeps of its passes, as of adaptive generate (default: the recipe)")  # fmt: skip
     add("--timeout", type=number(float, least=0.1, most=1e6), default=600.0,
         help="seconds in which a request must be done, waiting included (default 600)")  # fmt: skip
     add("words", nargs="*", help=argparse.SUPPRESS)
@@ -63,12 +65,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def serve(given: argparse.Namespace) -> int:
     from adaptive.evaluation.opening import locate
+    from adaptive.inference.caching import inexact, with_cache
+    from adaptive.inference.diffusion.batching import Engine as FillingEngine
     from adaptive.inference.engine import Engine
     from adaptive.runs.load import load
     from adaptive.runs.mirror import place_of
     from adaptive.runs.platform import keep_compilations, start_backend
     from adaptive.serving import server
-    from adaptive.serving.served import served_by, warm
+    from adaptive.serving.served import served_by
 
     key = checked(given.key or os.environ.get(KEY, ""))
     socket = server.bound(given.host, given.port)
@@ -77,13 +81,20 @@ def serve(given: argparse.Namespace) -> int:
             f"--host {given.host} can be reached by others: give a --key (or {KEY}) that requests must carry"
         )
     _, found = locate(place_of(given.checkpoint, "--checkpoint"), given.step)
+    if given.cache:
+        found = found._replace(recipe=with_cache(found.recipe, given.cache, "--cache"))
+    if name := inexact(found.recipe):
+        say(f"note: with cache={name} the text is not what the model computes without a cache")
     start_backend()
     keep_compilations()
     trained = load(found, ema=given.ema)
     length = given.context or found.recipe.data.seq_len
-    with Engine.of(trained, rows=given.rows, length=length, queue=given.queue) as engine:
+    aim = found.recipe.objective
+    kind = FillingEngine if aim.denoising() is not None and aim.refuse_generation() else Engine
+    with kind.of(trained, rows=given.rows, length=length, queue=given.queue) as engine:
         served = served_by(engine, trained, engine.length, given.timeout)
-        warm(served)
+        if isinstance(engine, Engine):
+            engine.warm()
         say(f"{found.recipe.name}, step {found.step}, at {server.address(socket)}")
         finished = server.serve(served, socket, given.host, key)
         engine.close(finish=finished)

@@ -1,13 +1,19 @@
-"""A server without a socket: an engine that answers from a table, and a client that calls the application."""
+"""An engine that answers from a table, a client that calls the application without a socket, and a server with one."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import json
+import os
 import queue
+import signal
 import threading
+import time
+import urllib.request
 
 from adaptive.data.tokenizers import load_tokenizer
 from adaptive.inference.requests import Full, Made
+from adaptive.serving import server
 from adaptive.serving.app import application
 from adaptive.serving.chat import Plain
 from adaptive.serving.served import Served
@@ -66,14 +72,13 @@ class Engine:
             raise RuntimeError("closed")
         if sum(ticket.reason is None for ticket in self.taken) >= self.most:
             raise Full("full", 2.5)
-        made = [self._made(i, token) for i, token in enumerate([*self.text, *[END] * self.end])]
+        made = [self._made(i, token, request) for i, token in enumerate([*self.text, *[END] * self.end])]
         self.taken.append(Answer(self, request, made))
         return self.taken[-1]
 
-    def _made(self, i, token):
-        return Made(
-            token, -0.5 * i, ((token, -0.5 * i), (0xE2, float("-inf"))), 1 + i % 3, (i % 2 == 0,), 1e6 * (1 + i % 3)
-        )
+    def _made(self, i, token, request):
+        likeliest = ((token, -0.5 * i), (0xE2, float("-inf")))[: request.likeliest]
+        return Made(token, -0.5 * i, likeliest, 1 + i % 3, (i % 2 == 0,), 1e6 * (1 + i % 3))
 
     def figures(self):
         return {"waiting": 0.0, "requests": float(len(self.taken))}
@@ -89,14 +94,15 @@ def served(engine, **others):
 
 
 class Client:
-    """Calls the application as a server would."""
+    """Calls the application as a server would. others: what differs from `served`, or that itself."""
 
     def __init__(self, engine=None, *, key="", hosts=None, **others):
         self.engine = engine or Engine()
-        self.app = application(served(self.engine, **others), key=key, hosts=hosts)
+        self.app = application(others.get("served") or served(self.engine, **others), key=key, hosts=hosts)
 
-    def ask(self, path, body=None, *, method=None, headers=(), leaves=None):
-        """(status, headers, body) of a request. body: JSON, or bytes; leaves: messages after which the client goes."""
+    def ask(self, path, body=None, *, method=None, headers=(), leaves=None, stalls=False):
+        """(status, headers, body) of a request. body: JSON, or bytes; leaves: messages after which the client goes;
+        stalls: more of the body is said to come."""
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         kind = {"content-type": "application/json"} if body is not None else {}
         given = {"host": "localhost:1", **kind, **dict(headers)}
@@ -106,15 +112,15 @@ class Client:
             "query_string": b"", "root_path": "", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 1),
             "headers": [(name.encode(), value.encode()) for name, value in given.items()],
         }  # fmt: skip
-        return asyncio.run(self._call(scope, content, leaves))
+        return asyncio.run(self._call(scope, content, leaves, stalls))
 
-    async def _call(self, scope, content, leaves):
+    async def _call(self, scope, content, leaves, stalls):
         sent, gone, asked = [], asyncio.Event(), []
 
         async def receive():
             if not asked:
                 asked.append(True)
-                return {"type": "http.request", "body": content, "more_body": False}
+                return {"type": "http.request", "body": content, "more_body": stalls}
             await gone.wait()
             return {"type": "http.disconnect"}
 
@@ -140,3 +146,32 @@ class Client:
         parts = content.decode().split("\n\n")
         assert parts[-2:] == ["data: [DONE]", ""]
         return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def while_serving(call, engine, *, host="127.0.0.1", key="", ends=False, **others):
+    """(what `call` gives, called with the server's address in a thread; what `serve` does). ends: `call` ends it."""
+    made = server.bound(host, 0)
+    address = server.address(made)
+
+    def client():
+        try:
+            for _ in range(200):
+                try:
+                    urllib.request.urlopen(f"{address}/health").close()
+                    break
+                except OSError:
+                    time.sleep(0.02)
+            given = call(address)
+        except BaseException:
+            for _ in range(2):  # at once, whatever it waits for
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+            raise
+        if not ends:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return given
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        given = threads.submit(client)
+        finished = server.serve(served(engine, **others), made, host, key)
+        return given.result(timeout=20), finished

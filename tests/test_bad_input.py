@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adaptive import bench, command, convert, doctor, evaluate, generate, recipe, report, study, train
+from adaptive import bench, command, convert, doctor, evaluate, generate, recipe, report, serve, study, train
 from adaptive import compile as compiling
 from adaptive.benchmarks import aot, train_step
 from adaptive.data import __main__ as data
@@ -101,6 +101,7 @@ COMMANDS = {
     "train": (train.main, ["--recipe=mor_tiny", "--workdir=run"]),
     "generate": (generate.main, ["--workdir=gone"]),
     "evaluate": (evaluate.main, ["--checkpoint=gone"]),
+    "serve": (serve.main, ["--checkpoint=gone", "--port=0"]),
     "convert": (convert.main, ["--kind=hnet", "--tensors=gone", "--config=gone", "--workdir=run"]),
     "convert --export": (convert.main, ["--kind=hnet", "--workdir=gone", "--export=x.safetensors"]),
     "report": (report.main, ["gone"]),

@@ -183,6 +183,7 @@ RELEASED = {"--tensors": "t", "--config": "c", "--workdir": "w"}
         ("generate", ["--workdir", AT]),
         ("generate", ["--workdir", "w", "--prompt_file", AT]),
         ("evaluate", ["--checkpoint", AT]),
+        ("serve", ["--checkpoint", AT, "--port", "0"]),
         ("report", [AT]),
         ("report", ["w", "--compare", "v", AT]),
         ("data", ["prepare", "--source", "embedded:dna", "--tokenizer", "bytes", "--out", AT]),

@@ -18,7 +18,7 @@ from adaptive.errors import RecipeError
 
 FILES = {".py", ".jsonl", ".json", ".txt", ".md", ".html", ".yaml"}
 # Pages that are not called as their command.
-COMMANDS_OF = {"evaluation": "evaluate", "machines": "compile", "studies": "study"}
+COMMANDS_OF = {"evaluation": "evaluate", "machines": "compile", "serving": "serve", "studies": "study"}
 NEEDS = "# needs "  # how a block begins that needs files, a network or a trained run
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -124,7 +124,11 @@ def _asked(
     for ids in prompts:
         room = _room(ids, tokens, served)
         for number in range(choices):
-            requests.append(Request(ids, room, how, seed_of(seed, number), end, likeliest, served.seconds))
+            requests.append(
+                Request(
+                    ids, room, how, seed=seed_of(seed, number), end=end, likeliest=likeliest, seconds=served.seconds
+                )
+            )
         if why := served.engine.refuse(requests[-1]):
             raise Refused(400, why, code="refused")
     return Asked(tuple(prompts), tuple(requests), choices, echoed, stops, logprobs, details, stream, usage)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 KIND = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-GAUGES = frozenset({"waiting", "running", "rows", "tokens_per_second"})  # figures of an engine; the others only grow
+GAUGES = ("waiting", "running", "rows", "tokens_per_second", "cache_bytes", "cache_bytes_per_token")  # of an engine
 _PAGES = Path("/proc/self/statm")
 
 

@@ -102,3 +102,5 @@ class Running:
         self._metrics.count("tokens")
         if made.depth is not None:
             self._metrics.count("passes", made.depth)
+        if made.flops is not None:
+            self._metrics.count("flops", made.flops)

@@ -2,14 +2,10 @@
 
 import dataclasses
 
-import numpy as np
-
 from adaptive.data.tokenizers import Tokenizer
-from adaptive.inference.requests import Engine, Request
+from adaptive.inference.requests import Engine
 from adaptive.runs.load import Trained
 from adaptive.serving.chat import Chat, chat_of
-
-_WARMING = (1, 33)  # tokens of prompts by which an engine compiles what it needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +47,3 @@ def served_by(engine: Engine, trained: Trained, context: int, seconds: float) ->
     return Served(
         trained.recipe.name, trained.step, tokenizer, engine, context, passes, len(facts.chunking), chat, seconds
     )
-
-
-def warm(served: Served) -> None:
-    """Has the engine compile its programs, so that no request waits for them."""
-    for size in _WARMING:
-        prompt = np.zeros(min(size, served.context - 2) or 1, np.int32)
-        for _ in served.engine.submit(Request(prompt, min(2, served.context - len(prompt)))):
-            pass

@@ -50,7 +50,7 @@ def address(made: socket.socket) -> str:
 
 
 def serve(served: Served, made: socket.socket, host: str, key: str) -> bool:
-    """Answers until a SIGTERM or Ctrl-C, then finishes what it took on, which a second Ctrl-C gives up. Whether it could.
+    """Answers until a SIGTERM or Ctrl-C, then finishes what it took on, unless a second Ctrl-C comes: whether none did.
 
     host  as the user named it, key as requests must carry it
     """
