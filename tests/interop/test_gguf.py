@@ -24,7 +24,7 @@ def value(kind, content):
     if kind == TEXT:
         return text(content)
     if kind == LIST:
-        inner = TEXT if isinstance(content[0], str) else U32
+        inner = {str: TEXT, float: F32}.get(type(content[0]), U32)
         return struct.pack("<IQ", inner, len(content)) + b"".join(value(inner, item) for item in content)
     return struct.pack({U32: "<I", F32: "<f", BOOL: "<?"}[kind], content)
 
@@ -214,6 +214,32 @@ def test_a_tokenizer_splits_numbers_as_its_name_says(tmp_path, split, tokens):
     path = llama(tmp_path / "small.gguf", values={f"tokenizer.ggml.{name}": value for name, value in own.items()})[0]
     source(path).write_tokenizer(tmp_path / "tokenizer")
     assert len(load_tokenizer(str(tmp_path / "tokenizer")).encode("12")) == tokens
+
+
+def test_a_tokenizer_of_scores_merges_the_highest_first_and_falls_back_to_bytes(tmp_path):
+    pytest.importorskip("tokenizers")
+    from adaptive.data.tokenizers import load_tokenizer
+
+    space = "\u2581"
+    pieces = {  # token: (type, score)
+        "<unk>": (2, 0.0), "<s>": (3, 0.0), "</s>": (3, 0.0), "<0xC3>": (6, 0.0), "<0xA9>": (6, 0.0), "abc": (1, -4.0),
+        "ab": (1, -2.0), "bc": (1, -1.0), f"{space}a": (1, -3.0), "a": (1, -9.0), "b": (1, -10.0), "c": (1, -11.0),
+        space: (1, -12.0),
+    }  # fmt: skip
+    own = {
+        "model": (TEXT, "llama"), "tokens": (LIST, [*pieces]),
+        "token_type": (LIST, [kind for kind, _ in pieces.values()]),
+        "scores": (LIST, [score for _, score in pieces.values()]), "bos_token_id": (U32, 1), "eos_token_id": (U32, 2),
+    }  # fmt: skip
+    path = llama(tmp_path / "small.gguf", values={f"tokenizer.ggml.{name}": value for name, value in own.items()})[0]
+    source(path).write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    read = lambda text: [[*pieces][i] for i in tokenizer.encode(text)]  # noqa: E731
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    # "bc" before "_a" before "ab"; then "a" with "bc", where nothing has taken it.
+    assert read("abc") == [f"{space}a", "bc"] and read("cabc") == [space, "c", "abc"]
+    assert read("b\u00e9 a") == [space, "b", "<0xC3>", "<0xA9>", f"{space}a"]
+    assert tokenizer.decode(tokenizer.encode("b\u00e9 a").tolist()) == "b\u00e9 a"
 
 
 def test_factors_of_wave_lengths_are_a_scaling(tmp_path):
