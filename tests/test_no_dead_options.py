@@ -196,6 +196,13 @@ def asked(model: Model) -> Any:
     return traced(functools.partial(through, model, "topk", experts_per_token=each), abstract(model)[1])
 
 
+@functools.lru_cache(maxsize=8)
+def kept(model: Model) -> Any:
+    """What generation keeps."""
+    built = nnx.merge(*abstract(model))
+    return None if built.refuse_cache() else text(str(jax.eval_shape(lambda: built.init_cache(ROWS, SEQ))))
+
+
 def through(model: Model, selection: Any, state: Any, **asks: Any) -> Any:
     """A forward pass with its losses and the buffers after it, in training or as it generates."""
     built = nnx.merge(abstract(model)[0], state)
@@ -240,7 +247,7 @@ def text(shown: str) -> str:
 
 def differs(a: Model, b: Model) -> bool:
     """What costs least is looked at first."""
-    return any(look(a) != look(b) for look in (parameters, expected_pairs, training, causal, drawing, asked))
+    return any(look(a) != look(b) for look in (parameters, expected_pairs, kept, training, causal, drawing, asked))
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

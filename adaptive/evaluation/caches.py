@@ -16,7 +16,7 @@ from adaptive.evaluation import bootstrap
 from adaptive.evaluation.evaluate import Measured, Say, difference, macro, measure
 from adaptive.evaluation.sets import EvaluationSet
 from adaptive.evaluation.subject import Score, Scores, Subject, said_of
-from adaptive.inference.caching import recursion_of, with_cache
+from adaptive.inference.caching import with_cache
 from adaptive.models import policies
 from adaptive.models.policies import active_only
 from adaptive.recipe import Recipe
@@ -52,8 +52,6 @@ def cache_table(
     check_caches(trained.recipe, names)
     if trained.refuse_generation:
         raise UserError(f"{OPTION}: {trained.recipe.name} cannot generate: {trained.refuse_generation}")
-    found = recursion_of(trained.recipe)
-    assert found is not None
     exact, rows = "per_pass", []
     for name in dict.fromkeys([exact, *names]):
         say(f"cache {name}, token by token")

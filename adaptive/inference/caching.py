@@ -3,14 +3,15 @@
 from adaptive.errors import UserError
 from adaptive.models import policies
 from adaptive.models.bodies.recursive import Settings as Recursion
+from adaptive.models.language_model import Settings
 from adaptive.recipe import Recipe
 from adaptive.settings import nodes, with_leaf
 
 
-def recursion_of(recipe: Recipe) -> tuple[str, Recursion] | None:
-    """(dotted path, settings) of the recipe's recursion; None where it has none."""
-    at = recipe.model.facts().recursion
-    return next(((path, node) for path, node in nodes(recipe.model, "model") if path == at), None)
+def recursion_of(model: Settings) -> tuple[str, Recursion] | None:
+    """(dotted path, settings) of a model's recursion; None where it has none."""
+    at = model.facts().recursion
+    return next(((path, node) for path, node in nodes(model, "model") if path == at), None)
 
 
 def with_cache(recipe: Recipe, text: str, option: str) -> Recipe:
@@ -18,7 +19,7 @@ def with_cache(recipe: Recipe, text: str, option: str) -> Recipe:
 
     Raises UserError for a model without recursions, an unknown policy, and one that the model cannot have.
     """
-    policy, found = policies.named(text, option), recursion_of(recipe)
+    policy, found = policies.named(text, option), recursion_of(recipe.model)
     if found is None:
         raise UserError(f"{option} {text}: {recipe.name} has no recursion, so each layer keeps one cache of all tokens")
     path, recursion = found
@@ -29,7 +30,19 @@ def with_cache(recipe: Recipe, text: str, option: str) -> Recipe:
 
 def inexact(recipe: Recipe) -> str:
     """The recipe's policy where generation with it is not the full forward pass; empty where it is."""
-    found = recursion_of(recipe)
+    found = recursion_of(recipe.model)
     if found is None or found[1].policy.exact(found[1]):
         return ""
     return found[1].policy.describe()
+
+
+def refuse_fixed(model: Settings) -> str:
+    """Why a cache that is made once, for rows of a given length, may be too small for them; empty where it is not."""
+    found = recursion_of(model)
+    if found is None or found[1].policy.slots(found[1], 1) is None:
+        return ""
+    path, recursion = found
+    return (
+        f"{path}.cache={recursion.policy.kind()} grows with the tokens that take a pass, and the caches of rows that "
+        "come and go are of one size; use per_pass"
+    )

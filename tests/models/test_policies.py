@@ -11,6 +11,7 @@ from flax import nnx
 from hnet_models import forward, split_model
 
 from adaptive.errors import RecipeError
+from adaptive.inference.caching import refuse_fixed
 from adaptive.models import kept, policies
 from adaptive.models.policies import Policy, active_only, cycle, last, per_pass, shared
 
@@ -182,6 +183,11 @@ def test_what_cannot_run_is_refused_with_what_can():
     assert "parameters of their own" in says(blocks, last.Settings()) and "loop" in says(blocks, active_only.Settings())
     with pytest.raises(RecipeError, match=r"model.body.cache=active_only: .*; it can be cycle, last, per_pass, shared"):
         with_policy(LOOPED, active_only.Settings())
+
+
+def test_an_engine_whose_rows_have_fixed_room_is_told():
+    assert "use per_pass" in refuse_fixed(with_policy(ROUTED, active_only.Settings()))
+    assert not refuse_fixed(ROUTED) and not refuse_fixed(with_policy(LOOPED, last.Settings()))
 
 
 def test_a_policy_is_named_with_its_one_number():

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from adaptive.errors import RecipeError
+from adaptive.inference.caching import refuse_fixed
 from adaptive.inference.engine.passes import Picked
 from adaptive.inference.engine.plan import Launch, Sizes, choose, expected, whole
 from adaptive.inference.engine.slots import LIKELIEST, Programs, Told, asked_of
@@ -62,7 +63,7 @@ class Engine:
         replay: np.ndarray | None = None,
     ):
         model = nnx.merge(graphdef, state)
-        if reason := model.refuse_generation() or model.refuse_cache():
+        if reason := model.refuse_generation() or model.refuse_cache() or refuse_fixed(model.settings):
             raise RecipeError(reason)
         longest = model.settings.positions or length
         self.rows, self.length, self._queue, self._piece = rows, min(length, longest), queue, max(piece, SHORT)
