@@ -27,7 +27,8 @@ from adaptive.paths import local_path
 if TYPE_CHECKING:
     import numpy as np
 
-    from adaptive.inference.sampling import Sampler
+    from adaptive.inference.drawing import Drawing
+    from adaptive.inference.sampling import Piece, Sampler
     from adaptive.recipe import Recipe
     from adaptive.runs.load import Trained
 
@@ -74,6 +75,10 @@ def options() -> command.Options:
         help="asks for one text after another, and continues each; Ctrl-D ends")  # fmt: skip
     add("--rows", type=number(int, least=0), help="how many rows the network inside an H-Net decodes together, or a "
         "pass of a recursion; 0: all (default: 1 in an H-Net for one text or on a CPU, otherwise 0)")  # fmt: skip
+    add("--draft", type=number(int, least=1, most=64), default=0, metavar="N",
+        help="up to N tokens are drafted by the first pass of a recursion and checked together by all: the same text, "
+        "sooner where reading parameters takes the time")  # fmt: skip
+    add("--draft_fixed", action="store_true", help="drafts N tokens always, however many of them are right")
     add("--cache", default="", metavar="POLICY",
         help="what a recursion keeps of its passes: per_pass, active_only, last, cycle(2), shared (default: as the "
         "recipe has it, model.body.cache); what a diffusion model keeps between calls: none, block, prefix, dual, "
@@ -214,8 +219,43 @@ def check_marks(given: argparse.Namespace, recipe: "Recipe") -> None:
         raise UserError(f"--show_experts is for models with experts, and {recipe.name} has none")
     if given.show_experts and given.rows:
         raise UserError("--show_experts is told of all rows together: leave out --rows")
+    if given.draft or given.draft_fixed:
+        check_draft(given, recipe)
     if given.show_depth and facts.depth == "none":
         raise UserError(f"--show_depth is for models whose tokens choose it, and those of {recipe.name} do not")
+
+
+def check_draft(given: argparse.Namespace, recipe: "Recipe") -> None:
+    """Raises UserError where nothing can be drafted."""
+    from adaptive.inference.engine.speculation import refuse
+
+    if not given.draft:
+        raise UserError("--draft_fixed needs --draft N: how many tokens?")
+    if given.interactive or given.rows or given.show_experts:
+        raise UserError("--draft goes with neither --interactive nor --rows nor --show_experts")
+    if reason := refuse(recipe.model):
+        raise UserError(f"--draft: {reason}")
+
+
+def drafted(given: argparse.Namespace, trained: "Trained", ids: Sequence["np.ndarray"]) -> Iterator["Piece"]:
+    """What the sampler gives, by an engine whose recursion drafts."""
+    from adaptive.inference.engine import Engine
+    from adaptive.inference.engine.pieces import pieces
+    from adaptive.inference.engine.speculation import Drafting
+    from adaptive.inference.requests import Request
+
+    end = None if given.ignore_end else trained.tokenizer.eos_id
+    request = Request(ids[0], given.tokens, drawing_of(given), seed=given.seed, end=end)
+    drafting = Drafting(given.draft, adapts=not given.draft_fixed)
+    length = max(map(len, ids)) + given.tokens
+    with Engine.of(trained, rows=len(ids), length=length, queue=len(ids), drafting=drafting) as engine:
+        yield from pieces(engine, ids, request)
+
+
+def drawing_of(given: argparse.Namespace) -> "Drawing":
+    from adaptive.inference.drawing import Drawing
+
+    return Drawing(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
 
 
 def continued(
@@ -239,13 +279,12 @@ def continued(
     at_once = STREAMED if len(ids) == 1 and sys.stdout.isatty() else 32
     key = jax.random.key(given.seed)
     key = jax.random.fold_in(key, turn) if turn else key
-    pieces = sampler(ids, given.tokens, key, at_once=at_once)
+    pieces = drafted(given, trained, ids) if given.draft else sampler(ids, given.tokens, key, at_once=at_once)
     marks = {"marks": given.show_chunks, "depths": given.show_depth, "experts": given.show_experts}
     return Show(trained, texts, begin, **marks, stops=given.stop, as_json=given.json).all(pieces)
 
 
 def sampler_of(given: argparse.Namespace, trained: "Trained", texts: int) -> "Sampler":
-    from adaptive.inference.drawing import Drawing
     from adaptive.inference.sampling import Sampler, marker_of
 
     stages = len(trained.recipe.model.facts().chunking)

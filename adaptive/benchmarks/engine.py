@@ -38,18 +38,18 @@ from adaptive.models import language_model
 from adaptive.models.bodies import plain, recursive
 
 PROMPT = 8  # tokens of a prompt
+ROWS = 3  # rows of an engine for each of a launch: then two launches can be in flight whose rows are known
 GREEDY = Drawing(temperature=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """An engine, the depths that its tokens take (None: all layers at once), and the seconds of a token at best."""
+    """An engine, and the mean depth of its tokens (None: all layers at once)."""
 
     name: str
     engine: Engine
     rows: int
     depth: float | None
-    ideal: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Found:
     """What a way reached.
 
     rate       tokens per second in the middle of a run in which every row has a request from the first to the last
+    ideal      seconds of a token in full launches; NaN of engines without passes
     occupancy  rows that launches computed, over those that they could
     first, between  seconds to a request's first token, and between its tokens, where requests come one after another
     """
@@ -64,8 +65,8 @@ class Found:
     name: str
     mean_depth: float | None
     rate: float
-    ideal: float
     occupancy: float
+    ideal: float = math.nan
     first: tuple[float, ...] = ()
     between: tuple[float, ...] = ()
 
@@ -79,11 +80,11 @@ def main(arguments: Sequence[str]) -> int:
     made = options.options("engine", __doc__ or "", 3, "rounds, of which the best counts")
     add = made.add_argument
     add("--width", type=number(int, least=64), default=512, help="of the stream (default 512)")
-    add("--layers", type=number(int, least=3), default=20, help="of the plain transformer, unrolled (default 20)")
+    add("--layers", type=number(int, least=3), default=14, help="of the plain transformer, unrolled (default 14)")
     add("--recursions", type=number(int, least=2), default=3, help="passes at most (default 3)")
-    add("--batch", type=number(int, least=1), default=16, help="rows of a launch (default 16)")
-    add("--tokens", type=number(int, least=8), default=48, help="of each request (default 48)")
-    add("--vocab", type=number(int, least=2), default=2048, help="tokens (default 2048)")
+    add("--batch", type=number(int, least=1), default=8, help="rows of a launch (default 8)")
+    add("--tokens", type=number(int, least=8), default=32, help="of each request (default 32)")
+    add("--vocab", type=number(int, least=2), default=1024, help="tokens (default 1024)")
     add("--own", type=shares, default=None, metavar="S1,S2,...",
         help="shares of tokens that a trained model gives one pass, two, ... (default: none measured)")  # fmt: skip
     add("--json", action="store_true", help="print one line of JSON instead of the tables")
@@ -149,22 +150,28 @@ def measured(given: argparse.Namespace, progress: Callable[[str], None]) -> dict
     length = PROMPT + given.tokens
     parts = {name: nnx.split(settings.build(jax.random.key(0))) for name, settings in
              (("vanilla", vanilla), ("looped", looped))}  # fmt: skip
-    progress("launches")
-    costs = launch_costs(*parts["looped"], given)
+    progress("launches: compiling")
+    launches = Launches(*parts["looped"], given)
     flops = launch_flops(looped, given)
-    ways = list(ways_of(given, parts, costs, length))
+    ways = list(ways_of(given, parts, length))
     best: dict[str, Found] = {}
     try:
         for way in ways:
             progress(f"{way.name}: compiling")
             way.engine.warm()
         for repeat in range(given.repeats):
+            progress(f"launches, {repeat + 1} of {given.repeats}")
+            launches.measure()
             for way in ways:
                 progress(f"{way.name}, {repeat + 1} of {given.repeats}")
                 found = decoded(way, given, tokens=given.tokens)
                 if way.name not in best or found.rate > best[way.name].rate:
                     best[way.name] = found
+        costs = launches.seconds()
         for way in ways:
+            if way.name.startswith("engine") and way.depth is not None:
+                ideal = (costs["turn"] + way.depth * costs["pass"]) / given.batch
+                best[way.name] = dataclasses.replace(best[way.name], ideal=ideal)
             progress(f"{way.name}: latency")
             first, between = latencies(way, given, best[way.name].rate)
             best[way.name] = dataclasses.replace(best[way.name], first=first, between=between)
@@ -187,7 +194,7 @@ def measured(given: argparse.Namespace, progress: Callable[[str], None]) -> dict
     }
 
 
-def ways_of(given: argparse.Namespace, parts: dict[str, Any], costs: dict[str, float], length: int) -> Iterator[Way]:
+def ways_of(given: argparse.Namespace, parts: dict[str, Any], length: int) -> Iterator[Way]:
     shape: dict[str, Any] = {"length": length, "piece": 16, "queue": 4096}
     batch, n = given.batch, given.recursions
     yield Way("vanilla", Engine(*parts["vanilla"], rows=batch, **shape), batch, None)
@@ -197,21 +204,37 @@ def ways_of(given: argparse.Namespace, parts: dict[str, Any], costs: dict[str, f
     for name, share in distributions(given).items():
         replay = replayed(share)
         mean = float(replay.mean())
-        engine = Engine(*parts["looped"], rows=2 * batch, batch=batch, replay=replay, **shape)
-        ideal = (costs["turn"] + mean * costs["pass"]) / batch
-        yield Way(f"engine, {name}", engine, 2 * batch, mean, ideal)
+        engine = Engine(*parts["looped"], rows=ROWS * batch, batch=batch, replay=replay, **shape)
+        yield Way(f"engine, {name}", engine, ROWS * batch, mean)
 
 
-def launch_costs(graphdef: Any, state: Any, given: argparse.Namespace) -> dict[str, float]:
+class Launches:
     """Seconds of a full turn and of a full pass, launched one after another without waiting: from cycles of one and of
     all passes between turns."""
-    batch, passes, rows = given.batch, given.recursions, 2 * given.batch
 
-    def cycle(depth: int) -> Callable[[int], float]:
-        programs = programs_of(graphdef, state, given, np.array([depth], np.int32))
-        slots, keep = programs.empty(), np.ones(rows, bool)
+    def __init__(self, graphdef: Any, state: Any, given: argparse.Namespace):
+        self.given = given
+        self.least = {1: math.inf, given.recursions: math.inf}
+        self._cycles = {depth: self._cycle(graphdef, state, depth) for depth in self.least}
+        for run in self._cycles.values():
+            run(2)
+
+    def measure(self) -> None:
+        turns = max(2, (self.given.tokens - 6) // (self.given.repeats + 1))
+        for depth, run in self._cycles.items():
+            self.least[depth] = min(self.least[depth], run(turns))
+
+    def seconds(self) -> dict[str, float]:
+        short, long = self.least.values()
+        once = (long - short) / (self.given.recursions - 1)
+        return {"pass": once, "turn": short - once}
+
+    def _cycle(self, graphdef: Any, state: Any, depth: int) -> Callable[[int], float]:
+        batch = self.given.batch
+        programs = programs_of(graphdef, state, self.given, np.array([depth], np.int32))
+        slots, keep = programs.empty(), np.ones(programs.rows, bool)
         tokens, valid = np.zeros(16, np.int32), np.arange(16) < PROMPT
-        asked = asked_of(GREEDY, 0, 0, 10**6, None)
+        asked = asked_of(Request(tokens[:1], 10**6, GREEDY), 0)
         for row in range(batch):
             slots, _ = programs.read(
                 slots, row, tokens, valid, first=True, last=True, asked=asked, given=None, most=0
@@ -227,21 +250,13 @@ def launch_costs(graphdef: Any, state: Any, given: argparse.Namespace) -> dict[s
             jax.block_until_ready(told)
             return (time.perf_counter() - begin) / turns
 
-        run(2)
         return run
-
-    one, all_ = cycle(1), cycle(passes)
-    turns = max(2, (given.tokens - 4) // (given.repeats + 1))
-    pairs = [(one(turns), all_(turns)) for _ in range(given.repeats)]
-    short, long = min(a for a, _ in pairs), min(b for _, b in pairs)
-    once = (long - short) / (passes - 1)
-    return {"pass": once, "turn": short - once}
 
 
 def programs_of(graphdef: Any, state: Any, given: argparse.Namespace, replay: np.ndarray) -> Picked:
     room = PROMPT + given.tokens + 16
     return Picked(
-        graphdef, state, batch=given.batch, replay=replay, rows=2 * given.batch, room=room, vocab=None
+        graphdef, state, batch=given.batch, replay=replay, rows=ROWS * given.batch, room=room, vocab=None
     )  # fmt: skip
 
 
@@ -280,12 +295,12 @@ def decoded(way: Way, given: argparse.Namespace, tokens: int) -> Found:
     (t0, n0), (t1, n1) = marks
     difference = {name: after[name] - before[name] for name in ("rows_computed", "rows_launched")}
     occupancy = difference["rows_computed"] / max(1.0, difference["rows_launched"])
-    return Found(way.name, way.depth, (n1 - n0) / (t1 - t0), way.ideal, occupancy)
+    return Found(way.name, way.depth, (n1 - n0) / (t1 - t0), occupancy)
 
 
 def latencies(way: Way, given: argparse.Namespace, rate: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(p50, p99) seconds to the first token and between tokens, of requests that come by chance at 0.7 of the rate."""
-    count, rng = 2 * way.rows, np.random.default_rng(1)
+    count, rng = way.rows, np.random.default_rng(1)
     gaps = rng.exponential(given.tokens / (0.7 * rate), count)
     tickets = []
     for request, gap in zip(requests(way, count, given.tokens), gaps, strict=True):

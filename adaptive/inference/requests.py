@@ -17,7 +17,8 @@ class Request:
 
     prompt    i32[n], at least one token
     tokens    at most so many after it
-    how       each is drawn, by the key of `seed` and its number alone: whatever else is computed beside it
+    how       each is drawn, by the key of `seed`, `stream` and its number alone: whatever else is computed beside it
+    stream    of several that have one seed, so that their draws differ: as the row of a prompt in `adaptive generate`
     end       token that ends it, itself the last one answered; None: none does
     likeliest how many of the likeliest tokens are told with each
     seconds   from now on, after which it is given up; None: none
@@ -27,6 +28,7 @@ class Request:
     tokens: int
     how: Drawing = Drawing()
     seed: int = 0
+    stream: int = 0
     end: int | None = None
     likeliest: int = 0
     seconds: float | None = None

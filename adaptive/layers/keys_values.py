@@ -158,6 +158,17 @@ def slots_of(state: KeyValues | Within) -> Where:
     return Where.whole(own.index.shape, None, own.segments, own.index >= 0)
 
 
+def without(state: Any, seen: jax.Array) -> Any:
+    """A tree of states of layers that hold nothing of places from seen i32[rows] on."""
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, KeyValues):
+            return node
+        return node._replace(index=jnp.where(node.index < seen[:, None], node.index, -1))
+
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, KeyValues))
+
+
 def counts(state: KeyValues | Within, queries: int) -> tuple[int, ...]:
     """How many slots, ascending, so many queries may read at once: on CPUs a few queries read the least power of two
     that holds all they see, any others all slots."""

@@ -296,6 +296,7 @@ class LanguageModel(nnx.Module):
         boundaries: jax.Array | None = None,
         rows: int = 0,
         at: jax.Array | None = None,
+        passes: int | None = None,
         record: bool = False,
     ) -> tuple[Output, State]:
         """Appends tokens i32[batch, n] to the cache; routers decide causally.
@@ -307,13 +308,14 @@ class LanguageModel(nnx.Module):
                     and what the others give is thrown away
         at          i32[batch]: of each row the one position behind which logits are wanted; None: behind all. Hidden
                     states and logits are then [batch, 1, ...]
+        passes      passes of a recursion at most, as of a call
         record      whether the trace says all that routers decided (`recorded`); not with `rows` in an H-Net
         """
         if reason := self.refuse_generation() or self.refuse_cache():
             raise RecipeError(reason)
         given = {"tokens": tokens} | ({} if boundaries is None else {"boundaries": boundaries})
         where = Where.after(cache["seen"][0], tokens.shape[1], valid)
-        call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows, record=record)
+        call = Call(rule="causal", limited=False, counts=False, given=given, rows=rows, passes=passes, record=record)
         through = self._computed_with()(self.embedded(tokens, where), where, call, cache["body"])
         after = {"seen": cache["seen"] + where.counts(), "body": through.state}
         hidden = through.hidden if at is None else jnp.take_along_axis(through.hidden, at[:, None, None], axis=1)

@@ -17,9 +17,12 @@ from flax import nnx
 
 from adaptive.errors import RecipeError
 from adaptive.inference.caching import refuse_fixed
+from adaptive.inference.engine.costs import Costs
 from adaptive.inference.engine.passes import Picked
 from adaptive.inference.engine.plan import Launch, Sizes, choose, expected, whole
+from adaptive.inference.engine.prefixes import Prefixes
 from adaptive.inference.engine.slots import LIKELIEST, Programs, Told, asked_of
+from adaptive.inference.engine.speculation import Drafting, Speculating
 from adaptive.inference.engine.tickets import Row, Ticket
 from adaptive.inference.requests import Full, Made, Reason, Request
 from adaptive.inference.sampling import Marker, marker_of
@@ -37,9 +40,14 @@ class Engine:
     length  tokens of a sequence at most, its prompt included
     queue   requests that may wait for a row
     piece   tokens of a prompt that are read at once, between two steps of the other rows
+    prefixes  beginnings of prompts, in whole pieces, whose state is kept for prompts that begin alike
+    quantum tokens after which a sequence gives its row to one that waits, and later begins by reading what it has; 0:
+            it keeps it to its end
     vocab, marker  as of `sampling.Sampler`
     batch   rows that one launch computes at most, of models that can be computed so (`models.steps`): of a recursion
             rows before different passes, while others wait; 0: half of the rows. Without passes it is all
+    drafting  a recursion's first passes draft tokens that all passes check together: for few rows, and memory that is
+            slow beside arithmetic. The tokens are those without it
     stepwise  False: all rows and all passes together at every token, as other models are computed
     group   of other models: rows with a new chunk that the network inside an H-Net computes at once; 0: all rows at
             every token
@@ -55,10 +63,13 @@ class Engine:
         length: int = 1024,
         queue: int = 256,
         piece: int = 64,
+        prefixes: int = 0,
+        quantum: int = 0,
         vocab: int | None = None,
         marker: Callable[[], Marker] | None = None,
         batch: int = 0,
         stepwise: bool = True,
+        drafting: Drafting | None = None,
         group: int = 0,
         replay: np.ndarray | None = None,
     ):
@@ -70,15 +81,21 @@ class Engine:
         self._vocab = model.settings.vocab_size if vocab is None else vocab
         self._marker = marker
         # Whatever is read, all of a piece needs room.
-        room: dict[str, Any] = {"rows": rows, "room": self.length + self._piece, "vocab": vocab}
+        more = max(self._piece, drafting.most + 1 if drafting else 0)
+        room: dict[str, Any] = {"rows": rows, "room": self.length + more, "vocab": vocab}
         self._programs: Programs
-        if not stepwise or marker is not None or steps.refuse(model.settings):
+        if drafting is not None:
+            self._programs = Speculating(graphdef, state, drafting=drafting, **room)
+        elif not stepwise or marker is not None or steps.refuse(model.settings):
             self._programs = Programs(graphdef, state, group=group, **room)
         else:
             recursive = model.settings.body.passes > 1
             batch = min(rows, batch or max(1, rows // 2)) if recursive else rows
             self._programs = Picked(graphdef, state, batch=batch, replay=replay, **room)
         self._slots = self._programs.empty()
+        self._store = self._programs.store(prefixes) if prefixes else None
+        self._prefixes, self._quantum = Prefixes(prefixes, self._piece), quantum
+        self._costs = Costs(model.settings)
         self._cache_bytes = sum(a.nbytes for a in jax.tree.leaves(self._slots.cache))
         self._held: list[Row | None] = [None] * rows
         self._markers: dict[Ticket, Marker] = {}
@@ -131,6 +148,8 @@ class Engine:
             return f"likeliest={request.likeliest}: 0 to {LIKELIEST} can be told"
         if not 0 <= request.seed < 2**32:
             return f"seed={request.seed}: must be 0 to {2**32 - 1}"
+        if not 0 <= request.stream < 2**32:
+            return f"stream={request.stream}: must be 0 to {2**32 - 1}"
         return ""
 
     def submit(self, request: Request) -> Ticket:
@@ -155,7 +174,7 @@ class Engine:
             assert not self._waiting and not any(self._held)
             programs, nobody = self._programs, np.zeros(self.rows, bool)
             given = None if self._marker is None else nobody
-            asked = asked_of(Request(np.zeros(1, np.int32), 1).how, 0, 0, 0, None)
+            asked = asked_of(Request(np.zeros(1, np.int32), 1), 0)
             for size in sorted({SHORT, self._piece}):
                 marks = None if self._marker is None else np.zeros(size, bool)
                 self._slots, _ = programs.read(
@@ -251,17 +270,40 @@ class Engine:
             self._end(ticket, why)
 
     def _admit(self) -> None:
+        if self._quantum and self._waiting and None not in self._held:
+            self._preempt()
         with self._changed:
             for r in range(self.rows):
                 if self._held[r] is None and self._waiting:
                     ticket = self._waiting.popleft()
                     made = np.array(ticket.made, np.int32)
-                    self._held[r] = Row(ticket, np.concatenate([np.asarray(ticket.request.prompt, np.int32), made]))
+                    tokens = np.concatenate([np.asarray(ticket.request.prompt, np.int32), made])
+                    self._held[r] = Row(ticket, tokens, since=len(made))
+
+    def _preempt(self) -> None:
+        """Takes the row of the sequence that has made most tokens in it, if these are as many as it may."""
+
+        def spent(row: Row | None) -> int:
+            return -1 if row is None or row.reading else len(row.ticket.made) - row.since
+
+        if max(map(spent, self._held)) < self._quantum:
+            return
+        while self._unread:  # what it makes meanwhile is its own
+            self._settle(*self._unread.popleft())
+        with self._changed:
+            r = max(range(self.rows), key=lambda r: spent(self._held[r]))
+            row = self._held[r]
+            if row is not None and spent(row) >= self._quantum:
+                self._held[r] = None
+                self._waiting.append(row.ticket)
+                self._figures["preempted"] += 1
 
     def _launch(self) -> bool:
         """A piece of a prompt, or a pass or a turn of other rows; whether there was anything that need not wait."""
         reading = [row for row in self._held if row is not None and row.reading]
-        chosen = None if reading and self._turned else self._next()
+        others = sum(row is not None for row in self._held) - len(reading)
+        first = self._turned or len(reading) > others
+        chosen = None if reading and first else self._next()
         if chosen is None and reading:
             chosen = Launch("read", 1)
         if chosen is None:
@@ -296,7 +338,13 @@ class Engine:
 
     def _read(self, row: Row) -> Told:
         r = next(r for r, own in enumerate(self._held) if own is row)
-        request, first = row.ticket.request, row.read == 0
+        request = row.ticket.request
+        if row.read == 0 and self._store is not None and (found := self._prefixes.find(row.tokens)):
+            place, row.read = found
+            self._slots = self._programs.fetch(self._slots, self._store, r, place)
+            self._count(prefix_tokens=row.read)
+            self._skipped(row)
+        first = row.read == 0
         count = min(len(row.tokens) - row.read, self._piece)
         size = SHORT if count <= SHORT else self._piece
         tokens = np.zeros(size, np.int32)
@@ -308,14 +356,22 @@ class Engine:
             self._markers[row.ticket] = marker
             given = np.array([i < count and marker.push(int(token)) for i, token in enumerate(tokens)])
         row.read += count
-        number = len(row.ticket.made)
-        asked = asked_of(request.how, request.seed, number, request.tokens - number - 1, request.end)
+        asked = asked_of(request, len(row.ticket.made))
         self._slots, told = self._programs.read(
             self._slots, r, tokens, valid, first=first, last=not row.reading, asked=asked, given=given,
             most=LIKELIEST if request.likeliest else 0,
         )  # fmt: skip
         self._count(prompt_tokens=count)
+        if self._store is not None and (keep := self._prefixes.keep(row.tokens, row.read)) is not None:
+            self._store = self._programs.put_away(self._store, self._slots, r, keep)
         return told
+
+    def _skipped(self, row: Row) -> None:
+        """Has the marker of a row hear tokens that need not be read."""
+        if self._marker is not None:
+            marker = self._markers[row.ticket] = self._marker()
+            for token in row.tokens[: row.read]:
+                marker.push(int(token))
 
     def _go_on(self, launch: Launch) -> Told:
         """A pass or a turn of rows that generate."""
@@ -338,8 +394,8 @@ class Engine:
             return None
         given = np.zeros(self.rows, bool)
         for r, row in enumerate(self._held):
-            if row is not None and row.last is not None and not row.reading:
-                given[r] = self._markers[row.ticket].push(row.last.token)
+            if row is not None and row.ticket.last is not None and not row.reading:
+                given[r] = self._markers[row.ticket].push(row.ticket.last.token)
         return given
 
     def _settle(self, launch: Launch, told: Told, held: list[Row | None]) -> None:
@@ -350,25 +406,39 @@ class Engine:
             self._count(rows_computed=int(told.valid.sum()))
         if told.drawn is None:
             return
-        for i in np.flatnonzero(told.valid):
-            row = held[told.rows[i]]
+        if told.valid.ndim == 1:
+            told = jax.tree.map(lambda a: a[None], told)
+        for i in np.argwhere(told.valid):
+            row = held[told.rows[tuple(i)]]
             if row is not None and row.ticket.reason is None:
-                self._made(row, told, int(i))
+                self._made(row, told, tuple(i))
         self._measure(self._figures["tokens"] - before)
 
-    def _made(self, row: Row, told: Told, i: int) -> None:
-        """A token of a row, number i of those that a launch tells."""
-        drawn, k = told.drawn, row.ticket.request.likeliest
-        if row.last is not None:
-            depth, begins = int(told.depth[i]), tuple(bool(b) for b in told.begins[:, i])
-            self._hand_out(row.ticket, row.last._replace(depth=depth, begins=begins))
+    def _made(self, row: Row, told: Told, i: tuple[int, int]) -> None:
+        """A token of a row, that at [i] of those that a launch tells."""
+        drawn, ticket = told.drawn, row.ticket
+        request, k = ticket.request, ticket.request.likeliest
+        if ticket.last is not None:
+            depth, begins = int(told.depth[i]), tuple(bool(b) for b in told.begins[i[0], :, i[1]])
+            flops = self._flops(ticket, depth, begins)
+            self._hand_out(ticket, ticket.last._replace(depth=depth, begins=begins, flops=flops))
             self._count(passes=depth)
-        likeliest = tuple(zip(drawn.ids[i, :k].tolist(), drawn.logs[i, :k].tolist(), strict=True))
-        row.last = Made(int(drawn.token[i]), float(drawn.logprob[i]), likeliest)
-        row.ticket.made.append(row.last.token)
+        likeliest = tuple(zip(drawn.ids[i][:k].tolist(), drawn.logs[i][:k].tolist(), strict=True))
+        ticket.last = Made(int(drawn.token[i]), float(drawn.logprob[i]), likeliest)
+        ticket.made.append(ticket.last.token)
         if drawn.ended[i]:
-            self._hand_out(row.ticket, row.last)
-            self._release(row, "end" if row.last.token == row.ticket.request.end else "length")
+            self._hand_out(ticket, ticket.last)
+            self._release(row, "end" if ticket.last.token == request.end else "length")
+
+    def _flops(self, ticket: Ticket, depth: int, begins: tuple[bool, ...]) -> float:
+        """What the last token of a row cost when it was read."""
+        place = len(ticket.request.prompt) + len(ticket.made) - 1
+        if not ticket.chunks:  # those of the prompt are not counted one by one: as many as usual
+            ticket.chunks = self._costs.usual(place)
+        begun = sum(begins)
+        flops = self._costs.token(depth, [place, *ticket.chunks[:begun]])
+        ticket.chunks = [n + (s < begun) for s, n in enumerate(ticket.chunks)]
+        return flops
 
     def _measure(self, tokens: int) -> None:
         """The rate of the last few seconds, after so many tokens more."""

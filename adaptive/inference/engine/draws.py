@@ -34,7 +34,7 @@ def rules_of(how: Drawing) -> Rules:
 
 def draw_rows(logits: jax.Array, seeds: jax.Array, numbers: jax.Array, how: Rules, seen: jax.Array) -> jax.Array:
     """i32[rows]: token number `numbers` i32[rows] of each row, as `drawing.draw` draws it by the key of its seed
-    u32[rows] and its number.
+    and stream u32[rows, 2] and its number.
 
     logits f32[rows, vocab]; seen bool[rows, vocab]: tokens that each row has
     """
@@ -49,10 +49,10 @@ def draw_rows(logits: jax.Array, seeds: jax.Array, numbers: jax.Array, how: Rule
 
 
 def keys(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Keys [rows] of the tokens of these numbers: those of `Sampler` for a single prompt."""
+    """Keys [rows] of the tokens of these numbers: those of `Sampler` for the prompt of this number."""
 
     def one(seed: jax.Array, number: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), 0)
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), number), seed[1])
 
     return jax.vmap(one)(seeds, numbers)
 

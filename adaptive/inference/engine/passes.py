@@ -74,7 +74,7 @@ class Picked(Programs):
         item = jax.tree.map(lambda a: a[rows], slots.item)
         item, goes, cache = Steps(model).once(r, item, slots.cache, rows, exists)
         if replay is not None:
-            place = (slots.seed[rows] + slots.number[rows].astype(jnp.uint32)) % len(replay)
+            place = (slots.seed[rows, 0] + slots.number[rows].astype(jnp.uint32)) % len(replay)
             goes = r + 1 < replay[place]
         phase = jnp.where(goes, CORE, DONE)
         return moved(slots._replace(cache=cache), rows, exists, item=item, passes=r + 1, phase=phase)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adaptive.inference.drawing import Drawing
 from adaptive.inference.engine.draws import Rules, draw_rows, rules_of, usual
+from adaptive.inference.requests import Request
 from adaptive.layers.state import put, take
 from adaptive.routing.stages import at_bytes
 from kernels_pallas.choice import here
@@ -32,7 +32,7 @@ class Slots(NamedTuple):
     number  i32[rows]          its number among those made
     left    i32[rows]          tokens that may follow it
     end     i32[rows]          the token that ends the row; -1: none does
-    seed    u32[rows]
+    seed    u32[rows, 2]       and stream
     how     of each row
     seen    bool[rows, vocab]  tokens that the row has
     """
@@ -87,7 +87,7 @@ class Drawn(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What a launch did.
+    """What a launch did. Where it can draw several tokens of a row, all but `waiting` have an axis for them before.
 
     waiting  i32[2]           rows in the phases CORE and DONE behind it
     rows     i32[n]           for which it drew tokens
@@ -105,6 +105,13 @@ class Told(NamedTuple):
     drawn: Any
 
 
+class Store(NamedTuple):
+    """What was read of prompts: the state [layers, places, ...], and the tokens that were seen bool[places, vocab]."""
+
+    cache: Any
+    seen: jax.Array
+
+
 class Programs:
     """Compiled programs over `rows` rows with room for `room` tokens each, which compute all rows at once.
 
@@ -113,6 +120,7 @@ class Programs:
     """
 
     passes = 0  # that a token takes one at a time
+    draws = 1  # tokens of a row that a turn draws at most
 
     def __init__(self, graphdef: nnx.GraphDef, state: Any, *, rows: int, room: int, vocab: int | None, group: int = 0):
         self._graphdef, self._state, self._vocab = graphdef, state, vocab
@@ -123,6 +131,8 @@ class Programs:
         self._options = {"rows": group} if group else {}
         self._empty = jax.jit(here_(self._make))
         self._reads = jax.jit(here_(self._read), static_argnames=("most",), donate_argnames=("slots",))
+        self._put_away = jax.jit(_stored, donate_argnames=("store",))
+        self._fetch = jax.jit(_fetched, donate_argnames=("slots",))
         self._turns = jax.jit(here_(self._turn), static_argnames=("count", "most"), donate_argnames=("slots",))
 
     def empty(self) -> Slots:
@@ -152,7 +162,23 @@ class Programs:
         """All passes that `count` rows, or fewer, have before them, and their turn."""
         raise NotImplementedError
 
+    def store(self, places: int) -> "Store":
+        """Room for the states of so many beginnings of prompts."""
+        return jax.jit(here_(self._make_store), static_argnums=1)(self._state, places)
+
+    def put_away(self, store: "Store", slots: Slots, row: int, place: int) -> "Store":
+        """The store with what a row has read so far at a place."""
+        return self._put_away(slots.cache, slots.seen, np.int32(row), np.int32(place), store=store)
+
+    def fetch(self, slots: Slots, store: "Store", row: int, place: int) -> Slots:
+        """The slots with a row that has read what is at a place, and has no token."""
+        return self._fetch(store, np.int32(row), np.int32(place), slots=slots)
+
     # Compiled
+
+    def _make_store(self, state: Any, places: int) -> "Store":
+        model = nnx.merge(self._graphdef, state)
+        return Store(model.init_cache(places, self.room), jnp.zeros((places, model.head_weight().shape[0]), bool))
 
     def _make(self, state: Any) -> Slots:
         model, rows = nnx.merge(self._graphdef, state), self.rows
@@ -167,7 +193,7 @@ class Programs:
             number=zeros,
             left=zeros,
             end=zeros - 1,
-            seed=jnp.zeros(rows, jnp.uint32),
+            seed=jnp.zeros((rows, 2), jnp.uint32),
             how=usual(rows),
             seen=jnp.zeros((rows, model.head_weight().shape[0]), bool),
         )
@@ -230,13 +256,17 @@ class Programs:
         return slots, Told(waiting(slots), rows, exists, *told, drawn)
 
     def _drawn(self, logits: Any, asked: Asked, seen: Any, most: int) -> Drawn:
-        if self._vocab is not None:
-            logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab, logits, -jnp.inf)
+        logits = self._allowed(logits)
         token = draw_rows(logits, asked.seed, asked.number, asked.how, seen)
         logs = jax.nn.log_softmax(logits.astype(jnp.float32))
         values, ids = jax.lax.top_k(logs, min(most, logs.shape[-1]))
         own = jnp.take_along_axis(logs, token[:, None], -1)[:, 0]
         return Drawn(token, own, ids, values, (asked.left <= 0) | (token == asked.end))
+
+    def _allowed(self, logits: jax.Array) -> jax.Array:
+        if self._vocab is None:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self._vocab, logits, -jnp.inf)
 
 
 def moved(slots: Slots, rows: jax.Array, which: jax.Array, **fields: Any) -> Slots:
@@ -248,6 +278,17 @@ def moved(slots: Slots, rows: jax.Array, which: jax.Array, **fields: Any) -> Slo
         return old.at[rows].set(jnp.where(mask, new, old[rows]), unique_indices=True)
 
     return slots._replace(**{name: jax.tree.map(one, getattr(slots, name), new) for name, new in fields.items()})
+
+
+def _stored(cache: Any, seen: jax.Array, row: jax.Array, place: jax.Array, *, store: Store) -> Store:
+    cache = put(store.cache, place[None], take(cache, row[None]))
+    return Store(cache, store.seen.at[place].set(seen[row]))
+
+
+def _fetched(store: Store, row: jax.Array, place: jax.Array, *, slots: Slots) -> Slots:
+    cache = put(slots.cache, row[None], take(store.cache, place[None]))
+    phase = slots.phase.at[row].set(EMPTY)
+    return slots._replace(cache=cache, phase=phase, seen=slots.seen.at[row].set(store.seen[place]))
 
 
 def picked(slots: Slots, phase: int | None, count: int) -> tuple[jax.Array, jax.Array]:
@@ -270,9 +311,16 @@ def waiting(slots: Slots) -> jax.Array:
     return jnp.stack([(slots.phase == phase).sum(dtype=jnp.int32) for phase in (CORE, DONE)])
 
 
-def asked_of(how: Drawing, seed: int, number: int, left: int, end: int | None) -> Asked:
-    """What a row is to do, as numpy scalars, which a program takes without being compiled anew."""
-    return Asked(np.int32(number), np.int32(left), np.int32(-1 if end is None else end), np.uint32(seed), rules_of(how))
+def asked_of(request: Request, number: int) -> Asked:
+    """What a row is to do from token `number` on, as numpy scalars: nothing is compiled anew for them."""
+    end = -1 if request.end is None else request.end
+    return Asked(
+        number=np.int32(number),
+        left=np.int32(request.tokens - number - 1),
+        end=np.int32(end),
+        seed=np.array([request.seed, request.stream], np.uint32),
+        how=rules_of(request.how),
+    )
 
 
 def boundaries(trace: Any, shape: tuple[int, ...]) -> jax.Array:

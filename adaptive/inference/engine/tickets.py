@@ -18,6 +18,8 @@ class Ticket:
 
     number  tells those apart that came before it
     made    tokens so far
+    last    the token that was drawn last; it is handed out when it has been read, or is the last one
+    chunks  how many chunks of each stage have begun, of an H-Net
     begin   when it was taken on, and `times` when its tokens were handed out, by `time.perf_counter`
     """
 
@@ -25,6 +27,8 @@ class Ticket:
         self.request, self._wake, self.number = request, wake, next(_NUMBERS)
         self.deadline = None if request.seconds is None else time.monotonic() + request.seconds
         self.made: list[int] = []
+        self.last: Made | None = None
+        self.chunks: list[int] = []
         self.begin, self.times = time.perf_counter(), list[float]()
         self._come: queue.SimpleQueue[Made | BaseException | None] = queue.SimpleQueue()
         self._reason: Reason | None = None
@@ -70,13 +74,13 @@ class Row:
 
     tokens   i32[n] to read before the next is drawn: the prompt, and what had been made before it lost another row
     read     of them read, or being read
-    last     the token that was drawn last; it is handed out when it has been read, or is the last one
+    since    how many tokens had been made when it got the row
     """
 
     ticket: Ticket
     tokens: np.ndarray
     read: int = 0
-    last: Made | None = None
+    since: int = 0
 
     @property
     def reading(self) -> bool:
