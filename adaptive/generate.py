@@ -255,7 +255,8 @@ def drafted(given: argparse.Namespace, trained: "Trained", ids: Sequence["np.nda
 def drawing_of(given: argparse.Namespace) -> "Drawing":
     from adaptive.inference.drawing import Drawing
 
-    return Drawing(given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
+    temperature = 0.8 if given.temperature is None else given.temperature
+    return Drawing(temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
 
 
 def continued(
@@ -291,13 +292,7 @@ def sampler_of(given: argparse.Namespace, trained: "Trained", texts: int) -> "Sa
     return Sampler(
         trained.graphdef,
         trained.state,
-        how=Drawing(
-            0.8 if given.temperature is None else given.temperature,
-            given.top_k,
-            given.top_p,
-            given.min_p,
-            given.repetition_penalty,
-        ),
+        how=drawing_of(given),
         vocab=trained.tokenizer.vocab_size,
         end=None if given.ignore_end else trained.tokenizer.eos_id,
         rows=rows_at_once(stages, texts) if given.rows is None else given.rows,
