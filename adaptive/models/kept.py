@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive.layers.keys_values import ByHead, KeyValues
-from adaptive.layers.state import State, layers, with_layers
+from adaptive.layers.state import State, Within, layers, with_layers
 from adaptive.layers.where import Where
 from adaptive.models.policies import Policy
 
@@ -47,20 +47,32 @@ def empty(policy: Policy, recursive: Any, make: Callable[[int, int], State], row
     return Apart(tuple(Slots(make(rows, n), none, none) for n in own))
 
 
-def at(state: State, cache: Any, caches: int) -> Any:
-    """What stands in one of so many caches."""
+def at(state: State, cache: Any, caches: int, *, where_it_stands: bool = False) -> Any:
+    """What stands in one of so many caches, or where it stands among the others, so that writing moves nothing else."""
     if isinstance(state, Apart):
         return state.passes[cache]
-    return tuple(None if own is None else layers(own, cache * n, n) for own in state for n in [_count(own) // caches])
+
+    def one(own: Any) -> Any:
+        if own is None:
+            return None
+        n = _count(own) // caches
+        first = jnp.asarray(cache * n, jnp.int32)
+        return Within(own, first) if where_it_stands else layers(own, first, n)
+
+    return tuple(one(own) for own in state)
 
 
 def put(state: State, cache: Any, new: Any) -> State:
     """The state with one cache replaced."""
     if isinstance(state, Apart):
         return Apart((*state.passes[:cache], new, *state.passes[cache + 1 :]))
-    return tuple(
-        None if own is None else with_layers(old, cache * _count(own), own) for old, own in zip(state, new, strict=True)
-    )
+
+    def one(old: Any, own: Any) -> Any:
+        if own is None:
+            return None
+        return own.whole if isinstance(own, Within) else with_layers(old, cache * _count(own), own)
+
+    return tuple(one(old, own) for old, own in zip(state, new, strict=True))
 
 
 class Filling(NamedTuple):

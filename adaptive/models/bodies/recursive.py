@@ -394,12 +394,14 @@ class _Core:
             )
             state = kept.put(state, cache, renewed)
         needed = where.scattered and not (isinstance(r, int) and r == 0)
+        # Rows that are picked out move anyway, and patterns of several blocks would be written out.
+        in_place = len(self._stack.blocks) == 1 and not (needed and call.rows)
         (x, previous), state, told = where_needed(
             through,
             (x, self._stack.first_previous(x, call)),
             where,
             state,
-            lambda state: kept.at(state, cache, caches),
+            lambda state: kept.at(state, cache, caches, where_it_stands=in_place),
             lambda state, own: kept.put(state, cache, own) if keeps else state,
             rows=call.rows if needed else 0,
             skips=needed,
