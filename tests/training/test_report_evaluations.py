@@ -18,6 +18,8 @@ TOLD = {
     "difference": {"wiki<b>": {"loss": 0.25, "loss_interval": [0.2, 0.3]}},
     "depths": {"trained": 3, "says": "falling by 0.5000 nats",
                "points": [{"passes": 1, "loss": 3.0}, {"passes": 2, "loss": 2.5}]},
+    "caches": {"points": [{"cache": "last", "exact": False, "bytes_per_token": 1548.0, "loss": 2.875,
+                           "loss_interval": None, "difference": {"loss": 0.125, "loss_interval": [0.1, 0.2]}}]},
     "tasks": {"piqa": {"kind": "multiple_choice", "items": 9, "shots": 1, "accuracy": 0.75, "accuracy_interval": None,
                        "centred": 0.5, "centred_interval": [0.1, 0.9]}},
     "tasks_mean": {"core": False, "centred": 0.5},
@@ -36,6 +38,7 @@ def test_evaluations_are_on_the_page(tmp_path):
     page = write_report(run).read_text()
     for text in ("final: step 7", "wiki&lt;b&gt;", "2.5000 [2.400, 2.600]",
                  "causal selection costs +0.2500 [+0.2000, +0.3000]",
+                 "inexact", "1,548", "+0.1250 [+0.1000, +0.2000]",
                  "falling by 0.5000 nats; trained with 3", "mean of sets", "piqa", "0.5000 [0.100, 0.900]",
                  "cut.json is no evaluation that can be read"):  # fmt: skip
         assert text in page, text
