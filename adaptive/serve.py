@@ -44,6 +44,8 @@ def options() -> command.Options:
         help="sequences that may wait for a row; more are answered 429 (default 256)")  # fmt: skip
     add("--cache", default="", metavar="POLICY",
         help="what a recursion keeps of its passes, as of adaptive generate (default: the recipe)")  # fmt: skip
+    add("--prefixes", type=number(int, least=0, most=1_000_000), default=0,
+        help="beginnings of prompts whose state is kept for prompts that begin alike (default 0)")  # fmt: skip
     add("--timeout", type=number(float, least=0.1, most=1e6), default=600.0,
         help="seconds in which a request must be done, waiting included (default 600)")  # fmt: skip
     add("words", nargs="*", help=argparse.SUPPRESS)
@@ -91,7 +93,10 @@ def serve(given: argparse.Namespace) -> int:
     length = given.context or found.recipe.data.seq_len
     aim = found.recipe.objective
     kind = FillingEngine if aim.denoising() is not None and aim.refuse_generation() else Engine
-    with kind.of(trained, rows=given.rows, length=length, queue=given.queue) as engine:
+    if given.prefixes and kind is FillingEngine:
+        raise UserError(f"--prefixes is for models that write from left to right, and {found.recipe.name} does not")
+    prefixes = {"prefixes": given.prefixes} if given.prefixes else {}
+    with kind.of(trained, rows=given.rows, length=length, queue=given.queue, **prefixes) as engine:
         served = served_by(engine, trained, engine.length, given.timeout)
         if isinstance(engine, Engine):
             engine.warm()

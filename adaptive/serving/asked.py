@@ -1,7 +1,6 @@
 """What a request asks for, read from its fields; everything that cannot be is refused."""
 
 import dataclasses
-import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,8 @@ MOST_LIKELIEST = 20
 MOST_STOPS = 16
 COMPLETION_TOKENS = 16  # without max_tokens, as OpenAI's documents say
 ANY_SEED = 2**63
-SEEDS = 2**31
+SEEDS = 2**32
+MOST = 2**31 - 1  # that a whole number of the engine can be
 LARGEST = 1e4  # of a penalty, and its inverse: far beyond use, and no logit overflows
 COLDEST = 1e-4  # lower temperatures but 0 would overflow
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -67,7 +67,7 @@ def completion(fields: Fields, served: Served) -> Asked:
     if fields.any("best_of") not in (None, fields.any("n") or 1):
         raise fields.wrong("best_of", "must be n, or absent: nothing is computed that is not answered")
     fields.only("suffix", [""], "these models write from left to right alone: leave it out")
-    tokens = fields.integer("max_tokens", COMPLETION_TOKENS, least=1, most=SEEDS)
+    tokens = fields.integer("max_tokens", COMPLETION_TOKENS, least=1, most=MOST)
     echoed = tuple(served.tokenizer.decode(ids) for ids in prompts) if echo else ()
     return _asked(fields, served, prompts, tokens, max(0, likeliest), (), echoed=echoed, logprobs=likeliest >= 0)
 
@@ -89,8 +89,8 @@ def chat(fields: Fields, served: Served) -> Asked:
     likeliest = fields.integer("top_logprobs", 0, least=0, most=MOST_LIKELIEST)
     if likeliest and not told:
         raise fields.wrong("top_logprobs", "needs logprobs=true")
-    older = fields.integer("max_tokens", 0, least=1, most=SEEDS)
-    tokens = fields.integer("max_completion_tokens", older, least=1, most=SEEDS)
+    older = fields.integer("max_tokens", 0, least=1, most=MOST)
+    tokens = fields.integer("max_completion_tokens", older, least=1, most=MOST)
     return _asked(fields, served, [ids], tokens, likeliest, served.chat.stops, echoed=(), logprobs=told)
 
 
@@ -124,21 +124,10 @@ def _asked(
     for ids in prompts:
         room = _room(ids, tokens, served)
         for number in range(choices):
-            requests.append(
-                Request(
-                    ids, room, how, seed=seed_of(seed, number), end=end, likeliest=likeliest, seconds=served.seconds
-                )
-            )
+            requests.append(Request(ids, room, how, seed % SEEDS, number, end, likeliest, served.seconds))
         if why := served.engine.refuse(requests[-1]):
             raise Refused(400, why, code="refused")
     return Asked(tuple(prompts), tuple(requests), choices, echoed, stops, logprobs, details, stream, usage)
-
-
-def seed_of(seed: int, number: int) -> int:
-    """Of a choice, below 2^31; of the first the seed itself where that is one."""
-    if not number and 0 <= seed < SEEDS:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4]) % SEEDS
 
 
 def _check_model(fields: Fields, served: Served) -> None:
@@ -159,7 +148,7 @@ def _drawing(fields: Fields) -> Drawing:
         raise fields.wrong("temperature", f"must be 0, which takes the likeliest token, or {COLDEST:g} and more")
     return Drawing(
         temperature,
-        fields.integer("top_k", 0, least=0, most=SEEDS - 1),
+        fields.integer("top_k", 0, least=0, most=MOST),
         fields.real("top_p", 1.0, least=0, most=1, above=0),
         fields.real("min_p", 0.0, least=0, most=1),
         fields.real("repetition_penalty", 1.0, least=1 / LARGEST, most=LARGEST),

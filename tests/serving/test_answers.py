@@ -5,7 +5,6 @@ import pytest
 from serving_cases import Client, Engine
 
 from adaptive.serving.answers import LEAST
-from adaptive.serving.asked import seed_of
 
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -44,8 +43,7 @@ def test_several_prompts_and_choices(client):
         (0, "a word"), (1, "a word"), (2, "bc word"), (3, "bc word"),
     ]  # fmt: skip
     assert answer["usage"]["prompt_tokens"] == 3 and answer["usage"]["completion_tokens"] == 24
-    seeds = [ticket.request.seed for ticket in client.engine.taken]
-    assert seeds[0] == seeds[2] == 5 and seeds[1] == seeds[3] == seed_of(5, 1) != 5
+    assert [(t.request.seed, t.request.stream) for t in client.engine.taken] == [(5, 0), (5, 1)] * 2
     for prompt, ids in (([7, 8], [[7, 8]]), ([[1], [2, 3]], [[1], [2, 3]])):
         client.engine.taken.clear()
         client.json(TEXTS, {"prompt": prompt})
@@ -53,10 +51,13 @@ def test_several_prompts_and_choices(client):
     assert client.engine.taken[0].request.prompt.dtype == np.int32
 
 
-def test_seeds():
-    assert seed_of(0, 0) == 0 and seed_of(2**31 - 1, 0) == 2**31 - 1
-    others = {seed_of(seed, number) for seed in (-1, 2**40, 3) for number in (1, 2, 3)}
-    assert len(others) == 9 and all(0 <= seed < 2**31 for seed in others)
+def test_seeds(client):
+    for seed in (7, -1, 2**40 + 3, None):
+        client.json(TEXTS, {"prompt": "The", "seed": seed})
+    assert [ticket.request.seed for ticket in client.engine.taken[:3]] == [7, 2**32 - 1, 3]
+    client.json(TEXTS, {"prompt": "The"})
+    drawn = {ticket.request.seed for ticket in client.engine.taken[3:]}
+    assert len(drawn) == 2 and all(0 <= seed < 2**32 for seed in drawn)
 
 
 def test_drawing(client):
