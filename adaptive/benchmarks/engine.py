@@ -158,7 +158,7 @@ def measured(given: argparse.Namespace, progress: Callable[[str], None]) -> dict
     try:
         for way in ways:
             progress(f"{way.name}: compiling")
-            way.engine.warm()
+            way.engine.warm(likeliest=False)
         for repeat in range(given.repeats):
             progress(f"launches, {repeat + 1} of {given.repeats}")
             launches.measure()

@@ -168,25 +168,25 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
-    def warm(self) -> None:
-        """Compiles all programs, before the first request comes."""
+    def warm(self, *, likeliest: bool = True) -> None:
+        """Compiles all programs, before the first request comes. likeliest: those too that tell likely tokens."""
         with self._changed:
             assert not self._waiting and not any(self._held)
             programs, nobody = self._programs, np.zeros(self.rows, bool)
             given = None if self._marker is None else nobody
             asked = asked_of(Request(np.zeros(1, np.int32), 1), 0)
-            for size in sorted({SHORT, self._piece}):
-                marks = None if self._marker is None else np.zeros(size, bool)
-                self._slots, _ = programs.read(
-                    self._slots, 0, np.zeros(size, np.int32), np.arange(size) < 1, first=True, last=True, asked=asked,
-                    given=marks, most=0,
-                )  # fmt: skip
             for count in programs.batches:
                 self._slots, _ = programs.once(self._slots, nobody, count)
-            for count in programs.turns:
-                self._slots, _ = programs.turn(self._slots, nobody, given, count, 0)
-            for count in programs.tokens:
-                self._slots, _ = programs.token(self._slots, nobody, count, 0)
+            for most in (0, LIKELIEST) if likeliest else (0,):
+                for size in sorted({SHORT, self._piece}):
+                    self._slots, _ = programs.read(
+                        self._slots, 0, np.zeros(size, np.int32), np.arange(size) < 1, first=True, last=True,
+                        asked=asked, given=None if given is None else np.zeros(size, bool), most=most,
+                    )  # fmt: skip
+                for count in programs.turns:
+                    self._slots, _ = programs.turn(self._slots, nobody, given, count, most)
+                for count in programs.tokens:
+                    self._slots, _ = programs.token(self._slots, nobody, count, most)
             jax.block_until_ready(self._slots)
 
     def figures(self) -> dict[str, float]:
