@@ -31,7 +31,6 @@ from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import token_choice
 from adaptive.models.bodies import plain
 from adaptive.models.depth import expert_choice
-from adaptive.models.depth import token_choice as depth_token_choice
 
 pytestmark = pytest.mark.compiles
 
@@ -55,17 +54,15 @@ def recursive(**settings):
 
 
 PLAIN = hnet(capacities=(0.5,))
-LOSS_FREE = depth_token_choice.Settings(balancing="loss_free")
 RATIO = dynamic.Settings(target=3.0, ratio_coefficient=0.5)
 MODELS = {
     "one stage": PLAIN,
     "device": hnet(TWO_STAGES, widths=(16, 16, 24), chunker=RATIO, merge="sum", packing="device"),
     "mor": hnet(("m1", recursive(depth=expert_choice.Settings(alpha=1.0)), "m1"), capacities=(0.6,)),
-    "mor_token": hnet(("t1", recursive(depth=LOSS_FREE), "m1")),
     "experts": hnet(("m1", plain.Settings(routed()), "m1")),
 }
 CASES = [
-    ("one stage", REPLICAS), ("one stage", MIXED), ("device", CONTEXT), ("mor", CONTEXT), ("mor_token", CONTEXT),
+    ("one stage", REPLICAS), ("one stage", MIXED), ("device", CONTEXT), ("mor", CONTEXT),
     ("experts", CONTEXT_EXPERT),
 ]  # fmt: skip
 
