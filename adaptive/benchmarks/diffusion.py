@@ -121,6 +121,8 @@ def main(arguments: Sequence[str]) -> int:
     made.add_argument("--longest", type=number(int, least=64), default=LENGTHS[-1], help="length of the longest rows")
     made.add_argument("--batch", type=number(int, least=1), action="append", help="default: 1, 4 and 16")
     made.add_argument("--workdir", default="", help="a run whose model continues texts in every way")
+    made.add_argument("--filter", default="", metavar="FILE", help="keeps the filter that is fitted to it: --policy "
+        "'learned(FILE)' of generate")  # fmt: skip
     made.add_argument("--texts", type=number(int, least=2), default=16, help="how many it continues (default 16)")
     made.add_argument("--tokens", type=number(int, least=1), default=64, help="behind each (default 64)")
     made.add_argument("--temperature", type=number(float, least=0), default=1.0, help="of all ways (default 1)")
@@ -152,7 +154,7 @@ def continued(given: argparse.Namespace, console: Console) -> int:
     trained = load_run(find(given.workdir))
     with console.status("") as status, tempfile.TemporaryDirectory() as folder:
         bench = denoised.Bench(trained, given.texts, given.tokens, given.temperature, status.update)
-        path = Path(folder) / "filter.npz"
+        path = Path(given.filter or f"{folder}/filter.npz")
         bench.fit_filter(path)
         found = [bench.written(way) for way in denoised.ways(bench.block, str(path), cached=bench.cached)]
         if not bench.block and given.temperature:

@@ -188,7 +188,7 @@ def guided(logits: jax.Array, plan: Plan) -> jax.Array:
 def chosen(logits: jax.Array, token: jax.Array) -> Proposal:
     """The tokens i32[rows, n] as proposals."""
     share = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), token[..., None], -1)[..., 0]
-    return Proposal(token, share)
+    return Proposal(token, jnp.where(jnp.isnan(share), 0.0, share))  # so that decoding ends whatever a model says
 
 
 @functools.partial(jax.jit, static_argnames="plan")

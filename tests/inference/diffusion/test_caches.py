@@ -1,5 +1,7 @@
 """Caches and policies against one plain loop, row by row, on a toy denoiser."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -258,3 +260,15 @@ def test_a_learned_filter_is_its_plain_loop(tmp_path):
     plan = Plan(MASK, LENGTH, 8, 4, policy=learned.Settings(str(tmp_path / "filter.npz"), 0.6))
     found = check(Decoder(Toy(), plan, dual.Settings()), [Naive(prompt, 4, pick, dual_of) for prompt in PROMPTS])
     assert (found.row_calls < LENGTH).all()
+
+
+def test_a_row_ends_at_its_end_token():
+    plan = Plan(MASK, LENGTH, 16, 8)
+    whole = Decoder(Toy(), plan)(PROMPTS)
+    end = int(whole.tokens[0, 6 + 5])
+    found = Decoder(Toy(), dataclasses.replace(plan, end=end))(PROMPTS)
+    for r in range(2):
+        answer = whole.tokens[r, 6:].tolist()
+        assert found.lengths[r] == 6 + (answer.index(end) + 1 if end in answer else LENGTH)
+        assert (found.tokens[r, : found.lengths[r]] == whole.tokens[r, : found.lengths[r]]).all()
+    assert found.row_calls[0] <= 8 < whole.row_calls[0]

@@ -145,6 +145,12 @@ def test_masks_in_the_prompt_are_written_by_the_plain_loops_rule():
     assert (ids == naive(prompt, 8, 4, 4, guidance=1.0)[1]).all()
 
 
+def test_it_ends_whatever_a_denoiser_says():
+    nothing = lambda tokens: np.full((*tokens.shape, VOCAB), np.nan, np.float32)  # noqa: E731
+    tokens, calls = decode(nothing, PROMPT, 16, mask_id=MASK, steps=16, block=8, threshold=0.6)
+    assert calls == 16 and tokens.shape == (3, 21)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

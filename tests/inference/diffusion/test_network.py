@@ -13,9 +13,10 @@ from adaptive.inference.diffusion.caches import block as blocks
 from adaptive.inference.diffusion.caches import delayed, dual, none
 from adaptive.inference.diffusion.decoder import Decoder
 from adaptive.inference.diffusion.loop import Plan
-from adaptive.inference.diffusion.network import Model, check_cache
+from adaptive.inference.diffusion.network import Model, check_cache, starved
 from adaptive.models.depth import expert_choice
 from adaptive.objectives import Denoising
+from adaptive.recipe import load
 
 pytestmark = pytest.mark.compiles
 
@@ -69,3 +70,11 @@ def test_what_a_model_cannot_do(model):
         decoder(model, Denoising(MASK, 3, False), blocks.Settings())
     with pytest.raises(UserError, match="cache dual computes some positions alone"):
         check_cache(shapes.mor(5, 3, expert_choice.Settings(), **SHAPE), dual.Settings())
+
+
+def test_experts_that_choose_among_few_positions():
+    settings = load("dlm_ec_tiny").model
+    assert "16 experts choose among the 2 positions of a call, and take 8 of each token rather than 4" in starved(
+        settings, 2
+    )
+    assert not starved(settings, 64) and not starved(SETTINGS, 2)

@@ -12,13 +12,18 @@ from test_generate import made
 
 from adaptive import generate
 from adaptive.errors import UserError
+from adaptive.inference.diffusion.batching import Engine
 from adaptive.inference.diffusion.caches import Cache, window
 from adaptive.inference.diffusion.decoder import Decoder
 from adaptive.inference.diffusion.filters import observed
 from adaptive.inference.diffusion.loop import Plan
 from adaptive.inference.diffusion.named import named
 from adaptive.inference.diffusion.policies import Policy, learned, threshold
+from adaptive.inference.diffusion.texts import Asked, decoder_of
+from adaptive.inference.drawing import Drawing
+from adaptive.inference.requests import Request
 from adaptive.recipe import Recipe
+from adaptive.runs.load import find, load
 
 pytestmark = pytest.mark.compiles
 
@@ -61,6 +66,18 @@ def test_texts_steps_and_records(run, filling):
     assert sorted(record["calls"]) == [call for call in range(4) for _ in range(4)]
     assert {number - 1 for number in numbers} <= set(record["calls"])
     assert len(record["logprobs"]) == 16 and max(record["logprobs"]) < 0
+
+
+def test_a_run_is_served_by_rows_that_come_and_go(filling):
+    trained = load(find(filling))
+    prompts = [np.frombuffer(text, np.uint8).astype(np.int32) for text in (b"A cat", b"Then")]
+    with Engine.of(trained, rows=2, length=16, block=8) as engine:
+        requests = [Request(prompt, 8, Drawing(temperature=0)) for prompt in prompts]
+        tickets = [engine.submit(request) for request in requests]
+        found = [[made.token for made in ticket] for ticket in tickets]
+    decoder = decoder_of(Asked(8, block=8, policy="threshold"), trained)
+    expected = decoder(prompts)
+    assert found == [expected.tokens[r, len(p) : len(p) + 8].tolist() for r, p in enumerate(prompts)]
 
 
 @pytest.mark.parametrize(
