@@ -2,8 +2,8 @@
 
 python -m adaptive.train --recipe dlm_tiny
 Numbers:  our own, for a CPU in minutes
-Expect:   not measured
-Cost:     not measured
+Expect:   held-out bits per byte at most 4.17 at step 200, 3.33 at the end (2026-11-30, one CPU device, jax 0.10.2)
+Cost:     19 TFLOPs; 7 min on two cores of an AMD EPYC that had other work as well
 """
 
 from adaptive.recipe import Recipe

@@ -14,6 +14,7 @@ import pytest
 from train_steps import compiled_step, packed_batch
 
 from adaptive.models.language_model import Settings
+from adaptive.objectives import Objective
 from adaptive.parallel.support import UNSUPPORTED, parts_of
 
 ROWS, SEQ, VOCAB = 8, 16, 64
@@ -30,9 +31,9 @@ COLLECTIVES = Path(__file__).with_name("parallel") / "collectives.json"
 RECORD = "ADAPTIVE_RECORD=1 ./scripts/test tests/parallel -k number_of_collectives"
 
 
-def stepped(model: Settings, mesh: Mesh) -> tuple[Any, Any, Any]:
+def stepped(model: Settings, mesh: Mesh, objective: Objective | None = None) -> tuple[Any, Any, Any]:
     """(metrics, gradient of every parameter, buffers) of one step."""
-    program = compiled_step(model, GRADIENT, mesh, ROWS, SEQ)
+    program = compiled_step(model, GRADIENT, mesh, ROWS, SEQ, objective=objective)
     state = program.state()
     before = jax.tree.map(np.array, state.params)
     after, metrics = program.run(state, packed_batch(ROWS, SEQ, VOCAB))

@@ -10,6 +10,7 @@ import optax
 
 from adaptive.data.batch import Batch
 from adaptive.models.language_model import Settings
+from adaptive.objectives import Objective
 from adaptive.parallel.config import MeshConfig
 from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, placement
@@ -50,13 +51,13 @@ class Program:
 @functools.cache
 def compiled_step(
     model: Settings, tx: optax.GradientTransformation, mesh: tuple[int, ...], rows: int, seq: int,
-    accumulation: int = 1,
+    accumulation: int = 1, objective: Objective | None = None,
 ) -> Program:  # fmt: skip
     """The train step of a model on a mesh of the first devices, for batches [rows, seq]."""
     devices = make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])
     build = _build(model)
     graphdef, _ = abstract_model(build)
-    step = make_train_step(graphdef, tx, accumulation=accumulation)
+    step = make_train_step(graphdef, tx, accumulation=accumulation, objective=objective)
     shardings = state_shardings(build, tx, devices, RULES)
     program = Program(build, tx, devices, shardings, None)
     with placement(devices, RULES):

@@ -18,8 +18,8 @@ and rows of evaluations hold step, tokens, flops, seconds and eval/loss, eval/bi
 eval/routing/NAME, eval/experts/NAME, eval/told/PATH/NAME, eval/keys_attended, eval/keys/PATH; a second way of
 selecting is named in between, as in eval/threshold/loss, and so is the running average of the parameters:
 eval/ema/loss. Where the loss is a bound over draws of noise, eval/draws, and eval/loss_error and
-eval/bits_per_byte_error, the standard errors of the means over these. Values are means over the steps since the row before, because a single step may be a transient. What is
-not finite is null.
+eval/bits_per_byte_error, the standard errors of the means over these. Values are means over the steps since the row
+before, because a single step may be a transient. What is not finite is null.
 
 Parts of the model tell what they did. PATH is a part's place in the model below its body, such as stack/blocks/0/mixer:
 

@@ -1,5 +1,6 @@
 """Every mesh computes what one device computes, with the collectives that were recorded."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -38,6 +39,7 @@ from adaptive.layers.feed_forwards import experts
 from adaptive.layers.moe.routers import expert_choice, token_choice
 from adaptive.models.depth import expert_choice as depth_expert_choice
 from adaptive.models.depth import token_choice as depth_token_choice
+from adaptive.objectives import block_diffusion, masked_diffusion
 from adaptive.parallel.config import AXES, MeshConfig
 from adaptive.parallel.mesh import batch_sharding, make_mesh
 from adaptive.parallel.rules import AxisRules, constrain, placement
@@ -87,6 +89,24 @@ def on_one_device(name: str):
 @pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
 def test_mesh_equals_one_device(name, mesh):
     assert_same_step(stepped(MODELS[name], mesh), on_one_device(name))
+
+
+FILLED = dataclasses.replace(expert_choice.Settings(), score="selected", decode="refuse")
+DIFFUSION = {
+    # Hidden tokens are alike but for their places, which experts that choose among them must see.
+    "experts": (
+        shapes.plain(1, feed_forward=routed(FILLED), positions=SEQ, **SHAPE),
+        masked_diffusion.Settings(mask_id=VOCAB - 1),
+    ),
+    "blocks": (MODELS["vanilla"], block_diffusion.Settings(mask_id=VOCAB - 1, block=3, draws="antithetic")),
+    "twice": (MODELS["vanilla"], masked_diffusion.Settings(mask_id=VOCAB - 1, complementary=True)),
+}
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("experts", MIXED_EXPERT), ("blocks", CONTEXT), ("twice", MIXED)], ids=str)
+def test_what_is_hidden_and_its_loss_are_those_of_one_device(name, mesh):
+    model, objective = DIFFUSION[name]
+    assert_same_step(stepped(model, mesh, objective), stepped(model, ONE, objective))
 
 
 def evaluated(name: str, mesh: tuple[int, ...], selection: str):
