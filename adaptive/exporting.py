@@ -23,6 +23,10 @@ def export_folder(
 
     check_kind(kind)
     found = find(workdir, step)
+    if reason := found.recipe.objective.refuse_generation():
+        raise UserError(
+            f"{found.recipe.name} cannot be exported, as others would have it predict next tokens: {reason}"
+        )
     settings = found.recipe.model.summed()
     plan = planned(settings, kind)
     api = hub() if repository else None

@@ -13,12 +13,16 @@ from adaptive.models.depth import expert_choice, token_choice
 from adaptive.models.depth.expert_choice import capacities
 from adaptive.recipe import Recipe, difference, list_recipes, load
 from adaptive.recipes import bases, hnet_bases
+from adaptive.routing.capacity_schedules import budget
 from adaptive.settings import nodes
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 MOR = ("vanilla", "recursive", "mor")
 PUBLISHED = [n for n in list_recipes() if not n.endswith(("_tiny", "_bench", "_uptrain")) and n.startswith(MOR)]
-BYTES = [n for n in list_recipes() if not n.endswith(("_tiny", "_bench")) and not n.startswith(MOR)]  # H-Net paper
+DIFFUSION = [n for n in list_recipes() if not n.endswith("_tiny") and n.startswith("dlm")]
+BYTES = [
+    n for n in list_recipes() if not n.endswith(("_tiny", "_bench")) and n not in DIFFUSION and not n.startswith(MOR)
+]
 
 TINY = [n for n in list_recipes() if n.endswith("_tiny")]
 COMPOSED = ("mor_mamba_tiny", "mor_hybrid_tiny", "mor_moe_per_pass_tiny", "hnet_moe_tiny", "hnet_hnet_mor_moe_tiny")
@@ -112,6 +116,14 @@ PAPER_GFLOPS = {
     "bpe_l": (0.42, ()),
 }
 
+# Parameters, experts, average per token, row, rows of a batch, and k at a hidden share of 0, 1/2 and 1 (EC-DLM)
+EC_DLM = {
+    "dlm_ec_owt": (4_923_213_312, 512, 20, 512, 256, (20, 20, 20)),
+    "dlm_ec_dynamic_owt": (4_923_213_312, 512, 20, 512, 256, (32, 20, 8)),
+    "dlm_ec_8b": (8_781_371_392, 64, 8, 2048, 288, (8, 8, 8)),
+    "dlm_ec_dynamic_8b": (8_781_371_392, 64, 8, 2048, 288, (14, 8, 2)),
+}
+
 # Rows whose printed token count the budget contradicts: tokens in billions that it buys
 CONTRADICTED = {"recursive2_1_7b": 20.0, "mor_1_7b_token": 27.0}
 
@@ -130,7 +142,9 @@ def test_recipe_loads_validates_and_round_trips(name):
     family = name.split("_")[0].rstrip("24")
     if family in ("vanilla", "recursive", "mor", "hnet"):
         assert recipe.model.body.family() == family
-    assert ("moe" in name) == bool(recipe.model.facts().experts)
+    named = "moe" in name or name.startswith(("dlm_ec", "dlm_tc"))
+    assert named == bool(recipe.model.facts().experts)
+    assert ("dlm" in name) == (recipe.objective.denoising() is not None)
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -145,6 +159,7 @@ def test_recipe_file_has_a_header_and_no_logic(name):
 def test_the_tables_cover_every_published_recipe():
     assert set(SHAPES) == set(PUBLISHED)
     assert set(HNETS) == set(BYTES)
+    assert set(EC_DLM) == set(DIFFUSION)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -235,6 +250,31 @@ def test_token_choice_is_the_papers_chosen_design():
     assert isinstance(depth, token_choice.Settings)
     chosen = (depth.activation, depth.alpha, depth.balancing, depth.balance_coefficient)
     assert chosen == ("softmax", 1.0, "loss", 0.1)
+
+
+# Diffusion
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_networks_of_ec_dlm_are_the_published_ones(name):
+    recipe, (total, experts, average, row, rows, taken) = load(name), EC_DLM[name]
+    (block,) = recipe.model.body.stack.blocks
+    moe, router = block.feed_forward, block.feed_forward.router
+    assert (parameters(recipe.model).total, moe.experts, router.experts_per_token) == (total, experts, average)
+    assert moe.shared_size == 2 * moe.expert_size and recipe.model.body.layers == 16
+    assert (recipe.data.seq_len, recipe.train.batch_size) == (row, rows)
+    ends = (router.k_min, router.k_max) if router.schedule != "static" else (average, average)
+    assert tuple(map(int, budget(router.schedule, [0.0, 0.5, 1.0], *ends))) == taken
+    assert recipe.objective.stable == name.endswith("_8b") and recipe.objective.mask_id == 50_277
+    o, s = recipe.optimizer, recipe.schedule
+    assert (o.learning_rate, o.beta1, o.beta2, o.weight_decay, o.clip_norm) == (2e-4, 0.9, 0.95, 0.1, 1.0)
+    assert (s.warmup_steps, s.floor) == (2000, 0.1) and round(s.decay_fraction * recipe.train.steps) == 1000
+
+
+def test_the_tiny_diffusion_models_cost_alike():
+    flops = [account(load(f"dlm{kind}_tiny").model, 256).forward_flops for kind in ("", "_tc", "_ec", "_ec_dynamic")]
+    assert flops == pytest.approx([flops[0]] * 4, rel=0.03)
 
 
 # Bytes

@@ -79,7 +79,8 @@ class Evaluator:
                 present = self._everywhere(batch.segment_ids) > 0
                 boundaries = [stage.mask for stage in out.stages]
                 ids = self._everywhere(batch.tokens)
-                counter.add(out.depth, out.scores, present, boundaries, ids, out.token_nll, out.experts)
+                nats = None if self._recipe.objective.noisy else out.token_nll  # those of tokens that follow
+                counter.add(out.depth, out.scores, present, boundaries, ids, nats, out.experts)
                 weights.append(int(present.sum()))
                 scalars.append(out.scalars)
                 parts.add(out.told)
@@ -106,10 +107,11 @@ class Evaluator:
                 yield draw, number, batch
 
     def passage(self, state: TrainState) -> tuple[TokenRecord, ...]:
-        """The beginning of the held-out text, each token's depth, loss and chunks under the first way of selecting."""
+        """The beginning of the held-out text, each token's depth, loss and chunks under the first way of selecting;
+        nothing where the objective has noise."""
         ids = np.asarray(self._data.validation_passage(self._recipe.data.seq_len + 1))
         seq = self._recipe.data.seq_len
-        if len(ids) < seq + 1:
+        if len(ids) < seq + 1 or self._recipe.objective.noisy:  # most losses of such are of tokens that are shown
             return ()
         rows = self._recipe.train.batch_size // self._shares
         ones = np.ones(seq, np.int32)

@@ -240,7 +240,7 @@ def make_eval_step(
             _routing(out),
             told_metrics({path: told.stats for path, told in trace.told.items() if told.stats}),
             at_bytes(trace.stages, batch.tokens.shape),
-            _strongest(trace.told, batch.tokens.shape),
+            _strongest(trace.told, inputs.tokens.shape, seq),
         )
 
     return eval_step
@@ -261,9 +261,11 @@ def told_metrics(parts: dict[str, Metrics]) -> Metrics:
     return out
 
 
-def _strongest(told: dict[str, Told], shape: tuple[int, ...]) -> dict[str, jax.Array]:
+def _strongest(told: dict[str, Told], shape: tuple[int, ...], seq: int) -> dict[str, jax.Array]:
+    """At the last `seq` positions, of parts that see as many positions as the model reads."""
     found = {path: one.per_token["strongest"] for path, one in told.items() if "strongest" in one.per_token}
-    return {path: a.reshape(-1, *shape).astype(jnp.int16) for path, a in found.items() if a.shape[-2:] == shape}
+    whole = {path: a.reshape(-1, *shape) for path, a in found.items() if a.shape[-2:] == shape}
+    return {path: a[..., -seq:].astype(jnp.int16) for path, a in whole.items()}
 
 
 def _routing(out: Output) -> Metrics:

@@ -30,6 +30,11 @@ def teacher_of(recipe: Recipe) -> Found | None:
     if not isinstance(aim, distillation.Settings):
         return None
     found = find(aim.teacher, option="objective.teacher")
+    if not found.recipe.objective.causal:
+        raise RecipeError(
+            f"objective.teacher={aim.teacher} was trained with objective={found.recipe.objective.kind()}, and a "
+            "teacher says what the next token is"
+        )
     theirs, ours = found.recipe.model.vocab_size, recipe.model.vocab_size
     if theirs != ours:
         raise RecipeError(f"objective.teacher={aim.teacher} predicts {theirs:,} tokens, and the model has {ours:,}")

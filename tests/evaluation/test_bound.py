@@ -9,7 +9,7 @@ import pytest
 from evaluation import small_runs
 from flax import nnx
 
-from adaptive import evaluate
+from adaptive import convert, evaluate
 from adaptive.errors import RecipeError
 from adaptive.evaluation import bound
 from adaptive.evaluation.sets import open_sets
@@ -93,6 +93,8 @@ def test_what_it_has_nothing_for_is_refused(run, capsys, tmp_path, monkeypatch):
     assert "objective=masked_diffusion" in capsys.readouterr().err
     assert denoising_of(trained.recipe).mask_id == 258
     assert "docs/diffusion.md" in trained.refuse_generation
+    assert convert.main(["--workdir", str(folder), "--export", str(tmp_path / "out")]) == 2
+    assert "cannot be exported" in capsys.readouterr().err
     monkeypatch.setenv("ADAPTIVE_CACHE", str(tmp_path / "cache"))
     causal = small_runs.made(tmp_path / "causal", small_runs.PLAIN)
     assert evaluate.main(["--checkpoint", str(tmp_path / "causal"), "--draws", "2"]) == 2

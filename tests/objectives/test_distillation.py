@@ -10,7 +10,7 @@ import shapes
 from train_steps import packed_batch
 
 from adaptive.errors import CheckpointError, RecipeError
-from adaptive.objectives import distillation, next_token
+from adaptive.objectives import distillation, masked_diffusion, next_token
 from adaptive.objectives.distillation import Taught, divergence, divergence_sum, expected
 from adaptive.recipe import Recipe
 from adaptive.training.teacher import teacher_of
@@ -81,7 +81,12 @@ def test_what_cannot_teach_is_refused(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match="there is no such folder"):
         teacher_of(taught)
     other = replace(recipe, model=replace(recipe.model, vocab_size=7), objective=next_token.Settings())
-    for found, wrong in ((other, "predicts 7 tokens"), (recipe.with_("data.tokenizer=hnet-bytes"), "needs the same")):
+    hiding = replace(recipe, objective=masked_diffusion.Settings())
+    for found, wrong in (
+        (other, "predicts 7 tokens"),
+        (hiding, "masked_diffusion, and a teacher"),
+        (recipe.with_("data.tokenizer=hnet-bytes"), "needs the same"),
+    ):
         named = type("Found", (), {"recipe": found})
         monkeypatch.setattr("adaptive.training.teacher.find", lambda *_, named=named, **__: named)
         with pytest.raises(RecipeError, match=wrong):
