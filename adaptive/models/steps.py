@@ -83,6 +83,7 @@ class Steps:
         body = self.body
         assert isinstance(body, Recursive)
         policy, where = body.settings.policy, self._where(cache, rows, exists)
+        r = jnp.minimum(r, body.settings.recursions - 1)  # of rows that have taken all, for which nothing is done
         first = jnp.broadcast_to(jnp.asarray(policy.cache(r), jnp.int32), r.shape)
         caches = policy.caches(body.settings.recursions)
         own = within(cache["body"]["core"], rows, first, caches, r == 0 if policy.first_alone else None)
