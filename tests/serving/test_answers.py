@@ -1,11 +1,14 @@
 """Answers to completions and chats: what OpenAI's clients read, whole and as it comes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from serving_cases import Client, Engine
 
 from adaptive.serving.answers import LEAST
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -167,4 +170,6 @@ def test_metrics(client):
     assert values["adaptive_engine_waiting"] == "0" and values["adaptive_engine_requests_total"] == "1"
     assert int(values["process_resident_memory_bytes"]) > 1e6
     kinds = dict(line.split(" ")[2:] for line in lines if line.startswith("# TYPE"))
+    page = PAGE.read_text()
+    assert not {name for name in kinds if f"`{name}" not in page and not name.startswith("adaptive_engine")}
     assert kinds["adaptive_engine_waiting"] == "gauge" and kinds["adaptive_engine_requests_total"] == "counter"
