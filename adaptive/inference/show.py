@@ -102,8 +102,8 @@ class Show:
         self._colour = terminal and "NO_COLOR" not in os.environ
         tokenizer, colour = trained.tokenizer, self._colour
         writer = functools.partial(
-            Writer, tokenizer, marks=marks, depths=self._depths, experts=experts, colour=colour, safe=terminal,
-            stops=stops,
+            Writer, tokenizer, marks=marks, depths=self._depths, experts=experts and not as_json, colour=colour,
+            safe=terminal, stops=stops,
         )  # fmt: skip
         self._rows = [Continuation(writer()) for _ in prompts]
         self._texts = [""] * len(prompts)

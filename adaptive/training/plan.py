@@ -104,7 +104,7 @@ def plan_lines(plan: PlanRecord, program: Program) -> list[str]:
         *(f"kernels   {operation}: {choice}" for operation, choice in plan.kernels.items()),
     ]
     if plan.cache:
-        lines.append(f"cache     {_kept(plan)}")
+        lines += _kept(plan)
     if program.recipe.init.run:
         lines.append(f"begins    from {program.recipe.init.run} at step {program.recipe.init.step}")
     if program.frozen is not None:
@@ -152,12 +152,17 @@ def memory_line(memory: Mapping[str, int]) -> str:
     )
 
 
-def _kept(plan: PlanRecord) -> str:
+def _kept(plan: PlanRecord) -> list[str]:
     """What generation keeps of a token, by policy."""
     (name, size), *others = plan.cache.items()
-    about = lambda name: f"{name}, inexact" if name in plan.inexact else name  # noqa: E731
-    first = f"{size:,.0f} bytes a token in generation" + (f" ({about(name)})" if name else "")
-    return f"{first}; {', '.join(f'{about(n)}: {b:,.0f}' for n, b in others)}" if others else first
+    first = f"cache     {size:,.0f} bytes a token in generation"
+    lines = [first + (f" ({name}{', inexact' * (name in plan.inexact)})" if name else "")]
+    told = lambda some: ", ".join(f"{name} {size:,.0f}" for name, size in some)  # noqa: E731
+    if exact := told(one for one in others if one[0] not in plan.inexact):
+        lines.append(f"          exact as well: {exact}")
+    if inexact := told(one for one in others if one[0] in plan.inexact):
+        lines.append(f"          inexact: {inexact}")
+    return lines
 
 
 def _schedule(recipe: Recipe) -> str:

@@ -45,9 +45,12 @@ def test_a_router_of_depth_and_kinds_of_experts_are_told():
 def test_what_a_cache_keeps_is_told_by_policy():
     """Keys and values of 2 heads of 8 in float32, and an index, for each layer and pass."""
     one = 2 * 2 * 8 * 4 + 4
-    (line,) = beginning(lines_of(shapes.mor(5)), "cache")
-    assert line.startswith(f"{5 * one} bytes a token in generation (per_pass); active_only(0.1): ")
-    assert line.endswith(f"cycle(2), inexact: {4 * one}, last, inexact: {3 * one}, shared, inexact: {3 * one}")
+    lines = lines_of(shapes.mor(5))
+    at = next(i for i, line in enumerate(lines) if line.startswith("cache"))
+    first, exact, inexact = (line.strip() for line in lines[at : at + 3])
+    assert first == f"cache     {5 * one} bytes a token in generation (per_pass)"
+    assert exact.startswith("exact as well: active_only(0.1) ")
+    assert inexact == f"inexact: cycle(2) {4 * one}, last {3 * one}, shared {3 * one}"
     assert beginning(lines_of(shapes.plain(4)), "cache") == [f"{4 * one} bytes a token in generation"]
     assert not beginning(lines_of(shapes.recursive(4, 2, order="sequence")), "cache")
 
