@@ -225,7 +225,8 @@ class Engine:
             prompt = np.asarray(request.prompt, np.int32)
             layout = laid_out([prompt], self._plan, self._shift, counts=[request.tokens], n=self.length)
             heat = np.array([request.how.temperature], float)
-            alone = self._decoder.started(layout, None)._replace(keys=jax.random.key(request.seed)[None], heat=heat)
+            key = jax.random.fold_in(jax.random.key(request.seed), request.stream)
+            alone = self._decoder.started(layout, None)._replace(keys=key[None], heat=heat)
             after = self._decoder.call(alone)
             assert after is not None
             self._count(launches=1, prompt_tokens=len(prompt), positions_computed=int(after[1].computed.sum()))

@@ -181,15 +181,12 @@ COUNT = confidence.Settings()
 CASES = {
     "none": (COUNT, none.Settings(), by_schedule(4), everything),
     "factor": (factor.Settings(1.0), none.Settings(), by_factor(1.0), everything),
-    "editing": (editing.Settings(0.5, 0.6), none.Settings(), by_editing(0.5, 0.6, 0), everything),
     "editing earlier blocks": (editing.Settings(0.5, 0.6, 1), none.Settings(), by_editing(0.5, 0.6, 1), everything),
     "propagation": (
         propagation.Settings(0.8, 0.4, 2), none.Settings(), by_propagation(0.8, 0.4, 2), everything),
-    "prefix": (COUNT, prefix.Settings(), by_schedule(4), prefix_of),
     "prefix, threshold": (threshold.Settings(0.6), prefix.Settings(), by_threshold(0.6), prefix_of),
     "dual": (COUNT, dual.Settings(), by_schedule(4), dual_of),
     "delayed": (COUNT, delayed.Settings(refresh=3), by_schedule(4), delayed_of(3)),
-    "delayed, threshold": (threshold.Settings(0.6), delayed.Settings(refresh=3), by_threshold(0.6), delayed_of(3)),
     "window": (
         COUNT, window.Settings(outer=5, inner=2, refresh=4), within_window(by_schedule(4)), window_of(5, 2, 4)),
     "window, threshold": (

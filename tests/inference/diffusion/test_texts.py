@@ -70,8 +70,8 @@ def test_texts_steps_and_records(run, filling):
 
 def test_a_run_is_served_by_rows_that_come_and_go(filling):
     trained = load(find(filling))
-    prompts = [np.frombuffer(text, np.uint8).astype(np.int32) for text in (b"A cat", b"Then")]
-    with Engine.of(trained, rows=2, length=16, block=8) as engine:
+    prompts = [np.frombuffer(text, np.uint8).astype(np.int32) for text in (b"A cat", b"Then ")]
+    with Engine.of(trained, rows=2, length=13, block=8) as engine:
         requests = [Request(prompt, 8, Drawing(temperature=0)) for prompt in prompts]
         tickets = [engine.submit(request) for request in requests]
         found = [[made.token for made in ticket] for ticket in tickets]
