@@ -35,35 +35,41 @@ def likelihood(temperature):
     return p[0, 0][:, None] * p[:, 1]
 
 
+def engine(**options):
+    return Engine(*split_model(ROUTED), rows=16, length=32, piece=16, queue=400, **options)
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    with engine(drafting=Drafting(3)) as served:
+        yield served
+
+
 @pytest.mark.compiles
-def test_text_with_drafts_is_that_without():
-    """Greedy and sampled, of rows that draft as many as suits them; the plain engine computes single passes."""
+def test_text_with_drafts_is_that_without(drafting):
+    """Greedy and sampled, of rows that draft as many as suits them."""
     requests = [Request(PROMPT[: 2 + i], 12 + i, RULES[i % 2], seed=i) for i in range(4)]
     made = []
-    for drafting in (None, Drafting(3)):
-        with Engine(*split_model(ROUTED), rows=2, batch=2, length=32, piece=16, drafting=drafting) as served:
+    with engine(stepwise=False) as plain:
+        for served in (plain, drafting):
             tickets = [served.submit(request) for request in requests]
             made.append([[(m.token, m.depth) for m in ticket] for ticket in tickets])
-            figures = served.figures()
+        turns = [served.figures()["turn_launches"] for served in (plain, drafting)]
     assert made[0] == made[1]
-    turns = figures["turn_launches"] * 2
-    assert figures["tokens"] - 4 > turns / 2  # more than a token in a turn, or drafts were of no use
+    assert turns[1] < 0.8 * turns[0]  # some drafts were right
 
 
 @pytest.mark.compiles
-def test_the_distribution_is_that_of_the_model():
-    """Two tokens of 600 requests against their exact probabilities: chi squared below its 99.9th percentile. The seeds
+def test_the_distribution_is_that_of_the_model(drafting):
+    """Two tokens of 400 requests against their exact probabilities: chi squared below its 99.9th percentile. The seeds
     are fixed, so that the test cannot fail by chance."""
-    n, temperature = 600, 6.0
-    with Engine(
-        *split_model(ROUTED), rows=64, length=16, piece=16, queue=n, drafting=Drafting(2, adapts=False)
-    ) as served:
-        tickets = [served.submit(Request(PROMPT, 3, Drawing(temperature), seed=s)) for s in range(n)]
-        made = np.array([[m.token for m in ticket] for ticket in tickets])
+    n, temperature = 400, 6.0
+    tickets = [drafting.submit(Request(PROMPT, 3, Drawing(temperature), seed=s)) for s in range(n)]
+    made = np.array([[m.token for m in ticket] for ticket in tickets])
     expected = n * likelihood(temperature)
     counts = np.zeros((6, 6))
     np.add.at(counts, (made[:, 0], made[:, 1]), 1)
-    assert expected.min() > 0.5
+    assert expected.min() > 0.4
     assert ((counts - expected) ** 2 / expected).sum() < 66.6  # of 35 degrees of freedom
 
 
