@@ -38,6 +38,7 @@ ROWS, SEQ = 2, 24
 
 # What a setting needs beside it: fields of the same node, with "^" of the node above.
 FULL = {"capacity_factor": 1.0}
+SCHEDULED = {"schedule": "linear", "k_min": 1, "k_max": 3, "experts_per_token": 2.0, "^experts": 8}
 NEEDS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (token_choice.Settings, "bias_update_rate"): {"balancing": "loss_free"},
     (token_choice.Settings, "capacities"): {"execution": "capacity"},
@@ -46,6 +47,18 @@ NEEDS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (duo_llm.Settings, "untrained"): {"phase": "random"},
     (dynamoe.Settings, "least"): {"schedule": "uniform"},
     (of_experts.Settings, "chunk"): {"group": "chunk"},
+    (of_experts.Settings, "k_min"): SCHEDULED | {"k_min": 2, "k_max": 2},
+    (of_experts.Settings, "k_max"): SCHEDULED | {"k_min": 2, "k_max": 2},
+    (of_experts.Settings, "row_slack"): SCHEDULED,
+    (of_experts.Settings, "rows_of"): SCHEDULED | {"row_slack": 1.25},
+    (of_experts.Settings, "most_per_token"): {"experts_per_token": 2.0},
+    (of_experts.Settings, "sigma"): {
+        "schedule": "gaussian",
+        "k_min": 7,
+        "k_max": 8,
+        "experts_per_token": 7.5,
+        "row_slack": 0.0,
+    },
     (of_experts.Settings, "slack"): {"select": "threshold"},
     (of_experts.Settings, "predictor_coefficient"): {"decode": "predictor"},
     (of_experts.Settings, "scale_to_shared"): {"^shared_size": 8},
@@ -60,6 +73,12 @@ NEEDS: dict[tuple[type[Any], str], dict[str, Any]] = {
     (of_tokens.Settings, "capacity_rule"): FULL,
     (of_tokens.Settings, "least_slots"): FULL,
     (versatile.Settings, "hidden"): {"slices": "strided"},
+}
+
+# What changes with a setting, as it could not alone.
+TOGETHER: dict[tuple[type[Any], str], dict[str, Any]] = {
+    (of_experts.Settings, "k_min"): {"k_max": 3},
+    (of_experts.Settings, "k_max"): {"k_min": 1},
 }
 
 
@@ -84,7 +103,8 @@ class Case:
         before, kind = self.before(), settings.hints(self.node)[self.field]
         node = dict(settings.nodes(before, "model"))[self.path]
         value = getattr(node, self.field)
-        models = [changed(before, self.path, **{self.field: new}) for new in others(kind, value) if new != value]
+        more = TOGETHER.get((self.node, self.field), {})
+        models = [changed(before, self.path, **{self.field: v}, **more) for v in others(kind, value) if v != value]
         return [model for model in models if valid(model)]
 
 
@@ -187,6 +207,8 @@ def training(model: Model) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def causal(model: Model) -> Any:
+    if nnx.merge(*abstract(model)).refuse_generation():
+        return None
     return traced(functools.partial(through, model, "threshold"), abstract(model)[1])
 
 
@@ -197,17 +219,24 @@ def asked(model: Model) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
+def hidden(model: Model) -> Any:
+    """As an objective has it that hides tokens."""
+    shares = np.linspace(0.2, 0.9, 2 * ROWS, dtype=np.float32)
+    return traced(functools.partial(through, model, "topk", rows=len(shares), mask_ratio=shares), abstract(model)[1])
+
+
+@functools.lru_cache(maxsize=8)
 def kept(model: Model) -> Any:
     """What generation keeps."""
     built = nnx.merge(*abstract(model))
     return None if built.refuse_cache() else text(str(jax.eval_shape(lambda: built.init_cache(ROWS, SEQ))))
 
 
-def through(model: Model, selection: Any, state: Any, **asks: Any) -> Any:
+def through(model: Model, selection: Any, state: Any, rows: int = ROWS, **asks: Any) -> Any:
     """A forward pass with its losses and the buffers after it, in training or as it generates."""
     built = nnx.merge(abstract(model)[0], state)
-    tokens = jnp.zeros((ROWS, SEQ), jnp.int32)
-    segments = jnp.ones((ROWS, SEQ), jnp.int32).at[:, -4:].set(2)
+    tokens = jnp.zeros((rows, SEQ), jnp.int32)
+    segments = jnp.ones((rows, SEQ), jnp.int32).at[:, -4:].set(2)
     out = built(
         tokens,
         segment_ids=segments,
@@ -247,7 +276,9 @@ def text(shown: str) -> str:
 
 def differs(a: Model, b: Model) -> bool:
     """What costs least is looked at first."""
-    return any(look(a) != look(b) for look in (parameters, expected_pairs, kept, training, causal, drawing, asked))
+    return any(
+        look(a) != look(b) for look in (parameters, expected_pairs, kept, training, causal, drawing, asked, hidden)
+    )
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
