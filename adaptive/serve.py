@@ -16,10 +16,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from adaptive import command
 from adaptive.command import number
-from adaptive.errors import UserError
+from adaptive.errors import NoRoomError, UserError
+
+if TYPE_CHECKING:
+    from adaptive.runs.load import Trained
 
 KEY = "ADAPTIVE_SERVE_KEY"
 
@@ -38,7 +42,7 @@ def options() -> command.Options:
         "machine cannot see)")  # fmt: skip
     add("--rows", type=number(int, least=1, most=4096), default=8,
         help="sequences that are computed at once (default 8)")  # fmt: skip
-    add("--context", type=number(int, least=2),
+    add("--context", type=number(int, least=2, most=2**24),
         help="tokens of a prompt and what follows it, at most (default: as it was trained)")  # fmt: skip
     add("--queue", type=number(int, least=1, most=1_000_000), default=256,
         help="sequences that may wait for a row; more are answered 429 (default 256)")  # fmt: skip
@@ -96,14 +100,30 @@ def serve(given: argparse.Namespace) -> int:
     if given.prefixes and kind is FillingEngine:
         raise UserError(f"--prefixes is for models that write from left to right, and {found.recipe.name} does not")
     prefixes = {"prefixes": given.prefixes} if given.prefixes else {}
-    with kind.of(trained, rows=given.rows, length=length, queue=given.queue, **prefixes) as engine:
+    with started(kind, trained, rows=given.rows, length=length, queue=given.queue, **prefixes) as engine:
         served = served_by(engine, trained, engine.length, given.timeout)
-        if isinstance(engine, Engine):
-            engine.warm()
         say(f"{found.recipe.name}, step {found.step}, at {server.address(socket)}")
         finished = server.serve(served, socket, given.host, key)
         engine.close(finish=finished)
     return 0 if finished else command.INTERRUPTED
+
+
+def started(kind: Any, trained: "Trained", **options: int) -> Any:
+    """The engine with its options, its programs compiled. Raises NoRoomError where its caches do not fit the memory."""
+    import jax
+
+    try:
+        engine = kind.of(trained, **options)
+        if hasattr(engine, "warm"):
+            engine.warm()
+        return engine
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise NoRoomError(
+            f"caches of --rows {options['rows']} sequences with --context {options['length']} tokens each do not fit "
+            f"the memory of {jax.local_devices()[0].device_kind}: give less of one"
+        ) from None
 
 
 def checked(key: str) -> str:

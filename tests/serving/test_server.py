@@ -10,11 +10,12 @@ import time
 import urllib.error
 import urllib.request
 
+import jax
 import pytest
 from serving_cases import Engine, while_serving
 
 from adaptive import command, serve
-from adaptive.errors import UserError
+from adaptive.errors import NoRoomError, UserError
 from adaptive.serving import server
 
 
@@ -143,6 +144,18 @@ def test_a_key_of_the_environment_opens_it_to_others(monkeypatch):
     monkeypatch.setenv(serve.KEY, "s3cret")
     with pytest.raises(UserError, match="no such folder"):
         serve.run(["--checkpoint", "gone", "--host", "0.0.0.0", "--port", "0"])
+
+
+def test_caches_that_do_not_fit():
+    class Large:
+        @classmethod
+        def of(cls, trained, **options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    with pytest.raises(
+        NoRoomError, match="--rows 9 sequences with --context 70 tokens each do not fit the memory of cpu"
+    ):
+        serve.started(Large, None, rows=9, length=70)
 
 
 def test_addresses():
