@@ -69,19 +69,20 @@ def ways(block: int, filter: str, *, cached: bool) -> list[Way]:
         Way("places at random", random.Settings()),
         Way("threshold 0.9", threshold.Settings(0.9)),
         Way("threshold 0.6", threshold.Settings(0.6)),
+        Way("threshold 0.3", threshold.Settings(0.3)),
         Way("factor 1", factor.Settings()),
-        Way("editing 0.6, 0.9", editing.Settings(0.6, 0.9)),
-        Way("propagation", propagation.Settings(0.9, 0.6)),
+        Way("editing 0.3, 0.9", editing.Settings(0.3, 0.9)),
+        Way("propagation 0.6, 0.3", propagation.Settings(0.6, 0.3)),
         Way("learned filter", learned.Settings(filter, 0.8)),
     ]
     if not cached:
         return found
     if block:
         both = (Way("one token a call, block cache", cache=blocks.Settings()),)
-        return [*found, *both, Way("threshold 0.6, block cache", threshold.Settings(0.6), blocks.Settings())]
+        return [*found, *both, Way("threshold 0.3, block cache", threshold.Settings(0.3), blocks.Settings())]
     kept = prefix.Settings(), dual.Settings(), delayed.Settings(), window.Settings(64, 32, 16)
     with_caches = [Way(f"one token a call, {each.kind()} cache", cache=each) for each in kept]
-    fast = Way("threshold 0.6, dual cache", threshold.Settings(0.6), dual.Settings())
+    fast = Way("threshold 0.3, dual cache", threshold.Settings(0.3), dual.Settings())
     return [*found, *with_caches, Way("places at random, greedy cache", random.Settings(), greedy.Settings()), fast]
 
 

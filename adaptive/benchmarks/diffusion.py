@@ -35,7 +35,7 @@ from adaptive.runs.load import find
 from adaptive.runs.load import load as load_run
 
 RECIPES = ("dlm_tiny", "block_dlm_tiny")
-BATCHES, LENGTHS = (1, 4, 16), (64, 128, 256, 512)
+BATCHES, LENGTHS = (1, 4, 16), (32, 64, 128, 256, 512)
 PROMPT, BLOCK, PER_CALL, CALLS = 16, 16, 2, 16
 
 
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measures and prints a table for each recipe, and where each cache begins to pay."""
     made = options.options("diffusion", __doc__ or "", 5)
     made.add_argument("--recipe", action="append", default=[], help=f"default: {' and '.join(RECIPES)}")
-    made.add_argument("--longest", type=number(int, least=64), default=LENGTHS[-1], help="length of the longest rows")
+    made.add_argument("--longest", type=number(int, least=32), default=LENGTHS[-1], help="length of the longest rows")
     made.add_argument("--batch", type=number(int, least=1), action="append", help="default: 1, 4 and 16")
     made.add_argument("--workdir", default="", help="a run whose model continues texts in every way")
     made.add_argument("--filter", default="", metavar="FILE", help="keeps the filter that is fitted to it: --policy "

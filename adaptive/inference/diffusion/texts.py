@@ -28,7 +28,7 @@ from adaptive.runs.mask_token import denoising_of
 from adaptive.settings import divisors
 
 USUAL_BLOCK = 32  # positions of a block at most, where neither user nor model says how many
-PAYS_FROM = 4  # blocks of a row from which on the exact cache is the faster (adaptive bench diffusion)
+PAYS_FROM = 2  # blocks of a row from which on the exact cache is the faster (docs/diffusion.md)
 _PLAIN = "\x1b[0m"
 
 
