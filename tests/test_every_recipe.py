@@ -12,6 +12,7 @@ from adaptive.data.batch import Batch
 from adaptive.data.config import DataConfig
 from adaptive.layers.chunkers import stride
 from adaptive.layers.feed_forwards import experts
+from adaptive.layers.mixers import attention
 from adaptive.models.bodies import hnet, plain, recursive
 from adaptive.objectives import Objective, masked_diffusion
 from adaptive.optim.config import ScheduleConfig
@@ -34,6 +35,8 @@ def small(recipe: Recipe) -> Recipe:
     model = dataclasses.replace(recipe.model, body=alike(recipe.model.body))
     # Released MoR recipes have both ways; those without a router would be the tiny ones' programs once more.
     crossing = recipe.data.cross_document and model.facts().depth != "none"
+    if recipe.objective.noisy:  # sizes of one network, of which some have heads of their own, as other recipes do
+        model = dataclasses.replace(model, tie_embeddings=True, norm_eps=1e-5)
     own = {"vocab_size": VOCAB, "init_std": 0.02, "embedding_std": 0.02 if model.tie_embeddings else 1.0}
     return Recipe(
         name="",
@@ -58,7 +61,10 @@ def alike(body: Any) -> Any:
     if isinstance(body, recursive.Settings):
         return shapes.of_two_passes(body)
     if isinstance(body, plain.Settings):
-        blocks = tuple(dataclasses.replace(one, feed_forward=fewer(one.feed_forward)) for one in body.stack.blocks)
+        blocks = tuple(
+            dataclasses.replace(one, feed_forward=fewer(one.feed_forward), mixer=turned(one.mixer))
+            for one in body.stack.blocks
+        )
         return dataclasses.replace(body, stack=dataclasses.replace(body.stack, blocks=blocks))
     if isinstance(body, hnet.Settings):
         chunker = body.chunker
@@ -86,6 +92,10 @@ def fewer(feed_forward: Any) -> Any:
     if getattr(router, "k_max", 0):
         router = dataclasses.replace(router, k_min=1, k_max=3)
     return dataclasses.replace(feed_forward, experts=8, router=router)
+
+
+def turned(mixer: Any) -> Any:
+    return dataclasses.replace(mixer, rope_theta=1e4) if isinstance(mixer, attention.Settings) else mixer
 
 
 def batch_of(recipe: Recipe) -> Batch:
