@@ -43,6 +43,11 @@ def refuse(model: Settings) -> str:
     return ""
 
 
+def linked(model: LanguageModel) -> bool:
+    """Whether a recursion's routers of experts read logits from below, which would have to go from pass to pass."""
+    return isinstance(model.body, Recursive) and any(layer.reads_previous for layer in model.routed().values())
+
+
 class Steps:
     """The steps of a model, for some of the rows of a cache of `LanguageModel.init_cache`.
 

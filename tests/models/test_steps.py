@@ -8,6 +8,8 @@ import shapes
 from flax import nnx
 from hnet_models import split_model
 
+from adaptive.layers.feed_forwards import experts
+from adaptive.layers.moe.routers import moe_pp
 from adaptive.models import steps
 from adaptive.models.depth import token_choice
 from adaptive.models.steps import Steps
@@ -63,3 +65,11 @@ def test_models_that_cannot_say_why():
     assert "parameters of their own" in steps.refuse(shapes.recursive(5, 3, shared="none"))
     assert "mixture_of_depths" in steps.refuse(load("mod_tiny").model)
     assert "neither" in steps.refuse(load("hnet_tiny").model)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize(("residual", "linked"), [(True, True), (False, False)])
+def test_routers_that_read_from_below_link_passes(residual, linked):
+    block = shapes.block(feed_forward=experts.Settings(moe_pp.Settings(residual=residual), experts=4, expert_size=8))
+    graphdef, state = split_model(shapes.recursive(5, 3, pattern=(block,)))
+    assert steps.linked(nnx.merge(graphdef, state)) == linked

@@ -86,7 +86,7 @@ class Engine:
         self._programs: Programs
         if drafting is not None:
             self._programs = Speculating(graphdef, state, drafting=drafting, **room)
-        elif not stepwise or marker is not None or steps.refuse(model.settings):
+        elif not stepwise or marker is not None or steps.refuse(model.settings) or steps.linked(model):
             self._programs = Programs(graphdef, state, group=group, **room)
         else:
             recursive = model.settings.body.passes > 1
