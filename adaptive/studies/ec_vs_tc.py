@@ -14,6 +14,7 @@ from typing import Any
 
 from adaptive.account import account
 from adaptive.layers.feed_forwards import experts as mixture
+from adaptive.layers.mixers import attention
 from adaptive.layers.moe.routers import expert_choice, token_choice
 from adaptive.layers.moe.scheduled import Schedule
 from adaptive.layers.moe.settings import RouterSettings
@@ -84,24 +85,29 @@ VARIANTS: dict[str, RouterSettings] = {
     "ec_gaussian": _expert_choice("gaussian"),
     "ec_gaussian_reverse": _expert_choice("gaussian_reverse"),
 }
-FULL = Size(3, 48, 700_000, tuple(VARIANTS), RETROFIT_PARTS, evaluated=12)
+FULL = Size(3, 48, 1_200_000, tuple(VARIANTS), RETROFIT_PARTS, evaluated=12)
 QUICK = Size(1, 32, 60_000, (TC, EC, LOW), RETROFIT_PARTS[:2], evaluated=5)
 
 
 def base(size: Size, router: RouterSettings) -> Recipe:
-    """The model with this router, and a rate that is held after its warm-up, so that losses along the way compare."""
+    """The model with this router, and a rate that is held after its warm-up, so that losses along the way compare.
+
+    Normalised queries and keys and rotary angles that tell neighbours apart are those of the tiny diffusion recipes: a
+    model of bytes otherwise learns for long nothing but how often each is.
+    """
     routed = mixture.Settings(router, experts=16, expert_size=size.width // 2, shared_size=size.width)
     shape = transformer(
         layers=size.layers, width=size.width, heads=2, kv_heads=2, head_dim=size.width // 2, hidden=size.width,
         vocab_size=VOCABULARY,
     )  # fmt: skip
     whole = stack_of(dataclasses.replace(tiny(), model=shape))
-    blocks = tuple(dataclasses.replace(one, feed_forward=routed) for one in whole.blocks)
+    mixer = attention.Settings(heads=2, kv_heads=2, head_dim=size.width // 2, rope_theta=100.0, qk_norm="head")
+    blocks = tuple(dataclasses.replace(one, mixer=mixer, feed_forward=routed) for one in whole.blocks)
     recipe = dataclasses.replace(tiny(), model=shape, objective=masked_diffusion.Settings(mask_id=MASK))
     return changed(
         with_body(recipe, plain.Settings(dataclasses.replace(whole, blocks=blocks))),
         data={"seq_len": 128, "validation_every": 20},
-        optimizer={"learning_rate": 2.5e-3},
+        optimizer={"learning_rate": 2e-3},
         schedule={"kind": "trapezoid", "decay_fraction": 0.2},
         train={"batch_size": 16},
         eval={"rows": 64, "selection": ("topk",)},

@@ -1,7 +1,8 @@
 """Settings that a run never reads: given on purpose, and without any effect.
 
 A settings dataclass may have a method `unread`, which names the fields that mean nothing beside the others, with the
-reasons. What depends on the model and the mesh together is known here.
+reasons, and `unread_under`, which does so of those that have a value but mean nothing to an objective. What depends on
+the model and the mesh together is known here.
 """
 
 import dataclasses
@@ -16,8 +17,11 @@ from adaptive.training.program import Program
 def lines_of(program: Program) -> list[str]:
     """One line for every setting with another value than its default that the run does not read."""
     found: dict[str, str] = {}
+    objective = program.recipe.objective
     for at, node in settings.nodes(program.recipe, ""):
         found |= {f"{at}.{name}".strip("."): reason for name, reason in settings.without_effect(node).items()}
+        under = node.unread_under(objective) if hasattr(node, "unread_under") else {}
+        found |= {f"{at}.{name}".strip("."): reason for name, reason in under.items()}
     for path, reason in _of_run(program):
         group, _, name = path.rpartition(".")
         node = program.recipe

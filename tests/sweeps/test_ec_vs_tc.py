@@ -206,11 +206,11 @@ def naive(trained):
     (batch,) = list(data.validation(16))
     nats, count = [], 0.0
     model = nnx.merge(trained.graphdef, trained.state)
-    run = jax.jit(lambda tokens, positions, segments: model(
-        tokens, positions=positions, segment_ids=segments, sees="all").logits)  # fmt: skip
+    run = jax.jit(lambda tokens, positions, segments, ratio: model(
+        tokens, positions=positions, segment_ids=segments, mask_ratio=ratio, sees="all").logits)  # fmt: skip
     for draw in range(2):
         inputs = aim.held_out(batch, jax.random.fold_in(jax.random.key(draw), 0))
-        logits = np.asarray(run(inputs.tokens, batch.positions, batch.segment_ids), np.float64)
+        logits = np.asarray(run(inputs.tokens, batch.positions, batch.segment_ids, inputs.mask_ratio), np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         picked = np.take_along_axis(log_p, np.asarray(inputs.targets)[..., None], -1)[..., 0]
         nats.append(-(picked * np.asarray(inputs.weights)).sum())

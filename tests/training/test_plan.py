@@ -18,6 +18,7 @@ from adaptive.training.plan import make_plan, plan_lines, runs_on
 from adaptive.training.program import Program
 
 UNREAD = routers.Settings(drop="position", bias_rate=0.1)
+SCHEDULED = expert_choice.Settings(schedule="linear", k_min=1, k_max=3)
 
 
 def lines_of(model, *overrides, **changes) -> list[str]:
@@ -104,6 +105,8 @@ def test_how_auxiliary_losses_are_accumulated_is_told():
          ["model.body.depth.balance_coefficient=0.2 has no effect: balancing=loss_free adds no loss"]),
         (shapes.plain(2, feed_forward=experts.Settings(UNREAD, experts=4)), [],
          ["router.drop=position has no effect: capacity_factor=0", "router.bias_rate=0.1 has no effect: bias=false"]),
+        (shapes.plain(2, feed_forward=experts.Settings(SCHEDULED, experts=4)), [],
+         ["router.schedule=linear has no effect: objective=next_token hides no tokens"]),
         (shapes.plain(2), ["log.profile_steps=3", "log.profile_start=20", "schedule.floor=0.1", "data.seq_len=32"], []),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ give some up, every expert the lowest of its scores, and these count as dropped.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,12 @@ class Scheduled(Scored):
         if not self.schedule.startswith("gaussian"):
             found["sigma"] = f"schedule={self.schedule}"
         return found
+
+    def unread_under(self, objective: Any) -> dict[str, str]:
+        """Fields that mean nothing under an objective (`adaptive.objectives`), and why."""
+        if self.schedule == "static" or objective.denoising() is not None:
+            return {}
+        return {"schedule": f"objective={objective.kind()} hides no tokens"}
 
     def against_dropping(self, at: str) -> str:
         return f"raise {at}.router.row_slack"
