@@ -5,10 +5,7 @@ What a request is answered depends on itself alone. A row that comes makes its f
 itself; then it joins the others, each at its own block.
 """
 
-import collections
 import dataclasses
-import logging
-import threading
 import time
 from typing import Any, Self
 
@@ -23,15 +20,14 @@ from adaptive.inference.diffusion.network import Model
 from adaptive.inference.diffusion.policies import Policy, threshold
 from adaptive.inference.diffusion.texts import USUAL_BLOCK, usual_cache
 from adaptive.inference.drawing import Drawing
+from adaptive.inference.engine.desk import Desk
 from adaptive.inference.engine.tickets import Ticket
-from adaptive.inference.requests import Full, Made, Reason, Request
+from adaptive.inference.requests import Made, Reason, Request
 from adaptive.runs.load import Trained
 from adaptive.runs.mask_token import denoising_of
 
-log = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Held:
     """A ticket that has a row; at: the place of the token that is handed out next."""
 
@@ -39,7 +35,7 @@ class _Held:
     at: int
 
 
-class Engine:
+class Engine(Desk[_Held]):
     """Computes requests together (`adaptive.inference.requests.Engine`).
 
     network  the model
@@ -53,6 +49,8 @@ class Engine:
 
     Of how a token is drawn, the temperature alone is heard. Which other tokens were likely is not told.
     """
+
+    counted = ("prompt_tokens", "launches", "rows_computed", "positions_computed")
 
     def __init__(
         self,
@@ -70,22 +68,14 @@ class Engine:
         policy = threshold.Settings() if policy is None else policy
         plan = Plan(mask, -(-length // block) * block, -(-length // block) * block, block, policy=policy, vocab=vocab)
         self._decoder = Decoder(network, plan, cache, waits=False)
-        self.rows, self.length, self._queue, self._plan = rows, length, queue, self._decoder.plan
-        self._vocab = vocab
+        super().__init__(rows, length, queue, vocab)
+        self._plan = self._decoder.plan
         dummy = [np.ones(1, np.int32)] * rows
         batch = self._decoder.started(laid_out(dummy, self._plan, self._shift, counts=[1] * rows, n=length), None)
         keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
         idle = batch.progress._replace(block=jnp.full(rows, self._plan.blocks, jnp.int32))
         self._batch = batch._replace(progress=idle, keys=keys, heat=np.zeros(rows))
-        self._held: list[_Held | None] = [None] * rows
-        self._waiting: collections.deque[Ticket] = collections.deque()
-        self._changed = threading.Condition()
-        self._closing = ""  # "finish" or "drop"
-        self._error: BaseException | None = None
-        self._figures: collections.Counter[str] = collections.Counter()
-        self._rate = 0.0
-        self._thread = threading.Thread(target=self._run, name="diffusion engine", daemon=True)
-        self._thread.start()
+        self._start()
 
     @classmethod
     def of(cls, trained: Trained, **options: Any) -> Self:
@@ -104,114 +94,24 @@ class Engine:
     def _shift(self) -> int:
         return int(self._decoder.network.shifted)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self.close(finish=kind is None)
-
     # Called by any thread
 
     def refuse(self, request: Request) -> str:
-        n, usual = len(request.prompt), Drawing()
-        if n == 0:
-            return "the prompt is empty: give at least one token"
-        ids = np.asarray(request.prompt)
-        if ids.min() < 0 or (self._vocab is not None and ids.max() >= self._vocab) or (ids == self._plan.mask).any():
-            return f"the prompt has ids that are no tokens of a text, 0 to {(self._vocab or self._plan.mask) - 1}"
-        if request.tokens < 1:
-            return f"tokens={request.tokens}: ask for at least 1"
-        if n + request.tokens > self.length:
-            return (
-                f"{n} tokens of the prompt and {request.tokens} to make are {n + request.tokens}; a sequence has at "
-                f"most {self.length}"
-            )
+        if reason := super().refuse(request):
+            return reason
+        if (np.asarray(request.prompt) == self._plan.mask).any():
+            return f"the prompt has the id {self._plan.mask}, which stands for what is not written yet"
+        usual = Drawing()
         for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
             if getattr(request.how, name) != getattr(usual, name):
                 return f"{name} is for models that predict the next token; of this one temperature alone is heard"
         return ""
 
-    def submit(self, request: Request) -> Ticket:
-        if reason := self.refuse(request):
-            raise ValueError(reason)
-        with self._changed:
-            if self._error is not None:
-                raise RuntimeError(f"the engine failed: {self._error}") from self._error
-            if self._closing:
-                raise RuntimeError("the engine is closed")
-            if len(self._waiting) >= self._queue:
-                raise Full(f"{self._queue} requests wait already", 1.0)
-            ticket = Ticket(request, self._wake)
-            self._waiting.append(ticket)
-            self._figures["requests"] += 1
-            self._changed.notify_all()
-        return ticket
-
-    def figures(self) -> dict[str, float]:
-        with self._changed:
-            state = {
-                "waiting": len(self._waiting),
-                "running": sum(row is not None for row in self._held),
-                "rows": self.rows,
-                "tokens_per_second": self._rate,
-            }
-            counted = dict(self._figures)
-        names = ("requests", "tokens", "prompt_tokens", "launches", "rows_computed", "positions_computed")
-        ends = tuple(f"ended_{reason}" for reason in Reason.__args__)  # type: ignore[attr-defined]
-        return dict.fromkeys((*names, *ends), 0.0) | counted | state
-
-    def close(self, *, finish: bool = True) -> None:
-        with self._changed:
-            self._closing = "drop" if not finish else self._closing or "finish"
-            self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
     # The engine's own thread
 
-    def _run(self) -> None:
-        try:
-            while self._more():
-                self._give_up()
-                self._admit()
-                self._call()
-        except BaseException as error:
-            log.exception("the engine failed")
-            with self._changed:
-                self._error = error
-        finally:
-            with self._changed:
-                left = [row.ticket for row in self._held if row is not None] + list(self._waiting)
-                self._held, self._closing = [None] * self.rows, self._closing or "drop"
-                self._waiting.clear()
-            for ticket in left:
-                self._end(ticket, "cancelled" if self._error is None else "failed", self._error)
-
-    def _more(self) -> bool:
-        """Waits until there is something to do; whether there will be."""
-        with self._changed:
-            while True:
-                busy = bool(self._waiting) or any(row is not None for row in self._held)
-                if self._closing == "drop" or (self._closing and not busy):
-                    return False
-                if busy:
-                    return True
-                self._changed.wait()
-
-    def _give_up(self) -> None:
-        """Lets go of what nobody wants any more."""
-        now = time.monotonic()
-        with self._changed:
-            for ticket in [t for t in self._waiting if t.given_up(now)]:
-                self._waiting.remove(ticket)
-                self._end(ticket, ticket.given_up(now) or "cancelled")
-        for r, row in enumerate(self._held):
-            if row is not None and (why := row.ticket.given_up(now)):
-                self._let_go(r, why)
+    def _round(self) -> None:
+        self._admit()
+        self._call()
 
     def _admit(self) -> None:
         """Gives rows to requests that wait: their first call, alone, reads the prompt."""
@@ -277,33 +177,20 @@ class Engine:
                 row.ticket.push(Made(token, float(np.log(max(chance[r, place], 1e-38))), depth=1))
                 made += 1
                 if token == request.end:
-                    self._let_go(r, "end")
+                    self._release(row, "end")
                     break
             else:
                 row.at = max(row.at, ready)
                 if row.at >= stop:
-                    self._let_go(r, "length")
+                    self._release(row, "length")
         self._count(tokens=made)
         return made
 
-    def _let_go(self, r: int, why: Reason) -> None:
-        """Ends the ticket of a row, which is computed no more."""
-        row = self._held[r]
-        assert row is not None
+    def _release(self, row: _Held, reason: Reason) -> None:
+        r = self._held.index(row)
         progress = self._batch.progress
         self._batch = self._batch._replace(
             progress=progress._replace(block=progress.block.at[r].set(self._plan.blocks)),
             held=self._batch.held.at[r].set(False),
         )
-        with self._changed:
-            self._held[r] = None
-        self._end(row.ticket, why)
-
-    def _count(self, **more: int) -> None:
-        with self._changed:
-            self._figures.update(more)
-
-    def _end(self, ticket: Ticket, reason: Reason, error: BaseException | None = None) -> None:
-        with self._changed:
-            self._figures[f"ended_{reason}"] += 1
-        ticket.end(reason, error)
+        super()._release(row, reason)

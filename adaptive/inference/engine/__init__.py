@@ -5,8 +5,6 @@ for it. What a request is answered depends on itself alone: on its prompt, its r
 """
 
 import collections
-import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Self
@@ -18,22 +16,22 @@ from flax import nnx
 from adaptive.errors import RecipeError
 from adaptive.inference.caching import refuse_fixed
 from adaptive.inference.engine.costs import Costs
+from adaptive.inference.engine.desk import Desk
 from adaptive.inference.engine.passes import Picked
 from adaptive.inference.engine.plan import Launch, Sizes, choose, expected, whole
 from adaptive.inference.engine.prefixes import Prefixes
 from adaptive.inference.engine.slots import LIKELIEST, Programs, Told, asked_of
 from adaptive.inference.engine.speculation import Drafting, Speculating
 from adaptive.inference.engine.tickets import Row, Ticket
-from adaptive.inference.requests import Full, Made, Reason, Request
+from adaptive.inference.requests import Made, Reason, Request
 from adaptive.inference.sampling import Marker, marker_of
 from adaptive.models import steps
 from adaptive.runs.load import Trained
 
-log = logging.getLogger(__name__)
 SHORT = 16  # tokens of the shorter of the two programs that read prompts
 
 
-class Engine:
+class Engine(Desk[Row]):
     """Computes requests together (`requests.Engine`).
 
     rows    sequences that are computed at once
@@ -53,6 +51,8 @@ class Engine:
             every token
     replay  as of `passes.Picked`
     """
+
+    counted = ("prompt_tokens", "passes", "launches", "rows_launched", "rows_computed")
 
     def __init__(
         self,
@@ -77,9 +77,8 @@ class Engine:
         if reason := model.refuse_generation() or model.refuse_cache() or refuse_fixed(model.settings):
             raise RecipeError(reason)
         longest = model.settings.positions or length
-        self.rows, self.length, self._queue, self._piece = rows, min(length, longest), queue, max(piece, SHORT)
-        self._vocab = model.settings.vocab_size if vocab is None else vocab
-        self._marker = marker
+        super().__init__(rows, min(length, longest), queue, model.settings.vocab_size if vocab is None else vocab)
+        self._piece, self._marker = max(piece, SHORT), marker
         # Whatever is read, all of a piece needs room.
         more = max(self._piece, drafting.most + 1 if drafting else 0)
         room: dict[str, Any] = {"rows": rows, "room": self.length + more, "vocab": vocab}
@@ -97,19 +96,12 @@ class Engine:
         self._prefixes, self._quantum = Prefixes(prefixes, self._piece), quantum
         self._costs = Costs(model.settings)
         self._cache_bytes = sum(a.nbytes for a in jax.tree.leaves(self._slots.cache))
-        self._held: list[Row | None] = [None] * rows
         self._markers: dict[Ticket, Marker] = {}
-        self._waiting: collections.deque[Ticket] = collections.deque()
         self._unread: collections.deque[tuple[Launch, Told, list[Row | None]]] = collections.deque()
         self._told = (0, 0)  # rows before a pass and before a turn, behind the last launch that was read
         self._turned = True  # whether rows that generate have had a turn since a prompt was read
-        self._changed = threading.Condition()
-        self._closing: str = ""  # "finish" or "drop"
-        self._error: BaseException | None = None
-        self._figures: collections.Counter[str] = collections.Counter()
-        self._rate, self._settled = 0.0, 0.0  # tokens per second of late; when a launch was last read
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._settled = 0.0  # when a launch was last read
+        self._start()
 
     @classmethod
     def of(cls, trained: Trained, **options: Any) -> Self:
@@ -123,50 +115,14 @@ class Engine:
         options.setdefault("marker", marker_of(trained.recipe, trained.tokenizer))
         return cls(trained.graphdef, trained.state, **options)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self.close(finish=kind is None)
-
     # Called by any thread
 
     def refuse(self, request: Request) -> str:
-        n, ids = len(request.prompt), np.asarray(request.prompt)
-        if n == 0:
-            return "the prompt is empty: give at least one token"
-        if ids.min() < 0 or ids.max() >= self._vocab:
-            return f"the prompt has ids outside of the vocabulary, 0 to {self._vocab - 1}"
-        if request.tokens < 1:
-            return f"tokens={request.tokens}: ask for at least 1"
-        if n + request.tokens > self.length:
-            return (
-                f"{n} tokens of the prompt and {request.tokens} to make are {n + request.tokens}; a sequence has at "
-                f"most {self.length}"
-            )
+        if reason := super().refuse(request):
+            return reason
         if not 0 <= request.likeliest <= LIKELIEST:
             return f"likeliest={request.likeliest}: 0 to {LIKELIEST} can be told"
-        if not 0 <= request.seed < 2**32:
-            return f"seed={request.seed}: must be 0 to {2**32 - 1}"
-        if not 0 <= request.stream < 2**32:
-            return f"stream={request.stream}: must be 0 to {2**32 - 1}"
         return ""
-
-    def submit(self, request: Request) -> Ticket:
-        if reason := self.refuse(request):
-            raise ValueError(reason)
-        with self._changed:
-            if self._error is not None:
-                raise RuntimeError(f"the engine failed: {self._error}") from self._error
-            if self._closing:
-                raise RuntimeError("the engine is closed")
-            if len(self._waiting) >= self._queue:
-                raise Full(f"{self._queue} requests wait already", self._until_room())
-            ticket = Ticket(request, self._wake)
-            self._waiting.append(ticket)
-            self._figures["requests"] += 1
-            self._changed.notify_all()
-        return ticket
 
     def warm(self, *, likeliest: bool = True) -> None:
         """Compiles all programs, before the first request comes. likeliest: those too that tell likely tokens."""
@@ -190,84 +146,22 @@ class Engine:
             jax.block_until_ready(self._slots)
 
     def figures(self) -> dict[str, float]:
-        with self._changed:
-            counted = dict(self._figures)
-            state = {
-                "waiting": len(self._waiting),
-                "running": sum(row is not None for row in self._held),
-                "rows": self.rows,
-                "tokens_per_second": self._rate,
-                "cache_bytes": self._cache_bytes,
-                "cache_bytes_per_token": self._cache_bytes / (self.rows * self._programs.room),
-            }
-        names = ("requests", "tokens", "prompt_tokens", "passes", "launches", "rows_launched", "rows_computed")
-        ends = tuple(f"ended_{reason}" for reason in Reason.__args__)  # type: ignore[attr-defined]
-        return dict.fromkeys((*names, *ends), 0.0) | counted | state
-
-    def close(self, *, finish: bool = True) -> None:
-        with self._changed:
-            self._closing = self._closing or ("finish" if finish else "drop")
-            if not finish:
-                self._closing = "drop"
-            self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _until_room(self) -> float:
-        """Seconds in which the first of the sequences that run should end."""
-        left = [row.ticket.request.tokens - len(row.ticket.made) for row in self._held if row is not None]
-        return max(1.0, min(left, default=0) * max(1, len(left)) / self._rate if self._rate else 1.0)
+        size = self._cache_bytes
+        return super().figures() | {
+            "cache_bytes": size,
+            "cache_bytes_per_token": size / (self.rows * self._programs.room),
+        }
 
     # The engine's own thread
 
-    def _run(self) -> None:
-        try:
-            while self._more():
-                self._give_up()
-                self._admit()
-                behind = 1 if self._launch() and self._marker is None else 0
-                while len(self._unread) > behind:
-                    self._settle(*self._unread.popleft())
-        except BaseException as error:
-            log.exception("the engine failed")
-            with self._changed:
-                self._error = error
-        finally:
-            with self._changed:
-                left = [row.ticket for row in self._held if row is not None] + list(self._waiting)
-                self._held, self._closing = [None] * self.rows, self._closing or "drop"
-                self._waiting.clear()
-            for ticket in left:
-                self._end(ticket, "cancelled" if self._error is None else "failed", self._error)
+    def _round(self) -> None:
+        self._admit()
+        behind = 1 if self._launch() and self._marker is None else 0
+        while len(self._unread) > behind:
+            self._settle(*self._unread.popleft())
 
-    def _more(self) -> bool:
-        """Waits until there is something to do; whether there will be."""
-        with self._changed:
-            while True:
-                busy = bool(self._waiting or self._unread) or any(row is not None for row in self._held)
-                if self._closing == "drop" or (self._closing and not busy):
-                    return False
-                if busy:
-                    return True
-                self._changed.wait()
-
-    def _give_up(self) -> None:
-        """Lets go of what nobody wants any more."""
-        now = time.monotonic()
-        with self._changed:
-            gone = [(t, why) for t in self._waiting if (why := t.given_up(now))]
-            for ticket, _ in gone:
-                self._waiting.remove(ticket)
-            for r, row in enumerate(self._held):
-                if row is not None and (why := row.ticket.given_up(now)):
-                    self._held[r] = None
-                    gone.append((row.ticket, why))
-        for ticket, why in gone:
-            self._end(ticket, why)
+    def _busy(self) -> bool:
+        return bool(self._unread) or super()._busy()
 
     def _admit(self) -> None:
         if self._quantum and self._waiting and None not in self._held:
@@ -451,16 +345,6 @@ class Engine:
         self._count(tokens=1)
         ticket.push(made)
 
-    def _release(self, row: Row, reason: Reason) -> None:
-        with self._changed:
-            self._held = [None if own is row else own for own in self._held]
-        self._end(row.ticket, reason)
-
     def _end(self, ticket: Ticket, reason: Reason, error: BaseException | None = None) -> None:
         self._markers.pop(ticket, None)
-        self._count(**{f"ended_{reason}": 1})
-        ticket.end(reason, error)
-
-    def _count(self, **more: int) -> None:
-        with self._changed:
-            self._figures.update(more)
+        super()._end(ticket, reason, error)

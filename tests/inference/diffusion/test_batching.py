@@ -73,6 +73,6 @@ def test_an_end_a_cancelled_one_and_a_full_queue():
             (Request(np.zeros(0, int), 1), "empty"),
             (Request(np.zeros(9, int), 9), "at most 12"),
             (Request(np.zeros(2, int), 2, Drawing(top_k=3)), "top_k"),
-            (Request(np.array([MASK]), 2), "no tokens of a text"),
+            (Request(np.array([MASK]), 2), "stands for what is not written yet"),
         ):
             assert words in engine.refuse(request)
