@@ -63,7 +63,7 @@ def chosen_by_experts(per_token: float, schedule: str = "static", least: int = 0
     )
 
 
-def chosen_by_tokens(per_token: float, capacity: float = 0.0) -> RouterSettings:
+def chosen_by_tokens(per_token: int, capacity: float = 0.0) -> RouterSettings:
     """Token choice as EC-DLM compares with: weights are a softmax over the chosen logits; capacity 0 drops none."""
     return token_choice.Settings(experts_per_token=per_token, score="logits", capacity_factor=capacity)
 
@@ -104,7 +104,8 @@ def owt(router: RouterSettings) -> Recipe:
 def nemotron(router: RouterSettings) -> Recipe:
     """The Nemotron-CC-v2 study: 8B parameters, 1B of them active, without the weight 1 / r in training (EC-DLM)."""
     recipe = published(2048, 64, 1280, router, seq_len=2048, rows=288)
-    recipe = replace(recipe, objective=replace(recipe.objective, stable=True))  # type: ignore[type-var]
+    assert isinstance(recipe.objective, masked_diffusion.Settings)
+    recipe = replace(recipe, objective=replace(recipe.objective, stable=True))
     recipe = changed(
         recipe,
         data={

@@ -98,7 +98,7 @@ class Objective(Member):
         """Why a model trained with it does not generate token after token; empty where it does."""
         if self.causal:
             return ""
-        how = ": decode it with adaptive.inference.diffusion (docs/diffusion.md)" if self.denoising() else ""
+        how = ": adaptive generate writes with it (docs/diffusion.md)" if self.denoising() else ""
         return (
             f"it was trained with objective={self.kind()}, which fills in hidden tokens and predicts no next one{how}"
         )
