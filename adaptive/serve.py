@@ -118,7 +118,7 @@ def started(kind: Any, trained: "Trained", **options: int) -> Any:
             engine.warm()
         return engine
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED:" not in str(error):
             raise
         raise NoRoomError(
             f"caches of --rows {options['rows']} sequences with --context {options['length']} tokens each do not fit "

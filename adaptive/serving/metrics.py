@@ -71,7 +71,9 @@ class Metrics:
     def _process(self) -> dict[str, float]:
         found: dict[str, float] = {"process_start_time_seconds": self._begin}
         if _PAGES.exists():
-            found["process_resident_memory_bytes"] = int(_PAGES.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            found["process_resident_memory_bytes"] = int(_PAGES.read_text(encoding="ascii").split()[1]) * os.sysconf(
+                "SC_PAGE_SIZE"
+            )
         return found
 
 
