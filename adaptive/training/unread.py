@@ -42,7 +42,7 @@ def _of_run(program: Program) -> Iterator[tuple[str, str]]:
         yield "eval.selection", "this model selects alike as it trains and as it generates"
     if not recipe.objective.noisy:
         yield "eval.draws", f"objective={recipe.objective.kind()} has no noise"
-    if program.refuse_generation:
+    if program.refuse_generation and recipe.objective.denoising() is None:
         yield "log.sample_tokens", "this model writes no sample"
     if program.accumulation == 1:
         yield "train.device_batch_size", "no device has more rows of a batch than that"

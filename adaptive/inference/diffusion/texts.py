@@ -20,6 +20,7 @@ from adaptive.inference.diffusion.loop import Plan
 from adaptive.inference.diffusion.named import named
 from adaptive.inference.diffusion.network import Model, check_cache, starved
 from adaptive.inference.diffusion.policies import Policy, confidence
+from adaptive.inference.drawing import Drawing
 from adaptive.inference.marks import Writer, shade
 from adaptive.inference.show import tell
 from adaptive.recipe import Recipe
@@ -71,6 +72,16 @@ def decoder_of(asked: Asked, trained: Trained) -> Decoder:
     return Decoder(
         Model(trained.graphdef, trained.state, how, cached=not isinstance(cache, none.Settings)), plan, cache
     )
+
+
+def written(trained: Trained, prompt: np.ndarray, tokens: int, key: jax.Array) -> np.ndarray:
+    """i32[n] behind a prompt i32[p], about `tokens` of them: whole blocks, by a call for every fourth token."""
+    size = denoising_of(trained.recipe).block or min(USUAL_BLOCK, tokens)
+    blocks = max(1, tokens // size)
+    asked = Asked(blocks * size, steps=blocks * -(-size // 4), block=size, temperature=Drawing().temperature)
+    asked = dataclasses.replace(asked, end=trained.tokenizer.eos_id)
+    found = decoder_of(asked, trained)([prompt], key)
+    return found.tokens[0, len(prompt) : found.lengths[0]]
 
 
 def usual_cache(recipe: Recipe, tokens: int) -> Cache:

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 import shapes
@@ -19,7 +20,7 @@ from adaptive.inference.diffusion.filters import observed
 from adaptive.inference.diffusion.loop import Plan
 from adaptive.inference.diffusion.named import named
 from adaptive.inference.diffusion.policies import Policy, learned, threshold
-from adaptive.inference.diffusion.texts import Asked, decoder_of
+from adaptive.inference.diffusion.texts import Asked, decoder_of, written
 from adaptive.inference.drawing import Drawing
 from adaptive.inference.requests import Request
 from adaptive.recipe import Recipe
@@ -66,6 +67,15 @@ def test_texts_steps_and_records(run, filling):
     assert sorted(record["calls"]) == [call for call in range(4) for _ in range(4)]
     assert {number - 1 for number in numbers} <= set(record["calls"])
     assert len(record["logprobs"]) == 16 and max(record["logprobs"]) < 0
+
+
+def test_a_run_ends_with_a_text(filling):
+    """In whole blocks, about as many tokens as the recipe says."""
+    trained = load(find(filling))
+    prompt = np.frombuffer(b"A cat", np.uint8).astype(np.int32)
+    ids = written(trained, prompt, 16, jax.random.key(0))
+    assert len(ids) == 16 or ids[-1] == trained.tokenizer.eos_id
+    assert (ids < trained.tokenizer.vocab_size).all() and trained.tokenizer.mask_id not in ids
 
 
 def test_a_run_is_served_by_rows_that_come_and_go(filling):
