@@ -31,8 +31,9 @@ os.environ.setdefault("NPROC", "32")
 for each, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(each) is signal.SIG_IGN:
         signal.signal(each, action)
-# Tracing makes many objects that live: Python's default of a collection per 700 of them costs a tenth of the time.
-gc.set_threshold(100_000, 20, 50)
+# Tracing makes many objects that live: Python's default of a collection per 700 of them costs a tenth of the time, and
+# a collection of all a second and more.
+gc.set_threshold(100_000, 20, 400)
 
 LONG = tuple(
     f"tests/{name}.py::"

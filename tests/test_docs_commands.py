@@ -69,6 +69,7 @@ ELSEWHERE = {
     "adaptive convert --to_expert_choice": "a trained run; tests/interop/test_retrofit.py has one of its own",
     "adaptive train --recipe runs/dlm_retrofit": "what that makes",
     "python -m adaptive.bench data": "half a minute of reading; tests/test_bench.py has one of it",
+    "python -m adaptive.bench engine": "minutes; tests/test_bench_engine.py has its arithmetic",
     "adaptive compile --recipe": "minutes, and compilers; tests/test_compile.py compiles for devices of a CPU",
     "adaptive compile ...": "the same",
     "adaptive serve": "it ends when it is told to; tests/serving/test_server.py runs one",
