@@ -14,7 +14,7 @@ from adaptive.recipes.dlm_bases import tiny_diffusion
 
 def recipe() -> Recipe:
     return titled(
-        tiny_diffusion(1200, block_diffusion.Settings(block=16)),
+        tiny_diffusion(900, block_diffusion.Settings(block=16)),
         "block_dlm_tiny",
         "block-diffusion transformer on the embedded English text, for a CPU",
     )
