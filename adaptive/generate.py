@@ -162,7 +162,7 @@ def fills_in(given: argparse.Namespace, recipe: "Recipe") -> bool:
     of the other kind."""
     filling = [f"--{name}" for name in ("steps", "block", "policy", "guidance", "show_steps") if getattr(given, name)]
     aim = recipe.objective
-    fills = aim.denoising() is not None and bool(filling or aim.refuse_generation())
+    fills = aim.fills_in or (bool(filling) and aim.denoising() is not None)
     if filling and not fills:
         raise UserError(
             f"{filling[0]} is for diffusion models, and {recipe.name} was trained with objective={aim.kind()}: it "

@@ -95,8 +95,7 @@ def serve(given: argparse.Namespace) -> int:
     keep_compilations()
     trained = load(found, ema=given.ema)
     length = given.context or found.recipe.data.seq_len
-    aim = found.recipe.objective
-    kind = FillingEngine if aim.denoising() is not None and aim.refuse_generation() else Engine
+    kind = FillingEngine if found.recipe.objective.fills_in else Engine
     if given.prefixes and kind is FillingEngine:
         raise UserError(f"--prefixes is for models that write from left to right, and {found.recipe.name} does not")
     prefixes = {"prefixes": given.prefixes} if given.prefixes else {}

@@ -94,6 +94,11 @@ class Objective(Member):
         """How a model trained with it decodes; None: it predicts the next token."""
         return None
 
+    @property
+    def fills_in(self) -> bool:
+        """Whether a model trained with it writes by filling in hidden tokens alone."""
+        return self.denoising() is not None and bool(self.refuse_generation())
+
     def refuse_generation(self) -> str:
         """Why a model trained with it does not generate token after token; empty where it does."""
         if self.causal:

@@ -43,6 +43,10 @@ class Difference(NamedTuple):
         """-1 or 1 where chance does not explain it, else 0."""
         return -1 if self.high < 0 else 1 if self.low > 0 else 0
 
+    def thousandths(self) -> str:
+        """In thousandths of a nat, as pages have it."""
+        return f"{1e3 * self.value:+.0f} [{1e3 * self.low:+.0f}, {1e3 * self.high:+.0f}]"
+
 
 def cells(outcomes: Sequence[Outcome], key: Callable[[Outcome], Key]) -> dict[Key, Cell]:
     groups: dict[Key, list[Outcome]] = {}

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from adaptive.sweeps import pictures
 from adaptive.sweeps.denoising import BINS, DRAWS, ROWS
-from adaptive.sweeps.ec_vs_tc_results import EC, RETROFIT_PARTS, TC, Contents, shown, verdicts
-from adaptive.sweeps.made_of import made_of
+from adaptive.sweeps.ec_vs_tc_results import EC, RETROFIT_PARTS, TC, Contents, verdicts
+from adaptive.sweeps.made_of import form, made_of
 from adaptive.sweeps.page import Page, listed, table, wrapped
 from adaptive.training.report.numbers import compact
 
@@ -19,7 +19,7 @@ def ec_vs_tc_page(c: Contents) -> Page:
     verdict = verdicts(c)
     parts = [
         "# Expert choice or token choice, in masked diffusion?",
-        _form(c),
+        form("runs of seconds", f"full study, `adaptive study {NAME}`", quick=c.quick, missing=c.missing),
         "## Verdict",
         listed(verdict),
         "## Does expert choice learn faster?",
@@ -32,18 +32,6 @@ def ec_vs_tc_page(c: Contents) -> Page:
         *_how(c),
     ]
     return Page(NAME, "\n\n".join(filter(None, parts)) + "\n", _pictures(c), verdict)
-
-
-def _form(c: Contents) -> str:
-    out = ""
-    if c.quick:
-        out = (
-            "**This is the quick form**: runs of seconds, to see that all parts work. It carries no conclusion. The "
-            "full study, `adaptive study ec_vs_tc`, remains to be run."
-        )
-    if c.missing:
-        out += f" Not finished, and left out: {', '.join(c.missing)}."
-    return wrapped(out)
 
 
 def _first(c: Contents) -> list[str]:
@@ -64,7 +52,7 @@ def _cells(c: Contents, name: str) -> list[str]:
     fast = "" if name == TC else "never" if speed is None else f"{speed.steps:.2f} [{speed.low:.2f}, {speed.high:.2f}]"
     told = lambda key, form: _number(c.mean(name, "experts", key), form)  # noqa: E731
     return [
-        name, f"{c.cells[name].loss:.4f}", shown(d) if d else "", fast, compact(c.mean(name, "tokens_per_s")),
+        name, f"{c.cells[name].loss:.4f}", d.thousandths() if d else "", fast, compact(c.mean(name, "tokens_per_s")),
         told("load_max_over_mean", ".2f"), told("dropped_fraction", ".1%"), told("without_expert", ".1%"),
     ]  # fmt: skip
 
@@ -89,7 +77,12 @@ def _by_ratio(c: Contents) -> list[str]:
         over, off = (c.mean(name, "experts", key) for key in ("rows_over_average", "rows_deviation"))
         asked = "" if over is None or off is None else f"{over:.3f}, {off:.3f}"
         rows.append(
-            [name, *(_number(c.mean(name, "by_ratio", i), ".3f") for i in range(BINS)), shown(d) if d else "", asked]
+            [
+                name,
+                *(_number(c.mean(name, "by_ratio", i), ".3f") for i in range(BINS)),
+                d.thousandths() if d else "",
+                asked,
+            ]
         )
     return [wrapped(about), table(rows), "![differences to static expert choice](PICTURE/schedules.svg)"]
 
@@ -106,7 +99,7 @@ def _later(c: Contents) -> list[str]:
     for name in names:
         d = None if name == names[0] else c.difference(name, names[0])
         begun = [_number(c.mean(name, "begun", i), ".4f") for i in (0, 1)]
-        rows.append([name, *begun, f"{c.cells[name].loss:.4f}", shown(d) if d else ""])
+        rows.append([name, *begun, f"{c.cells[name].loss:.4f}", d.thousandths() if d else ""])
     return [wrapped(about), table(rows), "![along the continuation](PICTURE/retrofit.svg)"]
 
 

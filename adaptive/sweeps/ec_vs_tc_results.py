@@ -128,11 +128,6 @@ def first_step(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     return None
 
 
-def shown(d: Difference) -> str:
-    """In thousandths of a nat."""
-    return f"{1e3 * d.value:+.0f} [{1e3 * d.low:+.0f}, {1e3 * d.high:+.0f}]"
-
-
 def verdicts(c: Contents) -> list[str]:
     return [*_convergence(c), *_capacity(c), *_retrofit(c)]
 
@@ -157,7 +152,7 @@ def _convergence(c: Contents) -> list[str]:
     against = (
         f" Of {len(others)} other kinds of token choice it is below {len(beaten)} beyond chance." if others else ""
     )
-    return [f"**Convergence:** expert choice {words} at equal compute, {shown(d)} thousandths. {told}{against}"]
+    return [f"**Convergence:** expert choice {words} at equal compute, {d.thousandths()} thousandths. {told}{against}"]
 
 
 def _capacity(c: Contents) -> list[str]:
@@ -171,7 +166,7 @@ def _capacity(c: Contents) -> list[str]:
     ours = "static" if order[0] == EC else order[0].removeprefix(f"{EC}_")
     return [
         f"**Capacity where little is hidden:** linear_reverse {words} against the static budget at equal average "
-        f"compute, {shown(d)} thousandths. {told} The lowest is {ours}; the paper's is linear_reverse."
+        f"compute, {d.thousandths()} thousandths. {told} The lowest is {ours}; the paper's is linear_reverse."
     ]
 
 
@@ -183,10 +178,10 @@ def _retrofit(c: Contents) -> list[str]:
         return ["**Retrofit:** not known yet."]
     words = {-1: "pays", 0: "neither pays nor costs beyond chance", 1: "does not pay"}[d.sign]
     own = c.difference(scheduled, continued)
-    more = f"; with linear_reverse {shown(own)}" if own is not None else ""
+    more = f"; with linear_reverse {own.thousandths()}" if own is not None else ""
     return [
         f"**Retrofit:** replacing the routers takes the loss from {before:.4f} to {after:.4f} at once. After the same "
-        f"further steps it {words} against going on with token choice, {shown(d)} thousandths{more}."
+        f"further steps it {words} against going on with token choice, {d.thousandths()} thousandths{more}."
     ]
 
 

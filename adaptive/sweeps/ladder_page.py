@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from adaptive.sweeps import pictures
-from adaptive.sweeps.compare import Difference
 from adaptive.sweeps.fits import HUBER, RESAMPLES, Fit, interval
 from adaptive.sweeps.ladder_results import (
     BASELINE,
@@ -18,11 +17,12 @@ from adaptive.sweeps.ladder_results import (
     verdicts,
 )
 from adaptive.sweeps.laws import Curves
-from adaptive.sweeps.made_of import made_of
+from adaptive.sweeps.made_of import form, made_of
 from adaptive.sweeps.page import Page, listed, table, wrapped
 from adaptive.training.report.numbers import compact
 
 NAME = "ladder"
+QUICK = "minutes of training, two widths and few variants"
 
 
 def ladder_page(c: Contents) -> Page:
@@ -32,7 +32,7 @@ def ladder_page(c: Contents) -> Page:
     verdict = verdicts(c)
     parts = [
         "# Ladder: is a recursion, an expert or a chunk worth its compute?",
-        _form(c),
+        form(QUICK, f"full ladder, `adaptive study {NAME}`", quick=c.quick, missing=c.missing),
         "## Verdict",
         listed(verdict),
         f"## Loss at {c.shared}",
@@ -49,25 +49,6 @@ def ladder_page(c: Contents) -> Page:
         *_how(c),
     ]
     return Page(NAME, "\n\n".join(filter(None, parts)) + "\n", _pictures(c), verdict)
-
-
-def _form(c: Contents) -> str:
-    out = ""
-    if c.quick:
-        out = (
-            "**This is the quick form**: minutes of training, two widths and few variants, to see that all parts work. "
-            "It carries no conclusion. The full ladder, `adaptive study ladder`, remains to be run."
-        )
-    if c.missing:
-        out += f" Not finished, and left out: {', '.join(c.missing)}."
-    return wrapped(out)
-
-
-# Differences
-
-
-def thousandths(d: Difference) -> str:
-    return f"{1e3 * d.value:+.0f} [{1e3 * d.low:+.0f}, {1e3 * d.high:+.0f}]"
 
 
 def _widths(c: Contents) -> list[str]:
@@ -91,7 +72,7 @@ def _loss(c: Contents, name: str, width: int) -> str:
     if cell is None:
         return "—"
     d = c.difference(name, BASELINE, width) if name != BASELINE else None
-    return f"{cell.loss:.4f}" + (f" ({thousandths(d)})" if d else "")
+    return f"{cell.loss:.4f}" + (f" ({d.thousandths()})" if d else "")
 
 
 def _costs(c: Contents, width: int) -> tuple[str, str, str]:
@@ -112,7 +93,7 @@ def _orderings(c: Contents) -> list[str]:
     for one in ORDERINGS:
         found = [c.difference(one.lower, one.higher, width) for width in c.widths]
         if any(found):
-            told = [f"{words[d.sign]}, {thousandths(d)}" if d else "—" for d in found]
+            told = [f"{words[d.sign]}, {d.thousandths()}" if d else "—" for d in found]
             rows.append([f"{one.lower} < {one.higher}", one.source, *told])
     about = "Differences in thousandths of a nat with 95 % intervals."
     if c.spread.freedom:

@@ -7,6 +7,20 @@ from adaptive.sweeps.runs import Outcome
 from adaptive.training.report.numbers import compact, duration
 
 
+def form(runs: str, whole: str, *, quick: bool, missing: Sequence[str]) -> str:
+    """A paragraph: of a quick study what its runs are and which is whole, and runs that are not finished; "" where
+    there is nothing to say."""
+    out = ""
+    if quick:
+        out = (
+            f"**This is the quick form**: {runs}, to see that all parts work. It carries no conclusion. The {whole}, "
+            "remains to be run."
+        )
+    if missing:
+        out += f" Not finished, and left out: {', '.join(missing)}."
+    return wrapped(out)
+
+
 def made_of(outcomes: Sequence[Outcome], study: str, *, quick: bool, match: str) -> str:
     """A paragraph: how many runs, what they cost, when, on what, from which code, and the command."""
     starts = [one.start for one in outcomes]
